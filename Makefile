@@ -1,0 +1,72 @@
+# leon_jax. Needs Python 3.12 and make; `make peers` also needs Python 3.11.
+# `make` alone lists what there is.
+
+PYTHON ?= python3.12
+PEERS_PYTHON ?= python3.11
+BIN := .venv/bin
+# Workers for pytest-xdist (PYTEST_WORKERS=auto on a large machine). With few cores one process is
+# faster: compiling a JAX program already uses several threads.
+PYTEST_WORKERS ?= 0
+# More arguments for pytest, for example: make test PYTEST_ARGS="tests/models -x"
+PYTEST_ARGS ?=
+DEMO_OUT ?= out/demo
+
+INSTALLED := .venv/.installed
+PEERS_INSTALLED := .venv-peers/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format docs weights peers lock clean
+
+help: ## List the commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(INSTALLED) ## Make .venv with everything that use, training and development need
+
+# Exactly the locked packages, each checked against its hash; then this package, editable.
+$(INSTALLED): requirements/dev.txt setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] < (3, 12))' || \
+	  { echo "leon_jax needs Python 3.12 or newer: make PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@echo "Installing into .venv: about 450 MB to download, a minute or two"
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --require-hashes --requirement requirements/dev.txt
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+demo: install ## Run everything once with the bundled weights; makes out/demo/index.html
+	$(BIN)/leon demo --out=$(DEMO_OUT)
+
+test: install ## Run every test (set PYTEST_ARGS or PYTEST_WORKERS to change how)
+	$(BIN)/python -m pytest --numprocesses=$(PYTEST_WORKERS) --durations=15 $(PYTEST_ARGS)
+
+lint: install ## Check style and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: install ## Rewrite files in the project's style
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+docs: install ## Check the pages: links, commands, flags and code examples
+	$(BIN)/python -m pytest tests/test_docs.py tests/test_setup.py
+
+weights: install ## Train the bundled models again, from nothing (hours on a CPU)
+	bash launch/weights.sh
+
+peers: $(PEERS_INSTALLED) ## Make .venv-peers (PyTorch, transformers, ...) for the parity tests
+
+$(PEERS_INSTALLED): requirements/peers.txt requirements/torch.txt
+	test -x .venv-peers/bin/python || $(PEERS_PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet --require-hashes --requirement requirements/peers.txt
+	.venv-peers/bin/python -m pip install --quiet --requirement requirements/torch.txt
+	@touch $@
+
+lock: install ## Resolve both environments again, into requirements/
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.12 --generate-hashes \
+	  --no-header --no-annotate --upgrade --extra dev --output-file requirements/dev.txt setup.py
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+	  --no-header --no-annotate --upgrade --output-file requirements/peers.txt requirements/peers.in
+
+clean: ## Remove what was built or run here (never the environments, data/ or runs/)
+	rm -rf build dist out *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find leon_jax tests configs -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,75 @@
+"""CLIP ViT-B/32, the encoder that CM3Leon retrieves with (section 2.1), trained as published.
+
+    leon train --config=configs/clip_b32.py --workdir=runs/clip_b32
+
+Sizes and optimizer follow arXiv 2103.00020 (tables 19 and 20): 32 epochs of 400M pairs in batches
+of 32,768. The emoji dataset stands in as the source; augmentation is turned down to the random
+square crop that CLIP used.
+"""
+
+from ml_collections import ConfigDict
+
+TEXT_SIZE = 49_405  # a tokenizer of this size gives CLIP's vocabulary of 49,408
+
+
+def get_config() -> ConfigDict:
+    steps = 390_625  # 32 epochs
+    return ConfigDict(
+        {
+            "kind": "encoder",
+            "seed": 0,
+            "steps": steps,
+            "batch_size": 32_768,
+            "model": {
+                "vision": {
+                    "image_size": 224,
+                    "patch_size": 32,
+                    "width": 768,
+                    "layers": 12,
+                    "heads": 12,
+                    "stem": "patch",
+                },
+                "text": {
+                    "context_length": 77,
+                    "vocab_size": TEXT_SIZE + 3,
+                    "width": 512,
+                    "layers": 12,
+                    "heads": 8,
+                },
+                "embed_dim": 512,
+                "activation": "quick_gelu",
+                "remat": True,
+            },
+            "augment": {
+                "zoom": 0.1,
+                "aspect": 0.0,
+                "shift": 0.05,
+                "mirror": 0.0,
+                "blur": 0.0,
+                "brightness": 0.0,
+                "contrast": 0.0,
+                "saturation": 0.0,
+                "hue": 0.0,
+                "gray": 0.0,
+                "close": 0.0,
+                "outline": 0.0,
+            },
+            "optimizer": {
+                "learning_rate": 5e-4,
+                "warmup_steps": 2000,
+                "total_steps": steps,
+                "schedule": "cosine",
+                "final_fraction": 0.0,
+                "beta1": 0.9,
+                "beta2": 0.98,
+                "eps": 1e-6,
+                "weight_decay": 0.2,
+            },
+            "data": {
+                "dir": "data/emoji",
+                "text": "runs/text/export/text.json",
+                "keep_style": 1.0,
+                "drop_words": 0.0,
+            },
+        }
+    )

@@ -1,0 +1,85 @@
+"""A small CM3Leon on emoji: captions and 12 x 12 code pictures, with retrieval.
+
+    leon train --config=configs/emoji/decoder.py --workdir=runs/emoji/decoder
+
+Reads the folder of `leon prepare` and the text tokenizer. About 6 million parameters; meant for a
+few CPU hours or a few GPU minutes.
+"""
+
+from ml_collections import ConfigDict
+
+IMAGE_CODES, TEXT_TOKENS, SENTINELS = 1024, 2048, 16
+
+
+def get_config() -> ConfigDict:
+    """The configuration of `leon_jax.train.decoder.DecoderProgram`."""
+    config = ConfigDict()
+    config.kind = "decoder"
+    config.seed = 0
+    config.batch_size = 16
+    config.steps = 3_000
+
+    # The layout of Vocabulary.compact: no reserved ids between sentinels and text.
+    text_start = 4 + IMAGE_CODES + 2 + SENTINELS
+    config.vocabulary = ConfigDict(
+        {
+            "image_codes": IMAGE_CODES,
+            "sentinels": SENTINELS,
+            "text_start": text_start,
+            "text_tokens": TEXT_TOKENS,
+        }
+    )
+    config.model = ConfigDict(
+        {
+            "vocab_size": text_start + TEXT_TOKENS,
+            "max_length": 512,
+            "layers": 6,
+            "embed": 192,
+            "heads": 6,
+            "mlp": 768,
+            "dtype": "float32",
+            "remat": "none",
+            # sd 0.006 suits width 1024 and more; 1/sqrt(embed) of a narrow model is larger.
+            "init_std": 0.02,
+            "position_std": 0.0007,
+        }
+    )
+    config.optimizer = ConfigDict(
+        {
+            "learning_rate": 2e-3,
+            "warmup_steps": 100,
+            "schedule": "cosine",
+            "final_fraction": 0.02,
+        }
+    )
+    config.optimizer.total_steps = config.get_ref("steps")
+    config.data = ConfigDict(
+        {
+            "folder": "data/emoji_prepared",
+            "split": "train",
+            "text": "runs/emoji/text/export/text.json",
+            "image_shape": (12, 12),
+            "length": 512,
+            # 0, 1 or 2 retrieved documents: with the query, up to 3 x 144 picture tokens and text.
+            "retrieved": (0.34, 0.33, 0.33),
+        }
+    )
+    config.masking = ConfigDict(
+        {"placement": "segment", "whole_segment": 0.6, "query_text": 0.6}
+    )
+    config.samples = ConfigDict(
+        {
+            "image": "runs/emoji/tokenizer/export/tokenizer.safetensors",
+            "captions": (
+                "red heart, Twemoji style",
+                "red heart, OpenMoji style",
+                "cat face, Twemoji style",
+                "house, OpenMoji style",
+            ),
+            "guidance": 3.0,
+        }
+    )
+    config.loop = ConfigDict(
+        {"log_every": 10, "save_every": 200, "sample_every": 200, "init_from": ""}
+    )
+    return config

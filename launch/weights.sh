@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Retrains every shipped model from scratch, in the order in which they need each other, and puts
+# them into leon_jax/weights/emoji. Stopped and started again, it goes on where it was.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+leon=${LEON:-.venv/bin/leon}
+runs=${RUNS:-runs/emoji}
+data=${DATA:-data}
+weights=${WEIGHTS:-leon_jax/weights/emoji}
+
+echo "Retraining all four models takes about three hours on 2 CPU cores and minutes on a GPU;"
+echo "it writes into $data and $runs, and at the end replaces $weights."
+
+"$leon" prepare --data_dir="$data/emoji" --dataset_only
+"$leon" train --config=configs/emoji/text.py --workdir="$runs/text" --config.data.dir="$data/emoji"
+"$leon" train --config=configs/emoji/tokenizer.py --workdir="$runs/tokenizer" \
+  --config.data.dir="$data/emoji"
+"$leon" train --config=configs/emoji/encoder.py --workdir="$runs/encoder" \
+  --config.data.dir="$data/emoji" --config.data.text="$runs/text/export/text.json"
+"$leon" prepare --data_dir="$data/emoji" --out="$data/emoji_prepared" \
+  --tokenizer="$runs/tokenizer/export/tokenizer.safetensors" \
+  --encoder="$runs/encoder/export/encoder.safetensors" --text="$runs/text/export/text.json" \
+  --selection=configs/emoji/selection.json
+"$leon" train --config=configs/emoji/decoder.py --workdir="$runs/decoder" \
+  --config.data.folder="$data/emoji_prepared" --config.data.text="$runs/text/export/text.json" \
+  --config.samples.image="$runs/tokenizer/export/tokenizer.safetensors"
+
+mkdir -p "$weights"
+cp "$runs/text/export/text.json" "$runs/tokenizer/export/tokenizer.safetensors" \
+  "$runs/encoder/export/encoder.safetensors" "$runs/decoder/export/decoder.safetensors" "$weights"
+cp configs/emoji/selection.json "$weights/selection.json"
+ls -l "$weights"

@@ -1,0 +1,115 @@
+"""The `leon` command: `leon VERB --flag=value ...`.
+
+A verb is a module of this package with a docstring, its own absl flags and `main(argv)`. It is
+imported only when it is used, so `leon --help` needs neither jax nor a model. What a person can fix
+is one sentence on stderr and exit code 2; Ctrl-C is exit code 130.
+"""
+
+import difflib
+import importlib
+import inspect
+import sys
+import types
+from collections.abc import Sequence
+
+from absl import app, flags
+
+VERBS = {
+    "generate": "draw pictures for a prompt, or write a caption for a picture",
+    "prepare": "make the demonstration data set, and the folder that training and retrieval read",
+    "train": "train a tokenizer, an encoder or a decoder from a config file",
+    "evaluate": "measure a trained model",
+    "demo": "run everything once on real data, and leave a page to look at",
+}
+
+USAGE = """\
+leon: one transformer that reads and writes text and pictures.
+
+usage: leon VERB [--flag=value ...]
+
+{verbs}
+
+leon VERB --help   says what a verb does and what its flags are
+leon --version     prints the version
+
+for example: leon generate --prompt="cat face, Twemoji style" --num_images=4 --out=pictures"""
+
+
+def main() -> None:
+    """The console entry point."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Runs one command and returns its exit code.
+
+    Args:
+      arguments: what stands after `leon` on the command line.
+    """
+    if not arguments or arguments[0] in ("--help", "-h", "-help", "help"):
+        print(usage())
+        return 0 if arguments else 2
+    verb, *rest = arguments
+    if verb in ("--version", "-V", "version"):
+        print(version())
+        return 0
+    if verb not in VERBS:
+        close = difflib.get_close_matches(verb, VERBS, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"the verbs are {', '.join(VERBS)}"
+        return _refuse("leon", f"there is no verb {verb!r}; {hint}")
+    return run_verb(verb, rest)
+
+
+def run_verb(verb: str, arguments: Sequence[str]) -> int:
+    """Parses a verb's flags, runs its `main`, and turns errors into messages and exit codes."""
+    from leon_jax.config import UserError
+
+    module = importlib.import_module(f"leon_jax.cli.{verb}")
+    name = f"leon {verb}"
+    if {"--help", "-h", "-help"} & set(arguments):
+        print(describe(module, verb))
+        return 0
+    try:
+        rest = flags.FLAGS([name, *arguments])
+        if len(rest) > 1:
+            raise UserError(f"{rest[1]!r} is not a flag; flags are written --name=value")
+        module.main(rest)
+    except (UserError, flags.Error, app.UsageError) as error:
+        return _refuse(name, str(error))
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def usage() -> str:
+    """What `leon --help` prints."""
+    width = max(map(len, VERBS))
+    return USAGE.format(verbs="\n".join(f"  {verb:{width}}  {VERBS[verb]}" for verb in VERBS))
+
+
+def version() -> str:
+    """What `leon --version` prints."""
+    from importlib import metadata
+
+    import leon_jax
+
+    return f"leon {leon_jax.__version__} (jax {metadata.version('jax')})"
+
+
+def describe(module: types.ModuleType, verb: str) -> str:
+    """What `leon VERB --help` prints: the module's docstring and its flags with their defaults."""
+    lines = [inspect.cleandoc(module.__doc__ or VERBS[verb]), "", f"flags of leon {verb}:"]
+    for flag in sorted(flags.FLAGS.get_flags_for_module(module.__name__), key=lambda f: f.name):
+        default = "" if flag.default is None else f" (default: {flag.default_as_str.strip("'")})"
+        lines.append(f"  --{flag.name}: {' '.join((flag.help or '').split())}{default}")
+    return "\n".join(lines)
+
+
+def _refuse(name: str, message: str) -> int:
+    print(f"{name}: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    main()

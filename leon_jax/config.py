@@ -1,0 +1,104 @@
+"""Frozen dataclasses are the configuration; ml_collections is only the way in.
+
+`build` turns a ConfigDict (or any mapping) into a dataclass and checks every key and type on the
+way; its errors name the key by its full path and say what was expected.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal, Union, get_args, get_origin
+
+
+class UserError(ValueError):
+    """Something the person at the keyboard can fix; the message is one clear sentence."""
+
+
+class ConfigError(UserError):
+    """A configuration key is unknown, missing, or holds a value of the wrong type."""
+
+
+def build[T](cls: type[T], values: Mapping[str, Any], path: str = "config") -> T:
+    """Builds the frozen dataclass `cls` from a mapping, checking keys and types recursively.
+
+    Args:
+      cls: a dataclass; fields may be numbers, strings, booleans, tuples, Literals, optional
+        values or further dataclasses.
+      values: what to fill it with; missing keys take the field's default.
+      path: how the mapping is called in error messages, for example `config.model`.
+
+    Raises:
+      ConfigError: an unknown key, a missing one, or a value of the wrong type.
+    """
+    if not isinstance(values, Mapping):
+        # ConfigDict is not a Mapping, but it converts.
+        to_dict = getattr(values, "to_dict", None)
+        if to_dict is None:
+            raise ConfigError(f"{path} must be a group of keys, not {values!r}")
+        values = to_dict()
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    hints = typing.get_type_hints(cls)
+    for key in values:
+        if key not in fields:
+            close = difflib.get_close_matches(key, fields, n=1)
+            hint = f"did you mean {path}.{close[0]}?" if close else f"known: {', '.join(fields)}"
+            raise ConfigError(f"unknown key {path}.{key}; {hint}")
+    arguments = {}
+    for name, field in fields.items():
+        if name in values:
+            arguments[name] = _convert(values[name], hints[name], f"{path}.{name}")
+        elif (
+            field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        ):
+            raise ConfigError(f"{path}.{name} is missing; it must be {_name(hints[name])}")
+    try:
+        return cls(**arguments)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The configuration as nested plain values that JSON can hold (tuples become lists)."""
+    result = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            value = to_dict(value)
+        elif isinstance(value, tuple):
+            value = list(value)
+        result[field.name] = value
+    return result
+
+
+def _convert(value: Any, hint: Any, path: str) -> Any:
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        options = get_args(hint)
+        if value is None and type(None) in options:
+            return None
+        hint = next(option for option in options if option is not type(None))
+        return _convert(value, hint, path)
+    if origin is Literal:
+        if value not in get_args(hint):
+            raise ConfigError(f"{path} is {value!r}; it must be one of {list(get_args(hint))}")
+        return value
+    if dataclasses.is_dataclass(hint):
+        return build(hint, value, path)  # type: ignore[arg-type]
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{path} is {value!r}; it must be a list")
+        element = get_args(hint)[0]
+        return tuple(_convert(item, element, f"{path}[{i}]") for i, item in enumerate(value))
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise ConfigError(f"{path} is {value!r}; it must be {_name(hint)}")
+    return value
+
+
+def _name(hint: Any) -> str:
+    return getattr(hint, "__name__", str(hint)) if get_origin(hint) is None else str(hint)

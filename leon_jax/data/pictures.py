@@ -1,0 +1,126 @@
+"""Pictures as people have them: read from any file with care, written whole with their story.
+
+A picture from outside is checked by its header before a pixel is decoded, so a file that claims to
+be enormous costs nothing. A picture that we write carries its prompt, seed, model and the retrieved
+documents' licences as PNG text, and appears under its name only when it is complete.
+"""
+
+import os
+import pathlib
+import tempfile
+import warnings
+from collections.abc import Mapping
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, ImageOps, PngImagePlugin
+
+from leon_jax.config import UserError
+
+# Formats whose decoders are self-contained (no interpreter, no external program).
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+LARGEST_SIDE = 16_384
+LARGEST_AREA = 64 * 2**20
+
+
+def read(path: str | os.PathLike) -> Image.Image:
+    """The picture in a file, upright, on white where it is transparent, mode RGB.
+
+    Raises:
+      UserError: the file is missing, empty, truncated, no picture in one of `FORMATS`, or larger
+        than `LARGEST_SIDE` on a side or `LARGEST_AREA` pixels.
+    """
+    path = pathlib.Path(path)
+    if not path.exists():
+        raise UserError(f"there is no picture at {path}")
+    if not path.is_file():
+        raise UserError(f"{path} is not a file; give the path of a picture")
+    if path.stat().st_size == 0:
+        raise UserError(f"{path} is empty; give a {' or '.join(FORMATS[:2])} picture")
+    try:
+        with warnings.catch_warnings():
+            # Our own limit below is lower than the one Pillow warns about.
+            warnings.simplefilter("ignore")
+            with Image.open(path, formats=FORMATS) as picture:
+                _check_size(picture.size, path)
+                picture.load()
+                return on_white(ImageOps.exif_transpose(picture))
+    except UserError:
+        raise
+    except Image.DecompressionBombError:
+        raise UserError(_too_large(path)) from None
+    except Image.UnidentifiedImageError:
+        raise UserError(f"{path} is not a picture in {', '.join(FORMATS)} format") from None
+    except PermissionError:
+        raise UserError(f"{path} may not be read; check its permissions") from None
+    except Exception as error:  # decoders raise many kinds for damaged files
+        raise UserError(f"{path} is damaged or cut short: {error}") from error
+
+
+def on_white(picture: Image.Image) -> Image.Image:
+    """The picture in mode RGB, transparent parts laid on white."""
+    if picture.mode == "RGB":
+        return picture.copy()
+    if picture.mode == "RGBA" or "transparency" in picture.info or picture.mode in ("LA", "PA"):
+        picture = picture.convert("RGBA")
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture)
+    return picture.convert("RGB")
+
+
+def write_png(
+    path: str | os.PathLike, pixels: UInt8[np.ndarray, "height width 3"], text: Mapping[str, str]
+) -> None:
+    """Writes a PNG with text chunks to `path`, whole or not at all.
+
+    Args:
+      path: the file; its folder exists.
+      pixels: sRGB.
+      text: the text chunks, any unicode.
+    """
+    path = pathlib.Path(path)
+    info = PngImagePlugin.PngInfo()
+    for key, value in text.items():
+        info.add_text(key, value)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            Image.fromarray(pixels).save(file, format="PNG", pnginfo=info)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_folder(path: str | os.PathLike) -> pathlib.Path:
+    """Checks that files can be written into a folder that may not exist yet; makes nothing.
+
+    Raises:
+      UserError: something in the way is not a folder, or writing is not allowed.
+    """
+    path = pathlib.Path(path)
+    parent = path.absolute()
+    while not parent.exists() and parent != parent.parent:
+        parent = parent.parent
+    if not parent.is_dir():
+        raise UserError(f"cannot write into {path}: {parent} is not a folder")
+    try:
+        # Asking the file system is the only sure way: permission bits do not tell of read-only
+        # mounts, and mean nothing to root.
+        with tempfile.TemporaryDirectory(prefix=".leon_", dir=parent):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write into {path}: {error.strerror or error}") from None
+    return path
+
+
+def _check_size(size: tuple[int, int], path: pathlib.Path) -> None:
+    if max(size) > LARGEST_SIDE or size[0] * size[1] > LARGEST_AREA:
+        raise UserError(_too_large(path, size))
+
+
+def _too_large(path: pathlib.Path, size: tuple[int, int] | None = None) -> str:
+    measured = f"{size[0]} x {size[1]} pixels" if size else "too many pixels"
+    return (
+        f"{path} has {measured}; a picture may have {LARGEST_SIDE} on a side "
+        f"and {LARGEST_AREA // 2**20} million in all, so make it smaller first"
+    )

@@ -1,0 +1,208 @@
+"""Documents as msgpack bytes, and as files of such records with random access.
+
+One record is a msgpack map (all keys always there):
+
+    leon        1, the version of this layout
+    parts       list of ["text", str], ["image", png or nil, codes or nil] or ["hole", modality];
+                png is a PNG file, codes is [rows, cols, little-endian int32 bytes]
+    provenance  nil or a map of strings: key, source, licence, attribution, language
+
+A file is an ArrayRecord with one document a record (group size 1), so that a retrieved neighbour
+costs one read. It is written under a temporary name and appears complete or not at all.
+"""
+
+import io
+import os
+import pathlib
+import tempfile
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import msgpack
+import numpy as np
+import PIL.Image
+from array_record.python import array_record_data_source, array_record_module
+from jaxtyping import UInt8
+
+from leon_jax.config import UserError
+from leon_jax.documents import Document, Hole, Image, Part, Provenance, Text
+
+_VERSION = 1
+# An empty ArrayRecord is 64 KiB of header and footer; no file of ours is shorter.
+_SMALLEST_FILE = 64 * 1024
+
+
+def to_bytes(document: Document) -> bytes:
+    """The document as one record. Pixels are kept exactly (PNG), codes as they are."""
+    provenance = document.provenance
+    return msgpack.packb(
+        {
+            "leon": _VERSION,
+            "parts": [_pack(part) for part in document.parts],
+            "provenance": None if provenance is None else vars(provenance),
+        }
+    )
+
+
+def from_bytes(data: bytes, *, pixels: bool = True) -> Document:
+    """The document in a record.
+
+    Args:
+      data: what `to_bytes` made.
+      pixels: whether to decode the pictures that also have codes; False is several times faster.
+
+    Raises:
+      UserError: the bytes are damaged, or are not a document.
+    """
+    try:
+        record = msgpack.unpackb(data)
+        if not isinstance(record, dict) or "leon" not in record:
+            raise ValueError("it is not a leon_jax document")
+        if record["leon"] != _VERSION:
+            raise ValueError(f"its version is {record['leon']}, this program reads {_VERSION}")
+        provenance = record["provenance"]
+        return Document(
+            tuple(_unpack(part, pixels) for part in record["parts"]),
+            None if provenance is None else Provenance(**provenance),
+        )
+    except Exception as error:  # msgpack, PIL and our own validation all fail in their own ways
+        raise UserError(f"the record cannot be read: {error}") from error
+
+
+def to_png(pixels: UInt8[np.ndarray, "height width 3"]) -> bytes:
+    """The picture as a PNG file; nothing is lost."""
+    buffer = io.BytesIO()
+    PIL.Image.fromarray(pixels).save(buffer, format="png")
+    return buffer.getvalue()
+
+
+def from_png(png: bytes) -> UInt8[np.ndarray, "height width 3"]:
+    """The picture in a PNG file.
+
+    Raises:
+      OSError: the bytes are no picture, or are cut short.
+    """
+    return np.asarray(PIL.Image.open(io.BytesIO(png)).convert("RGB"))
+
+
+def write(path: str | os.PathLike, documents: Iterable[Document]) -> int:
+    """Writes the documents, in order, to one ArrayRecord file; an older file is replaced.
+
+    Returns:
+      How many documents were written.
+
+    Raises:
+      UserError: the folder does not exist or cannot be written.
+    """
+    path = pathlib.Path(path)
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+    os.close(handle)
+    try:
+        writer = array_record_module.ArrayRecordWriter(temporary, "group_size:1")
+        count = 0
+        try:
+            for document in documents:
+                writer.write(to_bytes(document))
+                count += 1
+        finally:
+            writer.close()
+        os.chmod(temporary, 0o644)  # mkstemp makes a file that only its owner can read
+        os.replace(temporary, path)
+    except BaseException:
+        pathlib.Path(temporary).unlink(missing_ok=True)
+        raise
+    return count
+
+
+class RecordSource:
+    """The documents of one file, with random access; a Grain data source.
+
+    Args:
+      path: a file made by `write`.
+      pixels: whether to decode the pictures that also have codes.
+
+    A source can be pickled: another process opens the file anew.
+
+    Raises:
+      UserError: the file is missing, incomplete, or holds something else.
+    """
+
+    def __init__(self, path: str | os.PathLike, *, pixels: bool = True):
+        self.path = os.fspath(path)
+        self.pixels = pixels
+        self._reader = self._open()
+
+    def __len__(self) -> int:
+        return len(self._reader)
+
+    def __getitem__(self, index: int) -> Document:
+        index = int(index)
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"record {index} of {len(self)} in {self.path}")
+        try:
+            return from_bytes(self._reader[index % len(self)], pixels=self.pixels)
+        except (UserError, RuntimeError, ValueError) as error:
+            raise UserError(f"record {index} of {self.path} is damaged ({error})") from error
+
+    def __iter__(self) -> Iterator[Document]:
+        return (self[index] for index in range(len(self)))
+
+    def __repr__(self) -> str:
+        return f"RecordSource({self.path!r}, pixels={self.pixels})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path, "pixels": self.pixels}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._reader = self._open()
+
+    def _open(self) -> array_record_data_source.ArrayRecordDataSource:
+        if not os.path.isfile(self.path):
+            raise UserError(f"there is no file {self.path}; run: leon prepare")
+        if os.path.getsize(self.path) < _SMALLEST_FILE:
+            raise UserError(f"{self.path} is too short to be an ArrayRecord file")
+        try:
+            reader = array_record_data_source.ArrayRecordDataSource([self.path])
+            if len(reader):
+                from_bytes(reader[0], pixels=False)
+        except (UserError, RuntimeError, ValueError) as error:
+            raise UserError(
+                f"{self.path} is not a complete ArrayRecord file of documents ({error})"
+            ) from error
+        return reader
+
+
+def _pack(part: Part) -> list[Any]:
+    match part:
+        case Text(text):
+            return ["text", text]
+        case Hole(modality):
+            return ["hole", modality]
+        case Image(pixels=pixels, codes=codes):
+            return [
+                "image",
+                None if pixels is None else to_png(pixels),
+                None if codes is None else [*codes.shape, codes.astype("<i4").tobytes()],
+            ]
+    raise TypeError(f"cannot store a {type(part).__name__}")
+
+
+def _unpack(part: list[Any], decode: bool) -> Part:
+    match part:
+        case ["text", str(text)]:
+            return Text(text)
+        case ["hole", str(modality)]:
+            return Hole(modality)  # type: ignore[arg-type]
+        case ["image", png, packed]:
+            codes = pixels = None
+            if packed is not None:
+                rows, cols, data = packed
+                codes = np.frombuffer(data, "<i4").reshape(rows, cols).astype(np.int32)
+            if png is not None and (decode or codes is None):
+                pixels = from_png(png)
+            return Image(pixels=pixels, codes=codes)
+    raise ValueError(f"unknown part {str(part)[:60]}")

@@ -1,0 +1,146 @@
+"""What is in a model folder, known without reading its weights, and what fits its context."""
+
+import dataclasses
+import importlib.resources
+import json
+import os
+import pathlib
+
+import safetensors
+
+from leon_jax import model_files
+from leon_jax.config import UserError, build
+from leon_jax.documents import Document, Hole, Text
+from leon_jax.models.decoder import DecoderConfig
+from leon_jax.tokenizers.documents import DocumentTokenizer
+from leon_jax.tokenizers.text import TextTokenizer
+from leon_jax.vocabulary import Vocabulary
+
+# Where a caption is cut unless another limit is given.
+CAPTION_TOKENS = 32
+
+FILES = ("decoder.safetensors", "tokenizer.safetensors", "encoder.safetensors", "text.json")
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A folder with `FILES`; open one with `Checkpoint.open`.
+
+    Attributes:
+      folder: where the files are.
+      config: the decoder's shape.
+      documents: documents to ids, with the text tokenizer and the vocabulary.
+    """
+
+    folder: pathlib.Path
+    config: DecoderConfig
+    documents: DocumentTokenizer
+
+    @classmethod
+    def open(cls, folder: pathlib.Path) -> "Checkpoint":
+        """Reads the text tokenizer and the decoder's header; no weights.
+
+        Raises:
+          UserError: the folder or one of `FILES` is missing, empty or damaged.
+        """
+        if not folder.is_dir():
+            raise UserError(f"there is no model folder {folder}; it would hold {', '.join(FILES)}")
+        for name in FILES:
+            if not (folder / name).is_file() or not (folder / name).stat().st_size:
+                raise UserError(f"the model folder {folder} has no {name}, or it is empty")
+        path = folder / "decoder.safetensors"
+        header = _header(path)
+        try:
+            config = build(DecoderConfig, header["model"], "model")
+            vocabulary = build(Vocabulary, header["vocabulary"], "vocabulary")
+            rows, columns = header["image_shape"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"the header of {path} is not a decoder's: {error}") from error
+        text = TextTokenizer.load(folder / "text.json")
+        return cls(folder, config, DocumentTokenizer(vocabulary, text, (rows, columns)))
+
+    @property
+    def context(self) -> int:
+        """The most tokens the decoder can look at."""
+        return self.config.max_length
+
+    def check_prompt(self, prompt: str, num_docs: int) -> None:
+        """Checks a prompt for a picture, and how many documents are to be read with it.
+
+        Raises:
+          UserError: the prompt is empty or too long, or so many documents cannot fit.
+        """
+        if not prompt.strip():
+            raise UserError("the prompt is empty; say what the picture should show")
+        try:
+            document = Document((Text(prompt), Hole("image")))
+        except ValueError as error:
+            raise UserError(f"the prompt cannot be read: {error}") from error
+        used = len(self.documents.encode(document)) + self.documents.image_tokens
+        if used > self.context:
+            tokens = len(self.documents.text.encode(prompt))
+            raise UserError(
+                f"the prompt has {len(prompt)} characters or {tokens} tokens; with the picture "
+                f"there is room for {tokens + self.context - used} tokens, so make it shorter"
+            )
+        self._check_documents(used, num_docs)
+
+    def check_caption(self, max_tokens: int, num_docs: int) -> None:
+        """Checks the length limit of a caption, and how many documents are to be read with it.
+
+        Raises:
+          UserError: a number is out of range.
+        """
+        if max_tokens < 1:
+            raise UserError(f"max_tokens is {max_tokens}; a caption has at least 1 token")
+        # </s> <sentinel:0> <break> picture </s> <sentinel:0> caption
+        used = 5 + self.documents.image_tokens + max_tokens
+        if used > self.context:
+            raise UserError(
+                f"max_tokens is {max_tokens}; beside a picture there is room for "
+                f"{max_tokens + self.context - used}"
+            )
+        self._check_documents(used, num_docs)
+
+    def _check_documents(self, used: int, num_docs: int) -> None:
+        if num_docs < 0:
+            raise UserError(f"num_docs is {num_docs}; it must be 0 or more")
+        # A retrieved document is at least a one-token text, a picture and two <break>.
+        fit = (self.context - used) // (self.documents.image_tokens + 3)
+        if num_docs > fit:
+            raise UserError(
+                f"num_docs is {num_docs}; the model's context of {self.context} tokens holds "
+                f"at most {fit} beside this request"
+            )
+
+    def fitting(
+        self, retrieved: list[Document], query: Document, answer_tokens: int
+    ) -> list[Document]:
+        """The retrieved documents that fit beside the query, dropped from the last on."""
+        # A query that is not open is followed by one sentinel.
+        used = len(self.documents.encode(query)) + 1 + answer_tokens
+        kept = []
+        for document in retrieved:
+            used += len(self.documents.encode(document)) - 1
+            if used > self.context:
+                break
+            kept.append(document)
+        return kept
+
+
+def model_folder(checkpoint: str | os.PathLike | None) -> pathlib.Path:
+    """The model folder that is meant; None is the model that comes with the package."""
+    if checkpoint is not None:
+        return pathlib.Path(checkpoint)
+    return pathlib.Path(str(importlib.resources.files("leon_jax"))) / "weights" / "emoji"
+
+
+def _header(path: pathlib.Path) -> dict:
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+    except Exception as error:  # the library raises several kinds for damaged files
+        raise UserError(f"{path} is not a whole safetensors file: {error}") from error
+    if metadata.get("format") != model_files.FORMAT or metadata.get("kind") != "decoder":
+        raise UserError(f"{path} does not hold a leon_jax decoder")
+    return json.loads(metadata["config"])

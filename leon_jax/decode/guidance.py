@@ -1,0 +1,100 @@
+"""Guidance: how the logits of a prompt's streams become the logits that are sampled.
+
+The engine runs all streams of a prompt side by side and stacks their logits; stream 0 is always
+the conditional one. Each dataclass is a pytree, so a new weight does not compile the loop again.
+"""
+
+import dataclasses
+import math
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from leon_jax.config import UserError
+
+
+class Guidance(Protocol):
+    """Maps stacked stream logits to one set of logits a row; `streams` says how many it reads."""
+
+    @property
+    def streams(self) -> int: ...
+
+    def __call__(
+        self, logits: Float[Array, "streams batch vocab"]
+    ) -> Float[Array, "batch vocab"]: ...
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Plain:
+    """One stream, as it is."""
+
+    @property
+    def streams(self) -> int:
+        return 1
+
+    def __call__(self, logits: Float[Array, "streams batch vocab"]) -> Float[Array, "batch vocab"]:
+        """Returns the logits of stream 0."""
+        return logits[0]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ClassifierFree:
+    """Classifier-free guidance (CM3Leon eq. 2): uncond + weight (cond - uncond).
+
+    Streams: 0 conditional, 1 unconditional. Weight 1 is no guidance, 0 is the unconditional model.
+    """
+
+    weight: float = 3.0
+
+    @property
+    def streams(self) -> int:
+        return 2
+
+    def __call__(self, logits: Float[Array, "streams batch vocab"]) -> Float[Array, "batch vocab"]:
+        """Returns float[batch, vocab]."""
+        conditional, unconditional = logits[0], logits[1]
+        # The same expression, arranged so that weight 1 gives `conditional` to the last bit.
+        return conditional + (self.weight - 1) * (conditional - unconditional)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Contrastive:
+    """Contrastive decoding against the unconditional stream, CD-K (CM3Leon eq. 3).
+
+    The score of an id is log p_cond - log p_uncond if p_cond >= alpha * (k-th largest p_cond),
+    else -inf. With k = 1 this is the rule of Li et al. 2022.
+
+    Attributes:
+      alpha: in (0, 1]; how much less likely than the k-th id an id may be.
+      k: rank of the reference probability.
+    """
+
+    alpha: float = 0.5
+    k: int = dataclasses.field(default=8, metadata={"static": True})
+
+    @property
+    def streams(self) -> int:
+        return 2
+
+    def __call__(self, logits: Float[Array, "streams batch vocab"]) -> Float[Array, "batch vocab"]:
+        """Returns float[batch, vocab], -inf outside the plausible set."""
+        expert, amateur = jax.nn.log_softmax(logits, axis=-1)
+        reference = jax.lax.top_k(expert, min(self.k, expert.shape[-1]))[0][:, -1:]
+        plausible = expert >= reference + jnp.log(self.alpha)
+        return jnp.where(plausible, expert - amateur, -jnp.inf)
+
+
+def make_guidance(weight: float) -> Plain | ClassifierFree:
+    """Guidance of this weight; weight 1 needs one stream only.
+
+    Raises:
+      UserError: the weight is negative or not finite.
+    """
+    if not math.isfinite(weight) or weight < 0:
+        raise UserError(f"guidance is {weight}; it must be 0 or more (1 means no guidance)")
+    return Plain() if weight == 1 else ClassifierFree(float(weight))

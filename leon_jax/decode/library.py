@@ -1,0 +1,186 @@
+"""The documents a model may read while it answers: a prepared folder, found or made."""
+
+import hashlib
+import json
+import os
+import pathlib
+import sys
+from typing import Any
+
+import numpy as np
+
+from leon_jax.config import UserError, build
+from leon_jax.data import emoji
+from leon_jax.data import prepare as preparing
+from leon_jax.data.records import RecordSource
+from leon_jax.documents import Document, Image, Text
+from leon_jax.retrieval.encoder import Encoder, normalise
+from leon_jax.retrieval.index import Views
+from leon_jax.retrieval.selection import SelectionConfig, select
+
+# Where `leon prepare` puts its folder by default.
+HERE = pathlib.Path("data/emoji_prepared")
+
+
+class Library:
+    """Documents with their index, and the rules by which some are selected.
+
+    Args:
+      folder: a prepared folder (see `leon_jax.data.prepare`).
+      encoder: the encoder its index was made with.
+
+    Raises:
+      UserError: the folder is not a prepared one, or a file of it is damaged.
+    """
+
+    def __init__(self, folder: pathlib.Path, encoder: Encoder):
+        self.folder, self.encoder = folder, encoder
+        self.config = build(SelectionConfig, read_manifest(folder)["selection"], "selection")
+        self.views = Views.load(folder / "index.safetensors")
+        self.records = RecordSource(folder / "train.array_record")
+        if len(self.records) != len(self.views):
+            raise UserError(
+                f"{folder} has {len(self.records)} documents, but its index has "
+                f"{len(self.views)} rows; run leon prepare again"
+            )
+
+    def select(self, document: Document, k: int) -> list[Document]:
+        """At most `k` documents for a prompt, most relevant first.
+
+        They are found through the prompt's texts and pictures (with pixels), whichever there are;
+        near copies of the prompt and of each other are skipped.
+        """
+        texts = [part.text for part in document.parts if isinstance(part, Text)]
+        pictures = [
+            part.pixels
+            for part in document.parts
+            if isinstance(part, Image) and part.pixels is not None
+        ]
+        if k < 1 or not (texts or pictures):
+            return []
+        config = self.config
+        vectors = []
+        if texts:
+            vectors.append(self.encoder.embed_texts([" ".join(texts)]))
+        if pictures:
+            vectors.append(self.encoder.embed_images(pictures[:1]))
+        query = normalise(np.sum(vectors, axis=0))[0]
+        if texts and pictures:
+            near_copy = config.near_copy_document
+        else:
+            near_copy = config.near_copy_text if texts else config.near_copy_image
+        found = select(query, self.views.document, k, config, near_copy_query=near_copy)
+        return [self.records[index] for index in found]
+
+
+def find(model: pathlib.Path, index: str | os.PathLike | None) -> pathlib.Path:
+    """The prepared folder for a model: the one named, one lying around, or one made now.
+
+    Args:
+      model: the model folder.
+      index: a prepared folder; None looks for `HERE`, then in the cache ($LEON_CACHE, or
+        ~/.cache/leon_jax), and at last makes one there from the emoji packages.
+
+    Raises:
+      UserError: the named folder is none, or was made with other model files; or one had to be
+        made and could not.
+    """
+    if index is not None:
+        check(pathlib.Path(index), model)
+        return pathlib.Path(index)
+    if (HERE / preparing.MANIFEST).is_file() and not _disagreement(HERE, model):
+        return HERE
+    digests = _digests(model)
+    name = hashlib.sha256("".join(digests.values()).encode()).hexdigest()[:12]
+    folder = cache() / f"emoji-{name}"
+    if not (folder / preparing.MANIFEST).is_file():
+        print(
+            f"Making the documents to retrieve from in {folder}; this happens once and takes "
+            "about three minutes on a CPU.",
+            file=sys.stderr,
+        )
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make the cache {folder.parent}: {error.strerror}") from error
+        emoji.prepare(cache() / "emoji")
+        preparing.prepare(
+            cache() / "emoji",
+            folder,
+            model / "tokenizer.safetensors",
+            model / "encoder.safetensors",
+            model / "text.json",
+            selection=selection(model),
+        )
+    return folder
+
+
+def check(index: pathlib.Path, model: pathlib.Path) -> None:
+    """Checks that a prepared folder was made with these model files.
+
+    Raises:
+      UserError: it was not, or it is no prepared folder.
+    """
+    read_manifest(index)
+    if name := _disagreement(index, model):
+        raise UserError(
+            f"{index} was prepared with another {name} file than the one in {model}; "
+            "run leon prepare with the files of that folder"
+        )
+
+
+def selection(model: pathlib.Path) -> SelectionConfig:
+    """How documents are selected with the encoder of a model folder.
+
+    A near-copy threshold is a property of the encoder, so a folder may hold `selection.json` with
+    fields of `SelectionConfig`; without one CLIP's thresholds are used.
+
+    Raises:
+      UserError: the file is damaged.
+    """
+    path = model / "selection.json"
+    if not path.is_file():
+        return SelectionConfig()
+    try:
+        return build(SelectionConfig, json.loads(path.read_text()), str(path))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+
+
+def cache() -> pathlib.Path:
+    """Where things made on the way are kept: $LEON_CACHE, or ~/.cache/leon_jax."""
+    return pathlib.Path(os.environ.get("LEON_CACHE") or "~/.cache/leon_jax").expanduser()
+
+
+def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
+    """The manifest of a prepared folder.
+
+    Raises:
+      UserError: there is none.
+    """
+    try:
+        manifest = json.loads((folder / preparing.MANIFEST).read_text())
+        manifest["sha256"], manifest["selection"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder} is not a prepared folder (it has no {preparing.MANIFEST} that can be read); "
+            "make one with leon prepare"
+        ) from error
+    return manifest
+
+
+def _digests(model: pathlib.Path) -> dict[str, str]:
+    names = {"tokenizer": "tokenizer.safetensors", "encoder": "encoder.safetensors"}
+    names["text"] = "text.json"
+    return {
+        kind: hashlib.sha256((model / name).read_bytes()).hexdigest()
+        for kind, name in names.items()
+    }
+
+
+def _disagreement(index: pathlib.Path, model: pathlib.Path) -> str | None:
+    """The kind of file that index and model disagree about, if any."""
+    recorded = read_manifest(index)["sha256"]
+    return next(
+        (kind for kind, digest in _digests(model).items() if recorded.get(kind) != digest), None
+    )

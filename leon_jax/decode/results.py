@@ -1,0 +1,68 @@
+"""What the answering calls return: a picture or a caption, and where it came from."""
+
+import dataclasses
+import json
+import os
+
+import numpy as np
+import PIL.Image
+
+from leon_jax.data import pictures
+from leon_jax.documents import Document, Text
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """A picture that was drawn.
+
+    Attributes:
+      image: the picture.
+      prompt, seed, guidance: what it was drawn for, and how.
+      retrieved: the documents that were read first, with their licences.
+      model: name and version of what drew it.
+    """
+
+    image: PIL.Image.Image
+    prompt: str
+    seed: int
+    guidance: float
+    retrieved: tuple[Document, ...]
+    model: str
+
+    def metadata(self) -> dict[str, str]:
+        """What a PNG file carries as text; `retrieved` is JSON, one object a document."""
+        return {
+            "prompt": self.prompt,
+            "seed": str(self.seed),
+            "model": self.model,
+            "guidance": f"{self.guidance:g}",
+            "retrieved": json.dumps(
+                [credit(document) for document in self.retrieved], ensure_ascii=False
+            ),
+        }
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes a PNG with `metadata`, whole or not at all."""
+        pictures.write_png(path, np.asarray(self.image), self.metadata())
+
+
+@dataclasses.dataclass(frozen=True)
+class Caption:
+    """A caption that was written, its seed, and the documents that were read first."""
+
+    text: str
+    seed: int
+    retrieved: tuple[Document, ...]
+
+
+def credit(document: Document) -> dict[str, str]:
+    """Caption, key, source, licence and attribution of a document, as far as they are known."""
+    text = " ".join(part.text for part in document.parts if isinstance(part, Text))
+    origin = document.provenance
+    known = {} if origin is None else {
+        "key": origin.key,
+        "source": origin.source,
+        "licence": origin.licence,
+        "attribution": origin.attribution,
+    }  # fmt: skip
+    return {"caption": text} | known

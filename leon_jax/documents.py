@@ -1,0 +1,204 @@
+"""Documents: the one type that sources, training examples, tasks, prompts and answers share.
+
+A document is an ordered tuple of parts (text, pictures, holes) and a note of where it came from. A
+task is a document with a hole in it; a model's answer is the document without the hole.
+Everything here is an immutable value: equal contents compare equal and hash equal.
+"""
+
+import dataclasses
+from typing import Literal, Self, get_args
+
+import numpy as np
+from jaxtyping import Int32, UInt8
+
+Modality = Literal["text", "image"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """A stretch of text.
+
+    Raises:
+      TypeError: `text` is not a string.
+      ValueError: it holds a lone surrogate, which no encoding can write.
+    """
+
+    text: str
+
+    def __post_init__(self):
+        if not isinstance(self.text, str):
+            raise TypeError(f"Text takes a string, not {type(self.text).__name__}")
+        try:
+            self.text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"the text holds a lone surrogate at position {error.start}; it must be valid "
+                "unicode"
+            ) from None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Image:
+    """A picture: its pixels, its codes under an image tokenizer, or both.
+
+    Attributes:
+      pixels: sRGB, uint8[height, width, 3], or None.
+      codes: codebook entries in raster order, int32[rows, cols], 0 or more, or None.
+
+    The arrays are kept as read-only copies, so an Image can be a dictionary key.
+
+    Raises:
+      TypeError: an array has the wrong dtype.
+      ValueError: both are missing, or an array has the wrong shape or a negative code.
+    """
+
+    pixels: UInt8[np.ndarray, "height width 3"] | None = None
+    codes: Int32[np.ndarray, "rows cols"] | None = None
+
+    def __post_init__(self):
+        if self.pixels is None and self.codes is None:
+            raise ValueError("an Image needs pixels, codes or both; it was given neither")
+        if self.pixels is not None:
+            pixels = np.asarray(self.pixels)
+            if pixels.dtype != np.uint8:
+                raise TypeError(f"pixels must be uint8 in 0..255, not {pixels.dtype}")
+            if pixels.ndim != 3 or pixels.shape[-1] != 3 or 0 in pixels.shape:
+                raise ValueError(f"pixels must be [height, width, 3], not {list(pixels.shape)}")
+            object.__setattr__(self, "pixels", _frozen(pixels))
+        if self.codes is not None:
+            codes = np.asarray(self.codes)
+            if not np.issubdtype(codes.dtype, np.integer):
+                raise TypeError(f"codes must be integers, not {codes.dtype}")
+            if codes.ndim != 2 or 0 in codes.shape:
+                raise ValueError(f"codes must be [rows, cols], not {list(codes.shape)}")
+            if codes.min() < 0:
+                raise ValueError(f"codes must be 0 or more; the smallest is {codes.min()}")
+            if codes.max() > np.iinfo(np.int32).max:
+                raise ValueError(f"codes must fit int32; the largest is {codes.max()}")
+            object.__setattr__(self, "codes", _frozen(codes.astype(np.int32)))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Image):
+            return NotImplemented
+        return _same(self.pixels, other.pixels) and _same(self.codes, other.codes)
+
+    def __hash__(self) -> int:
+        return hash(
+            tuple(
+                None if array is None else (array.shape, array.tobytes())
+                for array in (self.pixels, self.codes)
+            )
+        )
+
+    def __repr__(self) -> str:
+        shown = (
+            f"{name}={array.dtype}{list(array.shape)}"
+            for name, array in (("pixels", self.pixels), ("codes", self.codes))
+            if array is not None
+        )
+        return f"Image({', '.join(shown)})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Hole:
+    """A part that is to be filled, with text or with a picture.
+
+    Raises:
+      ValueError: the modality is neither "text" nor "image".
+    """
+
+    modality: Modality
+
+    def __post_init__(self):
+        if self.modality not in get_args(Modality):
+            raise ValueError(
+                f'a Hole is filled with "text" or with "image", not with {self.modality!r}'
+            )
+
+
+Part = Text | Image | Hole
+
+
+@dataclasses.dataclass(frozen=True)
+class Provenance:
+    """Where a document came from and what may be done with it.
+
+    Attributes:
+      key: names the document within its source, for example "twemoji/1F431".
+      source: the collection or package it came from.
+      licence: an SPDX licence identifier, for example "CC-BY-4.0".
+      attribution: the credit line that the licence asks for; may be empty.
+      language: BCP 47 tag of the text.
+
+    Raises:
+      ValueError: key, source, licence or language is empty or not a string.
+    """
+
+    key: str
+    source: str
+    licence: str
+    attribution: str
+    language: str = "en"
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if not isinstance(value, str) or (not value and field.name != "attribution"):
+                raise ValueError(f"provenance.{field.name} is {value!r}; it must be a string")
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """Parts in reading order, and provenance where it is known.
+
+    Raises:
+      TypeError: a part is not a Text, an Image or a Hole, or provenance is not a Provenance.
+      ValueError: there are no parts.
+    """
+
+    parts: tuple[Part, ...]
+    provenance: Provenance | None = None
+
+    def __post_init__(self):
+        if isinstance(self.parts, str | Text | Image | Hole):
+            raise TypeError("Document takes a tuple of parts; write Document((part,)) for one part")
+        object.__setattr__(self, "parts", tuple(self.parts))
+        if not self.parts:
+            raise ValueError("a Document needs at least one part")
+        for index, part in enumerate(self.parts):
+            if not isinstance(part, Text | Image | Hole):
+                raise TypeError(
+                    f"parts[{index}] is {type(part).__name__}; a part is a Text, an Image or a Hole"
+                )
+        if not isinstance(self.provenance, Provenance | None):
+            raise TypeError(
+                f"provenance is {type(self.provenance).__name__}; it must be a Provenance or None"
+            )
+
+    @property
+    def holes(self) -> tuple[int, ...]:
+        """The positions in `parts` of the holes."""
+        return tuple(i for i, part in enumerate(self.parts) if isinstance(part, Hole))
+
+    def replace(self, index: int, part: Part) -> Self:
+        """The same document with `parts[index]` replaced.
+
+        Raises:
+          IndexError: there is no such part.
+        """
+        parts = list(self.parts)
+        parts[index] = part
+        return dataclasses.replace(self, parts=tuple(parts))
+
+
+def _frozen(array: np.ndarray) -> np.ndarray:
+    if array.flags.writeable or not array.flags.c_contiguous:
+        array = np.array(array, order="C")
+        array.flags.writeable = False
+    return array
+
+
+def _same(left: np.ndarray | None, right: np.ndarray | None) -> bool:
+    if left is None or right is None:
+        return left is right
+    return np.array_equal(left, right)

@@ -1,0 +1,151 @@
+"""The demo's page: one HTML file with its pictures inside, readable without a server."""
+
+import base64
+import html
+import io
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import PIL.Image
+
+from leon_jax.documents import Document, Image, Text
+from leon_jax.leon import Generation, credit
+
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem;
+  color: #1c1c1c; background: #fff }
+h2 { margin-top: 2.5rem }
+table { border-collapse: collapse; width: 100% }
+th { text-align: left; font-weight: 600 }
+th, td { border-bottom: 1px solid #ddd; padding: .5rem .75rem; vertical-align: middle }
+img { width: 96px; height: 96px; border: 1px solid #eee; margin: 2px }
+small { color: #555; display: block; line-height: 1.3 }
+.number { text-align: right; font-variant-numeric: tabular-nums }
+figure { display: inline-block; margin: 0 .75rem .5rem 0; width: 12rem; vertical-align: top }
+.good { color: #14692b } .bad { color: #a3231f }
+"""
+
+
+def picture(pixels: np.ndarray | PIL.Image.Image, alt: str) -> str:
+    """An <img> with the picture inside it."""
+    image = pixels if isinstance(pixels, PIL.Image.Image) else PIL.Image.fromarray(pixels)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f'<img alt="{html.escape(alt, quote=True)}" src="data:image/png;base64,{data}">'
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table; cells are HTML."""
+    top = "".join(f"<th>{cell}</th>" for cell in head)
+    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
+    return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def retrieved(documents: Sequence[Document]) -> str:
+    """Pictures of retrieved documents with what must be said of them."""
+    if not documents:
+        return "<small>nothing</small>"
+    figures = []
+    for document in documents:
+        origin = credit(document)
+        pixels = next(part.pixels for part in document.parts if isinstance(part, Image))
+        caption = html.escape(origin["caption"])
+        note = html.escape(f"{origin['key']}, {origin['licence']}: {origin['attribution']}")
+        figures.append(
+            f"<figure>{picture(pixels, origin['caption'])}"
+            f"<figcaption>{caption}<small>{note}</small></figcaption></figure>"
+        )
+    return "".join(figures)
+
+
+def drawings(
+    documents: Sequence[Document],
+    without: Sequence[Generation],
+    with_documents: Sequence[Generation],
+) -> str:
+    """Held-out prompts: the true picture, the model's without and with documents, what it read."""
+    rows = []
+    for document, plain, read in zip(documents, without, with_documents, strict=True):
+        truth = next(part.pixels for part in document.parts if isinstance(part, Image))
+        rows.append([
+            html.escape(plain.prompt),
+            picture(truth, f"held-out picture: {plain.prompt}"),
+            picture(plain.image, f"drawn without documents: {plain.prompt}"),
+            picture(read.image, f"drawn with documents: {plain.prompt}"),
+            retrieved(read.retrieved),
+        ])
+    head = ["Prompt", "Held-out picture", "Drawn, 0 documents", "Drawn, 2 documents", "Retrieved"]
+    return table(head, rows)
+
+
+def captions(documents: Sequence[Document], written: Sequence[tuple[str, str]]) -> str:
+    """Held-out pictures and the captions written for them without and with documents."""
+    rows = []
+    for document, (plain, read) in zip(documents, written, strict=True):
+        truth = next(part.text for part in document.parts if isinstance(part, Text))
+        pixels = next(part.pixels for part in document.parts if isinstance(part, Image))
+        rows.append([picture(pixels, truth), *(html.escape(t) for t in (plain, read, truth))])
+    head = ["Held-out picture", "Caption, 0 documents", "Caption, 2 documents", "Its true caption"]
+    return table(head, rows)
+
+
+def curve(points: Sequence[tuple[int, float]], resumed_at: int, label: str) -> str:
+    """A line chart as SVG: steps to the right, values up, a mark where the run was resumed."""
+    steps, values = np.array(points, float).T
+    width, height, left, bottom = 720, 260, 60, 40
+    low, high = values.min(), values.max()
+    span = (high - low) or 1.0
+
+    def x(step: float) -> float:
+        return left + (step - steps[0]) / max(1.0, steps[-1] - steps[0]) * (width - left - 20)
+
+    def y(value: float) -> float:
+        return 20 + (high - value) / span * (height - bottom - 20)
+
+    line = " ".join(
+        f"{x(step):.1f},{y(value):.1f}" for step, value in zip(steps, values, strict=True)
+    )
+    ticks = "".join(
+        f'<text x="{left - 8}" y="{y(value) + 5:.0f}" text-anchor="end">{value:.3f}</text>'
+        for value in (low, (low + high) / 2, high)
+    )
+    ticks += "".join(
+        f'<text x="{x(step):.0f}" y="{height - 18}" text-anchor="middle">{step:.0f}</text>'
+        for step in (steps[0], steps[-1])
+    )
+    mark = x(resumed_at)
+    return (
+        f'<svg viewBox="0 0 {width} {height}" width="{width}" role="img" '
+        f'aria-label="{html.escape(label, quote=True)}" font-size="13" font-family="sans-serif">'
+        f'<line x1="{mark:.1f}" x2="{mark:.1f}" y1="20" y2="{height - bottom}" stroke="#888" '
+        f'stroke-dasharray="4 4"/><text x="{mark + 6:.0f}" y="32" fill="#555">stopped and resumed'
+        f"</text><polyline points=\"{line}\" fill=\"none\" stroke=\"#1f5fa8\" stroke-width=\"2\"/>"
+        f'{ticks}<text x="{width / 2:.0f}" y="{height - 4}" text-anchor="middle">step</text></svg>'
+    )
+
+
+def numbers(metrics: Mapping[str, Any], goals: Mapping[str, str]) -> str:
+    """The table of metrics with what each is and should reach."""
+    rows = []
+    for name, meaning in goals.items():
+        value = metrics[name]
+        if isinstance(value, dict):
+            shown = ", ".join(f"{key} documents: {item:.4g}" for key, item in value.items())
+        else:
+            shown = f"{value:.4g}"
+        rows.append([f"<code>{name}</code>", f'<span class="number">{shown}</span>', meaning])
+    return table(["Number", "Measured here", "What it is"], rows)
+
+
+def page(title: str, sections: Sequence[tuple[str, str]], metrics: Mapping[str, Any]) -> str:
+    """The whole page; section bodies are HTML."""
+    body = "".join(f"<h2>{html.escape(name)}</h2>{content}" for name, content in sections)
+    raw = html.escape(json.dumps(metrics, indent=1))
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}'
+        f'</title><meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head>'
+        f"<body><h1>{html.escape(title)}</h1>{body}<h2>All numbers</h2><pre>{raw}</pre></body></html>"
+    )

@@ -1,0 +1,309 @@
+"""The CM3Leon decoder: an OPT-shaped transformer over one stream of text and image tokens.
+
+What the paper (Yu et al. 2023, arXiv 2309.02591, section 2.3) fixes: no biases, no dropout, layer
+norms without parameters, learned absolute positions, truncated-normal initialisation (sd 0.006, cut
+at 3 sd; positions sd 0.0002) and zero-initialised residual output projections, so that at step 0
+every block is the identity. Inferred from the code base it was trained with (metaseq): pre-norm
+with a final norm, eps 1e-5, ReLU in an MLP of 4 x embed, tied input and output embeddings, no
+embedding scale. The position table has `max_length` rows: the original's two extra rows (padding
+and an offset) hold nothing that is ever read here.
+
+Layers are stacked (every block weight has a leading `layers` axis) and scanned. Master weights are
+float32; `DecoderConfig.dtype` is what activations and matmul operands are cast to.
+
+Axes: b batch, t length, d embed, h heads, k head_dim, f mlp, v vocab. In an einsum the leading
+`...` is `bt` for whole sequences and `b` for one decoding step.
+"""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from leon_jax.config import UserError
+from leon_jax.ops.attention import attention, cached_attention
+from leon_jax.sharding import RULES, spec
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """The shape of a decoder.
+
+    Attributes:
+      vocab_size: rows of the tied embedding table; `leon_jax.vocabulary.Vocabulary.size`.
+      max_length: longest sequence; rows of the learned position table.
+      layers, embed, heads, mlp: depth, model width, attention heads, hidden width of the MLP.
+      dtype: compute dtype; weights are kept in float32.
+      remat: what the backward pass recomputes inside a layer: nothing ("none"), everything but
+        the products with weights ("dots"), or everything ("full").
+      init_std, position_std: sd of the truncated normals that weights and positions start from.
+      pad_id: the embedding row that starts as zeros.
+    """
+
+    vocab_size: int
+    max_length: int
+    layers: int
+    embed: int
+    heads: int
+    mlp: int
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: Literal["none", "dots", "full"] = "none"
+    init_std: float = 0.006
+    position_std: float = 0.0002
+    pad_id: int = 1
+
+    def __post_init__(self):
+        for name in ("vocab_size", "max_length", "layers", "embed", "heads", "mlp"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.embed % self.heads:
+            raise UserError(f"embed {self.embed} must be a multiple of heads {self.heads}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.embed // self.heads
+
+    def parameter_count(self) -> int:
+        """Number of weights: blocks, the tied table and the positions (norms have none)."""
+        block = 4 * self.embed**2 + 2 * self.embed * self.mlp
+        return self.layers * block + (self.vocab_size + self.max_length) * self.embed
+
+    def flops_per_token(self, length: int) -> int:
+        """Floating-point operations of one training step, a token of a row of `length` tokens.
+
+        Forward and backward (three times the forward pass), matmuls only, the tied table once (as
+        output head), causal attention at half its square, recomputation not counted.
+        """
+        weights = self.layers * (4 * self.embed**2 + 2 * self.embed * self.mlp)
+        weights += self.vocab_size * self.embed
+        return 6 * weights + 6 * self.layers * length * self.embed
+
+
+class Block(nnx.Module):
+    """All layers' weights, stacked; inside the layer scan the same methods see one layer's."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+        layers, embed, mlp = config.layers, config.embed, config.mlp
+        heads, head_dim = config.heads, config.head_dim
+        normal = _truncated_normal(config.init_std)
+        # Zeros make every residual branch vanish at step 0; a small normal would do it only nearly.
+        zeros = nnx.initializers.zeros_init()
+
+        def weight(init, shape, *names):
+            sharding = spec("layers", *names)
+            return nnx.Param(init(rngs.params(), (layers, *shape), jnp.float32, sharding))
+
+        projection = (embed, heads, head_dim)
+        names = ("weight_embed", "heads", "head_dim")
+        self.query = weight(normal, projection, *names)
+        self.key = weight(normal, projection, *names)
+        self.value = weight(normal, projection, *names)
+        self.out = weight(zeros, (heads, head_dim, embed), "heads", "head_dim", "weight_embed")
+        self.fc1 = weight(normal, (embed, mlp), "weight_embed", "mlp")
+        self.fc2 = weight(zeros, (mlp, embed), "mlp", "weight_embed")
+
+    def project(self, x: Float[Array, "*lead embed"]):
+        """(query, key, value) of the normed input, each [*lead, heads, head_dim]."""
+        x = _norm(x)
+        sharding = jax.P(*_lead(x), *spec("heads", "head_dim"))
+        return tuple(
+            jnp.einsum("...d,dhk->...hk", x, weight[...].astype(x.dtype), out_sharding=sharding)
+            for weight in (self.query, self.key, self.value)
+        )
+
+    def finish(
+        self, x: Float[Array, "*lead embed"], attended: Float[Array, "*lead heads head_dim"]
+    ) -> Float[Array, "*lead embed"]:
+        """Adds the attention branch's output, then the MLP branch."""
+        narrow, wide = jax.P(*_lead(x), None), jax.P(*_lead(x), *spec("mlp"))
+        out, fc1, fc2 = (weight[...].astype(x.dtype) for weight in (self.out, self.fc1, self.fc2))
+        x = x + jnp.einsum("...hk,hkd->...d", attended, out, out_sharding=narrow)
+        hidden = jax.nn.relu(jnp.einsum("...d,df->...f", _norm(x), fc1, out_sharding=wide))
+        return x + jnp.einsum("...f,fd->...d", hidden, fc2, out_sharding=narrow)
+
+
+class Decoder(nnx.Module):
+    """The model. Creation also works inside `jax.jit` (sharded from birth) and `jax.eval_shape`."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        table = _truncated_normal(config.init_std)(
+            rngs.params(),
+            (config.vocab_size, config.embed),
+            jnp.float32,
+            spec("vocab", "weight_embed"),
+        )
+        keep = jnp.arange(config.vocab_size)[:, None] != config.pad_id
+        self.table = nnx.Param(table * keep)
+        self.positions = nnx.Param(
+            _truncated_normal(config.position_std)(
+                rngs.params(),
+                (config.max_length, config.embed),
+                jnp.float32,
+                spec(None, "weight_embed"),
+            )
+        )
+        self.blocks = Block(config, rngs=rngs)
+
+    def __call__(
+        self,
+        ids: Int[Array, "batch length"],
+        positions: Int[Array, "batch length"] | None = None,
+        segment_ids: Int[Array, "batch length"] | None = None,
+    ) -> Float[Array, "batch length embed"]:
+        """Hidden states after the final norm; `logits` turns them into scores.
+
+        Args:
+          ids: tokens, 0..vocab_size - 1.
+          positions: rows of the position table; None: 0, 1, 2, ... in every row.
+          segment_ids: packed documents see only themselves; None: one document a row.
+
+        Raises:
+          ValueError: rows longer than `max_length` without explicit positions.
+        """
+
+        def layer(x, block):
+            q, k, v = block.project(x)
+            return block.finish(x, attention(q, k, v, segment_ids=segment_ids)), None
+
+        x = self._embed(ids, positions)
+        x, _ = jax.lax.scan(_remat(layer, self.config.remat), x, self.blocks)
+        return _norm(x)
+
+    def logits(
+        self, hidden: Float[Array, "*lead embed"], start: int = 0, stop: int | None = None
+    ) -> Float[Array, "*lead vocab"]:
+        """Scores of the ids start..stop - 1 (all by default), in float32.
+
+        `start` and `stop` are static, so scores of image ids alone cost only their share.
+        """
+        lead = _lead(hidden)
+        table, vocab = self.table[...].astype(hidden.dtype), RULES["vocab"]
+        if (start, stop) not in ((0, None), (0, self.config.vocab_size)):
+            # A part of a split axis need not be evenly split, so this one is replicated.
+            table, vocab = jax.reshard(table, jax.P(None, None))[start:stop], None
+        return jnp.einsum(
+            "...d,vd->...v",
+            hidden,
+            table,
+            preferred_element_type=jnp.float32,
+            out_sharding=jax.P(*lead, vocab),
+        )
+
+    def prefill(
+        self,
+        ids: Int[Array, "batch length"],
+        positions: Int[Array, "batch length"] | None = None,
+    ) -> tuple[
+        Float[Array, "batch length embed"],
+        Float[Array, "layers batch length heads head_dim"],
+        Float[Array, "layers batch length heads head_dim"],
+    ]:
+        """(hidden states after the final norm, keys, values) of prompts.
+
+        Prompts are padded on the right: attention is causal, so what comes after the last real
+        token cannot change it, and `decode_step` is told by `valid` which slots hold real tokens.
+        """
+
+        def layer(x, block):
+            q, k, v = block.project(x)
+            # A cache is never split over its length, so that one slot can be written cheaply.
+            cache = spec("batch", None, "heads", "head_dim")
+            saved = jax.reshard(k, cache), jax.reshard(v, cache)
+            return block.finish(x, attention(q, k, v)), saved
+
+        x, (keys, values) = jax.lax.scan(layer, self._embed(ids, positions), self.blocks)
+        return _norm(x), keys, values
+
+    def decode_step(
+        self,
+        ids: Int[Array, "batch"],
+        positions: Int[Array, "batch"],
+        keys: Float[Array, "layers batch length heads head_dim"],
+        values: Float[Array, "layers batch length heads head_dim"],
+        valid: Bool[Array, "batch length"],
+    ) -> tuple[
+        Float[Array, "batch embed"],
+        Float[Array, "layers batch heads head_dim"],
+        Float[Array, "layers batch heads head_dim"],
+    ]:
+        """(hidden state, new keys, new values) of one more token a row.
+
+        The cache is only read: the caller writes the new keys and values of all layers at once.
+
+        Args:
+          ids: the new token of each row.
+          positions: its row of the position table.
+          keys, values: the cache.
+          valid: which cache slots hold tokens before this one.
+        """
+
+        def layer(x, inputs):
+            block, past_keys, past_values = inputs
+            q, k, v = block.project(x)
+            attended = cached_attention(q, k, v, past_keys, past_values, valid)
+            return block.finish(x, attended), (k, v)
+
+        x = self._embed(ids[:, None], positions[:, None], spec("batch", None))[:, 0]
+        x, (new_keys, new_values) = jax.lax.scan(layer, x, (self.blocks, keys, values))
+        return _norm(x), new_keys, new_values
+
+    def _embed(self, ids, positions, sharding: jax.P | None = None):
+        """Token plus position embeddings, [batch, length, embed] in the compute dtype."""
+        sharding = spec("batch", "length") if sharding is None else sharding
+        length, longest = ids.shape[1], self.config.max_length
+        if positions is None:
+            if length > longest:
+                raise ValueError(f"{length} tokens in a row, but max_length is {longest}")
+            positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), ids.shape)
+        x = _lookup(self.table[...], ids, sharding)
+        x = x + _lookup(self.positions[...], positions, sharding)
+        return x.astype(self.config.dtype)
+
+
+def _lookup(table, ids, sharding: jax.P):
+    """Rows of a table whose columns are split over the axes that also split the batch.
+
+    Gathering the table first would hold all of it on every device. Instead every device looks up
+    its columns for all the rows of its column group, and the rows are then exchanged: activations
+    move, not the table, and the table's gradient is born split like the table.
+    """
+    columns = RULES["weight_embed"]
+    rest = tuple(axis for axis in _axes(sharding[0]) if axis not in _axes(columns))
+    ids = jax.reshard(ids, jax.P(rest or None, sharding[1]))
+    found = table.at[ids].get(out_sharding=jax.P(rest or None, sharding[1], columns))
+    return jax.reshard(found, jax.P(sharding[0], sharding[1], None))
+
+
+def _axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def _lead(x) -> tuple:
+    """How all axes of `x` but the last are split."""
+    return tuple(jax.typeof(x).sharding.spec)[: x.ndim - 1]
+
+
+def _norm(x):
+    """Layer norm without parameters, computed in float32."""
+    wide = x.astype(jnp.float32)
+    wide = wide - wide.mean(axis=-1, keepdims=True)
+    variance = jnp.square(wide).mean(axis=-1, keepdims=True)
+    return (wide * jax.lax.rsqrt(variance + 1e-5)).astype(x.dtype)
+
+
+def _remat(layer, policy: str):
+    if policy == "none":
+        return layer
+    # Inside a scan nothing can be merged across iterations anyway, so the barrier is only cost.
+    saved = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if policy == "dots" else None
+    return jax.checkpoint(layer, policy=saved, prevent_cse=False)
+
+
+def _truncated_normal(std: float):
+    # `stddev` is the sd before cutting, as in torch's `trunc_normal_`, which the original used; at
+    # 3 sd the cut changes the sd by 1.3 %.
+    return nnx.initializers.truncated_normal(std, lower=-3.0, upper=3.0)

@@ -1,0 +1,297 @@
+"""The VQ-GAN image tokenizer: pixels to a grid of discrete codes and back.
+
+The network is that of taming-transformers (Esser et al. 2021, arXiv 2012.09841), which
+Make-A-Scene (Gafni et al. 2022) and CM3Leon use: residual blocks with group normalisation and
+swish, strided-convolution downsampling, self-attention at the coarsest levels. All images are
+NHWC, float32, in [-1, 1].
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+
+@dataclasses.dataclass(frozen=True)
+class VQGANConfig:
+    """Shape of the tokenizer.
+
+    Attributes:
+      resolution: height and width of a picture, in pixels.
+      channels: width of the first level.
+      multipliers: width of each level over `channels`; each level after the first halves the
+        picture, so the downsampling factor is 2 ** (len(multipliers) - 1).
+      blocks: residual blocks a level in the encoder; the decoder has one more.
+      attention_sizes: picture sides (in positions) at which attention follows a residual block.
+      groups: of group normalisation.
+      latent: channels of the encoder's output.
+      code_dim: size of a codebook vector.
+      codes: entries of the codebook.
+    """
+
+    resolution: int = 256
+    channels: int = 128
+    multipliers: tuple[int, ...] = (1, 1, 2, 4)
+    blocks: int = 2
+    attention_sizes: tuple[int, ...] = (32,)
+    groups: int = 32
+    latent: int = 256
+    code_dim: int = 256
+    codes: int = 8192
+
+    def __post_init__(self) -> None:
+        if self.resolution % self.factor:
+            raise ValueError(f"resolution {self.resolution} is not a multiple of {self.factor}")
+        widths = {self.channels * multiplier for multiplier in self.multipliers}
+        if any(width % self.groups for width in widths):
+            raise ValueError(f"groups ({self.groups}) must divide every level's width {widths}")
+
+    @property
+    def factor(self) -> int:
+        """Pixels a side that one code stands for."""
+        return 2 ** (len(self.multipliers) - 1)
+
+    @property
+    def grid(self) -> int:
+        """Codes a side of a picture."""
+        return self.resolution // self.factor
+
+
+def _replicated(*names: None) -> jax.P:
+    return jax.P(*names)
+
+
+class Conv(nnx.Module):
+    """A convolution on NHWC with its bias; weights are whole on every device."""
+
+    def __init__(
+        self, inputs: int, outputs: int, size: int, *, stride: int = 1, pad=None, rngs: nnx.Rngs
+    ) -> None:
+        self.stride = stride
+        self.pad = ((size // 2, size // 2),) * 2 if pad is None else pad
+        bound = 1 / math.sqrt(inputs * size * size)
+        shape = (size, size, inputs, outputs)
+        self.kernel = nnx.Param(
+            jax.random.uniform(rngs.params(), shape, jnp.float32, -bound, bound)
+        )
+        self.bias = nnx.Param(jnp.zeros((outputs,), jnp.float32))
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
+        return conv(x, self.kernel[...], self.bias[...], self.stride, self.pad)
+
+
+def conv(x, kernel, bias, stride=1, pad=((1, 1), (1, 1))):
+    """A two-dimensional convolution, NHWC by HWIO, plus a bias."""
+    y = jax.lax.conv_general_dilated(
+        x, kernel, (stride, stride), pad, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    return y + bias
+
+
+class GroupNorm(nnx.Module):
+    """Group normalisation (eps 1e-6, as taming) with a learned scale and shift."""
+
+    def __init__(self, channels: int, groups: int) -> None:
+        self.groups = groups
+        self.scale = nnx.Param(jnp.ones((channels,), jnp.float32))
+        self.shift = nnx.Param(jnp.zeros((channels,), jnp.float32))
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        # Moments a channel first, then over a group's channels: the large array is never reshaped.
+        mean = self._by_group(x.mean((1, 2)))
+        centred = x - mean[:, None, None]
+        variance = self._by_group(jnp.square(centred).mean((1, 2)))
+        factor = jax.lax.rsqrt(variance + 1e-6) * self.scale[...]
+        return centred * factor[:, None, None] + self.shift[...]
+
+    def _by_group(self, x: Float[Array, "b c"]) -> Float[Array, "b c"]:
+        means = x.reshape(x.shape[0], self.groups, -1).mean(-1)
+        return jnp.repeat(means, x.shape[1] // self.groups, axis=1)
+
+
+class ResidualBlock(nnx.Module):
+    """Norm, swish, 3x3 convolution, twice, added to the input."""
+
+    def __init__(self, inputs: int, outputs: int, groups: int, *, rngs: nnx.Rngs) -> None:
+        self.norm1 = GroupNorm(inputs, groups)
+        self.conv1 = Conv(inputs, outputs, 3, rngs=rngs)
+        self.norm2 = GroupNorm(outputs, groups)
+        self.conv2 = Conv(outputs, outputs, 3, rngs=rngs)
+        self.skip = Conv(inputs, outputs, 1, rngs=rngs) if inputs != outputs else None
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
+        hidden = self.conv1(jax.nn.silu(self.norm1(x)))
+        hidden = self.conv2(jax.nn.silu(self.norm2(hidden)))
+        return hidden + (x if self.skip is None else self.skip(x))
+
+
+class Attention(nnx.Module):
+    """Single-head self-attention over all positions, added to the input."""
+
+    def __init__(self, channels: int, groups: int, *, rngs: nnx.Rngs) -> None:
+        self.norm = GroupNorm(channels, groups)
+        self.qkv = Conv(channels, 3 * channels, 1, rngs=rngs)
+        self.out = Conv(channels, channels, 1, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        q, k, v = jnp.split(self.qkv(self.norm(x)), 3, axis=-1)
+        scores = jnp.einsum("bhwc,bijc->bhwij", q, k) / math.sqrt(x.shape[-1])
+        # Softmax over both position axes at once, without merging them.
+        scores = scores - jax.lax.stop_gradient(scores.max((3, 4), keepdims=True))
+        weights = jnp.exp(scores)
+        weights = weights / weights.sum((3, 4), keepdims=True)
+        return x + self.out(jnp.einsum("bhwij,bijc->bhwc", weights, v))
+
+
+class Encoder(nnx.Module):
+    """Pixels to latents: float32[b, R, R, 3] -> float32[b, R/f, R/f, latent]."""
+
+    def __init__(self, config: VQGANConfig, *, rngs: nnx.Rngs) -> None:
+        groups = config.groups
+        width = config.channels
+        layers: list[nnx.Module] = [Conv(3, width, 3, rngs=rngs)]
+        size = config.resolution
+        for level, multiplier in enumerate(config.multipliers):
+            if level:
+                # One row and column on the far side only, as taming pads.
+                layers.append(
+                    Conv(width, width, 3, stride=2, pad=((0, 1), (0, 1)), rngs=rngs)
+                )
+                size //= 2
+            for _ in range(config.blocks):
+                layers.append(
+                    ResidualBlock(width, config.channels * multiplier, groups, rngs=rngs)
+                )
+                width = config.channels * multiplier
+                if size in config.attention_sizes:
+                    layers.append(Attention(width, groups, rngs=rngs))
+        layers += [
+            ResidualBlock(width, width, groups, rngs=rngs),
+            Attention(width, groups, rngs=rngs),
+            ResidualBlock(width, width, groups, rngs=rngs),
+        ]
+        self.layers = nnx.List(layers)
+        self.norm = GroupNorm(width, groups)
+        self.out = Conv(width, config.latent, 3, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b h w 3"]) -> Float[Array, "b i j c"]:
+        for layer in self.layers:
+            x = layer(x)
+        return self.out(jax.nn.silu(self.norm(x)))
+
+
+class Decoder(nnx.Module):
+    """Latents to the features that the last convolution turns into pixels."""
+
+    def __init__(self, config: VQGANConfig, *, rngs: nnx.Rngs) -> None:
+        groups = config.groups
+        width = config.channels * config.multipliers[-1]
+        layers: list[nnx.Module] = [
+            Conv(config.latent, width, 3, rngs=rngs),
+            ResidualBlock(width, width, groups, rngs=rngs),
+            Attention(width, groups, rngs=rngs),
+            ResidualBlock(width, width, groups, rngs=rngs),
+        ]
+        size = config.grid
+        for level, multiplier in enumerate(reversed(config.multipliers)):
+            if level:
+                layers.append(Upsample(width, rngs=rngs))
+                size *= 2
+            for _ in range(config.blocks + 1):
+                layers.append(
+                    ResidualBlock(width, config.channels * multiplier, groups, rngs=rngs)
+                )
+                width = config.channels * multiplier
+                if size in config.attention_sizes:
+                    layers.append(Attention(width, groups, rngs=rngs))
+        self.layers = nnx.List(layers)
+        self.norm = GroupNorm(width, groups)
+        self.out = Conv(width, 3, 3, rngs=rngs)
+
+    def features(self, latents: Float[Array, "b i j c"]) -> Float[Array, "b h w c"]:
+        """What the last convolution reads; the adaptive GAN weight is measured there."""
+        x = latents
+        for layer in self.layers:
+            x = layer(x)
+        return jax.nn.silu(self.norm(x))
+
+    def __call__(self, latents: Float[Array, "b i j c"]) -> Float[Array, "b h w 3"]:
+        return self.out(self.features(latents))
+
+
+class Upsample(nnx.Module):
+    """Nearest-neighbour doubling, then a 3x3 convolution."""
+
+    def __init__(self, channels: int, *, rngs: nnx.Rngs) -> None:
+        self.conv = Conv(channels, channels, 3, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b 2h 2w c"]:
+        return self.conv(jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2))
+
+
+class VQGAN(nnx.Module):
+    """Encoder, codebook and decoder."""
+
+    def __init__(self, config: VQGANConfig, *, rngs: nnx.Rngs) -> None:
+        self.config = config
+        self.encoder = Encoder(config, rngs=rngs)
+        self.to_code = Conv(config.latent, config.code_dim, 1, rngs=rngs)
+        self.codebook = nnx.Param(
+            jax.random.uniform(
+                rngs.params(),
+                (config.codes, config.code_dim),
+                jnp.float32,
+                -1 / config.codes,
+                1 / config.codes,
+            )
+        )
+        self.from_code = Conv(config.code_dim, config.latent, 1, rngs=rngs)
+        self.decoder = Decoder(config, rngs=rngs)
+
+    def latents(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b i j d"]:
+        """Continuous latents, before the nearest code is taken."""
+        return self.to_code(self.encoder(images))
+
+    def encode(self, images: Float[Array, "b h w 3"]) -> Int[Array, "b i j"]:
+        """The codes of pictures in [-1, 1]."""
+        return nearest_code(self.latents(images), self.codebook[...])
+
+    def decode(self, codes: Int[Array, "b i j"]) -> Float[Array, "b h w 3"]:
+        """Pictures from codes; values may leave [-1, 1] slightly."""
+        return self.decoder(self.from_code(self.codebook[...].at[codes].get(out_sharding=_like(codes))))
+
+
+def nearest_code(
+    latents: Float[Array, "b i j d"], codebook: Float[Array, "k d"]
+) -> Int[Array, "b i j"]:
+    """The index of the codebook row nearest in Euclidean distance to each latent."""
+    # |z - e|^2 = |z|^2 - 2 z.e + |e|^2, and |z|^2 does not change which e is nearest.
+    scores = 2 * jnp.einsum("bijd,kd->bijk", latents, codebook) - jnp.square(codebook).sum(-1)
+    return jnp.argmax(scores, axis=-1).astype(jnp.int32)
+
+
+def quantize(
+    latents: Float[Array, "b i j d"], codebook: Float[Array, "k d"], commitment: float
+) -> tuple[Float[Array, "b i j d"], Float[Array, ""], Int[Array, "b i j"]]:
+    """Nearest codes with a straight-through gradient (van den Oord et al. 2017, 1711.00937, eq. 3).
+
+    Returns:
+      the chosen codebook vectors, whose gradient goes to `latents` unchanged;
+      the loss `|sg(z) - e|^2 + commitment * |z - sg(e)|^2`, mean over elements, in the paper's
+      form (taming's default multiplies the other term by mistake);
+      the codes.
+    """
+    stop = jax.lax.stop_gradient
+    codes = nearest_code(stop(latents), stop(codebook))
+    vectors = codebook.at[codes].get(out_sharding=_like(codes))
+    loss = jnp.square(stop(latents) - vectors).mean()
+    loss += commitment * jnp.square(latents - stop(vectors)).mean()
+    return latents + stop(vectors - latents), loss, codes
+
+
+def _like(codes: Int[Array, "b i j"]) -> jax.P:
+    """The layout of `[b, i, j, d]` arrays that belong to these codes."""
+    return jax.P(*jax.typeof(codes).sharding.spec, None)

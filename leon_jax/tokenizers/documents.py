@@ -1,0 +1,305 @@
+"""Documents to token ids and back: the one place that knows the layout of a sequence.
+
+    document             </s> part <break> part ... </s>
+    with retrieval       </s> retrieved parts <break> ... <break> query parts </s>
+    hole at the end      </s> part <break> ... <break>                 -> the part, then </s>
+    holes before it      </s> part <break> <sentinel:0> <break> part </s> <sentinel:0>
+                                                -> the part, <eoss>, then <sentinel:1> ...
+
+The layouts are those of CM3Leon (Yu et al. 2023, figures 8 and 9, and the code it was trained
+with); a hole before the end is what CM3 masking makes of a whole part. Text never becomes a control
+token: it is spelled with ids of the text range only.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Int, Int32
+
+from leon_jax.config import UserError
+from leon_jax.documents import Document, Hole, Image, Modality, Part, Text
+from leon_jax.tokenizers.text import TextTokenizer
+from leon_jax.vocabulary import Vocabulary
+
+Ids = Int32[np.ndarray, "length"]
+
+
+class DocumentTokenizer:
+    """Encodes documents, writes prompts for their holes, and reads what a model answered.
+
+    For every document with holes, and `parts` that fit them:
+
+        training example   concatenate([prompt(document), answer(document, parts)])
+        reading it back    fill(document, answer(document, parts)).parts has the holes filled
+
+    Args:
+      vocabulary: the joint id layout.
+      text: its tokens must fit the vocabulary's text range.
+      image_shape: (rows, cols) of the codes of every picture.
+
+    Raises:
+      UserError: the text tokenizer is larger than the text range, or the shape is not positive.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, text: TextTokenizer, image_shape: tuple[int, int]):
+        if text.size > vocabulary.text_tokens:
+            raise UserError(
+                f"the text tokenizer has {text.size} tokens, but the vocabulary has room for "
+                f"{vocabulary.text_tokens} (text_tokens)"
+            )
+        rows, cols = image_shape
+        if rows < 1 or cols < 1:
+            raise UserError(f"image_shape is {image_shape}; it must be (rows, cols), both positive")
+        self.vocabulary = vocabulary
+        self.text = text
+        self.image_shape = (int(rows), int(cols))
+
+    @property
+    def image_tokens(self) -> int:
+        """How many ids one picture takes."""
+        return self.image_shape[0] * self.image_shape[1]
+
+    def encode(self, document: Document | Sequence[Document]) -> Ids:
+        """The source form of a document, or of retrieved documents followed by the query.
+
+        A hole before the end becomes a sentinel (counted from 0, in order). A hole at the end
+        leaves the sequence open: it stops where the part would start. Otherwise the sequence ends
+        with `</s>`.
+
+        Raises:
+          UserError: a retrieved document has a hole, there are more holes than sentinels, or a
+            picture has no codes or codes that do not fit.
+        """
+        retrieved, query = _split(document)
+        for index, neighbour in enumerate(retrieved):
+            if neighbour.holes:
+                raise UserError(f"retrieved document {index} has a hole; only the query may")
+        parts = [part for neighbour in retrieved for part in neighbour.parts] + list(query.parts)
+        ids, holes = [self.vocabulary.eos], 0
+        for index, part in enumerate(parts):
+            if index:
+                ids.append(self.vocabulary.break_id)
+            if isinstance(part, Hole):
+                if index == len(parts) - 1:
+                    return np.array(ids, np.int32)
+                ids.append(self._sentinel(holes))
+                holes += 1
+            else:
+                ids.extend(self._encode_part(part))
+        return np.array([*ids, self.vocabulary.eos], np.int32)
+
+    def prompt(self, document: Document | Sequence[Document]) -> Ids:
+        """The ids after which a model writes the content of the first hole to be filled.
+
+        That is the hole at the end if there is one (holes before it stay sentinels: `</s>
+        <sentinel:0> <break>` is the prompt of unconditional pictures), else the first one.
+
+        Raises:
+          UserError: the document has no hole, or `encode` cannot encode it.
+        """
+        _, query = _split(document)
+        if not query.holes:
+            raise UserError("the document has no hole to fill; put a Hole where the answer goes")
+        ids = self.encode(document)
+        if _open(query):
+            return ids
+        return np.append(ids, np.int32(self._sentinel(0)))
+
+    def answer(self, document: Document | Sequence[Document], parts: Sequence[Part]) -> Ids:
+        """What a perfect model writes after `prompt(document)`: the target of a training example.
+
+        Args:
+          document: with holes.
+          parts: the content of every hole, in order; only that of the last hole if the document
+            ends with one (the others stay masked).
+
+        Raises:
+          UserError: `parts` do not fit the holes in number or modality.
+        """
+        _, query = _split(document)
+        wanted = query.holes[-1:] if _open(query) else query.holes
+        if len(parts) != len(wanted):
+            raise UserError(f"{len(parts)} parts were given for {len(wanted)} holes")
+        ids: list[int] = []
+        for index, (position, part) in enumerate(zip(wanted, parts, strict=True)):
+            modality = _modality(query, position)
+            if not isinstance(part, Image if modality == "image" else Text):
+                raise UserError(
+                    f"part {index} is {type(part).__name__}; hole {index} takes {modality}"
+                )
+            if _open(query):
+                return np.array([*self._encode_part(part), self.vocabulary.eos], np.int32)
+            # The first sentinel belongs to the prompt.
+            ids += [self._sentinel(index)] if index else []
+            ids += [*self._encode_part(part), self.vocabulary.eoss]
+        return np.array(ids, np.int32)
+
+    def fill(
+        self, document: Document | Sequence[Document], answer: Int[np.ndarray, "written"]
+    ) -> Document:
+        """The document with its holes replaced by what a model wrote after `prompt(document)`.
+
+        A hole at the end takes everything up to `</s>`, `<break>` or the end of the answer. Holes
+        before the end are read as `content <eoss> <sentinel:1> content <eoss> ...`; the last
+        `<eoss>` may be missing, and holes that were not reached stay holes. Padding is ignored.
+
+        Args:
+          document: the document that `prompt` was given; of a list, the last is filled.
+          answer: the written ids, without the prompt.
+
+        Raises:
+          UserError: the answer is not well formed.
+        """
+        _, query = _split(document)
+        vocabulary = self.vocabulary
+        ids = self._unpadded(answer)
+        if not query.holes:
+            raise UserError("the document has no hole to fill")
+        if _open(query):
+            position = query.holes[-1]
+            stops = np.flatnonzero(np.isin(ids, [vocabulary.eos, vocabulary.break_id]))
+            content = ids[: stops[0]] if len(stops) else ids
+            return query.replace(position, self._decode_part(content, _modality(query, position)))
+        ids = np.append(np.int32(self._sentinel(0)), ids)
+        infills = self._infills(ids, complete=False)
+        if len(infills) > len(query.holes):
+            raise UserError(f"{len(infills)} infills were written for {len(query.holes)} holes")
+        for position, content in zip(query.holes, infills, strict=False):
+            part = self._decode_part(content, _modality(query, position))
+            query = query.replace(position, part)
+        return query
+
+    def decode(self, ids: Int[np.ndarray, "length"]) -> Document:
+        """The document of a finished sequence.
+
+        Accepts what `encode` makes of documents without holes (borders between retrieved documents
+        are not in the ids: all parts come back in one document), the same after CM3 masking of any
+        spans, and a prompt followed by its answer. Padding at the end is ignored. Pictures come
+        back as codes.
+
+        Raises:
+          UserError: the ids are not such a sequence; the message says which id is wrong.
+        """
+        vocabulary = self.vocabulary
+        ids = self._unpadded(ids)
+        if len(ids) == 0 or ids[0] != vocabulary.eos:
+            found = vocabulary.name(ids[0]) if len(ids) else "nothing"
+            raise UserError(f"a document starts with </s>, not with {found}")
+        ends = np.flatnonzero(ids[1:] == vocabulary.eos)
+        if len(ends) != 1:
+            wrong = "has no </s> at its end" if len(ends) == 0 else "holds more than one document"
+            raise UserError(f"the sequence {wrong}; a document ends with one </s>")
+        source, tail = ids[1 : ends[0] + 1], ids[ends[0] + 2 :]
+        pieces, start = [], 0
+        holes = np.flatnonzero(vocabulary.is_sentinel(source))
+        infills = self._infills(tail, complete=True)
+        if len(holes) != len(infills):
+            raise UserError(f"{len(infills)} infills are written for {len(holes)} sentinels")
+        for index, (hole, infill) in enumerate(zip(holes.tolist(), infills, strict=True)):
+            self._expect_sentinel(source[hole], index)
+            pieces += [source[start:hole], infill]
+            start = hole + 1
+        source = np.concatenate([*pieces, source[start:]])
+        breaks = np.flatnonzero(source == vocabulary.break_id)
+        segments = np.split(source, breaks)
+        return Document(
+            tuple(
+                self._decode_part(segment[1:] if index else segment)
+                for index, segment in enumerate(segments)
+            )
+        )
+
+    def _encode_part(self, part: Part) -> list[int]:
+        if isinstance(part, Text):
+            start = self.vocabulary.text_start
+            return [start + token for token in self.text.encode(part.text)]
+        if not isinstance(part, Image):
+            raise UserError(f"a {type(part).__name__} has no ids of its own")
+        if part.codes is None:
+            raise UserError(
+                "the picture has no codes yet; encode it with the image tokenizer first"
+            )
+        if part.codes.shape != self.image_shape:
+            raise UserError(
+                f"the picture has {list(part.codes.shape)} codes; this tokenizer takes "
+                f"{list(self.image_shape)}"
+            )
+        if part.codes.max() >= self.vocabulary.image_codes:
+            raise UserError(
+                f"the picture has code {part.codes.max()}; the vocabulary has "
+                f"{self.vocabulary.image_codes} image codes"
+            )
+        return (self.vocabulary.image_start + part.codes.ravel()).tolist()
+
+    def _decode_part(self, ids: Ids, modality: str | None = None) -> Part:
+        """One part; `modality` is what it must be (None: whatever the ids are)."""
+        vocabulary = self.vocabulary
+        image = vocabulary.is_image(ids)
+        if modality is None:
+            modality = "image" if image.any() else "text"
+        right = image if modality == "image" else vocabulary.is_text(ids)
+        if not right.all():
+            wrong = vocabulary.name(ids[np.flatnonzero(~right)[0]])
+            raise UserError(f"{wrong} stands inside a part that is {modality}")
+        if modality == "text":
+            return Text(self.text.decode((ids - vocabulary.text_start).tolist()))
+        if len(ids) != self.image_tokens:
+            raise UserError(f"a picture has {self.image_tokens} ids, not {len(ids)}")
+        return Image(codes=(ids - vocabulary.image_start).reshape(self.image_shape))
+
+    def _infills(self, ids: Ids, *, complete: bool) -> list[Ids]:
+        """Splits `<sentinel:0> content <eoss> <sentinel:1> content <eoss> ...` into contents."""
+        contents: list[Ids] = []
+        start = 0
+        for stop in [*np.flatnonzero(ids == self.vocabulary.eoss).tolist(), len(ids)]:
+            if start == len(ids):
+                break
+            if stop == len(ids) and complete:
+                raise UserError("the last infill has no <eoss> at its end")
+            if start == stop:
+                raise UserError("an <eoss> stands where a sentinel was expected")
+            self._expect_sentinel(ids[start], len(contents))
+            contents.append(ids[start + 1 : stop])
+            start = stop + 1
+        return contents
+
+    def _expect_sentinel(self, token: int, index: int) -> None:
+        if token != self._sentinel(index):
+            name = self.vocabulary.name(token)
+            raise UserError(f"{name} stands where <sentinel:{index}> was expected")
+
+    def _sentinel(self, index: int) -> int:
+        if index >= self.vocabulary.sentinels:
+            raise UserError(
+                f"the document has more than {self.vocabulary.sentinels} holes, one for each "
+                "sentinel of the vocabulary"
+            )
+        return self.vocabulary.sentinel(index)
+
+    def _unpadded(self, ids: Int[np.ndarray, "length"]) -> Ids:
+        ids = np.asarray(ids)
+        if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
+            raise UserError(f"ids must be one row of integers, not {ids.dtype}{list(ids.shape)}")
+        ids = ids.astype(np.int32)
+        content = np.flatnonzero(ids != self.vocabulary.pad)
+        return ids[: content[-1] + 1] if len(content) else ids[:0]
+
+
+def _split(document: Document | Sequence[Document]) -> tuple[list[Document], Document]:
+    """(retrieved documents, query)."""
+    documents = [document] if isinstance(document, Document) else list(document)
+    if not documents:
+        raise UserError("there is no document to encode: the list is empty")
+    return documents[:-1], documents[-1]
+
+
+def _modality(document: Document, position: int) -> Modality:
+    """What the hole at this position takes."""
+    hole = document.parts[position]
+    assert isinstance(hole, Hole)
+    return hole.modality
+
+
+def _open(document: Document) -> bool:
+    """Whether the document ends with a hole, to be continued causally."""
+    return isinstance(document.parts[-1], Hole)

@@ -1,0 +1,126 @@
+"""Byte-level BPE: any string to ids 0..n-1 and back, exactly.
+
+There are no special tokens inside: text that looks like a control token ("<break>", "</s>") is
+spelled with ordinary ids. The joint vocabulary adds its own offset to these ids.
+"""
+
+import os
+import pathlib
+import tempfile
+from collections.abc import Iterable, Sequence
+from typing import Self
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from leon_jax.config import UserError
+
+SMALLEST = 256  # one token a byte
+LARGEST = 56_320  # CM3Leon's text vocabulary
+
+
+class TextTokenizer:
+    """Strings to local ids and back.
+
+    Make one with `TextTokenizer.train` or `TextTokenizer.load`. It can be pickled.
+    """
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer):
+        self._tokenizer = tokenizer
+        self._size = tokenizer.get_vocab_size()
+
+    @classmethod
+    def train(cls, texts: Iterable[str], size: int) -> Self:
+        """Learns the merges from `texts`; the same texts always give the same tokenizer.
+
+        Args:
+          texts: what to learn from, in any order.
+          size: wanted number of tokens, 256 to 56,320. It is smaller in the end when the texts
+            hold too little to merge; read `.size`.
+
+        Raises:
+          UserError: `size` is out of range.
+        """
+        if not SMALLEST <= size <= LARGEST:
+            raise UserError(f"size is {size}; a text vocabulary has {SMALLEST} to {LARGEST} tokens")
+        tokenizer = tokenizers.Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=size,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            special_tokens=[],
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(texts, trainer)
+        return cls(tokenizer)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Self:
+        """Reads what `save` wrote.
+
+        Raises:
+          UserError: the file is missing, or is not a byte-level BPE without special tokens.
+        """
+        try:
+            content = pathlib.Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "it is not text"
+            raise UserError(f"cannot read the text tokenizer {path}: {reason}") from error
+        try:
+            tokenizer = tokenizers.Tokenizer.from_str(content)
+        except Exception as error:  # the package raises bare Exceptions
+            raise UserError(f"{path} is not a tokenizer file: {error}") from error
+        alphabet = set(pre_tokenizers.ByteLevel.alphabet())
+        if (
+            not isinstance(tokenizer.model, models.BPE)
+            or not isinstance(tokenizer.pre_tokenizer, pre_tokenizers.ByteLevel)
+            or tokenizer.get_added_tokens_decoder()
+            or not alphabet <= set(tokenizer.get_vocab())
+        ):
+            raise UserError(f"{path} is not a byte-level BPE tokenizer without special tokens")
+        return cls(tokenizer)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the tokenizer as one JSON file (the format of the package `tokenizers`).
+
+        Raises:
+          UserError: the folder does not exist or cannot be written.
+        """
+        path = pathlib.Path(path)
+        try:
+            handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(self._tokenizer.to_str(pretty=True))
+            os.chmod(temporary, 0o644)  # mkstemp makes a file that only its owner can read
+            os.replace(temporary, path)
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+    @property
+    def size(self) -> int:
+        """How many tokens there are."""
+        return self._size
+
+    def encode(self, text: str) -> list[int]:
+        """The text as ids in 0..size-1; the empty text has none.
+
+        Raises:
+          UserError: the text holds a lone surrogate, which is not valid unicode.
+        """
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
+        except (UnicodeEncodeError, TypeError) as error:
+            raise UserError(f"the text is not valid unicode: {text[:40]!r}") from error
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of the ids; bytes that are not UTF-8 become U+FFFD.
+
+        Raises:
+          UserError: an id is not in 0..size-1.
+        """
+        ids = [int(token) for token in ids]
+        for token in ids:
+            if not 0 <= token < self.size:
+                raise UserError(f"text id {token} is not in 0..{self.size - 1}")
+        return self._tokenizer.decode(ids, skip_special_tokens=False)

@@ -1,0 +1,67 @@
+"""What a training run carries from step to step, and what a kind of model tells the loop."""
+
+import dataclasses
+import pathlib
+from typing import Any, Protocol
+
+import grain
+import jax
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class TrainState:
+    """Everything an exact resume needs, as one pytree.
+
+    Attributes:
+      step: int32[], updates done so far.
+      model: the module (tree mode: a pytree of its parameters).
+      opt_state: the optimizer's state.
+      key: the run's random key; a step uses `jax.random.fold_in(key, step)` and never changes it.
+    """
+
+    step: Int[Array, ""]
+    model: nnx.Module
+    opt_state: Any
+    key: jax.Array
+
+    def step_key(self) -> jax.Array:
+        """The random key of the coming step."""
+        return jax.random.fold_in(self.key, self.step)
+
+
+class Program(Protocol):
+    """One kind of model (tokenizer, encoder, decoder) as the training loop sees it.
+
+    Attributes:
+      kind: the name used in configs and model files.
+      config: the frozen dataclass the program was built from.
+    """
+
+    kind: str
+    config: Any
+
+    def init(self, key: jax.Array) -> TrainState:
+        """The state before the first step; pure, the loop jits it."""
+        ...
+
+    def step(
+        self, state: TrainState, batch: dict[str, Array]
+    ) -> tuple[TrainState, dict[str, Array]]:
+        """One update and its scalar metrics; pure, the loop jits it and donates `state`."""
+        ...
+
+    def batches(self) -> grain.IterDataset:
+        """Endless host batches `{name: array[batch, ...]}` whose iterator can be checkpointed."""
+        ...
+
+    def samples(self, state: TrainState) -> dict[str, np.ndarray]:
+        """Pictures (uint8[h, w, 3]) that show how far training is; may be empty."""
+        ...
+
+    def export(self, state: TrainState, directory: pathlib.Path) -> None:
+        """Writes the model as safetensors, with all that a user of it needs, into `directory`."""
+        ...

@@ -1,0 +1,322 @@
+"""Training the image tokenizer: reconstruction, perceptual, codebook and adversarial losses.
+
+The losses and their balance are taming-transformers' (Esser et al. 2021, arXiv 2012.09841): L1 +
+LPIPS + hinge PatchGAN, the last weighted so that its gradient at the decoder's last layer is as
+large as the reconstruction's, and switched on late.
+"""
+
+import dataclasses
+import pathlib
+from typing import Literal
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from leon_jax import config as configs
+from leon_jax import model_files
+from leon_jax.data.emoji import EmojiSource
+from leon_jax.models.discriminator import PatchDiscriminator, hinge_loss
+from leon_jax.models.perceptual import Network, lpips
+from leon_jax.models.vqgan import VQGAN, VQGANConfig, conv, quantize
+from leon_jax.tokenizers.image import fit_picture, normalize, to_pixels
+from leon_jax.train import optimizer, perceptual_weights
+from leon_jax.train.state import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerData:
+    """Where pictures come from.
+
+    Attributes:
+      dir: the dataset folder made by `leon prepare`.
+      flip: mirror half of the pictures.
+      min_crop: the smallest side of a random square crop, as a share of the picture.
+    """
+
+    dir: str
+    flip: bool = True
+    min_crop: float = 0.75
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerLosses:
+    """Weights of the losses.
+
+    Attributes:
+      perceptual: of LPIPS; L1 has weight 1.
+      network: whose features LPIPS uses.
+      commitment: pulls latents to their code, relative to the codebook's own term.
+      codebook: of the two codebook terms together.
+      adversarial: over the adaptive weight.
+      adversarial_start: first step with the discriminator.
+      discriminator_channels, discriminator_layers: its shape.
+      revive_after: a code that no latent of the last so many steps chose is moved to a latent.
+    """
+
+    perceptual: float = 1.0
+    network: Literal["alexnet", "vgg16"] = "vgg16"
+    commitment: float = 0.25
+    codebook: float = 1.0
+    adversarial: float = 0.8
+    adversarial_start: int = 10_000
+    discriminator_channels: int = 64
+    discriminator_layers: int = 3
+    revive_after: int = 100
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig:
+    """A run that trains an image tokenizer."""
+
+    model: VQGANConfig
+    losses: TokenizerLosses
+    optimizer: optimizer.OptimizerConfig
+    data: TokenizerData
+    batch_size: int
+    steps: int
+    kind: Literal["tokenizer"] = "tokenizer"
+    seed: int = 0
+
+
+class AdversarialPair(nnx.Module):
+    """The tokenizer and the network that judges it."""
+
+    def __init__(self, config: TokenizerConfig, *, rngs: nnx.Rngs) -> None:
+        self.generator = VQGAN(config.model, rngs=rngs)
+        self.discriminator = PatchDiscriminator(
+            config.losses.discriminator_channels, config.losses.discriminator_layers, rngs=rngs
+        )
+
+
+class TokenizerProgram:
+    """See `leon_jax.train.state.Program`."""
+
+    kind = "tokenizer"
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        self.config = config
+        self.optimizer = optimizer.make(config.optimizer)
+        network: Network = config.losses.network
+        self.perceptual = jax.tree.map(np.asarray, perceptual_weights.load(network))
+
+    def init(self, key: jax.Array) -> TrainState:
+        pair = AdversarialPair(self.config, rngs=nnx.Rngs(key))
+        opt_state = {
+            "generator": self.optimizer.init(pair.generator),
+            "discriminator": self.optimizer.init(pair.discriminator),
+            # Steps since each code was last chosen; all are stale, so the first batch fills them.
+            "idle": jnp.full(
+                (self.config.model.codes,), self.config.losses.revive_after, jnp.int32
+            ),
+        }
+        return TrainState(jnp.int32(0), pair, opt_state, key)
+
+    def step(
+        self, state: TrainState, batch: dict[str, Array]
+    ) -> tuple[TrainState, dict[str, Array]]:
+        losses, images = self.config.losses, batch["images"]
+        generator, discriminator = state.model.generator, state.model.discriminator
+        generator, idle, revived = self._revive(generator, state, images)
+
+        def forward(generator: VQGAN):
+            vectors, codebook_loss, codes = quantize(
+                generator.latents(images), generator.codebook[...], losses.commitment
+            )
+            features = generator.decoder.features(generator.from_code(vectors))
+            return (generator.decoder.out(features), codebook_loss), (features, codes)
+
+        # One backward pass through the tokenizer: the losses' gradients are taken at the picture,
+        # weighed against each other there, and sent back together.
+        (pictures, codebook_loss), backward, (features, codes) = jax.vjp(
+            forward, generator, has_aux=True
+        )
+        (reconstruction, parts), pull = jax.value_and_grad(
+            self._reconstruction_loss, has_aux=True
+        )(pictures, images)
+
+        def adversarial(_):
+            def fool(pictures):
+                return -discriminator(pictures).mean()
+
+            def judge(discriminator):
+                real, fake = discriminator(images), discriminator(pictures)
+                return hinge_loss(real, fake), (real.mean(), fake.mean())
+
+            loss, push = jax.value_and_grad(fool)(pictures)
+            weight = losses.adversarial * _adaptive_weight(generator, features, pull, push)
+            (judge_loss, scores), judge_grads = jax.value_and_grad(judge, has_aux=True)(
+                discriminator
+            )
+            return weight * push, judge_grads, (loss, judge_loss, weight, *scores)
+
+        def silent(_):
+            zero = jnp.float32(0)
+            return (
+                jnp.zeros_like(pictures),
+                jax.tree.map(jnp.zeros_like, discriminator),
+                (zero,) * 5,
+            )
+
+        started = state.step >= losses.adversarial_start
+        push, judge_grads, scores = jax.lax.cond(started, adversarial, silent, None)
+        (grads,) = backward((pull + push, jnp.float32(losses.codebook)))
+
+        updates, generator_state = self.optimizer.update(
+            grads, state.opt_state["generator"], generator
+        )
+        generator = optax.apply_updates(generator, updates)
+        updates, discriminator_state = self.optimizer.update(
+            judge_grads, state.opt_state["discriminator"], discriminator
+        )
+        # Weight decay must not move the discriminator before it has begun.
+        updates = jax.tree.map(lambda update: jnp.where(started, update, 0), updates)
+        discriminator = optax.apply_updates(discriminator, updates)
+
+        everywhere = codes.reshape(-1, out_sharding=jax.P(None))
+        chosen = jnp.zeros(idle.shape, bool).at[everywhere].set(True)
+        idle = jnp.where(chosen, 0, idle + 1)
+        metrics = {
+            "loss": reconstruction + losses.codebook * codebook_loss,
+            "l1": parts[0],
+            "lpips": parts[1],
+            "psnr_db": parts[2],
+            "codebook_loss": codebook_loss,
+            "codes_used": (idle < losses.revive_after).mean(),
+            "codes_revived": revived,
+            "generator_gan_loss": scores[0],
+            "discriminator_loss": scores[1],
+            "adaptive_weight": scores[2],
+            "score_real": scores[3],
+            "score_fake": scores[4],
+            "pictures": jnp.float32(images.shape[0]),
+        }
+        state = dataclasses.replace(
+            state,
+            step=state.step + 1,
+            model=_pair(state.model, generator, discriminator),
+            opt_state={
+                "generator": generator_state,
+                "discriminator": discriminator_state,
+                "idle": idle,
+            },
+        )
+        return state, metrics
+
+    def _reconstruction_loss(
+        self, pictures: Float[Array, "b h w 3"], images: Float[Array, "b h w 3"]
+    ) -> tuple[Float[Array, ""], tuple[Float[Array, ""], ...]]:
+        losses = self.config.losses
+        weights = jax.tree.map(jnp.asarray, self.perceptual)
+        l1 = jnp.abs(pictures - images).mean()
+        perceptual = lpips(pictures, images, weights, losses.network).mean()
+        error = jnp.square((jnp.clip(pictures, -1, 1) - images) / 2).mean((1, 2, 3))
+        psnr = (-10 * jnp.log10(error + 1e-10)).mean()
+        return l1 + losses.perceptual * perceptual, (l1, perceptual, psnr)
+
+    def _revive(
+        self, generator: VQGAN, state: TrainState, images: Float[Array, "b h w 3"]
+    ) -> tuple[VQGAN, Int[Array, "k"], Float[Array, ""]]:
+        """Moves idle codes onto latents of this batch, so that none is lost for good."""
+        idle = state.opt_state["idle"]
+        dead = idle >= self.config.losses.revive_after
+
+        def move(generator: VQGAN) -> VQGAN:
+            latents = generator.latents(images)
+            rows = latents.reshape(-1, latents.shape[-1], out_sharding=jax.P(None, None))
+            picks = jax.random.randint(state.step_key(), dead.shape, 0, rows.shape[0])
+            codebook = jnp.where(dead[:, None], rows[picks], generator.codebook[...])
+            leaves, structure = jax.tree.flatten(generator)
+            old = generator.codebook[...]
+            return jax.tree.unflatten(
+                structure, [codebook if leaf is old else leaf for leaf in leaves]
+            )
+
+        generator = jax.lax.cond(dead.any(), move, lambda generator: generator, generator)
+        return generator, jnp.where(dead, 0, idle), dead.sum().astype(jnp.float32)
+
+    def batches(self) -> grain.IterDataset:
+        config = self.config
+        return (
+            grain.MapDataset.source(EmojiSource("train", config.data.dir))
+            .seed(config.seed)
+            .shuffle()
+            .repeat()
+            .random_map(Augment(config.data, config.model.resolution))
+            .batch(config.batch_size)
+            .to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=64))
+        )
+
+    def samples(self, state: TrainState) -> dict[str, np.ndarray]:
+        """Sixteen pictures of `unseen_design` above their reconstructions."""
+        source = EmojiSource("unseen_design", self.config.data.dir)
+        resolution = self.config.model.resolution
+        pixels = np.stack([_picture(source[i], resolution) for i in range(16)])
+        rebuilt = _rebuild(state.model.generator, normalize(pixels))
+        rows = [np.concatenate(list(row), axis=1) for row in (pixels, to_pixels(rebuilt))]
+        return {"reconstructions": np.concatenate(rows, axis=0)}
+
+    def export(self, state: TrainState, directory: pathlib.Path) -> None:
+        """Writes `tokenizer.safetensors`, stored in bfloat16."""
+        model_files.save(
+            directory / "tokenizer.safetensors",
+            state.model.generator,
+            "tokenizer",
+            configs.to_dict(self.config.model),
+            jnp.bfloat16,
+        )
+
+
+class Augment(grain.transforms.RandomMap):
+    """Document -> {"images": float32[r, r, 3] in [-1, 1]}, randomly cropped and mirrored."""
+
+    def __init__(self, data: TokenizerData, resolution: int) -> None:
+        self.data = data
+        self.resolution = resolution
+
+    def random_map(self, document, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        pixels = document.parts[1].pixels
+        side = round(pixels.shape[0] * rng.uniform(self.data.min_crop, 1.0))
+        top, left = rng.integers(0, pixels.shape[0] - side + 1, 2)
+        pixels = pixels[top : top + side, left : left + side]
+        if self.data.flip and rng.random() < 0.5:
+            pixels = pixels[:, ::-1]
+        pixels = fit_picture(np.ascontiguousarray(pixels), self.resolution)
+        return {"images": normalize(pixels)}
+
+
+def _picture(document, resolution: int) -> np.ndarray:
+    return fit_picture(document.parts[1].pixels, resolution)
+
+
+@jax.jit
+def _rebuild(generator: VQGAN, images: Float[Array, "b h w 3"]) -> Float[Array, "b h w 3"]:
+    return generator.decode(generator.encode(images))
+
+
+def _adaptive_weight(
+    generator: VQGAN, features: Array, pull: Array, push: Array
+) -> Float[Array, ""]:
+    """|d reconstruction / d last kernel| / |d adversarial / d last kernel|, eq. 7 of the paper."""
+    last = generator.decoder.out
+
+    def norm(cotangent: Array) -> Array:
+        _, backward = jax.vjp(
+            lambda kernel: conv(features, kernel, last.bias[...]), last.kernel[...]
+        )
+        return jnp.linalg.norm(backward(cotangent)[0])
+
+    return jax.lax.stop_gradient(jnp.clip(norm(pull) / (norm(push) + 1e-4), 0.0, 1e4))
+
+
+def _pair(
+    pair: AdversarialPair, generator: VQGAN, discriminator: PatchDiscriminator
+) -> AdversarialPair:
+    """The pair with new parts; modules are pytrees, so this is a rebuild, not a mutation."""
+    structure = jax.tree.structure(pair)
+    # Attribute order is alphabetical in a module's tree: discriminator, then generator.
+    return jax.tree.unflatten(structure, jax.tree.leaves((discriminator, generator)))

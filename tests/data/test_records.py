@@ -1,0 +1,164 @@
+"""Documents as bytes and as files."""
+
+import os
+import pickle
+import stat
+
+import msgpack
+import numpy as np
+import pytest
+from array_record.python import array_record_module
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
+from leon_jax.config import UserError
+from leon_jax.data import records
+from leon_jax.documents import Document, Hole, Image, Provenance, Text
+
+strings = st.text(st.characters(exclude_categories=["Cs"]))
+pixels = arrays.arrays(np.uint8, st.tuples(st.integers(1, 9), st.integers(1, 9), st.just(3)))
+codes = arrays.arrays(
+    np.int32, st.tuples(st.integers(1, 4), st.integers(1, 4)), elements=st.integers(0, 2**31 - 1)
+)
+images = st.one_of(
+    st.builds(Image, pixels=pixels),
+    st.builds(Image, codes=codes),
+    st.builds(Image, pixels=pixels, codes=codes),
+)
+parts = st.one_of(
+    st.builds(Text, strings), images, st.builds(Hole, st.sampled_from(["text", "image"]))
+)
+filled = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
+provenances = st.none() | st.builds(Provenance, filled, filled, filled, strings, filled)
+documents = st.builds(Document, st.lists(parts, min_size=1, max_size=4), provenances)
+
+
+def some(count, codes=True):
+    rng = np.random.default_rng(0)
+    return [
+        Document(
+            (
+                Text(f"document {i}"),
+                Image(
+                    rng.integers(0, 256, (8, 8, 3), dtype=np.uint8),
+                    rng.integers(0, 99, (2, 2)) if codes else None,
+                ),
+            ),
+            Provenance(f"key/{i}", "here", "CC0-1.0", ""),
+        )
+        for i in range(count)
+    ]
+
+
+@settings(deadline=None)
+@given(documents)
+def test_bytes_round_trip(document):
+    assert records.from_bytes(records.to_bytes(document)) == document
+
+
+def test_pixels_can_be_left_alone_where_there_are_codes():
+    with_codes, without = some(1)[0], some(1, codes=False)[0]
+    read = records.from_bytes(records.to_bytes(with_codes), pixels=False)
+    assert read.parts[1] == Image(codes=with_codes.parts[1].codes)
+    assert records.from_bytes(records.to_bytes(without), pixels=False) == without
+
+
+def test_a_file_is_a_random_access_sequence(tmp_path):
+    written = some(50)
+    assert records.write(tmp_path / "a.array_record", iter(written)) == 50
+    source = records.RecordSource(tmp_path / "a.array_record")
+    assert len(source) == 50
+    assert list(source) == written
+    assert source[np.int64(17)] == written[17]
+    assert source[-1] == written[-1]
+    assert pickle.loads(pickle.dumps(source))[3] == written[3]
+    with pytest.raises(IndexError, match="record 50 of 50"):
+        source[50]
+
+
+def test_an_empty_file_is_a_sequence_too(tmp_path):
+    assert records.write(tmp_path / "a", []) == 0
+    assert len(records.RecordSource(tmp_path / "a")) == 0
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "a"
+    records.write(path, some(2))
+
+    def broken():
+        yield from some(1)
+        raise RuntimeError("the source broke")
+
+    with pytest.raises(RuntimeError, match="the source broke"):
+        records.write(path, broken())
+    assert list(records.RecordSource(path)) == some(2)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_written_file_can_be_read_by_everyone(tmp_path):
+    records.write(tmp_path / "a", some(1))
+    assert stat.S_IMODE(os.stat(tmp_path / "a").st_mode) == 0o644
+
+
+def test_writing_needs_a_folder(tmp_path):
+    with pytest.raises(UserError, match=r"cannot write .*missing.*No such file"):
+        records.write(tmp_path / "missing" / "a", some(1))
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"there is no file .*nothing; run: leon prepare"):
+        records.RecordSource(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("keep", [0, 1000, 70_000, 100_000, 131_071])
+def test_a_truncated_file_is_refused(tmp_path, keep):
+    records.write(tmp_path / "whole", some(50))
+    content = (tmp_path / "whole").read_bytes()
+    assert len(content) > keep
+    (tmp_path / "cut").write_bytes(content[:keep])
+    with pytest.raises(UserError, match=r"cut is (too short|not a complete ArrayRecord)"):
+        records.RecordSource(tmp_path / "cut")
+
+
+@pytest.mark.parametrize("content", [b"\x89PNG" + bytes(90_000), b"plain text\n" * 20_000])
+def test_a_file_of_another_kind_is_refused(tmp_path, content):
+    (tmp_path / "foreign").write_bytes(content)
+    with pytest.raises(UserError, match="not a complete ArrayRecord file of documents"):
+        records.RecordSource(tmp_path / "foreign")
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (b"some other record", "not a complete ArrayRecord file of documents"),
+        (msgpack.packb({"image": 1}), "it is not a leon_jax document"),
+        (msgpack.packb({"leon": 2, "parts": []}), "its version is 2, this program reads 1"),
+    ],
+)
+def test_records_of_another_kind_are_refused(tmp_path, record, message):
+    writer = array_record_module.ArrayRecordWriter(str(tmp_path / "a"), "group_size:1")
+    writer.write(record)
+    writer.close()
+    with pytest.raises(UserError, match=message):
+        records.RecordSource(tmp_path / "a")
+
+
+def test_a_damaged_record_is_named_and_the_others_stay_readable(tmp_path):
+    written = some(50)
+    records.write(tmp_path / "a", written)
+    content = bytearray((tmp_path / "a").read_bytes())
+    position = content.index(b"key/30")
+    content[position] ^= 255
+    (tmp_path / "a").write_bytes(bytes(content))
+    source = records.RecordSource(tmp_path / "a")
+    with pytest.raises(UserError, match=r"record 30 of .* is damaged"):
+        source[30]
+    assert source[31] == written[31]
+
+
+def test_bytes_cut_short_are_refused():
+    data = records.to_bytes(some(1)[0])
+    for keep in range(0, len(data), 7):
+        with pytest.raises(UserError, match="the record cannot be read"):
+            records.from_bytes(data[:keep])

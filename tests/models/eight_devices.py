@@ -1,0 +1,63 @@
+"""Run by test_decoder.py in a process of its own: one decoder on meshes of eight devices."""
+
+import os
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import numpy as np
+from flax import nnx
+
+from leon_jax import sharding
+from leon_jax.models.decoder import Decoder, DecoderConfig
+from leon_jax.ops.cross_entropy import chunked_cross_entropy
+
+CONFIG = DecoderConfig(48, 16, layers=2, embed=32, heads=4, mlp=64, remat="full")
+MESHES = [(1, 8, 1, 1), (2, 2, 1, 2), (1, 2, 2, 2)]
+
+
+def randomise(model):
+    """Every weight drawn anew: blocks that start as the identity would hide mistakes."""
+    rng = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda leaf: jax.device_put(
+            rng.normal(0, 0.3, leaf.shape).astype(np.float32), leaf.sharding
+        ),
+        model,
+    )
+
+
+def compute(shape):
+    rng = np.random.default_rng(0)
+    ids, targets = rng.integers(0, 48, (2, 8, 16)).astype(np.int32)
+    segments = np.repeat([[1] * 6 + [2] * 10], 8, axis=0).astype(np.int32)
+    weights = (segments > 1).astype(np.float32)
+    mesh = sharding.make_mesh(shape, jax.devices()[: np.prod(shape)])
+    with jax.set_mesh(mesh):
+        model = randomise(jax.jit(lambda: Decoder(CONFIG, rngs=nnx.Rngs(0)))())
+
+        def loss(model):
+            hidden = model(ids, None, segments)
+            losses = chunked_cross_entropy(hidden, model.table[...], targets, weights, chunk=5)
+            return losses.sum() / weights.sum(), (model.logits(hidden), model.logits(hidden, 4, 15))
+
+        def decode(model):
+            _, keys, values = model.prefill(ids[:, :8])
+            room = ((0, 0), (0, 0), (0, 1), (0, 0), (0, 0))
+            keys, values = jax.numpy.pad(keys, room), jax.numpy.pad(values, room)
+            valid = np.broadcast_to(np.arange(9) < 8, (8, 9))
+            return model.decode_step(ids[:, 8], np.full(8, 8, np.int32), keys, values, valid)
+
+        results = jax.jit(lambda m: (jax.grad(loss, has_aux=True)(m), decode(m)))(model)
+        gradients = results[0][0]
+        for leaf, weight in zip(jax.tree.leaves(gradients), jax.tree.leaves(model), strict=True):
+            assert leaf.sharding == weight.sharding, (leaf.sharding, weight.sharding)
+        return [np.asarray(leaf) for leaf in jax.tree.leaves(results)]
+
+
+reference = compute((1, 1, 1, 1))
+for shape in MESHES:
+    for one, other in zip(reference, compute(shape), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4 * np.abs(one).max())
+    print(shape, "equal")

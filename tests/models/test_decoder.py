@@ -1,0 +1,182 @@
+"""The decoder's shape, start, masking, decoding and sharding."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from scipy import stats
+
+from leon_jax import sharding
+from leon_jax.config import UserError
+from leon_jax.models.decoder import Decoder, DecoderConfig
+from tests.tiny import random_decoder, randomise
+
+CONFIG = DecoderConfig(vocab_size=48, max_length=16, layers=3, embed=32, heads=4, mlp=64)
+PAPER = {  # layers, embed, heads, and the parameters of Table 3's names in millions
+    "350M": (24, 1024, 16, 373),
+    "760M": (24, 1536, 16, 786),
+    "7B": (32, 4096, 32, 6728),
+}
+
+
+def draw_ids(rows=2, length=12, seed=0):
+    return np.random.default_rng(seed).integers(0, 48, (rows, length)).astype(np.int32)
+
+
+@pytest.fixture(scope="module")
+def model():
+    with jax.set_mesh(sharding.make_mesh((1, 1, 1, 1), jax.devices()[:1])):
+        yield random_decoder(48, 16)
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_parameter_counts_of_the_paper(name):
+    layers, embed, heads, millions = PAPER[name]
+    config = DecoderConfig(65536, 4096, layers, embed, heads, 4 * embed)
+    abstract = jax.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+    counted = sum(leaf.size for leaf in jax.tree.leaves(abstract))
+    assert counted == config.parameter_count()
+    assert round(counted / 1e6) == millions
+
+
+def test_flops_of_7b_are_six_per_weight_and_token_plus_attention():
+    config = DecoderConfig(65536, 4096, 32, 4096, 32, 16384)
+    attention = 6 * 32 * 4096 * 4096
+    weights = config.parameter_count() - 4096 * 4096  # positions are looked up, not multiplied
+    assert config.flops_per_token(4096) == 6 * weights + attention
+
+
+def test_at_step_zero_every_block_is_the_identity():
+    model, ids = Decoder(CONFIG, rngs=nnx.Rngs(0)), draw_ids()
+    x = np.asarray(model.table[...])[ids] + np.asarray(model.positions[...])[:12]
+    x = x.astype(np.float64) - x.mean(-1, keepdims=True)
+    x /= np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5)
+    np.testing.assert_allclose(model(ids), x, atol=1e-5)
+
+
+def test_initial_weights_are_cut_normals_and_the_pad_row_is_zero():
+    config = DecoderConfig(2000, 512, 2, 64, 4, 256)
+    model = Decoder(config, rngs=nnx.Rngs(0))
+    table, positions = np.asarray(model.table[...]), np.asarray(model.positions[...])
+    assert not table[config.pad_id].any()
+    assert not np.asarray(model.blocks.out[...]).any()
+    assert not np.asarray(model.blocks.fc2[...]).any()
+    for weights, std in [
+        (np.delete(table, config.pad_id, axis=0), 0.006),
+        (positions, 0.0002),
+        (np.asarray(model.blocks.query[...]), 0.006),
+        (np.asarray(model.blocks.fc1[...]), 0.006),
+    ]:
+        assert np.abs(weights).max() <= 3 * std
+        sample = weights.ravel()[:: max(1, weights.size // 5000)] / std
+        assert stats.kstest(sample, stats.truncnorm(-3, 3).cdf).pvalue > 1e-3
+
+
+def test_a_model_made_under_jit_is_the_model_made_eagerly():
+    eager = Decoder(CONFIG, rngs=nnx.Rngs(3))
+    jitted = jax.jit(lambda: Decoder(CONFIG, rngs=nnx.Rngs(3)))()
+    for one, other in zip(jax.tree.leaves(eager), jax.tree.leaves(jitted), strict=True):
+        np.testing.assert_array_equal(one, other)
+        assert one.sharding == other.sharding
+
+
+def test_a_token_does_not_change_what_comes_before_it(model):
+    ids = draw_ids()
+    changed = ids.copy()
+    changed[:, 7] = (changed[:, 7] + 1) % 48
+    before, after = np.asarray(model(ids)), np.asarray(model(changed))
+    np.testing.assert_array_equal(before[:, :7], after[:, :7])
+    assert (np.abs(before[:, 7:] - after[:, 7:]).max(axis=-1) > 1e-4).all()
+
+
+def test_packed_documents_are_computed_as_if_alone(model):
+    first, second = draw_ids(1, 5, seed=1), draw_ids(1, 7, seed=2)
+    ids = np.concatenate([first, second], axis=1)
+    segments = np.array([[1] * 5 + [2] * 7], np.int32)
+    positions = np.array([[*range(5), *range(7)]], np.int32)
+    packed = model(ids, positions, segments)
+    np.testing.assert_allclose(packed[:, :5], model(first), atol=1e-5)
+    np.testing.assert_allclose(packed[:, 5:], model(second), atol=1e-5)
+
+
+def test_a_part_of_the_logits_is_the_slice_of_all(model):
+    hidden = model(draw_ids())
+    whole = model.logits(hidden)
+    assert whole.dtype == jnp.float32 and whole.shape == (2, 12, 48)
+    np.testing.assert_allclose(model.logits(hidden, 4, 15), whole[..., 4:15], atol=1e-5)
+    np.testing.assert_allclose(model.logits(hidden[:, 3], 40), whole[:, 3, 40:], atol=1e-5)
+
+
+def test_decoding_step_by_step_equals_the_whole_sequence(model):
+    """From every prompt length, with rows of different lengths in one right-padded batch."""
+    ids = draw_ids(rows=3)
+    whole = np.asarray(model(ids))
+    lengths = np.array([2, 5, 3])
+    padded = np.where(np.arange(5) < lengths[:, None], ids[:, :5], 1)
+    hidden, keys, values = model.prefill(padded)
+    for row, length in enumerate(lengths):
+        np.testing.assert_allclose(hidden[row, :length], whole[row, :length], atol=1e-4)
+    room = ((0, 0), (0, 0), (0, 12 - 5), (0, 0), (0, 0))
+    keys, values = np.pad(keys, room), np.pad(values, room)
+    step, rows = jax.jit(Decoder.decode_step), np.arange(3)
+    while (lengths < 12).all():
+        valid = np.arange(12) < lengths[:, None]
+        found, k, v = step(model, ids[rows, lengths], lengths.astype(np.int32), keys, values, valid)
+        np.testing.assert_allclose(found, whole[rows, lengths], atol=1e-4)
+        keys[:, rows, lengths], values[:, rows, lengths] = k, v
+        lengths = lengths + 1
+    assert lengths.max() == 12
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_remat_changes_no_gradient(model, remat):
+    ids = draw_ids()
+    config = DecoderConfig(48, 16, layers=2, embed=32, heads=4, mlp=64, remat=remat)
+    other = randomise(Decoder(config, rngs=nnx.Rngs(0)))
+    loss = lambda model: jnp.square(model.logits(model(ids))).mean()  # noqa: E731
+    plain, recomputed = jax.jit(jax.grad(loss))(model), jax.jit(jax.grad(loss))(other)
+    pairs = zip(jax.tree.leaves(plain), jax.tree.leaves(recomputed), strict=True)
+    for one, two in pairs:
+        np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-6)
+
+
+def test_bfloat16_compute_keeps_float32_weights_and_logits():
+    config = DecoderConfig(48, 16, layers=2, embed=32, heads=4, mlp=64, dtype="bfloat16")
+    model, reference = randomise(Decoder(config, rngs=nnx.Rngs(0)), 0.1), random_decoder(48, 16)
+    hidden = model(draw_ids())
+    assert hidden.dtype == jnp.bfloat16 and model.logits(hidden).dtype == jnp.float32
+    assert {leaf.dtype for leaf in jax.tree.leaves(model)} == {jnp.dtype("float32")}
+    reference = randomise(reference, 0.1)
+    np.testing.assert_allclose(
+        hidden.astype(jnp.float32), reference(draw_ids()), atol=0.15
+    )
+
+
+def test_impossible_shapes_are_refused():
+    with pytest.raises(UserError, match="embed 30 must be a multiple of heads 4"):
+        DecoderConfig(48, 16, 2, 30, 4, 64)
+    with pytest.raises(UserError, match="layers is 0"):
+        DecoderConfig(48, 16, 0, 32, 4, 64)
+    with pytest.raises(ValueError, match="17 tokens in a row, but max_length is 16"):
+        random_decoder(48, 16)(draw_ids(1, 17))
+
+
+def test_every_mesh_of_eight_devices_computes_what_one_device_does():
+    """Logits, loss gradients, their layout, and decoding; in a process with simulated devices."""
+    program = Path(__file__).with_name("eight_devices.py")
+    root = str(Path(__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, program],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "PYTHONPATH": root},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("equal") == 3, done.stdout

@@ -1,0 +1,93 @@
+"""The VQ-GAN: shapes, quantisation, and the gradients its training depends on."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from leon_jax.config import ConfigError, build
+from leon_jax.models.discriminator import PatchDiscriminator, hinge_loss
+from leon_jax.models.vqgan import VQGAN, GroupNorm, VQGANConfig, nearest_code, quantize
+
+TINY = VQGANConfig(
+    resolution=16, channels=8, multipliers=(1, 2), blocks=1, attention_sizes=(8,), groups=4,
+    latent=8, code_dim=4, codes=32,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def images():
+    return jax.random.uniform(jax.random.key(1), (2, 16, 16, 3), minval=-1, maxval=1)
+
+
+def test_pictures_become_a_grid_of_codes_and_pictures_again(images):
+    model = VQGAN(TINY, rngs=nnx.Rngs(0))
+    codes = model.encode(images)
+    assert codes.shape == (2, 8, 8) and codes.dtype == jnp.int32
+    assert 0 <= int(codes.min()) and int(codes.max()) < 32
+    assert model.decode(codes).shape == images.shape
+
+
+def test_the_paper_config_has_cm3leons_geometry():
+    config = VQGANConfig()
+    assert (config.grid, config.codes) == (32, 8192)
+    model = jax.eval_shape(lambda: VQGAN(config, rngs=nnx.Rngs(0)))
+    codes = jax.eval_shape(lambda m, x: m.encode(x), model, jnp.zeros((1, 256, 256, 3)))
+    assert codes.shape == (1, 32, 32)
+
+
+def test_nearest_code_is_the_euclidean_one():
+    rng = np.random.default_rng(0)
+    latents, codebook = rng.normal(size=(2, 3, 5, 4)), rng.normal(size=(32, 4))
+    distances = np.square(latents[..., None, :] - codebook).sum(-1)
+    found = nearest_code(jnp.float32(latents), jnp.float32(codebook))
+    np.testing.assert_array_equal(found, distances.argmin(-1))
+
+
+def test_quantisation_passes_gradients_straight_through():
+    rng = np.random.default_rng(0)
+    latents = jnp.float32(rng.normal(size=(1, 2, 2, 4)))
+    codebook = jnp.float32(rng.normal(size=(8, 4)))
+    weights = jnp.float32(rng.normal(size=(1, 2, 2, 4)))
+    gradient = jax.grad(lambda z: (quantize(z, codebook, 0.25)[0] * weights).sum())(latents)
+    np.testing.assert_allclose(gradient, weights, rtol=1e-6)
+
+
+def test_commitment_weighs_the_encoders_term_and_not_the_codebooks():
+    rng = np.random.default_rng(0)
+    latents = jnp.float32(rng.normal(size=(1, 2, 2, 4)))
+    codebook = jnp.float32(rng.normal(size=(8, 4)))
+
+    def gradients(commitment):
+        return jax.grad(lambda z, e: quantize(z, e, commitment)[1], argnums=(0, 1))(
+            latents, codebook
+        )
+
+    weak, strong = gradients(0.25), gradients(1.0)
+    np.testing.assert_allclose(strong[0], 4 * weak[0], rtol=1e-5)
+    np.testing.assert_allclose(strong[1], weak[1], rtol=1e-6)
+    vectors = codebook[nearest_code(latents, codebook)]
+    np.testing.assert_allclose(weak[0], 0.25 * 2 * (latents - vectors) / latents.size, rtol=1e-4)
+
+
+def test_group_normalisation_equals_flax():
+    x = jax.random.normal(jax.random.key(0), (2, 5, 6, 12)) * 3 + 1
+    peer = nnx.GroupNorm(12, num_groups=4, epsilon=1e-6, rngs=nnx.Rngs(0))
+    np.testing.assert_allclose(GroupNorm(12, 4)(x), peer(x), atol=1e-5)
+
+
+def test_the_discriminator_scores_patches_and_the_hinge_has_its_closed_form(images):
+    scores = PatchDiscriminator(4, 2, rngs=nnx.Rngs(0))(images)
+    assert scores.ndim == 3 and scores.shape[0] == 2
+    real, fake = jnp.array([2.0, 0.0]), jnp.array([-2.0, 0.5])
+    assert float(hinge_loss(real, fake)) == pytest.approx(0.5 * (0.5 + 0.75))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [("resolution", 50, "multiple of 8"), ("groups", 24, "groups"), ("chanels", 8, "channels")],
+)
+def test_a_wrong_shape_is_refused_with_its_key(key, value, words):
+    with pytest.raises(ConfigError, match=words):
+        build(VQGANConfig, {key: value})

@@ -1,0 +1,73 @@
+"""Attention is the textbook formula; the cached form equals the full one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from leon_jax.ops.attention import attention, cached_attention
+
+
+def draw(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def textbook(q, k, v, visible):
+    """Float64, one query at a time; visible[b, t, s] says what a query sees."""
+    out = np.zeros(q.shape)
+    for b, t, h in np.ndindex(q.shape[:3]):
+        seen = visible[b, t]
+        logits = k[b, seen, h].astype(np.float64) @ q[b, t, h] / np.sqrt(q.shape[-1])
+        mixture = np.exp(logits - logits.max())
+        out[b, t, h] = (mixture / mixture.sum()) @ v[b, seen, h]
+    return out
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("packed", [True, False])
+def test_attention_equals_the_formula(causal, packed):
+    q, k, v = (draw(2, 6, 3, 4, seed=i) for i in range(3))
+    segments = np.array([[1, 1, 1, 2, 2, 0], [1, 2, 2, 2, 2, 3]], np.int32) if packed else None
+    visible = np.ones((2, 6, 6), bool)
+    if causal:
+        visible &= np.tril(np.ones((6, 6), bool))
+    if packed:
+        visible &= segments[:, :, None] == segments[:, None, :]
+    found = attention(q, k, v, segment_ids=segments, causal=causal)
+    np.testing.assert_allclose(found, textbook(q, k, v, visible), atol=1e-6)
+
+
+def test_the_softmax_is_float32_when_inputs_are_bfloat16():
+    """Scores 256, 258, 256: a softmax or a sum kept in bfloat16 would be off by per cents."""
+    q = jnp.full((1, 1, 1, 1), 16.0, jnp.bfloat16)
+    k = jnp.array([16.0, 16.125, 16.0]).reshape(1, 3, 1, 1).astype(jnp.bfloat16)
+    v = jnp.array([0.0, 1.0, 0.0]).reshape(1, 3, 1, 1).astype(jnp.bfloat16)
+    out = attention(q, k, v, causal=False)
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_allclose(
+        np.asarray(out, np.float32).item(), np.exp(2) / (np.exp(2) + 2), rtol=1e-2
+    )
+
+
+def test_cached_attention_equals_full_attention():
+    """The last token over a cache with garbage in the slots that are not valid."""
+    q, k, v = (draw(2, 6, 3, 4, seed=i) for i in range(3))
+    keys, values = np.full((2, 8, 3, 4), 1e4, np.float32), np.full((2, 8, 3, 4), -1e4, np.float32)
+    keys[:, :5], values[:, :5] = k[:, :5], v[:, :5]
+    valid = np.broadcast_to(np.arange(8) < 5, (2, 8))
+    found = cached_attention(q[:, 5], k[:, 5], v[:, 5], keys, values, valid)
+    np.testing.assert_allclose(found, attention(q, k, v)[:, 5], atol=1e-6)
+
+
+def test_a_token_with_an_empty_cache_sees_itself():
+    q, k, v = (draw(1, 3, 4, seed=i) for i in range(3))
+    empty = np.zeros((1, 2, 3, 4), np.float32)
+    found = cached_attention(q, k, v, empty, empty, np.zeros((1, 2), bool))
+    np.testing.assert_allclose(found, v, atol=1e-6)
+
+
+def test_gradients_are_finite_where_nothing_is_visible_but_oneself():
+    q, k, v = (draw(1, 4, 1, 2, seed=i) for i in range(3))
+    segments = np.arange(4, dtype=np.int32)[None]
+    gradient = jax.grad(lambda q: attention(q, k, v, segment_ids=segments).sum())(jnp.asarray(q))
+    np.testing.assert_allclose(gradient, 0, atol=1e-6)

@@ -1,0 +1,213 @@
+"""The calls a person makes, on a tiny model with random weights."""
+
+import json
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from leon_jax.config import UserError
+from leon_jax.decode import library
+from leon_jax.documents import Document, Hole, Image, Text
+from leon_jax.leon import Leon
+from tests import tiny
+
+PROMPT = tiny.PROMPT
+
+
+@pytest.fixture(scope="module")
+def leon() -> Leon:
+    return Leon.load(*tiny.folders())
+
+
+def test_generate_gives_pictures_with_their_story(leon):
+    first, second = leon.generate(PROMPT, num_images=2, seed=5)
+    assert (first.seed, second.seed) == (5, 6)
+    assert first.image.size == (tiny.RESOLUTION, tiny.RESOLUTION)
+    assert first.prompt == PROMPT and first.guidance == 3.0
+    assert len(first.retrieved) == 2
+    assert {d.provenance.licence for d in first.retrieved} <= {"CC-BY-4.0", "CC-BY-SA-4.0"}
+    assert np.asarray(first.image).tobytes() != np.asarray(second.image).tobytes()
+
+
+def test_the_same_seed_gives_the_same_picture_in_any_batch(leon):
+    together = leon.generate(PROMPT, num_images=3, seed=5)
+    (alone,) = leon.generate(PROMPT, num_images=1, seed=6)
+    np.testing.assert_array_equal(np.asarray(together[1].image), np.asarray(alone.image))
+
+
+def test_a_png_tells_where_it_came_from(leon, tmp_path):
+    prompt = "cat face, 日本 style"
+    (generation,) = leon.generate(prompt, num_docs=1, seed=3, guidance=2.5)
+    generation.save(tmp_path / "cat.png")
+    with PIL.Image.open(tmp_path / "cat.png") as picture:
+        text = picture.text
+        np.testing.assert_array_equal(np.asarray(picture), np.asarray(generation.image))
+    assert (text["prompt"], text["seed"], text["guidance"]) == (prompt, "3", "2.5")
+    assert text["model"].startswith("leon_jax ") and text["model"].endswith("tiny")
+    (credit,) = json.loads(text["retrieved"])
+    origin = generation.retrieved[0].provenance
+    assert credit == {
+        "caption": generation.retrieved[0].parts[0].text,
+        "key": origin.key,
+        "source": origin.source,
+        "licence": origin.licence,
+        "attribution": origin.attribution,
+    }
+    assert [path.name for path in tmp_path.iterdir()] == ["cat.png"]
+
+
+def test_caption_takes_a_picture_in_any_form(leon, tmp_path):
+    pixels = tiny.documents()[0].parts[1].pixels
+    PIL.Image.fromarray(pixels).save(tmp_path / "cat.png")
+    forms = [pixels, PIL.Image.fromarray(pixels), tmp_path / "cat.png", str(tmp_path / "cat.png")]
+    captions = [leon.caption(form, max_tokens=6) for form in forms]
+    assert captions[0].text and len({caption.text for caption in captions}) == 1
+    assert captions[0].retrieved == ()
+    assert len(leon.caption(pixels, num_docs=2, max_tokens=6).retrieved) == 2
+
+
+def test_complete_fills_every_hole_and_leaves_the_rest(leon):
+    cat = tiny.documents()[0].parts[1]
+    document = Document((Text("a "), Hole("text"), cat, Hole("text"), Hole("image")))
+    first, second = leon.complete([document, document], guidance=2.0, max_tokens=5)
+    for done in (first, second):
+        assert not done.holes
+        assert done.parts[0] == Text("a ")
+        np.testing.assert_array_equal(done.parts[2].pixels, cat.pixels)
+        assert isinstance(done.parts[1], Text) and isinstance(done.parts[3], Text)
+        assert done.parts[4].codes.shape == (tiny.GRID, tiny.GRID)
+        assert done.parts[4].pixels.shape == (tiny.RESOLUTION, tiny.RESOLUTION, 3)
+    assert first != second
+    assert leon.complete(document, guidance=2.0, max_tokens=5) == [first]
+
+
+def test_documents_of_different_shapes_share_a_call(leon):
+    cat = tiny.documents()[0]
+    picture = Document((Text(PROMPT), Hole("image")))
+    caption = Document((Hole("text"), cat.parts[1]))
+    drawn, written = leon.complete([picture, caption], seeds=[7, 8], max_tokens=5)
+    assert leon.complete(picture, seeds=[7]) == [drawn]
+    assert leon.complete(caption, seeds=[8], max_tokens=5) == [written]
+
+
+def test_an_infilled_picture_comes_before_the_end(leon):
+    document = Document((Text("a cat"), Hole("image"), Text("and a dog")))
+    for guidance in (1.0, 3.0):
+        (done,) = leon.complete(document, guidance=guidance)
+        assert done.parts[1].codes.shape == (tiny.GRID, tiny.GRID)
+
+
+def test_retrieved_documents_change_the_answer(leon):
+    document = Document((Text(PROMPT), Hole("image")))
+    (without,) = leon.complete(document)
+    (read,) = leon.complete(document, retrieved=[leon.retrieve(document, 2)])
+    assert (without.parts[1].codes != read.parts[1].codes).any()
+
+
+def test_the_likelihood_of_a_document_is_that_of_its_parts(leon):
+    cat = leon.tokenize(tiny.documents()[0])
+    whole = leon.likelihood(cat)
+    # log p(text, picture) = log p(text, </s>-less) + log p(picture | text): the causal parts agree.
+    picture = leon.likelihood(cat, part=1)
+    assert whole < picture < 0
+    assert leon.likelihood(cat, part=0) < 0
+    assert leon.likelihood(cat, retrieved=leon.retrieve(cat, 1)) != pytest.approx(whole, abs=1e-3)
+    with pytest.raises(UserError, match="holes"):
+        leon.likelihood(Document((Hole("text"), cat.parts[1])))
+
+
+def test_likelihood_ranks_what_greedy_decoding_chose_above_other_captions(leon):
+    pixels = tiny.documents()[0].parts[1].pixels
+    (done,) = leon.complete(
+        Document((Hole("text"), Image(pixels=pixels))), temperature=0.0, max_tokens=8
+    )
+    # The same number of tokens, each replaced by another.
+    ids = leon.checkpoint.documents.text.encode(done.parts[0].text)
+    other = leon.checkpoint.documents.text.decode([(i + 7) % 256 for i in ids])
+    assert leon.likelihood(done, part=0) > leon.likelihood(done.replace(0, Text(other)), part=0)
+
+
+def test_save_and_load_give_the_same_model(leon, tmp_path):
+    leon.save(tmp_path / "copy")
+    copy = Leon.load(tmp_path / "copy", tiny.folders()[1])
+    cat = tiny.documents()[0]
+    assert copy.likelihood(cat) == leon.likelihood(cat)
+    assert not list((tmp_path / "copy").glob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompt": " "}, "prompt is empty"),
+        ({"prompt": "cat " * 2500}, "10000 characters"),
+        ({"prompt": "\ud800"}, "surrogate"),
+        ({"num_images": 0}, "num_images is 0"),
+        ({"num_docs": -1}, "num_docs is -1"),
+        ({"num_docs": 9}, "at most"),
+        ({"guidance": -1.0}, "guidance is -1"),
+        ({"top_p": 0.0}, "top_p is 0"),
+        ({"temperature": -2.0}, "temperature is -2"),
+        ({"seed": -1}, "seed is -1"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(leon, arguments, message):
+    with pytest.raises(UserError, match=message):
+        leon.generate(**({"prompt": PROMPT} | arguments))
+
+
+def test_caption_limits_are_checked(leon):
+    pixels = tiny.documents()[0].parts[1].pixels
+    with pytest.raises(UserError, match="max_tokens is 0"):
+        leon.caption(pixels, max_tokens=0)
+    with pytest.raises(UserError, match="max_tokens is 500"):
+        leon.caption(pixels, max_tokens=500)
+    with pytest.raises(UserError, match="picture cannot be read"):
+        leon.caption(np.zeros((4, 4)))
+
+
+@pytest.mark.parametrize("name", ["decoder.safetensors", "tokenizer.safetensors", "text.json"])
+def test_a_damaged_model_folder_is_named(name, tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    with pytest.raises(UserError, match=r"no decoder\.safetensors"):
+        Leon.load(folder)
+    for path in tiny.folders()[0].iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    content = (folder / name).read_bytes()
+    for damaged in (content[: len(content) // 2], b"not a model", b""):
+        (folder / name).write_bytes(damaged)
+        with pytest.raises(UserError, match=name.replace(".", r"\.")):
+            Leon.load(folder)
+
+
+def test_an_index_of_another_model_is_refused(tmp_path):
+    checkpoint, prepared = tiny.folders()
+    with pytest.raises(UserError, match="not a prepared folder"):
+        Leon.load(checkpoint, tmp_path)
+    manifest = json.loads((prepared / "manifest.json").read_text())
+    manifest["sha256"]["encoder"] = "0" * 64
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="another encoder file"):
+        Leon.load(checkpoint, tmp_path)
+
+
+def test_a_prepared_folder_lying_around_is_used_if_it_fits(monkeypatch):
+    checkpoint, prepared = tiny.folders()
+    monkeypatch.setattr(library, "HERE", prepared)
+    assert library.find(checkpoint, None) == prepared
+    assert library.find(checkpoint, prepared) == prepared
+
+
+def test_without_a_prepared_folder_one_is_made_in_the_cache(monkeypatch, tmp_path, capsys):
+    checkpoint, _ = tiny.folders()
+    made = []
+    monkeypatch.setenv("LEON_CACHE", str(tmp_path))
+    monkeypatch.setattr(library.emoji, "prepare", lambda folder: made.append(folder))
+    monkeypatch.setattr(
+        library.preparing, "prepare", lambda data, out, *files, **settings: made.append(out)
+    )
+    folder = library.find(checkpoint, None)
+    assert folder.parent == tmp_path
+    assert made == [tmp_path / "emoji", folder]
+    assert "once" in capsys.readouterr().err

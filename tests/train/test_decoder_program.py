@@ -1,0 +1,233 @@
+"""The decoder's program: it learns, counts, samples, exports, and its configs hold together."""
+
+import importlib.util
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from ml_collections import ConfigDict
+
+from leon_jax import config as configuration
+from leon_jax import model_files, sharding
+from leon_jax.config import ConfigError, UserError
+from leon_jax.data import records
+from leon_jax.documents import Document, Image, Text
+from leon_jax.models.decoder import Decoder, DecoderConfig
+from leon_jax.models.vqgan import VQGAN, VQGANConfig
+from leon_jax.retrieval.selection import Neighbours
+from leon_jax.tokenizers.text import TextTokenizer
+from leon_jax.train.decoder import DecoderProgram, DecoderTraining, batch_loss
+from leon_jax.vocabulary import Vocabulary
+
+CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
+NAMES = ("red heart", "blue car", "green tree", "old clock")
+
+
+def write_folder(folder: pathlib.Path) -> None:
+    """Four captions, each with one picture; every document's neighbour is the next one."""
+    rng = np.random.default_rng(0)
+    documents = [
+        Document((Text(name), Image(codes=rng.integers(0, 16, (2, 2)).astype(np.int32))))
+        for name in NAMES
+    ]
+    records.write(folder / "train.array_record", documents)
+    ids = np.array([[(i + 1) % 4] for i in range(4)], np.int32)
+    scores = np.ones((4, 1), np.float32)
+    Neighbours(ids, ids, scores, scores).save(folder / "neighbours_train.safetensors")
+    TextTokenizer.train(NAMES, 270).save(folder / "text.json")
+    shape = VQGANConfig(
+        resolution=8, channels=8, multipliers=(1, 1, 2), blocks=1, attention_sizes=(),
+        groups=4, latent=8, code_dim=4, codes=16,
+    )  # fmt: skip
+    vqgan = VQGAN(shape, rngs=nnx.Rngs(0))
+    model_files.save(
+        folder / "tokenizer.safetensors", vqgan, "tokenizer", configuration.to_dict(shape)
+    )
+
+
+def make_config(folder: pathlib.Path) -> ConfigDict:
+    text = TextTokenizer.load(folder / "text.json")
+    vocabulary = Vocabulary.compact(image_codes=16, text_tokens=text.size, sentinels=4)
+    return ConfigDict(
+        {
+            "kind": "decoder",
+            "seed": 0,
+            "batch_size": 8,
+            "steps": 60,
+            "loss_chunk": 100,
+            "vocabulary": configuration.to_dict(vocabulary),
+            "model": {
+                "vocab_size": vocabulary.size,
+                "max_length": 64,
+                "layers": 2,
+                "embed": 32,
+                "heads": 2,
+                "mlp": 128,
+                "init_std": 0.1,
+            },
+            "optimizer": {"learning_rate": 1e-2, "warmup_steps": 5, "total_steps": 60},
+            "data": {
+                "folder": str(folder),
+                "text": str(folder / "text.json"),
+                "image_shape": (2, 2),
+                "length": 64,
+                "retrieved": (0.5, 0.5),
+                "threads": 0,
+            },
+            "samples": {
+                "image": str(folder / "tokenizer.safetensors"),
+                "captions": ("red heart", "blue car"),
+                "guidance": 2.0,
+            },
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("prepared")
+    with jax.set_mesh(sharding.make_mesh((1, 1, 1, 1), jax.devices()[:1])):
+        write_folder(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(folder):
+    """(program, final state, metrics of every step)."""
+    with jax.set_mesh(sharding.make_mesh((1, 1, 1, 1), jax.devices()[:1])):
+        program = DecoderProgram(make_config(folder))
+        state = jax.jit(program.init)(jax.random.key(0))
+        step, history = jax.jit(program.step, donate_argnums=0), []
+        data = iter(program.batches())
+        for _ in range(program.config.steps):
+            state, metrics = step(state, next(data))
+            history.append(jax.device_get(metrics))
+        return program, state, history
+
+
+def test_both_modalities_are_learnt(trained):
+    """Four documents can be known by heart; what is left is which one, and where the masks are."""
+    _, state, history = trained
+    assert int(state.step) == 60
+    for name in ("loss", "loss_text", "loss_image"):
+        start, end = history[0][name], np.mean([metrics[name] for metrics in history[-10:]])
+        assert start > 4 and end < 1.2, (name, start, end)
+        assert all(np.isfinite(metrics[name]) for metrics in history)
+
+
+def test_the_first_loss_is_that_of_a_uniform_guess_at_the_papers_initialisation(folder):
+    config = make_config(folder)
+    config.model.init_std = 0.006
+    program = DecoderProgram(config)
+    state = program.init(jax.random.key(0))
+    _, metrics = batch_loss(
+        state.model, next(iter(program.batches())), program.config.vocabulary, 64
+    )
+    # Final hidden states have length sqrt(embed), rows sd 0.006: logits are nearly equal.
+    np.testing.assert_allclose(metrics["loss"], np.log(config.model.vocab_size), rtol=0.02)
+
+
+def test_metrics_are_means_over_targets_of_their_kind(folder):
+    program = DecoderProgram(make_config(folder))
+    model = program.init(jax.random.key(1)).model
+    batch, vocabulary = next(iter(program.batches())), program.config.vocabulary
+    _, metrics = batch_loss(model, batch, vocabulary, 64)
+    hidden = model(batch["ids"], batch["positions"], batch["segment_ids"])
+    scores = np.asarray(jax.nn.log_softmax(model.logits(hidden)))
+    losses = -np.take_along_axis(scores, batch["targets"][..., None], axis=-1)[..., 0]
+    real = batch["segment_ids"] > 0
+    for name, chosen in [
+        ("loss", real),
+        ("loss_text", real & vocabulary.is_text(batch["targets"])),
+        ("loss_image", real & vocabulary.is_image(batch["targets"])),
+    ]:
+        np.testing.assert_allclose(metrics[name], losses[chosen].mean(), rtol=1e-5)
+    assert metrics["tokens"] == real.sum()
+
+
+def test_loss_weights_are_obeyed(folder):
+    config = make_config(folder)
+    config.masking = ConfigDict({"sentinel_weight": 0.0, "spans": "fim"})
+    program = DecoderProgram(config)
+    batch, vocabulary = next(iter(program.batches())), program.config.vocabulary
+    sentinels = vocabulary.is_sentinel(batch["targets"])
+    assert sentinels.any() and (batch["weights"][sentinels] == 0).all()
+    model = program.init(jax.random.key(0)).model
+    changed = {**batch, "targets": np.where(sentinels, vocabulary.eoss, batch["targets"])}
+    before = batch_loss(model, batch, vocabulary, 64)[0]
+    assert before == batch_loss(model, changed, vocabulary, 64)[0]
+
+
+def test_a_trained_model_samples_pictures(trained):
+    program, state, _ = trained
+    pictures = program.samples(state)
+    assert set(pictures) == {"samples"}
+    assert pictures["samples"].shape == (8, 16, 3) and pictures["samples"].dtype == np.uint8
+
+
+def test_the_export_is_complete(trained, tmp_path):
+    program, state, _ = trained
+    program.export(state, tmp_path)
+    arrays, header = model_files.load(tmp_path / "decoder.safetensors", "decoder")
+    config = configuration.build(DecoderConfig, header["model"])
+    assert configuration.build(Vocabulary, header["vocabulary"]) == program.config.vocabulary
+    assert header["image_shape"] == [2, 2]
+    assert TextTokenizer.load(tmp_path / "text.json").size == program.text.size
+    abstract = jax.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+    model = model_files.restore(abstract, arrays)
+    ids = np.arange(10, dtype=np.int32)[None]
+    np.testing.assert_array_equal(model(ids), state.model(ids))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("model.vocab_size", 7, "vocab_size is 7, but the vocabulary has"),
+        ("data.length", 65, "data.length is 65; it must be at most model.max_length"),
+        ("data.image_shape", (2,), "rows and columns"),
+        ("loss_chunk", 0, "loss_chunk is 0"),
+        ("data.text", "nowhere.json", "cannot read the text tokenizer nowhere.json"),
+    ],
+)
+def test_configurations_that_cannot_work_are_refused(folder, key, value, message):
+    config = make_config(folder)
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(UserError, match=message):
+        DecoderProgram(config)
+
+
+def test_an_unknown_key_is_named(folder):
+    config = make_config(folder)
+    config.masking = ConfigDict({"whole_segments": 0.5})
+    with pytest.raises(ConfigError, match=r"config\.masking\.whole_segments.*whole_segment\?"):
+        DecoderProgram(config)
+
+
+def load_config(path: pathlib.Path) -> DecoderTraining:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return configuration.build(DecoderTraining, module.get_config())
+
+
+@pytest.mark.parametrize(
+    ("name", "millions", "thousand_steps"),
+    [("350m", 373, 167), ("760m", 786, 226), ("7b", 6728, 286)],
+)
+def test_the_papers_configs(name, millions, thousand_steps):
+    config = load_config(CONFIGS / f"cm3leon_{name}.py")
+    assert round(config.model.parameter_count() / 1e6) == millions
+    assert round(config.steps / 1e3) == thousand_steps == round(config.optimizer.total_steps / 1e3)
+    assert config.batch_size * config.data.length == 2**23
+    assert config.vocabulary == Vocabulary()
+    # Three documents with pictures and captions of up to 300 tokens fit a row.
+    assert 3 * (1024 + 300) + 2 * 3 < config.data.length
+
+
+def test_the_demo_config():
+    config = load_config(CONFIGS / "emoji" / "decoder.py")
+    compact = Vocabulary.compact(image_codes=1024, text_tokens=2048)
+    assert config.vocabulary == compact
+    assert config.model.parameter_count() < 10e6
