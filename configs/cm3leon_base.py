@@ -18,9 +18,7 @@ ROW = 4096
 BATCH_TOKENS = 2048 * ROW  # 8,388,608: the paper's "8M"
 
 
-def make(
-    *, layers: int, embed: int, heads: int, learning_rate: float, tokens: float
-) -> ConfigDict:
+def make(*, layers: int, embed: int, heads: int, learning_rate: float, tokens: float) -> ConfigDict:
     """The configuration of `leon_jax.train.decoder.DecoderProgram` for one size.
 
     Args:

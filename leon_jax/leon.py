@@ -58,7 +58,8 @@ class Leon:
         self.image_tokenizer, self.encoder = image_tokenizer, encoder
         self.mesh = mesh or _mesh()
         self.engine = Engine(decoder, checkpoint.documents.vocabulary)
-        self._index, self._library = index, None
+        self._index = index
+        self._library: Library | None = None
         if image_tokenizer.shape != checkpoint.documents.image_shape:
             raise UserError(
                 f"tokenizer.safetensors in {checkpoint.folder} makes {image_tokenizer.shape} codes "
@@ -275,9 +276,19 @@ class Leon:
         if num_docs < 1:
             return []
         with jax.set_mesh(self.mesh):
-            if self._library is None:
+            return self.library.select(document, num_docs)
+
+    @property
+    def library(self) -> Library:
+        """What is retrieved from; made or read when it is first asked for.
+
+        Raises:
+          UserError: there is no folder to retrieve from and none can be made.
+        """
+        if self._library is None:
+            with jax.set_mesh(self.mesh):
                 self._library = Library(find(self.checkpoint.folder, self._index), self.encoder)
-            return self._library.select(document, num_docs)
+        return self._library
 
     def tokenize(self, document: Document) -> Document:
         """The document with codes beside the pixels of every picture."""

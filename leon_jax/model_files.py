@@ -53,7 +53,8 @@ def save(
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    safetensors.numpy.save_file(arrays, temporary, metadata)
+    # Not `save_file`, which makes files that only their owner can read.
+    temporary.write_bytes(safetensors.numpy.save(arrays, metadata))
     os.replace(temporary, path)
 
 

@@ -117,7 +117,7 @@ def write_prepared(folder: pathlib.Path, checkpoint: pathlib.Path) -> pathlib.Pa
         selection=SelectionConfig(
             near_copy_text=2.0, near_copy_image=2.0, near_copy_document=0.999
         ),
-        sources={"train": documents()},
+        sources={"train": documents(), "unseen_design": documents()[:2]},
         progress=False,
     )
     return folder

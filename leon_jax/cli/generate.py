@@ -23,24 +23,41 @@ from leon_jax.leon import Leon
 
 _TASKS = ("text_to_image", "caption")
 
+FLAGS = flags.FlagValues()
 _CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "model folder; the shipped model if not given"
+    "checkpoint", None, "model folder; the shipped model if not given", flag_values=FLAGS
 )
 _INDEX = flags.DEFINE_string(
-    "index", None, "prepared folder to retrieve from; found or made once if not given"
+    "index",
+    None,
+    "prepared folder to retrieve from; found or made once if not given",
+    flag_values=FLAGS,
 )
-_TASK = flags.DEFINE_enum("task", _TASKS[0], list(_TASKS), "what to do")
-_PROMPT = flags.DEFINE_string("prompt", None, "what the pictures should show")
-_IMAGE = flags.DEFINE_string("image", None, "the picture to caption")
-_GUIDANCE = flags.DEFINE_float("guidance", 3.0, "classifier-free guidance weight; 1 is none")
-_NUM_DOCS = flags.DEFINE_integer("num_docs", 2, "how many documents to retrieve and read first")
-_NUM_IMAGES = flags.DEFINE_integer("num_images", 4, "how many pictures to draw")
-_TOP_P = flags.DEFINE_float("top_p", 1.0, "sample from the most likely tokens of this total")
+_TASK = flags.DEFINE_enum("task", _TASKS[0], list(_TASKS), "what to do", flag_values=FLAGS)
+_PROMPT = flags.DEFINE_string("prompt", None, "what the pictures should show", flag_values=FLAGS)
+_IMAGE = flags.DEFINE_string("image", None, "the picture to caption", flag_values=FLAGS)
+_GUIDANCE = flags.DEFINE_float(
+    "guidance", 3.0, "classifier-free guidance weight; 1 is none", flag_values=FLAGS
+)
+_NUM_DOCS = flags.DEFINE_integer(
+    "num_docs", 2, "how many documents to retrieve and read first", flag_values=FLAGS
+)
+_NUM_IMAGES = flags.DEFINE_integer("num_images", 4, "how many pictures to draw", flag_values=FLAGS)
+_TOP_P = flags.DEFINE_float(
+    "top_p", 1.0, "sample from the most likely tokens of this total", flag_values=FLAGS
+)
 _TEMPERATURE = flags.DEFINE_float(
-    "temperature", None, "0 is greedy; 1 for pictures and 0 for captions if not given"
+    "temperature",
+    None,
+    "0 is greedy; 1 for pictures and 0 for captions if not given",
+    flag_values=FLAGS,
 )
-_SEED = flags.DEFINE_integer("seed", 0, "decides the result; picture i gets seed + i")
-_OUT = flags.DEFINE_string("out", "out", "folder for the pictures; made if missing")
+_SEED = flags.DEFINE_integer(
+    "seed", 0, "decides the result; picture i gets seed + i", flag_values=FLAGS
+)
+_OUT = flags.DEFINE_string(
+    "out", "out", "folder for the pictures; made if missing", flag_values=FLAGS
+)
 
 
 def main(argv: list[str]) -> None:

@@ -1,8 +1,9 @@
 """The `leon` command: `leon VERB --flag=value ...`.
 
 A verb is a module of this package with a docstring, its own absl flags and `main(argv)`. It is
-imported only when it is used, so `leon --help` needs neither jax nor a model. What a person can fix
-is one sentence on stderr and exit code 2; Ctrl-C is exit code 130.
+imported only when it is used, so `leon --help` is quick. Its flags are absl's global ones, or a
+`FlagValues` of its own called FLAGS, so that several verbs can be used in one process. What a
+person can fix is one sentence on stderr and exit code 2; Ctrl-C is exit code 130.
 """
 
 import difflib
@@ -70,7 +71,7 @@ def run_verb(verb: str, arguments: Sequence[str]) -> int:
         print(describe(module, verb))
         return 0
     try:
-        rest = flags.FLAGS([name, *arguments])
+        rest = _parse(module, [name, *arguments])
         if len(rest) > 1:
             raise UserError(f"{rest[1]!r} is not a flag; flags are written --name=value")
         module.main(rest)
@@ -80,6 +81,24 @@ def run_verb(verb: str, arguments: Sequence[str]) -> int:
         print(f"{name}: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _parse(module: types.ModuleType, argv: list[str]) -> list[str]:
+    """Sets a verb's flags, and returns what is no flag."""
+    values = getattr(module, "FLAGS", flags.FLAGS)
+    if values is not flags.FLAGS:
+        # Flags of the module's own start anew with every command of a process. The global ones
+        # count as parsed, for the libraries that ask.
+        values.unparse_flags()
+        for flag in values:
+            values[flag].unparse()
+        flags.FLAGS.mark_as_parsed()
+    try:
+        return values(argv)
+    except (OSError, AttributeError, TypeError, KeyError) as error:
+        # What a config file raises when it is read, or when a key is set that it does not have.
+        wrong = str(error).strip("\"'")
+        raise app.UsageError(f"a flag or its config file cannot be read: {wrong}") from error
 
 
 def usage() -> str:
@@ -100,7 +119,8 @@ def version() -> str:
 def describe(module: types.ModuleType, verb: str) -> str:
     """What `leon VERB --help` prints: the module's docstring and its flags with their defaults."""
     lines = [inspect.cleandoc(module.__doc__ or VERBS[verb]), "", f"flags of leon {verb}:"]
-    for flag in sorted(flags.FLAGS.get_flags_for_module(module.__name__), key=lambda f: f.name):
+    values = getattr(module, "FLAGS", flags.FLAGS)
+    for flag in sorted(values.get_flags_for_module(module.__name__), key=lambda f: f.name):
         default = "" if flag.default is None else f" (default: {flag.default_as_str.strip("'")})"
         lines.append(f"  --{flag.name}: {' '.join((flag.help or '').split())}{default}")
     return "\n".join(lines)

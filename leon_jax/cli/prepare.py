@@ -19,11 +19,16 @@ from leon_jax.data import prepare as preparing
 from leon_jax.decode import library
 from leon_jax.decode.checkpoint import model_folder
 
-_DATA_DIR = flags.DEFINE_string("data_dir", "data/emoji", "folder of the data set; made if missing")
-_TOKENIZER = flags.DEFINE_string("tokenizer", None, "the image tokenizer's file")
-_ENCODER = flags.DEFINE_string("encoder", None, "the retrieval encoder's file")
-_TEXT = flags.DEFINE_string("text", None, "the text tokenizer's file")
-_OUT = flags.DEFINE_string("out", str(library.HERE), "the prepared folder; replaced if outdated")
+FLAGS = flags.FlagValues()
+_DATA_DIR = flags.DEFINE_string(
+    "data_dir", "data/emoji", "folder of the data set; made if missing", flag_values=FLAGS
+)
+_TOKENIZER = flags.DEFINE_string("tokenizer", None, "the image tokenizer's file", flag_values=FLAGS)
+_ENCODER = flags.DEFINE_string("encoder", None, "the retrieval encoder's file", flag_values=FLAGS)
+_TEXT = flags.DEFINE_string("text", None, "the text tokenizer's file", flag_values=FLAGS)
+_OUT = flags.DEFINE_string(
+    "out", str(library.HERE), "the prepared folder; replaced if outdated", flag_values=FLAGS
+)
 
 _FILES = {
     "tokenizer": "tokenizer.safetensors",

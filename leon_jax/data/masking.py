@@ -26,9 +26,9 @@ What follows metaseq's CM3Leon branch: the number of spans (Poisson(1), clamped 
 0..sentinels - 1), uniform span ends, a span clipped to the one segment it overlaps most (so that
 none crosses `<break>`), whole segments with some probability. What differs: metaseq masks blocks
 cut from a stream and truncates the source to make room; here every document is masked by itself
-and nothing is truncated. Metaseq rejects overlapping spans one by one and may end with fewer; here the ends of all
-spans are drawn at once and paired in order, which is the law of n uniform spans given that they are
-disjoint.
+and nothing is truncated. Metaseq rejects overlapping spans one by one and may end with fewer; here
+the ends of all spans are drawn at once and paired in order, which is the law of n uniform spans
+given that they are disjoint.
 
 In the paper, `<mask>` and `<infill>` are the first and the second use of one sentinel.
 """
@@ -231,9 +231,7 @@ def apply_spans(
     )
 
 
-def unmask(
-    ids: Int[np.ndarray, "masked"], vocabulary: Vocabulary
-) -> Int32[np.ndarray, "length"]:
+def unmask(ids: Int[np.ndarray, "masked"], vocabulary: Vocabulary) -> Int32[np.ndarray, "length"]:
     """The document whose infilling instance this is; the inverse of `mask`.
 
     Raises:

@@ -72,7 +72,7 @@ class PipelineConfig:
     seed: int = 0
     retrieved: tuple[float, ...] = (1.0,)
     spare_spans: int = 4
-    packing_bins: int = 2
+    packing_bins: int = 4
     threads: int = 2
 
     def __post_init__(self):

@@ -86,7 +86,9 @@ class Index:
             )
         count = len(queries)
         excluded = np.full((count, 1), NONE) if exclude is None else np.asarray(exclude)
-        excluded = excluded.reshape(count, -1).astype(np.int32)
+        if excluded.ndim == 1:
+            excluded = excluded[:, None]
+        excluded = excluded.astype(np.int32)
         scores = np.full((count, k), -np.inf, np.float32)
         ids = np.full((count, k), NONE, np.int32)
         for start in range(0, count, self.block):

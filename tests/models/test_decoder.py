@@ -153,9 +153,7 @@ def test_bfloat16_compute_keeps_float32_weights_and_logits():
     assert hidden.dtype == jnp.bfloat16 and model.logits(hidden).dtype == jnp.float32
     assert {leaf.dtype for leaf in jax.tree.leaves(model)} == {jnp.dtype("float32")}
     reference = randomise(reference, 0.1)
-    np.testing.assert_allclose(
-        hidden.astype(jnp.float32), reference(draw_ids()), atol=0.15
-    )
+    np.testing.assert_allclose(hidden.astype(jnp.float32), reference(draw_ids()), atol=0.15)
 
 
 def test_impossible_shapes_are_refused():
@@ -167,6 +165,7 @@ def test_impossible_shapes_are_refused():
         random_decoder(48, 16)(draw_ids(1, 17))
 
 
+@pytest.mark.slow
 def test_every_mesh_of_eight_devices_computes_what_one_device_does():
     """Logits, loss gradients, their layout, and decoding; in a process with simulated devices."""
     program = Path(__file__).with_name("eight_devices.py")
@@ -175,7 +174,7 @@ def test_every_mesh_of_eight_devices_computes_what_one_device_does():
         [sys.executable, program],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
         env={**os.environ, "PYTHONPATH": root},
     )
     assert done.returncode == 0, done.stderr

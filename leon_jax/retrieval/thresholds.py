@@ -1,0 +1,191 @@
+"""How an encoder scores pairs whose kinship is known, to choose its near-copy thresholds by eye.
+
+    python -m leon_jax.retrieval.thresholds --encoder=runs/emoji/encoder/export/encoder.safetensors
+
+prints how well it matches held-out pictures to captions, and a table of percentiles and histograms
+of cosines for pairs of training documents: renderings of one picture, two designs of one concept,
+skin tones of one concept, and strangers. docs/retrieval.md shows the result and what follows.
+"""
+
+import io
+import itertools
+import pathlib
+import re
+import sys
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+import PIL.Image
+from absl import app, flags
+from jaxtyping import Float, Float32, UInt8
+
+from leon_jax import sharding
+from leon_jax.config import UserError
+from leon_jax.data.emoji import EmojiSource
+from leon_jax.documents import Document
+from leon_jax.retrieval.encoder import Encoder, normalise
+from leon_jax.retrieval.index import Views
+from leon_jax.retrieval.selection import embed_views, parts
+from leon_jax.tokenizers.text import TextTokenizer
+
+_ENCODER = flags.DEFINE_string("encoder", None, "encoder.safetensors; text.json lies beside it.")
+_DATA = flags.DEFINE_string("data", "data/emoji", "The emoji dataset.")
+_PAIRS = flags.DEFINE_integer("pairs", 1000, "How many pairs of each kind are scored at most.")
+
+PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
+BINS = np.linspace(-0.2, 1.0, 13)
+_TONE = re.compile(r"-1F3F[B-F]")  # the five skin tone modifiers inside a concept
+
+
+def accuracy(
+    encoder: Encoder, documents: Sequence[Document], among: int = 50
+) -> dict[str, list[float]]:
+    """How often a picture's own caption ranks first among `among`, and the reverse.
+
+    The documents are cut, in order, into groups of `among`; what does not fill one is left out.
+
+    Returns:
+      For "image_to_text" and "text_to_image", the fraction of each group.
+    """
+    texts, images = zip(*map(parts, documents), strict=True)
+    scores = encoder.embed_images(images) @ encoder.embed_texts(texts).T
+    result: dict[str, list[float]] = {"image_to_text": [], "text_to_image": []}
+    for start in range(0, len(documents) - among + 1, among):
+        group = scores[start : start + among, start : start + among]
+        own = np.arange(among)
+        result["image_to_text"].append(float((group.argmax(1) == own).mean()))
+        result["text_to_image"].append(float((group.argmax(0) == own).mean()))
+    return result
+
+
+def renderings(pixels: UInt8[np.ndarray, "h w 3"]) -> list[UInt8[np.ndarray, "h w 3"]]:
+    """The same picture as JPEG of quality 60, at half size, moved by two pixels, and darker."""
+    picture = PIL.Image.fromarray(pixels)
+    buffer = io.BytesIO()
+    picture.save(buffer, format="jpeg", quality=60)
+    size = (picture.width // 2, picture.height // 2)
+    small = picture.resize(size, PIL.Image.Resampling.BILINEAR)
+    return [
+        np.asarray(PIL.Image.open(buffer).convert("RGB")),
+        np.asarray(small),
+        np.roll(pixels, (2, 2), (0, 1)),
+        (pixels * np.float32(0.9)).astype(np.uint8),
+    ]
+
+
+def kinships(
+    documents: Sequence[Document], limit: int, seed: int = 0
+) -> dict[str, list[tuple[int, int]]]:
+    """Pairs of rows by kind: designs, tones and strangers; at most `limit` of each.
+
+    A provenance key is "design/concept"; see `leon_jax.data.emoji_designs`.
+    """
+    rng = np.random.default_rng(seed)
+    concepts: dict[str, list[int]] = {}
+    tones: dict[str, list[int]] = {}
+    for row, document in enumerate(documents):
+        design, _, concept = document.provenance.key.partition("/")
+        concepts.setdefault(concept, []).append(row)
+        if _TONE.search(concept):
+            tones.setdefault(f"{design}/{_TONE.sub('', concept)}", []).append(row)
+    found = {
+        "two designs": [tuple(rows[:2]) for rows in concepts.values() if len(rows) > 1],
+        "skin tones": [
+            (one, other)
+            for rows in tones.values()
+            for one, other in itertools.pairwise(rows)
+        ],
+        "strangers": [
+            (int(one), int(other))
+            for one, other in rng.integers(0, len(documents), (limit, 2))
+            if one != other
+        ],
+    }
+    return {
+        kind: [pairs[i] for i in rng.permutation(len(pairs))[:limit]]
+        for kind, pairs in found.items()
+    }
+
+
+def distributions(
+    encoder: Encoder, documents: Sequence[Document], limit: int, seed: int = 0
+) -> dict[str, dict[str, Float[np.ndarray, "pairs"]]]:
+    """Cosines by what is compared ("document-document", ...) and kind of pair.
+
+    "text-document" and "image-document" are what a query part scores against a candidate, and
+    "document-document" is what candidates score against each other (see `SelectionConfig`).
+    """
+    views = embed_views(documents, encoder)
+    result: dict[str, dict[str, np.ndarray]] = {
+        name: {} for name in ("text-document", "image-document", "document-document")
+    }
+    for kind, pairs in kinships(documents, limit, seed).items():
+        left, right = np.array(pairs, np.int64).reshape(-1, 2).T
+        _compare(result, kind, views, left, views.document.embeddings[right])
+    rng = np.random.default_rng(seed)
+    rows = rng.permutation(len(documents))[: max(1, limit // 4)]
+    pictures = [renderings(parts(documents[row])[1]) for row in rows]
+    for place in range(len(pictures[0])):
+        image = encoder.embed_images([pictured[place] for pictured in pictures])
+        copies = normalise(image + views.text.embeddings[rows])
+        _compare(result, "renderings", views, rows, copies)
+    return result
+
+
+def _compare(
+    result: dict, kind: str, views: Views, left: np.ndarray, right: Float32[np.ndarray, "n d"]
+) -> None:
+    for name in ("text", "image", "document"):
+        scores = (getattr(views, name).embeddings[left] * right).sum(1)
+        known = result[f"{name}-document"].get(kind, np.zeros(0, np.float32))
+        result[f"{name}-document"][kind] = np.concatenate([known, scores])
+
+
+def report(
+    scores: dict[str, dict[str, np.ndarray]], write: Callable[[str], object] = print
+) -> None:
+    """Writes percentiles and histograms as Markdown tables."""
+    for name, kinds in scores.items():
+        write(f"\n{name}\n")
+        write("| pairs | n | " + " | ".join(f"p{p}" for p in PERCENTILES) + " |")
+        write("|---" * (len(PERCENTILES) + 2) + "|")
+        for kind, values in kinds.items():
+            shown = " | ".join(f"{v:.2f}" for v in np.percentile(values, PERCENTILES))
+            write(f"| {kind} | {len(values)} | {shown} |")
+        write("\n| pairs, % | " + " | ".join(f"{low:.1f}" for low in BINS[:-1]) + " |")
+        write("|---" * len(BINS) + "|")
+        for kind, values in kinds.items():
+            counts, _ = np.histogram(np.clip(values, BINS[0], BINS[-1]), BINS)
+            write(
+                f"| {kind} | " + " | ".join(f"{c:.0f}" for c in 100 * counts / len(values)) + " |"
+            )
+
+
+def main(argv: list[str]) -> None:
+    """Measures the encoder named on the command line.
+
+    Raises:
+      UserError: a file is missing.
+    """
+    del argv
+    if _ENCODER.value is None:
+        raise UserError("--encoder is missing; it names an encoder.safetensors")
+    path = pathlib.Path(_ENCODER.value)
+    with jax.set_mesh(sharding.make_mesh()):
+        encoder = Encoder.load(path, TextTokenizer.load(path.with_name("text.json")))
+        for split in ("unseen_design", "unseen_concept"):
+            source = EmojiSource(split, _DATA.value)
+            for way, groups in accuracy(encoder, list(source)).items():
+                shown = ", ".join(f"{100 * group:.0f}" for group in groups)
+                print(f"{split} {way}: right among 50, % of each group in order: {shown}")
+        train = list(EmojiSource("train", _DATA.value))
+        report(distributions(encoder, train, _PAIRS.value))
+
+
+if __name__ == "__main__":
+    try:
+        app.run(main)
+    except UserError as error:
+        print(f"thresholds: {error}", file=sys.stderr)
+        sys.exit(2)

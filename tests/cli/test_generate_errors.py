@@ -1,0 +1,229 @@
+"""`leon generate`: what a person can get wrong is one sentence, exit code 2, and no trace."""
+
+import json
+import os
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from leon_jax.cli import generate, main
+from leon_jax.leon import Leon
+from tests import tiny
+
+PROMPT = f"--prompt={tiny.PROMPT}"
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """Runs `leon generate` with the tiny model in an empty folder: (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    checkpoint, prepared = tiny.folders()
+
+    def command(*arguments: str, verb: str = "generate") -> tuple[int, str, str]:
+        named = [f"--checkpoint={checkpoint}", f"--index={prepared}"] if verb == "generate" else []
+        code = main.run([verb, *named, *arguments])
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return command
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    """Fails if a model is loaded: everything here must be found before."""
+
+    def load(*arguments):
+        raise AssertionError("the weights were loaded before the arguments were checked")
+
+    monkeypatch.setattr(Leon, "load", load)
+
+
+def files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG file that claims this size, and holds no pixels."""
+    content = b"\x89PNG\r\n\x1a\n"
+    size = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    for chunk in (b"IHDR" + size, b"IDAT", b"IEND"):
+        content += struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    return content
+
+
+def whole_png(tmp_path: Path) -> bytes:
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    PIL.Image.fromarray(noise).save(tmp_path / "whole.png")
+    content = (tmp_path / "whole.png").read_bytes()
+    (tmp_path / "whole.png").unlink()
+    return content
+
+
+@pytest.mark.usefixtures("no_weights")
+class TestRefusals:
+    def refused(self, run, tmp_path, arguments, message):
+        before = files(tmp_path)
+        code, out, err = run(*arguments)
+        assert code == 2
+        assert out == ""
+        assert err.startswith("leon generate: ") and err.endswith("\n") and err.count("\n") == 1
+        assert message in err
+        assert "Traceback" not in err and len(err) < 500
+        assert files(tmp_path) == before
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ([], "--prompt is missing"),
+            (["--prompt="], "prompt is empty"),
+            (["--prompt=  \n "], "prompt is empty"),
+            (["--prompt=" + "x y " * 2500], "10000 characters"),
+            ([PROMPT, "--guidance=-1"], "guidance is -1"),
+            ([PROMPT, "--guidance=nan"], "guidance is nan"),
+            ([PROMPT, "--guidance=much"], "--guidance=much"),
+            ([PROMPT, "--num_images=0"], "num_images is 0"),
+            ([PROMPT, "--num_images=-3"], "num_images is -3"),
+            ([PROMPT, "--num_images=2.5"], "--num_images=2.5"),
+            ([PROMPT, "--num_docs=9"], "holds at most"),
+            ([PROMPT, "--num_docs=-1"], "num_docs is -1"),
+            ([PROMPT, "--top_p=0"], "top_p is 0"),
+            ([PROMPT, "--top_p=1.1"], "top_p is 1.1"),
+            ([PROMPT, "--temperature=-0.5"], "temperature is -0.5"),
+            ([PROMPT, "--seed=-1"], "seed is -1"),
+            ([PROMPT, "--task=sing"], "text_to_image"),
+            ([PROMPT, "--image=cat.png"], "--task=caption"),
+            ([PROMPT, "--guidence=3"], "guidence"),
+            ([PROMPT, "cat"], "'cat' is not a flag"),
+            ([PROMPT, "--out=/proc/leon"], "cannot write into /proc/leon"),
+            ([PROMPT, "--out=/dev/null/x"], "/dev/null is not a folder"),
+            ([PROMPT, "--checkpoint=nowhere"], "there is no model folder nowhere"),
+            ([PROMPT, "--index=nowhere"], "nowhere is not a prepared folder"),
+            (["--task=caption"], "--image is missing"),
+            (["--task=caption", "--image=none.png"], "there is no picture at none.png"),
+            (["--task=caption", "--image=."], "is not a file"),
+            (["--task=caption", "--image=x", "--num_docs=9"], "holds at most"),
+            (["--task=caption", "--image=x", PROMPT], "--task=text_to_image"),
+        ],
+        ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
+    )
+    def test_arguments(self, run, tmp_path, arguments, message):
+        self.refused(run, tmp_path, arguments, message)
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            (b"", "is empty"),
+            (b"just some text, not a picture", "not a picture"),
+            (b"\x89PNG\r\n\x1a\n", "picture"),
+            (lambda folder: whole_png(folder)[:-6000], "damaged or cut short"),
+            (lambda folder: whole_png(folder)[:60], "damaged or cut short"),
+            (png_header(50_000, 50_000), "too many pixels"),
+            (png_header(50_000, 10), "50000 x 10 pixels"),
+            (png_header(12_000, 12_000), "12000 x 12000 pixels"),
+            (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "not a picture"),
+            (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a picture"),
+        ],
+        ids="empty text signature truncated header bomb side area svg eps".split(),
+    )
+    def test_pictures(self, run, tmp_path, content, message):
+        content = content(tmp_path) if callable(content) else content
+        (tmp_path / "cat.png").write_bytes(content)
+        self.refused(run, tmp_path, ["--task=caption", "--image=cat.png"], message)
+
+    def test_a_file_in_the_way_of_the_folder(self, run, tmp_path):
+        (tmp_path / "taken").write_text("")
+        self.refused(run, tmp_path, [PROMPT, "--out=taken"], "taken is not a folder")
+        self.refused(run, tmp_path, [PROMPT, "--out=taken/more"], "taken is not a folder")
+
+
+def test_pictures_are_written_with_their_story(run, tmp_path):
+    code, out, err = run(PROMPT, "--num_images=2", "--seed=7", "--guidance=2", "--out=a/b")
+    assert (code, err) == (0, "")
+    names = ["a/b/cat-face-twemoji-style-7.png", "a/b/cat-face-twemoji-style-8.png"]
+    assert out.splitlines()[:2] == names
+    assert "retrieved:" in out and "CC-BY" in out
+    assert files(tmp_path) == {"a", "a/b", *names}
+    with PIL.Image.open(tmp_path / names[1]) as picture:
+        assert picture.size == (tiny.RESOLUTION, tiny.RESOLUTION)
+        assert {"prompt", "seed", "model", "guidance", "retrieved"} <= set(picture.text)
+        assert (picture.text["prompt"], picture.text["seed"]) == (tiny.PROMPT, "8")
+        for document in json.loads(picture.text["retrieved"]):
+            assert {"key", "source", "licence", "attribution"} <= set(document)
+
+
+def test_a_caption_is_printed_with_what_was_read(run, tmp_path):
+    PIL.Image.new("RGBA", (40, 30), (255, 0, 0, 128)).save(tmp_path / "red.png")
+    code, out, err = run("--task=caption", "--image=red.png", "--num_docs=1")
+    assert (code, err) == (0, "")
+    assert "retrieved:" in out and "authors" in out
+    assert files(tmp_path) == {"red.png"}
+
+
+def test_a_write_that_fails_leaves_no_half_picture(run, tmp_path, monkeypatch):
+    def full(*arguments, **settings):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    code, _, err = run(PROMPT, "--num_docs=0", "--num_images=1")
+    assert code == 2 and "No space left on device" in err
+    assert files(tmp_path) == {"out"}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "name"),
+    [
+        ("cat face, Twemoji style", "cat-face-twemoji-style"),
+        ("../../etc/passwd", "etc-passwd"),
+        ("日本", "日本"),
+        ("!!!", "picture"),
+        ("a" * 300, "a" * 60),
+    ],
+)
+def test_file_names_stay_inside_the_folder(prompt, name):
+    assert generate.slug(prompt) == name
+
+
+def test_control_c_is_exit_code_130(run, monkeypatch):
+    def load(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Leon, "load", load)
+    code, _, err = run(PROMPT)
+    assert (code, err) == (130, "leon generate: interrupted\n")
+
+
+def test_help_version_and_unknown_verbs(run, capsys):
+    assert main.run([]) == 2
+    assert main.run(["--help"]) == 0
+    assert "leon generate" in capsys.readouterr().out
+    assert main.run(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("leon 0.")
+    assert main.run(["genrate"]) == 2
+    assert "did you mean 'generate'?" in capsys.readouterr().err
+    for verb, flag in (("generate", "--num_images"), ("prepare", "--data_dir")):
+        code, out, _ = run("--help", verb=verb)
+        assert code == 0 and flag in out
+
+
+def test_flags_start_anew_with_every_command(run):
+    assert "guidance is -1" in run(PROMPT, "--guidance=-1")[2]
+    assert "num_images is 0" in run(PROMPT, "--num_images=0")[2]
+
+
+def test_the_process_ends_with_the_exit_code(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "leon_jax.cli.main", "generate", "--checkpoint=nowhere", PROMPT],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "JAX_PLATFORMS": "cpu"},
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("leon generate: there is no model folder nowhere")
+    assert done.stderr.count("\n") == 1 and done.stdout == ""

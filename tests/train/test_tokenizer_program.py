@@ -1,0 +1,131 @@
+"""Training of the image tokenizer: the step does what its parts promise."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from leon_jax import model_files
+from leon_jax.models.vqgan import VQGANConfig
+from leon_jax.train.optimizer import OptimizerConfig
+from leon_jax.train.tokenizer import (
+    TokenizerConfig,
+    TokenizerData,
+    TokenizerLosses,
+    TokenizerProgram,
+    _adaptive_weight,
+)
+
+CONFIG = TokenizerConfig(
+    model=VQGANConfig(
+        resolution=32, channels=8, multipliers=(1, 2), blocks=1, attention_sizes=(), groups=4,
+        latent=8, code_dim=4, codes=64,
+    ),
+    losses=TokenizerLosses(
+        network="alexnet", adversarial_start=20, discriminator_channels=4,
+        discriminator_layers=1, revive_after=3,
+    ),
+    optimizer=OptimizerConfig(
+        learning_rate=2e-3, total_steps=100, schedule="constant", weight_decay=0.0
+    ),
+    data=TokenizerData(dir=""),
+    batch_size=4,
+    steps=100,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def batch():
+    """Discs of four colours on white."""
+    y, x = np.mgrid[:32, :32]
+    inside = ((y - 16) ** 2 + (x - 16) ** 2 < 100)[..., None]
+    colours = [(1, -1, -1), (-1, 1, -1), (-1, -1, 1), (0, 0, 0)]
+    return {"images": jnp.float32(np.stack([np.where(inside, colour, 1) for colour in colours]))}
+
+
+@pytest.fixture(scope="module")
+def history(batch):
+    """States before and after, and the metrics of 24 steps; the last 4 with the discriminator."""
+    from leon_jax import sharding
+
+    with jax.set_mesh(sharding.make_mesh((1, 1, 1, 1), jax.devices()[:1])):
+        program = TokenizerProgram(CONFIG)
+        first = state = jax.jit(program.init)(jax.random.key(0))
+        step, metrics, states = jax.jit(program.step), [], []
+        for _ in range(24):
+            state, values = step(state, batch)
+            metrics.append(jax.device_get(values))
+            states.append(state)
+    return program, first, states, metrics
+
+
+def test_reconstruction_improves(history):
+    *_, metrics = history
+    assert metrics[19]["loss"] < 0.7 * metrics[0]["loss"]
+    assert metrics[19]["psnr_db"] > metrics[0]["psnr_db"] + 2
+
+
+def test_the_discriminator_waits_for_its_start(history):
+    _, first, states, metrics = history
+
+    def judge(state):
+        return jax.tree.leaves(state.model.discriminator)
+
+    for before, after in zip(judge(first), judge(states[19]), strict=True):
+        np.testing.assert_array_equal(before, after)
+    assert metrics[19]["discriminator_loss"] == 0 < metrics[20]["discriminator_loss"]
+    assert any(
+        not np.array_equal(a, b)
+        for a, b in zip(judge(states[19]), judge(states[23]), strict=True)
+    )
+
+
+def test_no_code_stays_dead(history):
+    _, first, states, metrics = history
+    assert metrics[0]["codes_revived"] == 64
+    assert sum(values["codes_revived"] for values in metrics[1:]) > 0
+    idle = np.asarray(states[-1].opt_state["idle"])
+    assert idle.max() <= CONFIG.losses.revive_after
+
+
+def test_the_adaptive_weight_is_the_ratio_of_last_layer_gradients(history):
+    _, _, states, _ = history
+    generator = states[-1].model.generator
+    rng = np.random.default_rng(0)
+    features = jnp.float32(rng.normal(size=(2, 32, 32, 8)))
+    pull, push = (jnp.float32(rng.normal(size=(2, 32, 32, 3))) * s for s in (3.0, 0.1))
+
+    def norm(cotangent):
+        def inner(kernel):
+            layer = jax.tree.map(lambda leaf: leaf, generator.decoder.out)
+            leaves, structure = jax.tree.flatten(layer)
+            leaves = [kernel if leaf.ndim == 4 else leaf for leaf in leaves]
+            return (jax.tree.unflatten(structure, leaves)(features) * cotangent).sum()
+
+        return jnp.linalg.norm(jax.grad(inner)(generator.decoder.out.kernel[...]))
+
+    expected = norm(pull) / (norm(push) + 1e-4)
+    np.testing.assert_allclose(
+        _adaptive_weight(generator, features, pull, push), expected, rtol=1e-4
+    )
+
+
+def test_the_exported_file_is_the_trained_generator(history, tmp_path):
+    program, _, states, _ = history
+    program.export(states[-1], tmp_path)
+    arrays, config = model_files.load(tmp_path / "tokenizer.safetensors", "tokenizer")
+    assert config["codes"] == 64
+    restored = model_files.restore(states[-1].model.generator, arrays)
+    np.testing.assert_allclose(
+        restored.codebook[...], states[-1].model.generator.codebook[...], rtol=2**-8, atol=1e-6
+    )
+
+
+def test_batches_are_augmented_pictures_of_the_train_split(emoji_data_dir):
+    config = dataclasses.replace(CONFIG, data=TokenizerData(dir=emoji_data_dir))
+    first, again = (next(iter(TokenizerProgram(config).batches())) for _ in range(2))
+    assert first["images"].shape == (4, 32, 32, 3) and first["images"].dtype == np.float32
+    assert -1 <= first["images"].min() < 0 < first["images"].max() <= 1
+    np.testing.assert_array_equal(first["images"], again["images"])
