@@ -18,10 +18,11 @@ echo "it writes into $data and $runs, and at the end replaces $weights."
   --config.data.dir="$data/emoji"
 "$leon" train --config=configs/emoji/encoder.py --workdir="$runs/encoder" \
   --config.data.dir="$data/emoji" --config.data.text="$runs/text/export/text.json"
+# The thresholds that docs/retrieval.md chose for this encoder.
+cp configs/emoji/selection.json "$runs/encoder/export/selection.json"
 "$leon" prepare --data_dir="$data/emoji" --out="$data/emoji_prepared" \
   --tokenizer="$runs/tokenizer/export/tokenizer.safetensors" \
-  --encoder="$runs/encoder/export/encoder.safetensors" --text="$runs/text/export/text.json" \
-  --selection=configs/emoji/selection.json
+  --encoder="$runs/encoder/export/encoder.safetensors" --text="$runs/text/export/text.json"
 "$leon" train --config=configs/emoji/decoder.py --workdir="$runs/decoder" \
   --config.data.folder="$data/emoji_prepared" --config.data.text="$runs/text/export/text.json" \
   --config.samples.image="$runs/tokenizer/export/tokenizer.safetensors"

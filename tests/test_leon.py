@@ -110,7 +110,7 @@ def test_the_likelihood_of_a_document_is_that_of_its_parts(leon):
     whole, picture = leon.likelihood(cat), leon.likelihood(cat, part=1)
     # The chain rule: the caption with its <break>, then the picture with its </s>.
     ids = leon.checkpoint.documents.encode(cat)
-    caption = leon.engine.score([ids[: -tiny.GRID**2 - 1]])[0]
+    caption = leon.engine.score([ids[: -(tiny.GRID**2) - 1]])[0]
     assert whole == pytest.approx(caption + picture, abs=1e-2)
     assert leon.likelihood(cat, part=0) < 0
     assert leon.likelihood(cat, retrieved=leon.retrieve(cat, 1)) != pytest.approx(whole, abs=1e-3)

@@ -67,9 +67,7 @@ def documents() -> list[Document]:
         for number, concept in enumerate(CONCEPTS):
             rng = np.random.default_rng([number, len(style)])
             pixels = rng.integers(0, 256, (1, RESOLUTION, 3), np.uint8).repeat(RESOLUTION, axis=0)
-            provenance = Provenance(
-                f"{style.lower()}/{number}", style, licence, f"{style} authors"
-            )
+            provenance = Provenance(f"{style.lower()}/{number}", style, licence, f"{style} authors")
             made.append(
                 Document((Text(f"{concept}, {style} style"), Image(pixels=pixels)), provenance)
             )

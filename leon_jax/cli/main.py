@@ -9,11 +9,16 @@ person can fix is one sentence on stderr and exit code 2; Ctrl-C is exit code 13
 import difflib
 import importlib
 import inspect
+import os
 import sys
 import types
 from collections.abc import Sequence
 
 from absl import app, flags
+
+# NumPy multiplies only small matrices here (augmentation, neighbours), on threads that already run
+# side by side; BLAS threads of its own would make each of them wait. Read when NumPy is loaded.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 VERBS = {
     "generate": "draw pictures for a prompt, or write a caption for a picture",

@@ -29,6 +29,10 @@ _TEXT = flags.DEFINE_string("text", None, "the text tokenizer's file", flag_valu
 _OUT = flags.DEFINE_string(
     "out", str(library.HERE), "the prepared folder; replaced if outdated", flag_values=FLAGS
 )
+_DATASET_ONLY = flags.DEFINE_bool(
+    "dataset_only", False, "make the data set and stop, even if there are model files",
+    flag_values=FLAGS,
+)  # fmt: skip
 
 _FILES = {
     "tokenizer": "tokenizer.safetensors",
@@ -44,12 +48,14 @@ def main(argv: list[str]) -> None:
       UserError: a file is missing or damaged, or a folder cannot be written.
     """
     del argv
-    files = _model_files()
+    files = None if _DATASET_ONLY.value else _model_files()
     pictures.check_folder(_DATA_DIR.value)
     if files is not None:
         pictures.check_folder(_OUT.value)
     emoji.prepare(_DATA_DIR.value)
     print(f"the data set is in {_DATA_DIR.value}")
+    if _DATASET_ONLY.value:
+        return
     if files is None:
         print("no model files were named and none come with the package, so nothing is encoded yet")
         return

@@ -216,9 +216,7 @@ def _fill(
     last = jax.nn.one_hot(lengths - 1, ids.shape[1], dtype=hidden.dtype)
     last = jax.reshard(last, sharding.spec("batch", "length"))
     first = _State(
-        hidden=jnp.einsum(
-            "btd,bt->bd", hidden, last, out_sharding=sharding.spec("batch", "embed")
-        ),
+        hidden=jnp.einsum("btd,bt->bd", hidden, last, out_sharding=sharding.spec("batch", "embed")),
         cache=Cache.from_prefill(keys, values, lengths, span.limit),
         tokens=jnp.full((rows, span.limit), vocabulary.pad, jnp.int32),
         scores=jnp.zeros((rows, span.limit), jnp.float32),

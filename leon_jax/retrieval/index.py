@@ -180,7 +180,8 @@ def save_arrays(path: str | os.PathLike, arrays: dict[str, np.ndarray]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    safetensors.numpy.save_file(arrays, temporary)
+    # Not `save_file`, which makes files that only their owner can read.
+    temporary.write_bytes(safetensors.numpy.save(arrays))
     os.replace(temporary, path)
 
 

@@ -35,6 +35,9 @@ from leon_jax.train.state import TrainState
 # Pictures whose names hold one of these words are not mirrored: they show writing or a direction.
 DIRECTED = ("left", "right", "button", "clock", "o'clock", "flag", "east", "west", "input")
 
+# Pictures of each concept in a batch. Two designs side by side teach that the style says nothing.
+VIEWS = 2
+
 
 @dataclasses.dataclass(frozen=True)
 class EncoderData:
@@ -44,15 +47,15 @@ class EncoderData:
       dir: the dataset folder made by `leon prepare`.
       text: the text tokenizer's file.
       split: which split of it.
-      keep_style: how often the caption keeps its last comma-separated part, the style. The rest of
-        the time the name stands alone, so that the name decides.
+      name_style: how often a caption names a style: any one, drawn at random, not its own. A
+        retriever is to find what is shown in whatever style, so the style must say nothing.
       drop_words: how often each word of the name is dropped (never all of them).
     """
 
     dir: str = "data/emoji"
     text: str = "runs/emoji/text/export/text.json"
     split: str = "train"
-    keep_style: float = 0.5
+    name_style: float = 0.5
     drop_words: float = 0.1
 
 
@@ -70,8 +73,11 @@ class EncoderConfig:
     augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
 
     def __post_init__(self):
-        if self.batch_size < 2:
-            raise ValueError(f"batch_size is {self.batch_size}; a contrast needs at least 2")
+        if self.batch_size < 2 * VIEWS or self.batch_size % VIEWS:
+            raise ValueError(
+                f"batch_size is {self.batch_size}; it must be a multiple of {VIEWS}, and a "
+                f"contrast needs {2 * VIEWS}"
+            )
 
 
 class EncoderProgram:
@@ -127,23 +133,25 @@ class EncoderProgram:
     def batches(self) -> grain.IterDataset:
         """Endless shuffled batches of random views, seeded by `config.seed`."""
         config = self.config
-        source = EmojiSource(config.data.split, config.data.dir)
+        concepts = Concepts(EmojiSource(config.data.split, config.data.dir))
         count = jax.process_count()
-        per_process, rest = divmod(config.batch_size, count)
-        if rest or per_process > len(source):
+        per_process, rest = divmod(config.batch_size // VIEWS, count)
+        if rest or per_process > len(concepts):
             raise UserError(
-                f"config.batch_size is {config.batch_size}; it must be a multiple of the {count} "
-                f"processes and at most the {len(source)} documents of {config.data.dir}"
+                f"config.batch_size is {config.batch_size}; it must be a multiple of {VIEWS} for "
+                f"each of the {count} processes, and at most {VIEWS} for each of the "
+                f"{len(concepts)} concepts of {config.data.dir}"
             )
         return (
-            grain.MapDataset.source(InMemory(source))
+            grain.MapDataset.source(concepts)
             .seed(config.seed)
             .shuffle()
             .slice(slice(jax.process_index(), None, count))
             .repeat()
-            .random_map(Views(config, self.text))
+            .random_map(Views(config, self.text, concepts.styles))
             .batch(per_process, drop_remainder=True)
-            .to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=64))
+            .map(_flatten)
+            .to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4))
         )
 
     def samples(self, state: TrainState) -> dict[str, np.ndarray]:
@@ -193,23 +201,34 @@ def contrast(
     return (to_text + to_image) / 2, accuracy
 
 
-class InMemory(Sequence[tuple[np.ndarray, str, int]]):
-    """All documents decoded once: (pixels, caption, concept). Augmenting is then all that is left.
+def _flatten(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """[concepts, views, ...] to [pictures, ...]."""
+    return {name: array.reshape(-1, *array.shape[2:]) for name, array in batch.items()}
+
+
+class Concepts(Sequence[list[tuple[np.ndarray, str, int]]]):
+    """All documents decoded once, (pixels, caption, concept), and grouped by concept.
 
     A document must hold a caption and a picture with pixels.
     """
 
     def __init__(self, documents: Sequence[Document]):
-        self.items = [describe(documents[i]) for i in range(len(documents))]
+        groups: dict[int, list[tuple[np.ndarray, str, int]]] = {}
+        for index in range(len(documents)):
+            described = describe(documents[index])
+            groups.setdefault(described[-1], []).append(described)
+        self.groups = list(groups.values())
+        captions = (caption for group in self.groups for _, caption, _ in group)
+        self.styles = sorted({caption.rpartition(", ")[2] for caption in captions if "," in caption})
 
     def __len__(self) -> int:
-        return len(self.items)
+        return len(self.groups)
 
     def __getitem__(self, index):
-        return self.items[index]
+        return self.groups[index]
 
     def __repr__(self) -> str:
-        return f"InMemory({len(self.items)} documents)"
+        return f"Concepts({len(self.groups)} of them)"
 
 
 def describe(document: Document) -> tuple[np.ndarray, str, int]:
@@ -233,18 +252,27 @@ def describe(document: Document) -> tuple[np.ndarray, str, int]:
 
 
 class Views(grain.transforms.RandomMap):
-    """(pixels, caption, concept) to a random view of the picture and of the caption."""
+    """A concept to two random views: of two of its designs, or of the same one twice."""
 
-    def __init__(self, config: EncoderConfig, text: TextTokenizer):
-        self.config, self.text = config, text
+    def __init__(self, config: EncoderConfig, text: TextTokenizer, styles: Sequence[str]):
+        self.config, self.text, self.styles = config, text, styles
 
-    def random_map(self, element, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        pixels, caption, concept = element
+    def random_map(
+        self, group: list[tuple[np.ndarray, str, int]], rng: np.random.Generator
+    ) -> dict[str, np.ndarray]:
+        order = rng.permutation(len(group))
+        views = [self._view(group[order[i % len(group)]], rng) for i in range(VIEWS)]
+        return {name: np.stack([view[name] for view in views]) for name in views[0]}
+
+    def _view(
+        self, described: tuple[np.ndarray, str, int], rng: np.random.Generator
+    ) -> dict[str, np.ndarray]:
+        pixels, caption, concept = described
         model = self.config.model
         name = caption.lower()
         mirror = not any(word in name for word in DIRECTED)
         view = augment(pixels, model.vision.image_size, self.config.augment, rng, mirror)
-        words = vary(caption, self.config.data, rng)
+        words = vary(caption, self.config.data, rng, self.styles)
         return {
             "image": np.round(view * 255).astype(np.uint8),
             "text": frame(self.text.encode(words), model.text),
@@ -252,12 +280,16 @@ class Views(grain.transforms.RandomMap):
         }
 
 
-def vary(caption: str, data: EncoderData, rng: np.random.Generator) -> str:
-    """The caption with words of its name dropped, and with or without its style."""
+def vary(
+    caption: str, data: EncoderData, rng: np.random.Generator, styles: Sequence[str] = ()
+) -> str:
+    """The caption with words of its name dropped, and with no style or one of `styles`."""
     name, comma, style = caption.rpartition(", ")
     if not comma:
-        name, style = caption, ""
+        name = caption
     words = name.split()
     kept = [word for word in words if rng.random() >= data.drop_words] or words
-    keep_style = rng.random() < data.keep_style
-    return " ".join(kept) + (comma + style if keep_style else "")
+    named = rng.random() < data.name_style
+    if styles:
+        style = styles[rng.integers(len(styles))]
+    return " ".join(kept) + (f", {style}" if named and style else "")

@@ -57,6 +57,7 @@ def run(program: Program, loop: LoopConfig, workdir: pathlib.Path) -> TrainState
       SystemExit: a signal ended the run; code 128 + its number.
     """
     total = program.config.steps
+    data = iter(program.batches())  # first, so that missing data leave no workdir behind
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         check_config(
@@ -67,7 +68,6 @@ def run(program: Program, loop: LoopConfig, workdir: pathlib.Path) -> TrainState
         raise UserError(f"the workdir {workdir} cannot be written: {error.strerror}") from error
 
     checkpoints = Checkpoints(workdir / "checkpoints", loop.keep)
-    data = iter(program.batches())
     key = jax.random.key(program.config.seed)
     newest = checkpoints.latest()
     if newest is None:

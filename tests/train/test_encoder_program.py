@@ -95,6 +95,10 @@ def test_batches_hold_views_framed_text_and_one_number_a_concept(program):
     assert batch["text"].shape == (8, 16) and batch["text"].dtype == np.int32
     assert (batch["text"][:, 0] == program.config.model.text.start).all()
     assert ((batch["text"] == program.config.model.text.end).sum(1) == 1).all()
+    # Views of one concept stand side by side: both designs, told apart by their pixels.
+    np.testing.assert_array_equal(batch["concept"][0::2], batch["concept"][1::2])
+    assert len(set(batch["concept"][0::2].tolist())) == 4
+    assert all((a != b).any() for a, b in zip(batch["image"][0::2], batch["image"][1::2], strict=True))
     flat, outlined = documents()[:2]
     assert describe(flat)[2] == describe(outlined)[2] != describe(documents()[2])[2]
 
@@ -128,17 +132,19 @@ def test_training_lowers_the_loss_and_export_gives_the_trained_encoder(program, 
     assert program.samples(state) == {}
 
 
-def test_a_caption_loses_words_and_style_but_never_its_whole_name():
+def test_a_caption_loses_words_and_its_style_tells_nothing():
     rng = np.random.default_rng(0)
-    data = EncoderData(keep_style=0.5, drop_words=0.5)
-    seen = {vary("black cat, flat style", data, rng) for _ in range(200)}
+    data = EncoderData(name_style=0.5, drop_words=0.5)
+    styles = ("flat style", "outlined style")
+    seen = {vary("black cat, flat style", data, rng, styles) for _ in range(400)}
     assert seen == {
-        words + style for words in ("black cat", "black", "cat") for style in ("", ", flat style")
+        words + style
+        for words in ("black cat", "black", "cat")
+        for style in ("", ", flat style", ", outlined style")
     }
-    always = dataclasses.replace(data, keep_style=1.0, drop_words=0.0)
-    assert vary("kiss: woman, man, flat style", always, rng) == "kiss: woman, man, flat style"
-    never = dataclasses.replace(always, keep_style=0.0)
-    assert vary("kiss: woman, man, flat style", never, rng) == "kiss: woman, man"
+    never = dataclasses.replace(data, name_style=0.0, drop_words=0.0)
+    assert vary("kiss: woman, man, flat style", never, rng, styles) == "kiss: woman, man"
+    assert vary("cat", dataclasses.replace(never, name_style=1.0), rng) == "cat"
 
 
 def test_a_vocabulary_that_does_not_fit_the_tokenizer_is_named(program):

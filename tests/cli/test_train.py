@@ -1,0 +1,91 @@
+"""`leon train`: what a person gets wrong is one sentence and exit code 2; a text run works."""
+
+import json
+import pathlib
+import runpy
+import subprocess
+import sys
+
+from leon_jax.tokenizers.text import TextTokenizer
+
+CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
+TEXT = f"--config={CONFIGS}/emoji/text.py"
+TOKENIZER = f"--config={CONFIGS}/emoji/tokenizer.py"
+
+
+def train(*arguments: str) -> subprocess.CompletedProcess:
+    """Runs `leon train` as a person does: config flags change absl's global state."""
+    return subprocess.run(
+        [sys.executable, "-m", "leon_jax.cli.main", "train", *arguments],
+        capture_output=True, text=True, cwd=CONFIGS.parent, check=False,
+    )  # fmt: skip
+
+
+def refused(*arguments: str) -> str:
+    """Runs `leon train`, checks that it refuses in one line, and returns the line."""
+    done = train(*arguments)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("leon train: ")
+    return done.stderr
+
+
+def test_a_text_tokenizer_is_trained_from_the_command_line(tmp_path, emoji_data_dir):
+    workdir = tmp_path / "text"
+    data = f"--config.data.dir={emoji_data_dir}"
+    done = train(TEXT, f"--workdir={workdir}", data, "--config.size=300")
+    assert done.returncode == 0, done.stderr
+    assert TextTokenizer.load(workdir / "export" / "text.json").size == 300
+
+
+def test_flags_that_are_needed_are_asked_for(tmp_path):
+    assert "--config is missing" in refused(f"--workdir={tmp_path}")
+    assert "--workdir is missing" in refused(TEXT)
+
+
+def test_a_config_that_is_not_there_is_named(tmp_path):
+    message = refused(f"--config={tmp_path}/none.py", f"--workdir={tmp_path}/w")
+    assert "none.py" in message
+    assert not (tmp_path / "w").exists()
+
+
+def test_a_misspelt_key_on_the_command_line_is_named(tmp_path):
+    message = refused(TOKENIZER, f"--workdir={tmp_path}/w", "--config.batch_sise=3")
+    assert "batch_sise" in message
+    assert not (tmp_path / "w").exists()
+
+
+def test_a_misspelt_key_in_a_file_is_named_with_the_right_one(tmp_path):
+    source = (CONFIGS / "emoji" / "tokenizer.py").read_text()
+    (tmp_path / "bad.py").write_text(source.replace('"code_dim"', '"code_dimm"'))
+    message = refused(f"--config={tmp_path}/bad.py", f"--workdir={tmp_path}/w")
+    assert "unknown key config.model.code_dimm; did you mean config.model.code_dim?" in message
+    assert not (tmp_path / "w").exists()
+
+
+def test_missing_data_say_what_to_run(tmp_path):
+    message = refused(
+        TOKENIZER, f"--workdir={tmp_path}/w", f"--config.data.dir={tmp_path}/nothing"
+    )
+    assert "leon prepare" in message
+    assert not (tmp_path / "w").exists()
+
+
+def test_a_mesh_that_does_not_fit_the_devices_is_explained(tmp_path):
+    source = (CONFIGS / "emoji" / "tokenizer.py").read_text()
+    (tmp_path / "mesh.py").write_text(
+        source.replace('"kind": "tokenizer",', '"kind": "tokenizer", "loop": {"mesh": (3, 5, 1, 1)},')
+    )
+    message = refused(f"--config={tmp_path}/mesh.py", f"--workdir={tmp_path}/w")
+    assert "does not cover" in message
+
+
+def test_a_run_of_another_configuration_is_not_gone_on_with(tmp_path, emoji_data_dir):
+    workdir = tmp_path / "w"
+    workdir.mkdir()
+    kept = runpy.run_path(str(CONFIGS / "emoji" / "tokenizer.py"))["get_config"]().to_dict()
+    kept["model"]["codes"] = 512
+    (workdir / "config.json").write_text(json.dumps(kept))
+    message = refused(
+        TOKENIZER, f"--workdir={workdir}", f"--config.data.dir={emoji_data_dir}"
+    )
+    assert "model.codes = 512, but it is now 1024" in message
