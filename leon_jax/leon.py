@@ -138,17 +138,15 @@ class Leon:
             top_p=top_p,
             top_k=top_k,
         )
-        return [
-            Generation(
-                PIL.Image.fromarray(document.parts[-1].pixels),
-                prompt,
-                seed + number,
-                guidance,
-                tuple(retrieved),
-                self.name,
+        generations = []
+        for number, done in enumerate(documents):
+            picture = done.parts[-1]
+            assert isinstance(picture, Image) and picture.pixels is not None
+            drawn = PIL.Image.fromarray(picture.pixels)
+            generations.append(
+                Generation(drawn, prompt, seed + number, guidance, tuple(retrieved), self.name)
             )
-            for number, document in enumerate(documents)
-        ]
+        return generations
 
     def caption(
         self,
@@ -183,7 +181,9 @@ class Leon:
             top_p=top_p,
             max_tokens=max_tokens,
         )
-        return Caption(done.parts[0].text.strip(), seed, tuple(retrieved))
+        written = done.parts[0]
+        assert isinstance(written, Text)
+        return Caption(written.text.strip(), seed, tuple(retrieved))
 
     def complete(
         self,
@@ -257,8 +257,8 @@ class Leon:
             scored = len(tokenizer.encode(document)) - 1
         else:
             answered = document.parts[part]
-            modality = "text" if isinstance(answered, Text) else "image"
-            question = [*retrieved, document.replace(part, Hole(modality))]
+            hole = Hole("text" if isinstance(answered, Text) else "image")
+            question = [*retrieved, document.replace(part, hole)]
             answer = tokenizer.answer(question, [answered])
             ids = np.concatenate([tokenizer.prompt(question), answer])
             scored = len(answer)
@@ -293,7 +293,7 @@ class Leon:
     def tokenize(self, document: Document) -> Document:
         """The document with codes beside the pixels of every picture."""
         for place, part in enumerate(document.parts):
-            if isinstance(part, Image) and part.codes is None:
+            if isinstance(part, Image) and part.codes is None and part.pixels is not None:
                 pixels = self.image_tokenizer.preprocess(part.pixels)
                 with jax.set_mesh(self.mesh):
                     codes = self.image_tokenizer.encode(pixels[None])[0]
@@ -325,7 +325,7 @@ class Leon:
             (row, place, part.codes)
             for row, document in enumerate(documents)
             for place, part in enumerate(document.parts)
-            if isinstance(part, Image) and part.pixels is None
+            if isinstance(part, Image) and part.pixels is None and part.codes is not None
         ]
         if places:
             decoded = to_pixels(self.image_tokenizer.decode(np.stack([c for _, _, c in places])))

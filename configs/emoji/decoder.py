@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
     config.kind = "decoder"
     config.seed = 0
     config.batch_size = 8
-    config.steps = 3_800
+    config.steps = 2_600
 
     # The layout of Vocabulary.compact: no reserved ids between sentinels and text.
     text_start = 4 + IMAGE_CODES + 2 + SENTINELS

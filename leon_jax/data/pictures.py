@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from leon_jax.config import UserError
 
@@ -49,7 +49,7 @@ def read(path: str | os.PathLike) -> Image.Image:
         raise
     except Image.DecompressionBombError:
         raise UserError(_too_large(path)) from None
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         raise UserError(f"{path} is not a picture in {', '.join(FORMATS)} format") from None
     except PermissionError:
         raise UserError(f"{path} may not be read; check its permissions") from None

@@ -104,7 +104,9 @@ class _Row:
     def span(self, text_limit: int) -> Span:
         """The grammar of the next hole."""
         vocabulary, tokens = self.tokenizer.vocabulary, self.tokenizer.text.size
-        if self.document.parts[self.hole].modality == "image":
+        hole = None if self.hole is None else self.document.parts[self.hole]
+        assert isinstance(hole, Hole)
+        if hole.modality == "image":
             return ImageSpan(self.tokenizer.image_tokens)
         make = TextSpan.causal if self.open else TextSpan.infill
         return make(vocabulary, text_limit, tokens)
