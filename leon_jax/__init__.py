@@ -1,4 +1,4 @@
-"""leon_jax: the open CM3Leon, one decoder-only transformer that reads and writes text and images."""
+"""leon_jax: the open CM3Leon, one transformer that reads and writes text and images."""
 
 from flax import nnx
 

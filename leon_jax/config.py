@@ -49,9 +49,7 @@ def build[T](cls: type[T], values: Mapping[str, Any], path: str = "config") -> T
     for name, field in fields.items():
         if name in values:
             arguments[name] = _convert(values[name], hints[name], f"{path}.{name}")
-        elif (
-            field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        ):
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise ConfigError(f"{path}.{name} is missing; it must be {_name(hints[name])}")
     try:
         return cls(**arguments)

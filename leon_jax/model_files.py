@@ -111,5 +111,7 @@ def restore[M: nnx.Module](module: M, arrays: dict[str, np.ndarray], source: str
 
 
 def _name(path: tuple[Any, ...]) -> str:
-    parts = [str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", "")))) for key in path]
+    parts = [
+        str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", "")))) for key in path
+    ]
     return ".".join(part for part in parts if part not in ("", "value"))

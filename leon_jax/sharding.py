@@ -51,11 +51,15 @@ def make_mesh(
     devices = jax.devices() if devices is None else list(devices)
     sizes = list(shape)
     if len(sizes) != len(AXES) or sizes.count(-1) > 1:
-        raise ValueError(f"mesh shape {tuple(shape)} must give {len(AXES)} sizes {AXES}, at most one -1")
+        raise ValueError(
+            f"mesh shape {tuple(shape)} must give {len(AXES)} sizes {AXES}, at most one -1"
+        )
     if -1 in sizes:
         sizes[sizes.index(-1)] = len(devices) // math.prod(size for size in sizes if size != -1)
     if math.prod(sizes) != len(devices):
-        raise ValueError(f"mesh {dict(zip(AXES, sizes, strict=True))} does not cover {len(devices)} devices")
+        raise ValueError(
+            f"mesh {dict(zip(AXES, sizes, strict=True))} does not cover {len(devices)} devices"
+        )
     kinds = (jax.sharding.AxisType.Explicit,) * len(AXES)
     return jax.make_mesh(tuple(sizes), AXES, axis_types=kinds, devices=np.array(devices).tolist())
 

@@ -64,9 +64,7 @@ def get_config() -> ConfigDict:
             "retrieved": (0.34, 0.33, 0.33),
         }
     )
-    config.masking = ConfigDict(
-        {"placement": "segment", "whole_segment": 0.6, "query_text": 0.6}
-    )
+    config.masking = ConfigDict({"placement": "segment", "whole_segment": 0.6, "query_text": 0.6})
     config.samples = ConfigDict(
         {
             "image": "runs/emoji/tokenizer/export/tokenizer.safetensors",

@@ -1,6 +1,6 @@
 """The demo's text tokenizer: byte-level BPE trained on the training captions.
 
-    leon train --config=configs/emoji/text.py --workdir=runs/emoji/text
+leon train --config=configs/emoji/text.py --workdir=runs/emoji/text
 """
 
 from ml_collections import ConfigDict

@@ -10,39 +10,41 @@ from ml_collections import ConfigDict
 
 def get_config() -> ConfigDict:
     steps = 800
-    return ConfigDict({
-        "kind": "tokenizer",
-        "seed": 0,
-        "steps": steps,
-        "batch_size": 32,
-        "model": {
-            "resolution": 48,
-            "channels": 24,
-            "multipliers": (1, 2, 4),
-            "blocks": 1,
-            "attention_sizes": (),
-            "groups": 8,
-            "latent": 64,
-            "code_dim": 16,
-            "codes": 1024,
-        },
-        "losses": {
-            "network": "alexnet",
-            "adversarial": 0.4,
-            "adversarial_start": steps * 3 // 4,
-            "discriminator_channels": 16,
-            "discriminator_layers": 2,
-            "revive_after": 60,
-        },
-        "optimizer": {
-            "learning_rate": 1e-3,
-            "warmup_steps": 20,
-            "total_steps": steps,
-            "schedule": "cosine",
-            "final_fraction": 0.05,
-            "beta1": 0.8,
-            "beta2": 0.95,
-            "weight_decay": 0.0,
-        },
-        "data": {"dir": "data/emoji"},
-    })
+    return ConfigDict(
+        {
+            "kind": "tokenizer",
+            "seed": 0,
+            "steps": steps,
+            "batch_size": 32,
+            "model": {
+                "resolution": 48,
+                "channels": 24,
+                "multipliers": (1, 2, 4),
+                "blocks": 1,
+                "attention_sizes": (),
+                "groups": 8,
+                "latent": 64,
+                "code_dim": 16,
+                "codes": 1024,
+            },
+            "losses": {
+                "network": "alexnet",
+                "adversarial": 0.4,
+                "adversarial_start": steps * 3 // 4,
+                "discriminator_channels": 16,
+                "discriminator_layers": 2,
+                "revive_after": 60,
+            },
+            "optimizer": {
+                "learning_rate": 1e-3,
+                "warmup_steps": 20,
+                "total_steps": steps,
+                "schedule": "cosine",
+                "final_fraction": 0.05,
+                "beta1": 0.8,
+                "beta2": 0.95,
+                "weight_decay": 0.0,
+            },
+            "data": {"dir": "data/emoji"},
+        }
+    )

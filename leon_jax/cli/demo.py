@@ -82,9 +82,7 @@ def main(argv: list[str]) -> None:
     held_out = RecordSource(prepared / "unseen_design.array_record")
     documents = [held_out[i] for i in range(_MEASURED)]
     rebuilt = demo.reconstruct(leon, [held_out[i] for i in range(len(held_out))])
-    drawn = {
-        n: demo.draw(leon, documents, n, guidance=_GUIDANCE, top_p=_TOP_P) for n in (0, 2)
-    }
+    drawn = {n: demo.draw(leon, documents, n, guidance=_GUIDANCE, top_p=_TOP_P) for n in (0, 2)}
     shown = documents[:_SHOWN]
     written = [
         tuple(leon.caption(_pixels(document), num_docs=n).text for n in (0, 2))
@@ -95,9 +93,7 @@ def main(argv: list[str]) -> None:
     metrics = {
         "tokenizer_psnr_db": rebuilt.psnr_db,
         "codes_used": rebuilt.codes_used,
-        "image_perplexity": {
-            str(n): demo.image_perplexity(leon, documents, n) for n in (0, 1, 2)
-        },
+        "image_perplexity": {str(n): demo.image_perplexity(leon, documents, n) for n in (0, 1, 2)},
         "caption_rank1_of_50": float((ranks == 0).mean()),
         "prompt_match_of_50": {str(n): demo.prompt_match(leon, drawn[n]) for n in drawn},
         "judge_ceiling_of_50": demo.judge_ceiling(leon, documents),
@@ -121,7 +117,10 @@ def main(argv: list[str]) -> None:
             "contributors.</p>",
         ),
         ("Numbers", page.numbers(metrics, _MEANINGS)),
-        ("Pictures for held-out prompts", page.drawings(shown, drawn[0][:_SHOWN], drawn[2][:_SHOWN])),
+        (
+            "Pictures for held-out prompts",
+            page.drawings(shown, drawn[0][:_SHOWN], drawn[2][:_SHOWN]),
+        ),
         ("Captions for held-out pictures", page.captions(shown, written)),
         (
             "What the image tokenizer keeps",

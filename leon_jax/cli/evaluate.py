@@ -45,9 +45,7 @@ def main(argv: list[str]) -> None:
     metrics: dict = {"tokenizer_psnr_db": rebuilt.psnr_db, "codes_used": rebuilt.codes_used}
     metrics["judge_ceiling"] = demo.judge_ceiling(leon, some)
     _show(metrics)
-    metrics["image_perplexity"] = {
-        str(n): demo.image_perplexity(leon, every, n) for n in (0, 1, 2)
-    }
+    metrics["image_perplexity"] = {str(n): demo.image_perplexity(leon, every, n) for n in (0, 1, 2)}
     _show(metrics)
     metrics["prompt_match"] = {}
     for n in (0, 2):

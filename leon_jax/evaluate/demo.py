@@ -51,7 +51,7 @@ def reconstruct(leon: Leon, documents: Sequence[Document]) -> Reconstruction:
 
 
 def image_perplexity(leon: Leon, documents: Sequence[Document], num_docs: int) -> float:
-    """exp of the mean negative log-likelihood of a picture token, given the caption.
+    """Exp of the mean negative log-likelihood of a picture token, given the caption.
 
     Args:
       leon: the model.
@@ -156,7 +156,8 @@ def prompt_match(leon: Leon, generations: Sequence[Generation]) -> float:
 def judge_ceiling(leon: Leon, documents: Sequence[Document]) -> float:
     """`prompt_match` of the real pictures: what the judge gives to perfect drawings."""
     real = [
-        Generation(_as_image(document), _caption(document), 0, 1.0, (), "") for document in documents
+        Generation(_as_image(document), _caption(document), 0, 1.0, (), "")
+        for document in documents
     ]
     return prompt_match(leon, real)
 
@@ -175,9 +176,7 @@ def _retrieved(
     for document in documents:
         prompt = Document((Text(_caption(document)), Hole("image")))
         neighbours = leon.retrieve(prompt, num_docs)
-        kept = leon.checkpoint.fitting(
-            neighbours, prompt, leon.checkpoint.documents.image_tokens
-        )
+        kept = leon.checkpoint.fitting(neighbours, prompt, leon.checkpoint.documents.image_tokens)
         found.append(tuple(kept))
     return found
 

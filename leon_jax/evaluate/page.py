@@ -70,13 +70,15 @@ def drawings(
     rows = []
     for document, plain, read in zip(documents, without, with_documents, strict=True):
         truth = next(part.pixels for part in document.parts if isinstance(part, Image))
-        rows.append([
-            html.escape(plain.prompt),
-            picture(truth, f"held-out picture: {plain.prompt}"),
-            picture(plain.image, f"drawn without documents: {plain.prompt}"),
-            picture(read.image, f"drawn with documents: {plain.prompt}"),
-            retrieved(read.retrieved),
-        ])
+        rows.append(
+            [
+                html.escape(plain.prompt),
+                picture(truth, f"held-out picture: {plain.prompt}"),
+                picture(plain.image, f"drawn without documents: {plain.prompt}"),
+                picture(read.image, f"drawn with documents: {plain.prompt}"),
+                retrieved(read.retrieved),
+            ]
+        )
     head = ["Prompt", "Held-out picture", "Drawn, 0 documents", "Drawn, 2 documents", "Retrieved"]
     return table(head, rows)
 
@@ -122,7 +124,7 @@ def curve(points: Sequence[tuple[int, float]], resumed_at: int, label: str) -> s
         f'aria-label="{html.escape(label, quote=True)}" font-size="13" font-family="sans-serif">'
         f'<line x1="{mark:.1f}" x2="{mark:.1f}" y1="20" y2="{height - bottom}" stroke="#888" '
         f'stroke-dasharray="4 4"/><text x="{mark + 6:.0f}" y="32" fill="#555">stopped and resumed'
-        f"</text><polyline points=\"{line}\" fill=\"none\" stroke=\"#1f5fa8\" stroke-width=\"2\"/>"
+        f'</text><polyline points="{line}" fill="none" stroke="#1f5fa8" stroke-width="2"/>'
         f'{ticks}<text x="{width / 2:.0f}" y="{height - 4}" text-anchor="middle">step</text></svg>'
     )
 
@@ -142,10 +144,11 @@ def numbers(metrics: Mapping[str, Any], goals: Mapping[str, str]) -> str:
 
 def page(title: str, sections: Sequence[tuple[str, str]], metrics: Mapping[str, Any]) -> str:
     """The whole page; section bodies are HTML."""
-    body = "".join(f"<h2>{html.escape(name)}</h2>{content}" for name, content in sections)
     raw = html.escape(json.dumps(metrics, indent=1))
+    body = "".join(f"<h2>{html.escape(name)}</h2>{content}" for name, content in sections)
+    body += f"<h2>All numbers</h2><pre>{raw}</pre>"
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}'
         f'</title><meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head>'
-        f"<body><h1>{html.escape(title)}</h1>{body}<h2>All numbers</h2><pre>{raw}</pre></body></html>"
+        f"<body><h1>{html.escape(title)}</h1>{body}</body></html>"
     )

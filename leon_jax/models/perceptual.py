@@ -66,9 +66,7 @@ def lpips(
       network: whose weights these are.
     """
     total = 0.0
-    pairs = zip(
-        features(first, weights, network), features(second, weights, network), strict=True
-    )
+    pairs = zip(features(first, weights, network), features(second, weights, network), strict=True)
     for i, (a, b) in enumerate(pairs):
         difference = jnp.square(_unit(a) - _unit(b))
         total += (difference * weights[f"NetLinLayer_{i}"]["kernel"]).sum(-1).mean((1, 2))

@@ -157,14 +157,10 @@ class Encoder(nnx.Module):
         for level, multiplier in enumerate(config.multipliers):
             if level:
                 # One row and column on the far side only, as taming pads.
-                layers.append(
-                    Conv(width, width, 3, stride=2, pad=((0, 1), (0, 1)), rngs=rngs)
-                )
+                layers.append(Conv(width, width, 3, stride=2, pad=((0, 1), (0, 1)), rngs=rngs))
                 size //= 2
             for _ in range(config.blocks):
-                layers.append(
-                    ResidualBlock(width, config.channels * multiplier, groups, rngs=rngs)
-                )
+                layers.append(ResidualBlock(width, config.channels * multiplier, groups, rngs=rngs))
                 width = config.channels * multiplier
                 if size in config.attention_sizes:
                     layers.append(Attention(width, groups, rngs=rngs))
@@ -201,9 +197,7 @@ class Decoder(nnx.Module):
                 layers.append(Upsample(width, rngs=rngs))
                 size *= 2
             for _ in range(config.blocks + 1):
-                layers.append(
-                    ResidualBlock(width, config.channels * multiplier, groups, rngs=rngs)
-                )
+                layers.append(ResidualBlock(width, config.channels * multiplier, groups, rngs=rngs))
                 width = config.channels * multiplier
                 if size in config.attention_sizes:
                     layers.append(Attention(width, groups, rngs=rngs))
@@ -261,7 +255,9 @@ class VQGAN(nnx.Module):
 
     def decode(self, codes: Int[Array, "b i j"]) -> Float[Array, "b h w 3"]:
         """Pictures from codes; values may leave [-1, 1] slightly."""
-        return self.decoder(self.from_code(self.codebook[...].at[codes].get(out_sharding=_like(codes))))
+        return self.decoder(
+            self.from_code(self.codebook[...].at[codes].get(out_sharding=_like(codes)))
+        )
 
 
 def nearest_code(

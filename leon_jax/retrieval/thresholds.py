@@ -92,9 +92,7 @@ def kinships(
     found = {
         "two designs": [tuple(rows[:2]) for rows in concepts.values() if len(rows) > 1],
         "skin tones": [
-            (one, other)
-            for rows in tones.values()
-            for one, other in itertools.pairwise(rows)
+            (one, other) for rows in tones.values() for one, other in itertools.pairwise(rows)
         ],
         "strangers": [
             (int(one), int(other))

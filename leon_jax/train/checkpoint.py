@@ -72,9 +72,7 @@ class Checkpoints:
         names = list(model_files.flatten(abstract))
         targets = {name: _target(leaf) for name, leaf in zip(names, leaves, strict=True)}
         try:
-            loaded = self._checkpointer.load_checkpointables(
-                step, {"state": targets, "data": data}
-            )
+            loaded = self._checkpointer.load_checkpointables(step, {"state": targets, "data": data})
         except (ValueError, KeyError) as error:
             raise UserError(
                 f"the checkpoint {self._checkpointer.directory / str(step)} does not fit this "
@@ -135,10 +133,6 @@ def _target(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     mesh = jax.sharding.get_mesh()
     if _is_key(leaf):
         shape = jax.eval_shape(jax.random.key_data, leaf).shape
-        return jax.ShapeDtypeStruct(
-            shape, np.uint32, sharding=jax.NamedSharding(mesh, jax.P())
-        )
+        return jax.ShapeDtypeStruct(shape, np.uint32, sharding=jax.NamedSharding(mesh, jax.P()))
     sharding = jax.NamedSharding(mesh, leaf.sharding.spec if leaf.sharding else jax.P())
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-

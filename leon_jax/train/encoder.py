@@ -219,7 +219,9 @@ class Concepts(Sequence[list[tuple[np.ndarray, str, int]]]):
             groups.setdefault(described[-1], []).append(described)
         self.groups = list(groups.values())
         captions = (caption for group in self.groups for _, caption, _ in group)
-        self.styles = sorted({caption.rpartition(", ")[2] for caption in captions if "," in caption})
+        self.styles = sorted(
+            {caption.rpartition(", ")[2] for caption in captions if "," in caption}
+        )
 
     def __len__(self) -> int:
         return len(self.groups)

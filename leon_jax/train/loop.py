@@ -109,8 +109,7 @@ def run(program: Program, loop: LoopConfig, workdir: pathlib.Path) -> TrainState
 def _to_devices(batch: dict[str, Any]) -> dict[str, jax.Array]:
     layout = sharding.batch_sharding()
     return {
-        name: jax.make_array_from_process_local_data(layout, array)
-        for name, array in batch.items()
+        name: jax.make_array_from_process_local_data(layout, array) for name, array in batch.items()
     }
 
 

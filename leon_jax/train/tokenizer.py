@@ -135,9 +135,9 @@ class TokenizerProgram:
         (pictures, codebook_loss), backward, (features, codes) = jax.vjp(
             forward, generator, has_aux=True
         )
-        (reconstruction, parts), pull = jax.value_and_grad(
-            self._reconstruction_loss, has_aux=True
-        )(pictures, images)
+        (reconstruction, parts), pull = jax.value_and_grad(self._reconstruction_loss, has_aux=True)(
+            pictures, images
+        )
 
         def adversarial(_):
             def fool(pictures):

@@ -63,9 +63,7 @@ def test_a_misspelt_key_in_a_file_is_named_with_the_right_one(tmp_path):
 
 
 def test_missing_data_say_what_to_run(tmp_path):
-    message = refused(
-        TOKENIZER, f"--workdir={tmp_path}/w", f"--config.data.dir={tmp_path}/nothing"
-    )
+    message = refused(TOKENIZER, f"--workdir={tmp_path}/w", f"--config.data.dir={tmp_path}/nothing")
     assert "leon prepare" in message
     assert not (tmp_path / "w").exists()
 
@@ -73,7 +71,9 @@ def test_missing_data_say_what_to_run(tmp_path):
 def test_a_mesh_that_does_not_fit_the_devices_is_explained(tmp_path):
     source = (CONFIGS / "emoji" / "tokenizer.py").read_text()
     (tmp_path / "mesh.py").write_text(
-        source.replace('"kind": "tokenizer",', '"kind": "tokenizer", "loop": {"mesh": (3, 5, 1, 1)},')
+        source.replace(
+            '"kind": "tokenizer",', '"kind": "tokenizer", "loop": {"mesh": (3, 5, 1, 1)},'
+        )
     )
     message = refused(f"--config={tmp_path}/mesh.py", f"--workdir={tmp_path}/w")
     assert "does not cover" in message
@@ -85,7 +85,5 @@ def test_a_run_of_another_configuration_is_not_gone_on_with(tmp_path, emoji_data
     kept = runpy.run_path(str(CONFIGS / "emoji" / "tokenizer.py"))["get_config"]().to_dict()
     kept["model"]["codes"] = 512
     (workdir / "config.json").write_text(json.dumps(kept))
-    message = refused(
-        TOKENIZER, f"--workdir={workdir}", f"--config.data.dir={emoji_data_dir}"
-    )
+    message = refused(TOKENIZER, f"--workdir={workdir}", f"--config.data.dir={emoji_data_dir}")
     assert "model.codes = 512, but it is now 1024" in message

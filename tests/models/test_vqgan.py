@@ -25,7 +25,7 @@ def test_pictures_become_a_grid_of_codes_and_pictures_again(images):
     model = VQGAN(TINY, rngs=nnx.Rngs(0))
     codes = model.encode(images)
     assert codes.shape == (2, 8, 8) and codes.dtype == jnp.int32
-    assert 0 <= int(codes.min()) and int(codes.max()) < 32
+    assert int(codes.min()) >= 0 and int(codes.max()) < 32
     assert model.decode(codes).shape == images.shape
 
 

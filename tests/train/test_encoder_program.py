@@ -98,7 +98,9 @@ def test_batches_hold_views_framed_text_and_one_number_a_concept(program):
     # Views of one concept stand side by side: both designs, told apart by their pixels.
     np.testing.assert_array_equal(batch["concept"][0::2], batch["concept"][1::2])
     assert len(set(batch["concept"][0::2].tolist())) == 4
-    assert all((a != b).any() for a, b in zip(batch["image"][0::2], batch["image"][1::2], strict=True))
+    assert all(
+        (a != b).any() for a, b in zip(batch["image"][0::2], batch["image"][1::2], strict=True)
+    )
     flat, outlined = documents()[:2]
     assert describe(flat)[2] == describe(outlined)[2] != describe(documents()[2])[2]
 

@@ -77,13 +77,12 @@ def test_the_discriminator_waits_for_its_start(history):
         np.testing.assert_array_equal(before, after)
     assert metrics[19]["discriminator_loss"] == 0 < metrics[20]["discriminator_loss"]
     assert any(
-        not np.array_equal(a, b)
-        for a, b in zip(judge(states[19]), judge(states[23]), strict=True)
+        not np.array_equal(a, b) for a, b in zip(judge(states[19]), judge(states[23]), strict=True)
     )
 
 
 def test_no_code_stays_dead(history):
-    _, first, states, metrics = history
+    _, _, states, metrics = history
     assert metrics[0]["codes_revived"] == 64
     assert sum(values["codes_revived"] for values in metrics[1:]) > 0
     idle = np.asarray(states[-1].opt_state["idle"])
