@@ -6,7 +6,7 @@ Everything here is an immutable value: equal contents compare equal and hash equ
 """
 
 import dataclasses
-from typing import Literal, Self, get_args
+from typing import Literal, Protocol, Self, get_args
 
 import numpy as np
 from jaxtyping import Int32, UInt8
@@ -180,6 +180,35 @@ class Document:
         """The positions in `parts` of the holes."""
         return tuple(i for i, part in enumerate(self.parts) if isinstance(part, Hole))
 
+    @property
+    def text(self) -> str:
+        """All texts, in order, joined by spaces."""
+        return " ".join(part.text for part in self.parts if isinstance(part, Text))
+
+    @property
+    def pixels(self) -> UInt8[np.ndarray, "height width 3"]:
+        """The pixels of the first picture that has any.
+
+        Raises:
+          ValueError: none has.
+        """
+        for part in self.parts:
+            if isinstance(part, Image) and part.pixels is not None:
+                return part.pixels
+        raise ValueError("the document has no picture with pixels")
+
+    @property
+    def codes(self) -> Int32[np.ndarray, "rows cols"]:
+        """The codes of the first picture that has any.
+
+        Raises:
+          ValueError: none has.
+        """
+        for part in self.parts:
+            if isinstance(part, Image) and part.codes is not None:
+                return part.codes
+        raise ValueError("the document has no picture with codes")
+
     def replace(self, index: int, part: Part) -> Self:
         """The same document with `parts[index]` replaced.
 
@@ -189,6 +218,14 @@ class Document:
         parts = list(self.parts)
         parts[index] = part
         return dataclasses.replace(self, parts=tuple(parts))
+
+
+class Source(Protocol):
+    """Documents with random access: a list, or a dataset's split."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Document: ...
 
 
 def _frozen(array: np.ndarray) -> np.ndarray:

@@ -21,8 +21,8 @@ from leon_jax.config import UserError
 FORMAT = "leon_jax/1"
 
 
-def flatten(module: nnx.Module) -> dict[str, jax.Array]:
-    """The module's arrays by dotted path, for example `blocks.query`."""
+def flatten(module: Any) -> dict[str, jax.Array]:
+    """The arrays of a module, or of any pytree, by dotted path, for example `blocks.query`."""
     leaves = jax.tree_util.tree_flatten_with_path(module)[0]
     return {_name(path): leaf for path, leaf in leaves}
 

@@ -82,3 +82,18 @@ def test_holes_are_found_and_replaced():
     filled = document.replace(0, Text("this"))
     assert filled.parts == (Text("this"), Text("and"), Hole("image"))
     assert document.holes == (0, 2)
+
+
+def test_a_document_is_read_by_its_text_pixels_and_codes():
+    pixels = np.zeros((2, 3, 3), np.uint8)
+    codes = np.array([[1, 2]], np.int32)
+    document = Document((Text("a"), Image(codes=codes), Text("b"), Image(pixels=pixels)))
+    assert document.text == "a b"
+    np.testing.assert_array_equal(document.pixels, pixels)
+    np.testing.assert_array_equal(document.codes, codes)
+    empty = Document((Hole("text"),))
+    assert empty.text == ""
+    with pytest.raises(ValueError, match="no picture with pixels"):
+        _ = empty.pixels
+    with pytest.raises(ValueError, match="no picture with codes"):
+        _ = empty.codes

@@ -85,7 +85,7 @@ def main(argv: list[str]) -> None:
     drawn = {n: demo.draw(leon, documents, n, guidance=_GUIDANCE, top_p=_TOP_P) for n in (0, 2)}
     shown = documents[:_SHOWN]
     written = [
-        tuple(leon.caption(_pixels(document), num_docs=n).text for n in (0, 2))
+        (leon.caption(document.pixels).text, leon.caption(document.pixels, num_docs=2).text)
         for document in shown
     ]
     _say("4/5 numbers")
@@ -164,12 +164,6 @@ def _train(workdir: pathlib.Path, prepared: pathlib.Path, model: pathlib.Path) -
             raise UserError(f"training stopped with an error; its command was {' '.join(command)}")
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
     return [(line["step"], line["loss"]) for line in map(json.loads, lines)]
-
-
-def _pixels(document):
-    from leon_jax.documents import Image
-
-    return next(part.pixels for part in document.parts if isinstance(part, Image))
 
 
 def _write(path: pathlib.Path, text: str) -> None:

@@ -71,7 +71,7 @@ class EmojiSource:
       UserError: there is no such split, the dataset is not prepared, or it cannot be read.
     """
 
-    def __init__(self, split: Split, data_dir: str | os.PathLike):
+    def __init__(self, split: str, data_dir: str | os.PathLike):
         if split not in SPLITS:
             raise UserError(f"there is no split {split!r}; the splits are {', '.join(SPLITS)}")
         self.split = split

@@ -249,7 +249,7 @@ def unmask(ids: Int[np.ndarray, "masked"], vocabulary: Vocabulary) -> Int32[np.n
         if source[hole] != sentinel or len(tail) == 0 or tail[0] != sentinel or len(stops) == 0:
             raise ValueError(f"hole {index} of the source is not filled by the tail")
         pieces += [source[end:hole], tail[1 : stops[0]]]
-        tail, end = tail[stops[0] + 1 :], hole + 1
+        tail, end = tail[stops[0] + 1 :], int(hole) + 1
     if len(tail):
         raise ValueError(f"the tail holds {len(tail)} ids more than the source has holes for")
     return np.concatenate([*pieces, source[end:]])

@@ -26,7 +26,7 @@ from jaxtyping import Int32
 
 from leon_jax.config import UserError
 from leon_jax.data.masking import TOKENS_PER_SPAN, MaskingConfig, mask
-from leon_jax.documents import Document
+from leon_jax.documents import Document, Source
 from leon_jax.vocabulary import Vocabulary
 
 # (rng, index of the query, how many) -> indices of at most so many documents to put before it.
@@ -34,14 +34,6 @@ Neighbours = Callable[[np.random.Generator, int, int], Sequence[int]]
 
 # Encoded documents kept in memory; a query is met once an epoch, but neighbours repeat.
 _CACHED_DOCUMENTS = 16384
-
-
-class Source(Protocol):
-    """Documents with random access, for example `leon_jax.data.records.RecordSource`."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Document: ...
 
 
 class Encoder(Protocol):

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from leon_jax.config import UserError, to_dict
 from leon_jax.data import emoji, records
-from leon_jax.documents import Document, Image
+from leon_jax.documents import Document, Image, Source
 from leon_jax.retrieval.encoder import Encoder
 from leon_jax.retrieval.selection import SelectionConfig, build_neighbours, embed_views
 from leon_jax.tokenizers.image import ImageTokenizer
@@ -42,7 +42,7 @@ def prepare(
     text_path: str | os.PathLike,
     *,
     selection: SelectionConfig | None = None,
-    sources: Mapping[str, Sequence[Document]] | None = None,
+    sources: Mapping[str, Source] | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Prepares the emoji dataset, or other sources, for training with retrieval.
@@ -113,7 +113,7 @@ def prepare(
 
 
 def with_codes(
-    documents: Sequence[Document], tokenizer: ImageTokenizer, progress: str | None = None
+    documents: Source, tokenizer: ImageTokenizer, progress: str | None = None
 ) -> Iterator[Document]:
     """The documents, with the codes of each picture beside its pixels.
 
@@ -143,7 +143,7 @@ def with_codes(
             bar.update(len(some))
 
 
-def _fingerprint(source: Sequence[Document]) -> str:
+def _fingerprint(source: Source) -> str:
     """SHA-256 of the documents, so that changed data are noticed (about 0.3 ms a document)."""
     digest = hashlib.sha256()
     for index in range(len(source)):

@@ -8,7 +8,7 @@ import numpy as np
 import PIL.Image
 
 from leon_jax.data import pictures
-from leon_jax.documents import Document, Text
+from leon_jax.documents import Document
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,6 @@ class Caption:
 
 def credit(document: Document) -> dict[str, str]:
     """Caption, key, source, licence and attribution of a document, as far as they are known."""
-    text = " ".join(part.text for part in document.parts if isinstance(part, Text))
     origin = document.provenance
     known = {} if origin is None else {
         "key": origin.key,
@@ -65,4 +64,4 @@ def credit(document: Document) -> dict[str, str]:
         "licence": origin.licence,
         "attribution": origin.attribution,
     }  # fmt: skip
-    return {"caption": text} | known
+    return {"caption": document.text} | known

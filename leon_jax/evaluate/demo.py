@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+import PIL.Image
 
 from leon_jax.decode.engine import Engine
 from leon_jax.documents import Document, Hole, Image, Text
@@ -38,9 +39,9 @@ class Reconstruction:
 def reconstruct(leon: Leon, documents: Sequence[Document]) -> Reconstruction:
     """Encodes and decodes the documents' pictures."""
     tokenizer = leon.image_tokenizer
-    codes = np.stack([_picture(document).codes for document in documents])
+    codes = np.stack([document.codes for document in documents])
     originals = np.stack(
-        [fit_picture(_picture(document).pixels, tokenizer.resolution) for document in documents]
+        [fit_picture(document.pixels, tokenizer.resolution) for document in documents]
     )
     with jax.set_mesh(leon.mesh):
         rebuilt = to_pixels(tokenizer.decode(codes))
@@ -88,10 +89,10 @@ def caption_ranks(
       int[n] ranks (0 is first) and the scores float32[picture, caption].
     """
     tokenizer = leon.checkpoint.documents
-    captions = [_caption(document) for document in documents]
+    captions = [document.text for document in documents]
     scores = np.zeros((len(documents), len(documents)), np.float32)
     for row, document in enumerate(documents):
-        picture = _picture(document)
+        picture = Image(codes=document.codes, pixels=document.pixels)
         retrieved = leon.retrieve(Document((Hole("text"), picture)), num_docs)
         sequences, weights = [], []
         for caption in captions:
@@ -115,7 +116,7 @@ def draw(
     seed: int = 0,
 ) -> list[Generation]:
     """One picture for each document's caption, all in one batch."""
-    prompts = [Document((Text(_caption(document)), Hole("image"))) for document in documents]
+    prompts = [Document((Text(document.text), Hole("image"))) for document in documents]
     retrieved = _retrieved(leon, documents, num_docs)
     done = leon.complete(
         prompts,
@@ -125,12 +126,10 @@ def draw(
         top_p=top_p,
         temperature=temperature,
     )
-    import PIL.Image
-
     return [
         Generation(
-            PIL.Image.fromarray(picture.parts[-1].pixels),
-            _caption(document),
+            PIL.Image.fromarray(picture.pixels),
+            document.text,
             seed + row,
             guidance,
             tuple(read),
@@ -156,16 +155,10 @@ def prompt_match(leon: Leon, generations: Sequence[Generation]) -> float:
 def judge_ceiling(leon: Leon, documents: Sequence[Document]) -> float:
     """`prompt_match` of the real pictures: what the judge gives to perfect drawings."""
     real = [
-        Generation(_as_image(document), _caption(document), 0, 1.0, (), "")
+        Generation(PIL.Image.fromarray(document.pixels), document.text, 0, 1.0, (), "")
         for document in documents
     ]
     return prompt_match(leon, real)
-
-
-def _as_image(document: Document):
-    import PIL.Image
-
-    return PIL.Image.fromarray(_picture(document).pixels)
 
 
 def _retrieved(
@@ -174,7 +167,7 @@ def _retrieved(
     """What `Leon.generate` would read for each caption."""
     found = []
     for document in documents:
-        prompt = Document((Text(_caption(document)), Hole("image")))
+        prompt = Document((Text(document.text), Hole("image")))
         neighbours = leon.retrieve(prompt, num_docs)
         kept = leon.checkpoint.fitting(neighbours, prompt, leon.checkpoint.documents.image_tokens)
         found.append(tuple(kept))
@@ -193,11 +186,3 @@ def _score(
             stop = start + _SCORED_TOGETHER
             scores.append(engine.score(sequences[start:stop], weights[start:stop]))
     return np.concatenate(scores)
-
-
-def _caption(document: Document) -> str:
-    return next(part.text for part in document.parts if isinstance(part, Text))
-
-
-def _picture(document: Document) -> Image:
-    return next(part for part in document.parts if isinstance(part, Image))

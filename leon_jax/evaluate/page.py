@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 
-from leon_jax.documents import Document, Image, Text
+from leon_jax.documents import Document
 from leon_jax.leon import Generation, credit
 
 _STYLE = """
@@ -51,11 +51,10 @@ def retrieved(documents: Sequence[Document]) -> str:
     figures = []
     for document in documents:
         origin = credit(document)
-        pixels = next(part.pixels for part in document.parts if isinstance(part, Image))
         caption = html.escape(origin["caption"])
         note = html.escape(f"{origin['key']}, {origin['licence']}: {origin['attribution']}")
         figures.append(
-            f"<figure>{picture(pixels, origin['caption'])}"
+            f"<figure>{picture(document.pixels, origin['caption'])}"
             f"<figcaption>{caption}<small>{note}</small></figcaption></figure>"
         )
     return "".join(figures)
@@ -69,11 +68,10 @@ def drawings(
     """Held-out prompts: the true picture, the model's without and with documents, what it read."""
     rows = []
     for document, plain, read in zip(documents, without, with_documents, strict=True):
-        truth = next(part.pixels for part in document.parts if isinstance(part, Image))
         rows.append(
             [
                 html.escape(plain.prompt),
-                picture(truth, f"held-out picture: {plain.prompt}"),
+                picture(document.pixels, f"held-out picture: {plain.prompt}"),
                 picture(plain.image, f"drawn without documents: {plain.prompt}"),
                 picture(read.image, f"drawn with documents: {plain.prompt}"),
                 retrieved(read.retrieved),
@@ -87,9 +85,8 @@ def captions(documents: Sequence[Document], written: Sequence[tuple[str, str]]) 
     """Held-out pictures and the captions written for them without and with documents."""
     rows = []
     for document, (plain, read) in zip(documents, written, strict=True):
-        truth = next(part.text for part in document.parts if isinstance(part, Text))
-        pixels = next(part.pixels for part in document.parts if isinstance(part, Image))
-        rows.append([picture(pixels, truth), *(html.escape(t) for t in (plain, read, truth))])
+        shown = picture(document.pixels, document.text)
+        rows.append([shown, *(html.escape(text) for text in (plain, read, document.text))])
     head = ["Held-out picture", "Caption, 0 documents", "Caption, 2 documents", "Its true caption"]
     return table(head, rows)
 

@@ -225,8 +225,8 @@ class ConvolutionStem(nnx.Module):
     def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
         depth = config.patch_size.bit_length() - 1
         widths = [3] + [config.width >> (depth - 1 - i) for i in range(depth)]
-        self.kernels = nnx.List()
-        self.norms = nnx.List()
+        self.kernels: nnx.List = nnx.List()
+        self.norms: nnx.List = nnx.List()
         for before, after in itertools.pairwise(widths):
             deviation = (2 / (9 * before)) ** 0.5
             shape = (3, 3, before, after)

@@ -65,7 +65,7 @@ def lpips(
       weights: `Conv_i` with `kernel` (HWIO) and `bias`, `NetLinLayer_i` with `kernel` [c].
       network: whose weights these are.
     """
-    total = 0.0
+    total = jnp.zeros(first.shape[0])
     pairs = zip(features(first, weights, network), features(second, weights, network), strict=True)
     for i, (a, b) in enumerate(pairs):
         difference = jnp.square(_unit(a) - _unit(b))

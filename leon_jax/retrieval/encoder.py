@@ -97,7 +97,8 @@ class Encoder:
         Raises:
           UserError: a document has neither text nor a picture with pixels.
         """
-        texts, images = [], []
+        texts: list[tuple[int, str]] = []
+        images: list[tuple[int, np.ndarray]] = []
         for number, document in enumerate(documents):
             before = len(texts) + len(images)
             for part in document.parts:

@@ -20,7 +20,7 @@ from jaxtyping import Float32, Int32
 from tqdm import tqdm
 
 from leon_jax.config import UserError
-from leon_jax.documents import Document, Image, Text
+from leon_jax.documents import Document, Image, Source, Text
 from leon_jax.retrieval.encoder import Encoder, normalise
 from leon_jax.retrieval.index import NONE, Index, Views, load_arrays, save_arrays
 
@@ -191,7 +191,7 @@ class Neighbours:
 
 
 def build_neighbours(
-    documents: Sequence[Document],
+    documents: Source,
     encoder: Encoder,
     views: Views,
     config: SelectionConfig,
@@ -268,9 +268,7 @@ def _neighbours(
     return ids, scores
 
 
-def embed_views(
-    documents: Sequence[Document], encoder: Encoder, progress: str | None = None
-) -> Views:
+def embed_views(documents: Source, encoder: Encoder, progress: str | None = None) -> Views:
     """The index of documents that each have a caption and a picture with pixels.
 
     Raises:

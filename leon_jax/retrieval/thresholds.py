@@ -12,7 +12,7 @@ import itertools
 import pathlib
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -85,12 +85,13 @@ def kinships(
     concepts: dict[str, list[int]] = {}
     tones: dict[str, list[int]] = {}
     for row, document in enumerate(documents):
+        assert document.provenance is not None, "the emoji documents have one"
         design, _, concept = document.provenance.key.partition("/")
         concepts.setdefault(concept, []).append(row)
         if _TONE.search(concept):
             tones.setdefault(f"{design}/{_TONE.sub('', concept)}", []).append(row)
-    found = {
-        "two designs": [tuple(rows[:2]) for rows in concepts.values() if len(rows) > 1],
+    found: dict[str, list[tuple[int, int]]] = {
+        "two designs": [(rows[0], rows[1]) for rows in concepts.values() if len(rows) > 1],
         "skin tones": [
             (one, other) for rows in tones.values() for one, other in itertools.pairwise(rows)
         ],

@@ -11,6 +11,7 @@ from typing import Any
 
 import grain
 import jax
+import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
@@ -115,14 +116,14 @@ def check_config(path: pathlib.Path, config: dict[str, Any]) -> None:
 def _differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
     if not (isinstance(old, dict) and isinstance(new, dict)):
         return {} if old == new else {prefix.removesuffix("."): (old, new)}
-    found = {}
+    found: dict[str, tuple[Any, Any]] = {}
     for key in [*new, *(key for key in old if key not in new)]:
         found |= _differences(old.get(key), new.get(key), f"{prefix}{key}.")
     return found
 
 
 def _is_key(leaf: Any) -> bool:
-    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _raw(leaf: jax.Array) -> jax.Array:

@@ -23,7 +23,7 @@ from leon_jax import model_files
 from leon_jax.config import UserError
 from leon_jax.data.augment import AugmentConfig, augment
 from leon_jax.data.emoji import EmojiSource
-from leon_jax.documents import Document, Image, Text
+from leon_jax.documents import Document, Image, Source, Text
 from leon_jax.models.clip import CLIP, CLIPConfig, create
 from leon_jax.retrieval.encoder import KIND, SPECIALS, frame
 from leon_jax.sharding import spec
@@ -212,7 +212,7 @@ class Concepts(Sequence[list[tuple[np.ndarray, str, int]]]):
     A document must hold a caption and a picture with pixels.
     """
 
-    def __init__(self, documents: Sequence[Document]):
+    def __init__(self, documents: Source):
         groups: dict[int, list[tuple[np.ndarray, str, int]]] = {}
         for index in range(len(documents)):
             described = describe(documents[index])
@@ -278,7 +278,7 @@ class Views(grain.transforms.RandomMap):
         return {
             "image": np.round(view * 255).astype(np.uint8),
             "text": frame(self.text.encode(words), model.text),
-            "concept": np.int32(concept),
+            "concept": np.array(concept, np.int32),
         }
 
 
@@ -293,5 +293,5 @@ def vary(
     kept = [word for word in words if rng.random() >= data.drop_words] or words
     named = rng.random() < data.name_style
     if styles:
-        style = styles[rng.integers(len(styles))]
+        style = styles[int(rng.integers(len(styles)))]
     return " ".join(kept) + (f", {style}" if named and style else "")

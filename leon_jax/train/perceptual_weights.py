@@ -76,4 +76,6 @@ class _PickledArray(np.ndarray):
         if len(data) != 4 * math.prod(shape):
             raise pickle.UnpicklingError("an array is cut short")
         values = np.frombuffer(data, "<f4").reshape(shape, order="F" if fortran else "C")
-        super().__setstate__((1, shape, np.dtype("<f4"), False, values.tobytes()))
+        # NumPy's stubs ask for its own bool; the method takes either.
+        state = (1, shape, np.dtype("<f4"), False, values.tobytes())
+        super().__setstate__(state)  # type: ignore[arg-type]

@@ -7,7 +7,6 @@ from typing import Any, Protocol
 import grain
 import jax
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Int
 
 
@@ -18,13 +17,13 @@ class TrainState:
 
     Attributes:
       step: int32[], updates done so far.
-      model: the module (tree mode: a pytree of its parameters).
+      model: the module (tree mode: a pytree of its parameters); of the program's own type.
       opt_state: the optimizer's state.
       key: the run's random key; a step uses `jax.random.fold_in(key, step)` and never changes it.
     """
 
     step: Int[Array, ""]
-    model: nnx.Module
+    model: Any
     opt_state: Any
     key: jax.Array
 
