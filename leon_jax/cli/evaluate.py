@@ -43,7 +43,7 @@ def main(argv: list[str]) -> None:
     some = every[: _CANDIDATES.value]
     rebuilt = demo.reconstruct(leon, every)
     metrics: dict = {"tokenizer_psnr_db": rebuilt.psnr_db, "codes_used": rebuilt.codes_used}
-    metrics["judge_ceiling"] = demo.judge_ceiling(leon, some)
+    metrics["real_match"] = demo.real_match(leon, some)
     _show(metrics)
     metrics["image_perplexity"] = {str(n): demo.image_perplexity(leon, every, n) for n in (0, 1, 2)}
     _show(metrics)

@@ -152,8 +152,8 @@ def prompt_match(leon: Leon, generations: Sequence[Generation]) -> float:
     return float((np.argmax(pictures @ prompts.T, axis=1) == np.arange(len(generations))).mean())
 
 
-def judge_ceiling(leon: Leon, documents: Sequence[Document]) -> float:
-    """`prompt_match` of the real pictures: what the judge gives to perfect drawings."""
+def real_match(leon: Leon, documents: Sequence[Document]) -> float:
+    """`prompt_match` of the real pictures: how far the judge can be trusted."""
     real = [
         Generation(PIL.Image.fromarray(document.pixels), document.text, 0, 1.0, (), "")
         for document in documents

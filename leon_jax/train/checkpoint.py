@@ -20,6 +20,10 @@ from leon_jax.config import UserError
 from leon_jax.train.state import TrainState
 
 
+# Where a run ends, and so the end of its learning-rate schedule.
+MAY_CHANGE = ("steps", "optimizer.total_steps")
+
+
 class Checkpoints:
     """The checkpoints of one run, in `directory`.
 
@@ -94,7 +98,7 @@ class Checkpoints:
 def check_config(path: pathlib.Path, config: dict[str, Any]) -> None:
     """Keeps a run's configuration beside its checkpoints and refuses to go on with another.
 
-    `steps` and what is in `loop` may change between starts; they do not change the model.
+    What is in `MAY_CHANGE` and in `loop` may differ between starts: a run can be made longer.
 
     Raises:
       UserError: the kept configuration differs; the message names the first key that does.
@@ -103,7 +107,7 @@ def check_config(path: pathlib.Path, config: dict[str, Any]) -> None:
     if path.exists():
         kept = json.loads(path.read_text())
         for key, (old, new) in _differences(kept, config).items():
-            if key != "steps" and not key.startswith("loop."):
+            if key not in MAY_CHANGE and not key.startswith("loop."):
                 raise UserError(
                     f"{path.parent} holds a run with {key} = {old!r}, but it is now {new!r}; "
                     "use another --workdir or put the value back"
