@@ -19,7 +19,6 @@ from leon_jax import model_files
 from leon_jax.config import UserError
 from leon_jax.train.state import TrainState
 
-
 # Where a run ends, and so the end of its learning-rate schedule.
 MAY_CHANGE = ("steps", "optimizer.total_steps")
 
