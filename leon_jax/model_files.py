@@ -48,7 +48,7 @@ def save(
         array = np.asarray(leaf)
         if dtype is not None and jnp.issubdtype(array.dtype, jnp.floating):
             array = array.astype(dtype)
-        arrays[name] = np.ascontiguousarray(array)
+        arrays[name] = np.asarray(array, order="C")  # keeps arrays without axes as they are
     metadata = {"format": FORMAT, "kind": kind, "config": json.dumps(config)}
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

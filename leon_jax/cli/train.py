@@ -32,11 +32,15 @@ def main(argv: list[str]) -> None:
         missing.
     """
     del argv
-    if _CONFIG.value is None:
+    try:
+        config = _CONFIG.value
+    except OSError as error:
+        raise UserError(f"the config file cannot be read: {error}") from error
+    if config is None:
         raise UserError("--config is missing; for example --config=configs/emoji/decoder.py")
     if not _WORKDIR.value:
         raise UserError("--workdir is missing; for example --workdir=runs/emoji/decoder")
-    values = _CONFIG.value.to_dict()
+    values = config.to_dict()
     workdir = pathlib.Path(_WORKDIR.value)
     kind = values.get("kind")
     if kind not in KINDS:
