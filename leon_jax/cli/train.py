@@ -32,15 +32,15 @@ def main(argv: list[str]) -> None:
         missing.
     """
     del argv
-    try:
-        config = _CONFIG.value
-    except OSError as error:
-        raise UserError(f"the config file cannot be read: {error}") from error
-    if config is None:
+    if _CONFIG.value is None:
         raise UserError("--config is missing; for example --config=configs/emoji/decoder.py")
     if not _WORKDIR.value:
         raise UserError("--workdir is missing; for example --workdir=runs/emoji/decoder")
-    values = config.to_dict()
+    try:
+        values = _CONFIG.value.to_dict()
+    except OSError as error:  # the flag puts off its complaint until it is used
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise UserError(f"the config file cannot be loaded: {reason}") from error
     workdir = pathlib.Path(_WORKDIR.value)
     kind = values.get("kind")
     if kind not in KINDS:
