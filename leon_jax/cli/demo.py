@@ -103,6 +103,7 @@ def main(argv: list[str]) -> None:
         "real_match_of_50": demo.real_match(leon, documents),
     }
     pictures = out / "pictures"
+    pictures.mkdir(exist_ok=True)
     for number, generation in enumerate(drawn[2]):
         generation.save(pictures / f"{number:02d}.png")
 

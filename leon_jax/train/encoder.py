@@ -288,7 +288,7 @@ def vary(
     """The caption with words of its name dropped, and with no style or one of `styles`."""
     name, comma, style = caption.rpartition(", ")
     if not comma:
-        name = caption
+        name, style = caption, ""
     words = name.split()
     kept = [word for word in words if rng.random() >= data.drop_words] or words
     named = rng.random() < data.name_style
