@@ -9,7 +9,7 @@ runs=${RUNS:-runs/emoji}
 data=${DATA:-data}
 weights=${WEIGHTS:-leon_jax/weights/emoji}
 
-echo "Retraining all four models takes about three hours on 2 CPU cores and minutes on a GPU;"
+echo "Retraining all four models takes about two and a half hours on 2 CPU cores and minutes on a GPU;"
 echo "it writes into $data and $runs, and at the end replaces $weights."
 
 "$leon" prepare --data_dir="$data/emoji" --dataset_only
@@ -22,7 +22,8 @@ echo "it writes into $data and $runs, and at the end replaces $weights."
 cp configs/emoji/selection.json "$runs/encoder/export/selection.json"
 "$leon" prepare --data_dir="$data/emoji" --out="$data/emoji_prepared" \
   --tokenizer="$runs/tokenizer/export/tokenizer.safetensors" \
-  --encoder="$runs/encoder/export/encoder.safetensors" --text="$runs/text/export/text.json"
+  --encoder="$runs/encoder/export/encoder.safetensors" --text="$runs/text/export/text.json" \
+  --variants=8
 "$leon" train --config=configs/emoji/decoder.py --workdir="$runs/decoder" \
   --config.data.folder="$data/emoji_prepared" --config.data.text="$runs/text/export/text.json" \
   --config.samples.image="$runs/tokenizer/export/tokenizer.safetensors"

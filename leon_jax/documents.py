@@ -129,6 +129,8 @@ class Provenance:
       licence: an SPDX licence identifier, for example "CC-BY-4.0".
       attribution: the credit line that the licence asks for; may be empty.
       language: BCP 47 tag of the text.
+      group: documents of one group show variations of one thing; "" if nothing is known. Groups are
+        never cut by a split, and can be weighed against each other in training.
 
     Raises:
       ValueError: key, source, licence or language is empty or not a string.
@@ -139,11 +141,14 @@ class Provenance:
     licence: str
     attribution: str
     language: str = "en"
+    group: str = ""
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if not isinstance(value, str) or (not value and field.name != "attribution"):
+            if not isinstance(value, str) or (
+                not value and field.name not in ("attribution", "group")
+            ):
                 raise ValueError(f"provenance.{field.name} is {value!r}; it must be a string")
 
 

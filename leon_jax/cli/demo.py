@@ -161,6 +161,8 @@ def _train(workdir: pathlib.Path, prepared: pathlib.Path, model: pathlib.Path) -
             f"--config.data.text={model / 'text.json'}",
             f"--config.samples.image={model / 'tokenizer.safetensors'}",
             f"--config.loop.init_from={model / 'decoder.safetensors'}",
+            # The demo's folder holds every picture once, as it is.
+            "--config.data.variants=1",
             "--config.loop.log_every=1", "--config.optimizer.learning_rate=1e-4",
             "--config.optimizer.warmup_steps=0", "--config.optimizer.schedule=constant",
             f"--config.steps={steps}",

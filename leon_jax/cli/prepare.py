@@ -29,6 +29,10 @@ _TEXT = flags.DEFINE_string("text", None, "the text tokenizer's file", flag_valu
 _OUT = flags.DEFINE_string(
     "out", str(library.HERE), "the prepared folder; replaced if outdated", flag_values=FLAGS
 )
+_VARIANTS = flags.DEFINE_integer(
+    "variants", 1, "how many variants of each train picture to encode, for training the decoder",
+    lower_bound=1, flag_values=FLAGS,
+)  # fmt: skip
 _DATASET_ONLY = flags.DEFINE_bool(
     "dataset_only", False, "make the data set and stop, even if there are model files",
     flag_values=FLAGS,
@@ -75,6 +79,7 @@ def _encode(files: dict[str, pathlib.Path]) -> None:
             files["encoder"],
             files["text"],
             selection=library.selection(files["encoder"].parent),
+            variant_count=_VARIANTS.value,
         )
     counts = ", ".join(f"{count} {split}" for split, count in manifest["splits"].items())
     print(f"the prepared folder is {_OUT.value} ({counts})")

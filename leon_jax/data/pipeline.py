@@ -22,7 +22,7 @@ from typing import NamedTuple, Protocol
 
 import grain
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Float64, Int32
 
 from leon_jax.config import UserError
 from leon_jax.data.masking import TOKENS_PER_SPAN, MaskingConfig, mask
@@ -57,6 +57,10 @@ class PipelineConfig:
       packing_bins: rows that are filled side by side, in batches; more bins pad less, and cost
         a longer replay after a restart.
       threads: threads that read documents ahead; 0 reads them when they are needed.
+      variants: of how many variants of the pictures (see `make`) one is drawn for an example with
+        retrieved documents, the same for all of them; 1 takes every picture as it is.
+      plain_variants: of how many, counted from the first, for an example without: those that
+        change no colours, which nothing in such an example could tell.
     """
 
     length: int
@@ -66,13 +70,24 @@ class PipelineConfig:
     spare_spans: int = 4
     packing_bins: int = 4
     threads: int = 2
+    variants: int = 1
+    plain_variants: int = 1
 
     def __post_init__(self):
         if not self.retrieved or min(self.retrieved) < 0 or abs(sum(self.retrieved) - 1) > 1e-6:
             raise UserError(f"retrieved is {self.retrieved}; probabilities must sum to 1")
-        for name in ("length", "batch_size", "packing_bins"):
+        for name in ("length", "batch_size", "packing_bins", "variants", "plain_variants"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.plain_variants > self.variants:
+            raise UserError(
+                f"plain_variants is {self.plain_variants}; it must be at most variants, "
+                f"{self.variants}"
+            )
+
+
+# (index, variant) -> a document as that variant shows it; variant 0 is the document itself.
+Variant = Callable[[int, int], Document]
 
 
 class Joined(NamedTuple):
@@ -94,6 +109,8 @@ def make(
     masking: MaskingConfig,
     *,
     neighbours: Neighbours | None = None,
+    weights: Float64[np.ndarray, "documents"] | None = None,
+    variant: Variant | None = None,
     shard: tuple[int, int] = (0, 1),
 ) -> grain.IterDataset:
     """Endless batches, shuffled anew every epoch, with an iterator that can be checkpointed.
@@ -104,6 +121,9 @@ def make(
       config: sizes and probabilities.
       masking: the CM3 objective.
       neighbours: which documents to put before a query; None: none.
+      weights: how often each document is a query, relative to the others; then queries are drawn
+        with replacement. None: every document once an epoch.
+      variant: the documents of `source` in `config.variants` variants; None: only as they are.
       shard: (index, count) of this process; processes read disjoint parts of one order.
 
     Returns:
@@ -116,7 +136,11 @@ def make(
     """
     if len(source) == 0:
         raise UserError("the training data is empty; prepare a folder with at least one document")
-    build = _Example(source, encoder, config, masking, neighbours)
+    if variant is None and config.variants > 1:
+        raise UserError(f"variants is {config.variants}, but the data holds none")
+    if weights is not None and len(weights) != len(source):
+        raise UserError(f"{len(weights)} weights were given for {len(source)} documents")
+    build = _Example(source, encoder, config, masking, neighbours, weights, variant)
     examples = (
         grain.MapDataset.range(len(source))
         .seed(config.seed % 2**32)
@@ -177,27 +201,38 @@ class _Example:
     config: PipelineConfig
     masking: MaskingConfig
     neighbours: Neighbours | None
+    weights: np.ndarray | None = None
+    variant: Variant | None = None
 
     def __post_init__(self):
-        self._encode = functools.lru_cache(_CACHED_DOCUMENTS)(
-            lambda index: self.encoder.encode(self.source[index])
-        )
+        def encode(index: int, variant: int) -> Int32[np.ndarray, "length"]:
+            shown = self.variant(index, variant) if self.variant else self.source[index]
+            return self.encoder.encode(shown)
+
+        self._encode = functools.lru_cache(_CACHED_DOCUMENTS)(encode)
+        if self.weights is not None:
+            self._cumulative = np.cumsum(self.weights) / np.sum(self.weights)
 
     def __call__(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
         index, vocabulary = int(index), self.encoder.vocabulary
+        if self.weights is not None:
+            index = int(np.searchsorted(self._cumulative, rng.random(), side="right"))
+            index = min(index, len(self.weights) - 1)
+        number = int(rng.choice(len(self.config.retrieved), p=self.config.retrieved))
+        found = []
+        if number and self.neighbours is not None:
+            found = list(self.neighbours(rng, index, number))[:number]
+        variants = self.config.variants if found else self.config.plain_variants
+        variant = int(rng.integers(variants)) if variants > 1 else 0
         # A row holds ids[:-1] as inputs and ids[1:] as targets: one id more than its length.
         longest = self.config.length + 1
-        query = self._encode(index)
+        query = self._encode(index, variant)
         if len(query) > longest:
             raise UserError(
                 f"document {index} has {len(query)} tokens, but a row holds {longest}; raise "
                 "data.length or shorten the document"
             )
-        number = int(rng.choice(len(self.config.retrieved), p=self.config.retrieved))
-        retrieved = []
-        if number and self.neighbours is not None:
-            found = list(self.neighbours(rng, index, number))[:number]
-            retrieved = [self._encode(int(i)) for i in found]
+        retrieved = [self._encode(int(i), variant) for i in found]
         spare = TOKENS_PER_SPAN * self.config.spare_spans
         ids, query_start = join(query, retrieved, vocabulary, longest - spare)
         masked = mask(

@@ -22,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from leon_jax.config import UserError, to_dict
-from leon_jax.data import emoji, records
+from leon_jax.data import emoji, records, variants
 from leon_jax.documents import Document, Image, Source
 from leon_jax.retrieval.encoder import Encoder
 from leon_jax.retrieval.selection import SelectionConfig, build_neighbours, embed_views
@@ -43,6 +43,7 @@ def prepare(
     *,
     selection: SelectionConfig | None = None,
     sources: Mapping[str, Source] | None = None,
+    variant_count: int = 1,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Prepares the emoji dataset, or other sources, for training with retrieval.
@@ -55,6 +56,8 @@ def prepare(
       text_path: the text tokenizer that the encoder was trained with.
       selection: how neighbours are chosen.
       sources: documents by split, `train` among them, instead of the emoji dataset.
+      variant_count: how many variants of the train pictures are encoded beside them, for training
+        (see `leon_jax.data.variants`); 1: none.
       progress: whether to show progress bars.
 
     Returns:
@@ -77,10 +80,11 @@ def prepare(
         "sources": {split: _fingerprint(source) for split, source in sources.items()},
         "sha256": {name: _sha256(path) for name, path in paths.items()},
         "selection": to_dict(selection),
+        "variants": variant_count,
     }
     if out.exists():
-        if _read_manifest(out) == wanted:
-            return wanted
+        if (made := _read_manifest(out)) and serves(made, wanted):
+            return made
         if not (out / MANIFEST).is_file() and (not out.is_dir() or any(out.iterdir())):
             raise UserError(f"{out} is in the way: it is not a prepared folder")
 
@@ -92,6 +96,10 @@ def prepare(
         for split, source in sources.items():
             label = f"image codes of {split}" if progress else None
             records.write(staging / f"{split}.array_record", with_codes(source, tokenizer, label))
+        if variant_count > 1:
+            label = "variants of train" if progress else None
+            codes = variants.encode(sources[TRAIN], tokenizer, variant_count, label)
+            variants.save(staging / variants.NAME.format(split=TRAIN), codes)
         label = "index of train" if progress else None
         views = embed_views(sources[TRAIN], encoder, label)
         views.save(staging / "index.safetensors")
@@ -110,6 +118,14 @@ def prepare(
         shutil.rmtree(staging, ignore_errors=True)
         raise
     return wanted
+
+
+def serves(made: dict[str, Any], wanted: dict[str, Any]) -> bool:
+    """Whether a prepared folder is what is wanted, or that and more variants."""
+    return (
+        made | {"variants": wanted["variants"]} == wanted
+        and made.get("variants", 1) >= wanted["variants"]
+    )
 
 
 def with_codes(

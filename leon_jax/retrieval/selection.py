@@ -73,12 +73,13 @@ class Codec(Protocol):
 
 
 def drop_tokens(text: str, tokenizer: Codec, fraction: float, rng: np.random.Generator) -> str:
-    """The text with each token dropped with probability `fraction`, but never all of them."""
+    """The text without `fraction` of its tokens, rounded down, drawn at random; never without all.
+
+    Rounded down, because captions of a few tokens would often lose what they are about.
+    """
     ids = np.array(tokenizer.encode(text), np.int64)
-    kept = ids[rng.random(len(ids)) >= fraction]
-    if not len(kept):
-        kept = ids[rng.integers(len(ids))][None] if len(ids) else ids
-    return tokenizer.decode(kept.tolist())
+    dropped = rng.permutation(len(ids))[: min(int(fraction * len(ids)), max(len(ids) - 1, 0))]
+    return tokenizer.decode(np.delete(ids, dropped).tolist())
 
 
 def diverse(

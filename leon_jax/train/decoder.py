@@ -15,18 +15,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Float64
 
 from leon_jax import config as configuration
 from leon_jax import model_files
 from leon_jax.config import UserError
-from leon_jax.data import pipeline
+from leon_jax.data import pipeline, variants
 from leon_jax.data.masking import MaskingConfig
 from leon_jax.data.records import RecordSource
+from leon_jax.data.variants import Variants
 from leon_jax.decode.engine import Engine, Prompt
 from leon_jax.decode.grammar import ImageSpan
 from leon_jax.decode.guidance import make_guidance
-from leon_jax.documents import Document, Hole, Text
+from leon_jax.documents import Document, Hole, Source, Text
 from leon_jax.models.decoder import Decoder, DecoderConfig
 from leon_jax.ops.cross_entropy import chunked_cross_entropy
 from leon_jax.retrieval.selection import Neighbours, sample_neighbours
@@ -53,6 +54,10 @@ class DecoderData:
       image_shape: rows and columns of a picture's codes.
       length: tokens of a row; the model's `max_length` or less.
       retrieved: probabilities of 0, 1, 2, ... retrieved documents.
+      variants: of how many variants of the pictures one is drawn for each example (see
+        `leon_jax.data.variants`); 1: the pictures as they are.
+      balance: 0 takes every document equally often as a query, 1 every group of documents (see
+        `Provenance.group`); in between, groups of n count as n ** (1 - balance).
       spare_spans, packing_bins, threads: see `leon_jax.data.pipeline.PipelineConfig`.
     """
 
@@ -62,6 +67,8 @@ class DecoderData:
     image_shape: tuple[int, ...] = (12, 12)
     length: int = 512
     retrieved: tuple[float, ...] = (1.0,)
+    variants: int = 1
+    balance: float = 0.0
     spare_spans: int = 4
     packing_bins: int = 4
     threads: int = 2
@@ -177,6 +184,13 @@ class DecoderProgram:
             )
         folder = pathlib.Path(config.data.folder)
         retrieves = any(config.data.retrieved[1:])
+        data, split = config.data, config.data.split
+        source = RecordSource(folder / f"{split}.array_record", pixels=False)
+        shown = Variants(folder, split, source) if data.variants > 1 else None
+        if shown is not None and shown.count < data.variants:
+            raise UserError(
+                f"config.data.variants is {data.variants}, but {folder} holds {shown.count}"
+            )
         settings = pipeline.PipelineConfig(
             length=config.data.length,
             batch_size=rows,
@@ -185,13 +199,17 @@ class DecoderProgram:
             spare_spans=config.data.spare_spans,
             packing_bins=config.data.packing_bins,
             threads=config.data.threads,
+            variants=data.variants,
+            plain_variants=min(variants.plain(shown.count), data.variants) if shown else 1,
         )
         return pipeline.make(
-            RecordSource(folder / f"{config.data.split}.array_record", pixels=False),
+            source,
             self.documents,
             settings,
             config.masking,
             neighbours=neighbours(folder, config.data.split) if retrieves else None,
+            weights=balanced(source, data.balance) if data.balance else None,
+            variant=shown,
             shard=(jax.process_index(), count),
         )
 
@@ -279,6 +297,19 @@ def batch_loss(
         "loss_image": mean(vocabulary.is_image(targets)),
         "tokens": (batch["segment_ids"] > 0).sum().astype(jnp.float32),
     }
+
+
+def balanced(source: Source, exponent: float) -> Float64[np.ndarray, "documents"]:
+    """A weight for each document: (documents of its provenance's group) ** -exponent.
+
+    Half of an emoji set are people in five skin tones; without weights a model learns little else.
+    """
+    groups = []
+    for index in range(len(source)):
+        provenance = source[index].provenance
+        groups.append(provenance.group if provenance and provenance.group else f"alone {index}")
+    _, inverse, counts = np.unique(groups, return_inverse=True, return_counts=True)
+    return counts[inverse].astype(np.float64) ** -exponent
 
 
 def neighbours(folder: pathlib.Path, split: str) -> pipeline.Neighbours:

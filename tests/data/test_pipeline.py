@@ -1,5 +1,6 @@
 """The decoder's data: whole documents in rows, aligned targets, exact resumption, clean endings."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -214,3 +215,50 @@ def test_a_program_ends_while_its_reading_threads_run(fails):
     )
     assert done.returncode == fails, done.stderr
     assert ("on purpose" in done.stderr) if fails else (done.stdout == "done\n")
+
+
+def shaded(index, variant):
+    """A document whose picture tells the variant: all its codes are that number."""
+    return Document((DOCUMENTS[index].parts[0], Image(codes=np.full(PICTURE, variant, np.int32))))
+
+
+def test_an_example_shows_all_its_pictures_in_one_variant(tokenizer):
+    config = dataclasses.replace(CONFIG, variants=6, plain_variants=2)
+    never = MaskingConfig(spans="fixed", count=0)
+    batches = take(iter(make(tokenizer, config, never, variant=shaded)), 40)
+    start, pictures = tokenizer.vocabulary.image_start, PICTURE[0] * PICTURE[1]
+    seen = {True: set(), False: set()}
+    for batch in batches:
+        for ids, _ in unpack(batch, tokenizer.vocabulary.eos):
+            codes = ids[tokenizer.vocabulary.is_image(ids)] - start
+            assert len(set(codes.tolist())) == 1, "a picture of another variant"
+            seen[len(codes) > pictures].add(int(codes[0]))
+    assert seen[True] == set(range(6)), "retrieved documents come in every variant"
+    assert seen[False] == {0, 1}, "without any, only plain ones"
+
+
+def test_weights_decide_how_often_a_document_is_a_query(tokenizer):
+    weights = np.ones(len(DOCUMENTS))
+    weights[5], weights[7] = 12.0, 0.0
+    config = dataclasses.replace(CONFIG, retrieved=(1.0,))
+    never = MaskingConfig(spans="fixed", count=0)
+    iterator = iter(make(tokenizer, config, never, weights=weights))
+    counts = np.zeros(len(DOCUMENTS))
+    for batch in take(iterator, 60):
+        for ids, _ in unpack(batch, tokenizer.vocabulary.eos):
+            counts[int(tokenizer.decode(ids).text.split()[0])] += 1
+    expected = weights / weights.sum() * counts.sum()
+    assert counts[7] == 0
+    others = np.delete(np.arange(len(DOCUMENTS)), 7)
+    statistic = ((counts[others] - expected[others]) ** 2 / expected[others]).sum()
+    assert statistic < 50, "chi-square with 21 degrees of freedom; 0.04 % of samples exceed 50"
+
+
+def test_variants_and_weights_that_do_not_fit_are_named(tokenizer):
+    config = dataclasses.replace(CONFIG, variants=4)
+    with pytest.raises(UserError, match="variants is 4, but the data holds none"):
+        make(tokenizer, config)
+    with pytest.raises(UserError, match="3 weights were given for 23 documents"):
+        make(tokenizer, weights=np.ones(3))
+    with pytest.raises(UserError, match="plain_variants is 3"):
+        dataclasses.replace(CONFIG, variants=2, plain_variants=3)

@@ -1,0 +1,118 @@
+"""Variants of a dataset's pictures: the same change to all of them, encoded once.
+
+A small dataset is learnt by heart long before a model has learnt to read its context. In a variant
+every picture is moved, scaled, and perhaps mirrored and recoloured in the same way, so a retrieved
+document shows what cannot be known by heart: how things look *here*. Variant 0 changes nothing, the
+first half change no colours and mirror nothing, and variant v is the same change everywhere.
+"""
+
+import os
+import pathlib
+
+import numpy as np
+import PIL.Image
+import PIL.ImageOps
+from jaxtyping import UInt8, UInt16
+from tqdm import tqdm
+
+from leon_jax.config import UserError
+from leon_jax.documents import Document, Image, Source
+from leon_jax.retrieval.index import load_arrays, save_arrays
+from leon_jax.tokenizers.image import ImageTokenizer
+
+NAME = "variants_{split}.safetensors"
+
+
+def plain(count: int) -> int:
+    """How many of `count` variants, counted from the first, keep colours and sides."""
+    return (count + 1) // 2
+
+
+def change(
+    pixels: UInt8[np.ndarray, "h w 3"], variant: int, count: int
+) -> UInt8[np.ndarray, "h w 3"]:
+    """A picture as `variant` of `count` shows it; variant 0 is the picture itself."""
+    if variant == 0:
+        return pixels
+    rng = np.random.default_rng(variant)
+    zoom, down, right = rng.uniform(-1, 1, 3)
+    height, width = pixels.shape[:2]
+    scale = np.exp(-0.12 * zoom)
+    # Where an output pixel is read: the picture is scaled about its centre, then moved.
+    matrix = (
+        scale, 0, width * (0.5 - 0.5 * scale - 0.06 * right),
+        0, scale, height * (0.5 - 0.5 * scale - 0.06 * down),
+    )  # fmt: skip
+    picture = PIL.Image.fromarray(pixels).transform(
+        (width, height),
+        PIL.Image.Transform.AFFINE,
+        matrix,
+        PIL.Image.Resampling.BICUBIC,
+        fillcolor="white",
+    )
+    if variant < plain(count):
+        return np.asarray(picture)
+    if variant % 2:
+        picture = PIL.ImageOps.mirror(picture)
+    hue, saturation, value = picture.convert("HSV").split()
+    turned = (np.asarray(hue).astype(int) + int(rng.integers(32, 224))) % 256  # 256 is one turn
+    hue = PIL.Image.fromarray(turned.astype(np.uint8))
+    return np.asarray(PIL.Image.merge("HSV", (hue, saturation, value)).convert("RGB"))
+
+
+def encode(
+    source: Source, tokenizer: ImageTokenizer, count: int, progress: str | None = None
+) -> UInt16[np.ndarray, "n count rows cols"]:
+    """The codes of every document's picture in every variant."""
+    rows, columns = tokenizer.shape
+    codes = np.zeros((len(source), count, rows, columns), np.uint16)
+    block = tokenizer.batch_size
+    bar = tqdm(total=len(source), desc=progress, unit="doc", disable=progress is None)
+    with bar:
+        for start in range(0, len(source), block):
+            pixels = [source[i].pixels for i in range(start, min(start + block, len(source)))]
+            for variant in range(count):
+                pictures = [tokenizer.preprocess(change(p, variant, count)) for p in pixels]
+                found = tokenizer.encode(np.stack(pictures))
+                codes[start : start + len(pixels), variant] = found
+            bar.update(len(pixels))
+    return codes
+
+
+class Variants:
+    """The documents of a prepared split as their variants show them.
+
+    Args:
+      folder: a prepared folder.
+      split: which split of it.
+      source: its documents.
+
+    Raises:
+      UserError: the folder was prepared without variants, or with others.
+    """
+
+    def __init__(self, folder: str | os.PathLike, split: str, source: Source):
+        path = pathlib.Path(folder) / NAME.format(split=split)
+        if not path.is_file():
+            raise UserError(f"{folder} holds no variants; prepare it with --variants")
+        self.codes = load_arrays(path, ["codes"])["codes"]
+        self.source = source
+        if len(self.codes) != len(source):
+            raise UserError(f"{path} holds {len(self.codes)} documents, not {len(source)}")
+
+    @property
+    def count(self) -> int:
+        """How many variants there are, the plain picture among them."""
+        return self.codes.shape[1]
+
+    def __call__(self, index: int, variant: int) -> Document:
+        """The document with the codes of its first picture replaced by those of the variant."""
+        document = self.source[index]
+        place = next(i for i, part in enumerate(document.parts) if isinstance(part, Image))
+        codes = self.codes[index, variant].astype(np.int32)
+        return document.replace(place, Image(codes=codes))
+
+
+def save(path: pathlib.Path, codes: np.ndarray) -> None:
+    """Writes the variants of a split, whole or not at all."""
+    save_arrays(path, {"codes": codes})

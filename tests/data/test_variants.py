@@ -1,0 +1,81 @@
+"""Variants: one change for all pictures, colours kept where they must be."""
+
+import numpy as np
+import pytest
+from flax import nnx
+
+from leon_jax.config import UserError
+from leon_jax.data import variants
+from leon_jax.documents import Document, Image, Text
+from leon_jax.models.vqgan import VQGAN, VQGANConfig
+from leon_jax.tokenizers.image import ImageTokenizer
+
+COUNT = 8
+
+
+def disc(colour, centre=(24, 32)) -> np.ndarray:
+    """A disc on white, 64 px."""
+    y, x = np.mgrid[:64, :64]
+    inside = (y - centre[0]) ** 2 + (x - centre[1]) ** 2 < 150
+    return np.where(inside[..., None], np.array(colour, np.uint8), np.uint8(255))
+
+
+def inked(pixels) -> np.ndarray:
+    """The mean colour of what is not paper."""
+    ink = pixels.min(-1) < 128
+    return pixels[ink].astype(float).mean(0)
+
+
+def test_variant_0_changes_nothing_and_every_other_something():
+    picture = disc((200, 30, 30))
+    np.testing.assert_array_equal(variants.change(picture, 0, COUNT), picture)
+    shown = [variants.change(picture, v, COUNT) for v in range(COUNT)]
+    assert len({each.tobytes() for each in shown}) == COUNT
+    np.testing.assert_array_equal(shown[5], variants.change(picture, 5, COUNT))
+
+
+def test_the_first_half_keeps_colours_and_sides_and_the_rest_turns_hues():
+    picture = disc((200, 30, 30), centre=(32, 16))
+    for variant in range(COUNT):
+        shown = variants.change(picture, variant, COUNT)
+        assert (shown[0] > 250).all() and (shown[-1] > 250).all(), "the paper stays white"
+        kept = np.abs(inked(shown) - (200, 30, 30)).max() < 12
+        assert kept == (variant < variants.plain(COUNT)), variant
+        if kept:
+            assert np.nonzero(shown.min(-1) < 128)[1].mean() < 32, "still on the left"
+
+
+def test_the_same_variant_moves_two_pictures_alike():
+    first, second = disc((200, 30, 30)), disc((30, 30, 200))
+    for variant in range(COUNT):
+        places = [
+            np.argwhere(variants.change(each, variant, COUNT).min(-1) < 128).mean(0)
+            for each in (first, second)
+        ]
+        np.testing.assert_allclose(places[0], places[1], atol=0.5)
+
+
+@pytest.fixture
+def tokenizer():
+    config = VQGANConfig(
+        resolution=16, channels=8, multipliers=(1, 2), blocks=1, attention_sizes=(), groups=4,
+        latent=8, code_dim=4, codes=32,
+    )  # fmt: skip
+    return ImageTokenizer(VQGAN(config, rngs=nnx.Rngs(0)), batch_size=2)
+
+
+def test_encoded_variants_are_the_codes_of_changed_pictures(tokenizer, tmp_path):
+    colours = [(200, 30, 30), (30, 200, 30), (30, 30, 200)]
+    source = [Document((Text(str(c)), Image(pixels=disc(c)))) for c in colours]
+    codes = variants.encode(source, tokenizer, COUNT)
+    variants.save(tmp_path / variants.NAME.format(split="train"), codes)
+    read = variants.Variants(tmp_path, "train", source)
+    assert read.count == COUNT
+    changed = tokenizer.preprocess(variants.change(source[2].pixels, 6, COUNT))
+    np.testing.assert_array_equal(read(2, 6).codes, tokenizer.encode(changed[None])[0])
+    assert read(2, 6).text == source[2].text
+
+
+def test_a_folder_without_variants_says_what_to_do(tmp_path):
+    with pytest.raises(UserError, match="prepare it with --variants"):
+        variants.Variants(tmp_path, "train", [])
