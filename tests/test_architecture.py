@@ -1,6 +1,8 @@
 """The house rules of docs/architecture.md: which room may import which, and how files are kept."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -118,6 +120,20 @@ def test_no_file_is_in_a_circle_of_imports():
         assert ready, f"these import each other: {sorted(map(str, waiting))}"
         for path in ready:
             del waiting[path]
+
+
+def test_every_file_can_be_loaded():
+    """Jaxtyping's axes keep the linter from seeing a forgotten import; loading the file shows it.
+
+    The verbs define flags of the same names, so each is loaded by itself.
+    """
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in SOURCES]
+    verbs = [name for name in names if name.startswith("leon_jax.cli.")]
+    rest = [name for name in names if name not in verbs and not name.endswith("__main__")]
+    for together in (rest, *([verb] for verb in verbs)):
+        program = "".join(f"import {name.removesuffix('.__init__')}\n" for name in together)
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
 
 
 def test_decoding_does_not_need_training():
