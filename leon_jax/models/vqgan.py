@@ -30,6 +30,11 @@ class VQGANConfig:
       latent: channels of the encoder's output.
       code_dim: size of a codebook vector.
       codes: entries of the codebook.
+      halo: how many pixels beyond its own patch a code may depend on; None, as in taming: all of
+        the picture. A code of a wide encoder says something of everything around it, so that even
+        white paper has hundreds of codes; that is good for a picture's fidelity, but a small
+        decoder has to learn all of them. With a halo the encoder is one convolution over patches
+        and residual layers a position; `blocks` and `attention_sizes` then belong to the decoder.
     """
 
     resolution: int = 256
@@ -41,6 +46,7 @@ class VQGANConfig:
     latent: int = 256
     code_dim: int = 256
     codes: int = 8192
+    halo: int | None = None
 
     def __post_init__(self) -> None:
         if self.resolution % self.factor:
@@ -48,6 +54,8 @@ class VQGANConfig:
         widths = {self.channels * multiplier for multiplier in self.multipliers}
         if any(width % self.groups for width in widths):
             raise ValueError(f"groups ({self.groups}) must divide every level's width {widths}")
+        if self.halo is not None and self.halo < 0:
+            raise ValueError(f"halo is {self.halo}; it must not be negative")
 
     @property
     def factor(self) -> int:
@@ -179,6 +187,25 @@ class Encoder(nnx.Module):
         return self.out(jax.nn.silu(self.norm(x)))
 
 
+class PatchEncoder(nnx.Module):
+    """The same without a look at the whole picture: every latent sees its patch and its halo."""
+
+    def __init__(self, config: VQGANConfig, halo: int, *, rngs: nnx.Rngs) -> None:
+        width, factor = config.channels * config.multipliers[-1], config.factor
+        pad = ((halo, halo), (halo, halo))
+        self.patches = Conv(3, width, factor + 2 * halo, stride=factor, pad=pad, rngs=rngs)
+        self.wide = nnx.List([Conv(width, 2 * width, 1, rngs=rngs) for _ in range(2)])
+        self.narrow = nnx.List([Conv(2 * width, width, 1, rngs=rngs) for _ in range(2)])
+        self.out = Conv(width, config.latent, 1, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b h w 3"]) -> Float[Array, "b i j c"]:
+        # Beyond the edge is white, as the paper that drawings stand on, not the 0 of grey.
+        x = self.patches(x - 1)
+        for wide, narrow in zip(self.wide, self.narrow, strict=True):
+            x = x + narrow(jax.nn.silu(wide(x)))
+        return self.out(jax.nn.silu(x))
+
+
 class Decoder(nnx.Module):
     """Latents to the features that the last convolution turns into pixels."""
 
@@ -231,7 +258,10 @@ class VQGAN(nnx.Module):
 
     def __init__(self, config: VQGANConfig, *, rngs: nnx.Rngs) -> None:
         self.config = config
-        self.encoder = Encoder(config, rngs=rngs)
+        if config.halo is None:
+            self.encoder: nnx.Module = Encoder(config, rngs=rngs)
+        else:
+            self.encoder = PatchEncoder(config, config.halo, rngs=rngs)
         self.to_code = Conv(config.latent, config.code_dim, 1, rngs=rngs)
         self.codebook = nnx.Param(
             jax.random.uniform(

@@ -1,5 +1,7 @@
 """The VQ-GAN: shapes, quantisation, and the gradients its training depends on."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,6 +37,23 @@ def test_the_paper_config_has_cm3leons_geometry():
     model = jax.eval_shape(lambda: VQGAN(config, rngs=nnx.Rngs(0)))
     codes = jax.eval_shape(lambda m, x: m.encode(x), model, jnp.zeros((1, 256, 256, 3)))
     assert codes.shape == (1, 32, 32)
+
+
+@pytest.mark.parametrize("halo", [0, 2])
+def test_with_a_halo_a_latent_sees_its_patch_and_the_halo_alone(images, halo):
+    model = VQGAN(dataclasses.replace(TINY, halo=halo), rngs=nnx.Rngs(0))
+    assert model.encode(images).shape == (2, 8, 8)
+    # The latent at (3, 4) stands for the pixels of rows 6 and 7, columns 8 and 9.
+    seen = np.asarray(jax.grad(lambda x: jnp.abs(model.latents(x)[0, 3, 4]).sum())(images)[0]).any(
+        -1
+    )
+    expected = np.zeros((16, 16), bool)
+    expected[6 - halo : 8 + halo, 8 - halo : 10 + halo] = True
+    np.testing.assert_array_equal(seen, expected)
+    white = model.latents(jnp.ones((1, 16, 16, 3)))
+    np.testing.assert_allclose(white, jnp.broadcast_to(white[:, :1, :1], white.shape), atol=1e-6)
+    with pytest.raises(ConfigError, match="halo is -1"):
+        build(VQGANConfig, {"halo": -1})
 
 
 def test_nearest_code_is_the_euclidean_one():
