@@ -17,6 +17,9 @@ with text ids.
 import dataclasses
 from typing import Any, Self
 
+import numpy as np
+from jaxtyping import Int, Int32
+
 _SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")
 
 
@@ -148,6 +151,25 @@ class Vocabulary:
     def is_text(self, ids: Any) -> Any:
         """True where an id is a text token; `ids` is an int or an integer array of any kind."""
         return (ids >= self.text_start) & (ids < self.text_stop)
+
+    def positions(
+        self, ids: Int[np.ndarray, "length"], part_step: int = 1
+    ) -> Int32[np.ndarray, "length"]:
+        """The rows of the position table that a document's ids take, from 0.
+
+        With a `part_step` above 1 the id after a `<break>`, the first of a part, takes the next
+        multiple of it. A picture then starts at the same few positions however long the texts
+        before it are. Without (1, as in the paper), positions just count.
+        """
+        places = np.arange(len(ids), dtype=np.int32)
+        if part_step > 1:
+            for first in np.flatnonzero(np.asarray(ids[:-1]) == self.break_id) + 1:
+                places[first:] += -places[first] % part_step
+        return places
+
+    def extent(self, ids: Int[np.ndarray, "length"], part_step: int = 1) -> int:
+        """How many positions ids take: the position of an id that would follow them."""
+        return int(self.positions(np.append(ids, self.pad), part_step)[-1])
 
     def name(self, token: int) -> str:
         """What a person calls the id, for error messages and dumps: `<break>`, `<image:17>`, ..."""

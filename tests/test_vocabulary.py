@@ -27,6 +27,18 @@ def test_chameleon_fits_the_same_class():
         vocabulary.sentinel(0)
 
 
+def test_the_first_id_of_a_part_takes_the_next_multiple():
+    vocabulary = Vocabulary.compact(image_codes=4, text_tokens=4, sentinels=1)
+    eos, gap, text = vocabulary.eos, vocabulary.break_id, vocabulary.text_start
+    ids = np.array([eos, text, gap, 4, 5, 6, 7, gap, text, text, gap])
+    np.testing.assert_array_equal(vocabulary.positions(ids), np.arange(11))
+    np.testing.assert_array_equal(
+        vocabulary.positions(ids, 4), [0, 1, 2, 4, 5, 6, 7, 8, 12, 13, 14]
+    )
+    assert vocabulary.extent(ids, 4) == 16 and vocabulary.extent(ids[:-1], 4) == 14
+    assert vocabulary.extent(ids) == 11
+
+
 @settings(deadline=None)
 @given(
     codes=st.integers(1, 300),

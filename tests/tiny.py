@@ -54,9 +54,11 @@ def randomise[M: nnx.Module](module: M, scale: float = 0.3, seed: int = 0) -> M:
     return jax.tree.unflatten(structure, drawn)
 
 
-def random_decoder(vocab_size: int, max_length: int, seed: int = 0) -> Decoder:
+def random_decoder(vocab_size: int, max_length: int, seed: int = 0, part_step: int = 1) -> Decoder:
     """Two layers, 32 wide, float32."""
-    config = DecoderConfig(vocab_size, max_length, layers=2, embed=32, heads=4, mlp=64)
+    config = DecoderConfig(
+        vocab_size, max_length, layers=2, embed=32, heads=4, mlp=64, part_step=part_step
+    )
     return randomise(jax.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))), seed=seed)
 
 
@@ -115,7 +117,7 @@ def write_prepared(folder: pathlib.Path, checkpoint: pathlib.Path) -> pathlib.Pa
         selection=SelectionConfig(
             near_copy_text=2.0, near_copy_image=2.0, near_copy_document=0.999
         ),
-        sources={"train": documents(), "unseen_design": documents()[:2]},
+        sources={"train": documents(), "unseen_design": documents()[:4]},
         progress=False,
     )
     return folder

@@ -9,8 +9,7 @@ One document here is a query with its retrieved documents in front,
 
 and is never cut, neither by masking nor by packing: retrieved documents that do not fit the row are
 left out. (The original cuts its token stream into blocks, pictures included.) In a packed row every
-document has its own segment id (from 1; 0 is padding) and positions that start at 0, so the model
-meets documents in training exactly as it meets prompts.
+document has its own segment id (from 1; 0 is padding) and positions of its own, so the model meets documents in training exactly as it meets prompts.
 
 Everything random is a function of (seed, index of the example), so an iterator resumes exactly.
 """
@@ -50,6 +49,8 @@ class PipelineConfig:
 
     Attributes:
       length: tokens of a row.
+      max_positions: how many positions a document may take; by default as many as a row has.
+      part_step: see `leon_jax.vocabulary.Vocabulary.positions`.
       batch_size: rows of a batch (of this process).
       seed: decides order, neighbours and masks.
       retrieved: probabilities of 0, 1, 2, ... retrieved documents; (1.0,) turns retrieval off.
@@ -72,11 +73,15 @@ class PipelineConfig:
     threads: int = 2
     variants: int = 1
     plain_variants: int = 1
+    max_positions: int | None = None
+    part_step: int = 1
 
     def __post_init__(self):
         if not self.retrieved or min(self.retrieved) < 0 or abs(sum(self.retrieved) - 1) > 1e-6:
             raise UserError(f"retrieved is {self.retrieved}; probabilities must sum to 1")
-        for name in ("length", "batch_size", "packing_bins", "variants", "plain_variants"):
+        for name in (
+            "length", "batch_size", "packing_bins", "variants", "plain_variants", "part_step"
+        ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.plain_variants > self.variants:
@@ -154,13 +159,13 @@ def make(
             )
         )
     )
-    pad, names = encoder.vocabulary.pad, ("ids", "targets", "weights")
+    pad, names = encoder.vocabulary.pad, ("ids", "targets", "weights", "positions")
     packed = grain.experimental.BestFitPackIterDataset(
         examples,
         length_struct=dict.fromkeys(names, config.length),
         num_packing_bins=config.batch_size * config.packing_bins,
         seed=config.seed % 2**32,
-        padding_struct={"ids": pad, "targets": pad, "weights": 0},
+        padding_struct={"ids": pad, "targets": pad, "weights": 0, "positions": 0},
     )
     return packed.map(_row).batch(config.batch_size, drop_remainder=True)
 
@@ -194,7 +199,7 @@ def join(
 
 @dataclasses.dataclass
 class _Example:
-    """index, rng -> dict(ids, targets, weights) of one document."""
+    """index, rng -> dict(ids, targets, weights, positions) of one document."""
 
     source: Source
     encoder: Encoder
@@ -234,16 +239,31 @@ class _Example:
             )
         retrieved = [self._encode(int(i), variant) for i in found]
         spare = TOKENS_PER_SPAN * self.config.spare_spans
-        ids, query_start = join(query, retrieved, vocabulary, longest - spare)
-        masked = mask(
-            ids,
-            vocabulary,
-            self.masking,
-            rng,
-            query_start=query_start,
-            room=longest - len(ids),
-        )
-        return {"ids": masked.ids[:-1], "targets": masked.ids[1:], "weights": masked.weights[1:]}
+        while True:
+            ids, query_start = join(query, retrieved, vocabulary, longest - spare)
+            masked = mask(
+                ids,
+                vocabulary,
+                self.masking,
+                rng,
+                query_start=query_start,
+                room=longest - len(ids),
+            )
+            positions = vocabulary.positions(masked.ids[:-1], self.config.part_step)
+            if positions[-1] < (self.config.max_positions or longest):
+                break
+            if not retrieved:
+                raise UserError(
+                    f"document {index} takes {positions[-1] + 1} positions; the model has "
+                    f"{self.config.max_positions or longest - 1}, so raise its max_length"
+                )
+            retrieved.pop()
+        return {
+            "ids": masked.ids[:-1],
+            "targets": masked.ids[1:],
+            "weights": masked.weights[1:],
+            "positions": positions,
+        }
 
 
 def _part(shard: tuple[int, int]) -> tuple[int, None, int]:
@@ -259,5 +279,5 @@ def _row(packed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         "targets": packed["targets"].astype(np.int32),
         "weights": packed["weights"].astype(np.float32),
         "segment_ids": packed["ids_segment_ids"].astype(np.int32),
-        "positions": packed["ids_positions"].astype(np.int32),
+        "positions": packed["positions"].astype(np.int32),
     }

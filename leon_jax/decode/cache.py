@@ -51,10 +51,6 @@ class Cache:
 
         return cls(room(keys), room(values), lengths, jnp.int32(0), keys.shape[2])
 
-    def positions(self) -> Int[Array, "batch"]:
-        """The position of the token that comes next in each row."""
-        return self.lengths + self.step
-
     def valid(self) -> Bool[Array, "batch slots"]:
         """Which slots hold a token: the true prompt, and the answer so far."""
         slot = jnp.arange(self.keys.shape[2])

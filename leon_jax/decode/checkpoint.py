@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 
+import numpy as np
 import safetensors
 
 from leon_jax import model_files
@@ -61,7 +62,7 @@ class Checkpoint:
 
     @property
     def context(self) -> int:
-        """The most tokens the decoder can look at."""
+        """How many positions the decoder has."""
         return self.config.max_length
 
     def check_prompt(self, prompt: str, num_docs: int) -> None:
@@ -76,7 +77,7 @@ class Checkpoint:
             document = Document((Text(prompt), Hole("image")))
         except ValueError as error:
             raise UserError(f"the prompt cannot be read: {error}") from error
-        used = len(self.documents.encode(document)) + self.documents.image_tokens
+        used = self._extent(self.documents.encode(document)) + self.documents.image_tokens
         if used > self.context:
             tokens = len(self.documents.text.encode(prompt))
             raise UserError(
@@ -93,8 +94,11 @@ class Checkpoint:
         """
         if max_tokens < 1:
             raise UserError(f"max_tokens is {max_tokens}; a caption has at least 1 token")
-        # </s> <sentinel:0> <break> picture </s> <sentinel:0> caption
-        used = 5 + self.documents.image_tokens + max_tokens
+        vocabulary = self.documents.vocabulary
+        picture = [vocabulary.image_start] * self.documents.image_tokens
+        before = [vocabulary.eos, vocabulary.sentinel(0), vocabulary.break_id, *picture]
+        used = self._extent(np.array([*before, vocabulary.eos, vocabulary.sentinel(0)]))
+        used += max_tokens
         if used > self.context:
             raise UserError(
                 f"max_tokens is {max_tokens}; beside a picture there is room for "
@@ -105,11 +109,13 @@ class Checkpoint:
     def _check_documents(self, used: int, num_docs: int) -> None:
         if num_docs < 0:
             raise UserError(f"num_docs is {num_docs}; it must be 0 or more")
-        # A retrieved document is at least a one-token text, a picture and two <break>.
-        fit = (self.context - used) // (self.documents.image_tokens + 3)
+        # A retrieved document is at least a one-token text, a picture and a <break> after each.
+        step = self.config.part_step
+        least = sum(-(-part // step) * step for part in (2, self.documents.image_tokens + 1))
+        fit = (self.context - used) // least
         if num_docs > fit:
             raise UserError(
-                f"num_docs is {num_docs}; the model's context of {self.context} tokens holds "
+                f"num_docs is {num_docs}; the model's context of {self.context} positions holds "
                 f"at most {fit} beside this request"
             )
 
@@ -117,15 +123,17 @@ class Checkpoint:
         self, retrieved: list[Document], query: Document, answer_tokens: int
     ) -> list[Document]:
         """The retrieved documents that fit beside the query, dropped from the last on."""
-        # A query that is not open is followed by one sentinel.
-        used = len(self.documents.encode(query)) + 1 + answer_tokens
-        kept = []
-        for document in retrieved:
-            used += len(self.documents.encode(document)) - 1
-            if used > self.context:
+        kept = list(retrieved)
+        while kept:
+            # A query that is not open is followed by one sentinel.
+            used = self._extent(self.documents.encode([*kept, query])) + 1
+            if used + answer_tokens <= self.context:
                 break
-            kept.append(document)
+            kept.pop()
         return kept
+
+    def _extent(self, ids: np.ndarray) -> int:
+        return self.documents.vocabulary.extent(ids, self.config.part_step)
 
 
 def model_folder(checkpoint: str | os.PathLike | None) -> pathlib.Path:

@@ -71,6 +71,7 @@ class Engine:
         """
         self.decoder, self.vocabulary = decoder, vocabulary
         self.context = context = decoder.config.max_length
+        self._part_step = decoder.config.part_step
         if buckets is None:
             buckets = [64 << i for i in range(32) if 64 << i < context]
         self.buckets = sorted({*(bucket for bucket in buckets if bucket < context), context})
@@ -106,20 +107,31 @@ class Engine:
                 raise ValueError(
                     f"a prompt has {len(prompt.streams)} streams; guidance needs {guidance.streams}"
                 )
-            longest = max(map(len, prompt.streams))
+            longest = max(map(self._extent, prompt.streams))
             if longest + span.limit > self.context:
                 raise UserError(
-                    f"the prompt of {longest} tokens and an answer of up to {span.limit} need "
-                    f"{longest + span.limit} tokens; the model's context is {self.context}"
+                    f"the prompt of {longest} positions and an answer of up to {span.limit} need "
+                    f"{longest + span.limit}; the model's context is {self.context}"
                 )
         rows = _whole_rows(len(prompts))
         padded = [*prompts, *[prompts[-1]] * (rows - len(prompts))]
         # Stream-major: all rows of stream 0, then all rows of stream 1, ...
         sequences = [p.streams[s] for s in range(guidance.streams) for p in padded]
-        ids, lengths = self._pad(sequences)
+        ids, positions, lengths, extents = self._pad(sequences)
         seeds = jnp.asarray([prompt.seed % 2**32 for prompt in padded], jnp.uint32)
         tokens, scores, counts, ended = jax.device_get(
-            _fill(self.decoder, ids, lengths, seeds, guidance, sampler, span, self.vocabulary)
+            _fill(
+                self.decoder,
+                ids,
+                positions,
+                lengths,
+                extents,
+                seeds,
+                guidance,
+                sampler,
+                span,
+                self.vocabulary,
+            )
         )
         return [
             Answer(tokens[row, : counts[row]], scores[row, : counts[row]], bool(ended[row]))
@@ -144,13 +156,14 @@ class Engine:
         """
         if not len(sequences):
             return np.zeros(0, np.float32)
-        if (longest := max(map(len, sequences))) > self.context:
+        if (longest := max(map(self._extent, sequences))) > self.context:
             raise UserError(
-                f"a sequence of {longest} tokens is longer than the model's context, {self.context}"
+                f"a sequence of {longest} positions is longer than the model's context, "
+                f"{self.context}"
             )
         rows = _whole_rows(len(sequences))
         padded = [*sequences, *[sequences[-1]] * (rows - len(sequences))]
-        ids, _ = self._pad(padded)
+        ids, positions, _, _ = self._pad(padded)
         # The hidden state at t predicts id t + 1.
         targets = np.zeros(ids.shape, np.int32)
         table = np.zeros(ids.shape, np.float32)
@@ -158,21 +171,36 @@ class Engine:
             targets[row, : len(sequence) - 1] = sequence[1:]
             table[row, : len(sequence) - 1] = 1 if weights is None else weights[row][1:]
         targets, table = (jax.device_put(array, ids.sharding) for array in (targets, table))
-        return np.asarray(_score(self.decoder, ids, targets, table))[: len(sequences)]
+        return np.asarray(_score(self.decoder, ids, positions, targets, table))[: len(sequences)]
 
-    def _pad(self, sequences: Sequence[np.ndarray]) -> tuple[jax.Array, jax.Array]:
-        """Tokens int32[batch, bucket], padded on the right, and lengths int32[batch]."""
+    def _extent(self, ids: np.ndarray) -> int:
+        return self.vocabulary.extent(ids, self._part_step)
+
+    def _pad(
+        self, sequences: Sequence[np.ndarray]
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """Tokens and positions int32[batch, bucket], padded on the right; int32[batch]: how many.
+
+        The last is the position of an id that would follow each sequence.
+        """
         lengths = np.array([len(sequence) for sequence in sequences], np.int32)
         if not lengths.all():
             raise ValueError("a prompt is empty; it must hold at least one id")
         bucket = next(bucket for bucket in self.buckets if bucket >= lengths.max())
         ids = np.full((len(sequences), bucket), self.vocabulary.pad, np.int32)
+        positions = np.zeros_like(ids)
         for row, sequence in enumerate(sequences):
             ids[row, : len(sequence)] = sequence
+            positions[row, : len(sequence)] = self.vocabulary.positions(sequence, self._part_step)
+        extents = np.array([self._extent(sequence) for sequence in sequences], np.int32)
         mesh = jax.sharding.get_mesh()
+        wide = jax.NamedSharding(mesh, sharding.spec("batch", "length"))
+        narrow = jax.NamedSharding(mesh, sharding.spec("batch"))
         return (
-            jax.device_put(ids, jax.NamedSharding(mesh, sharding.spec("batch", "length"))),
-            jax.device_put(lengths, jax.NamedSharding(mesh, sharding.spec("batch"))),
+            jax.device_put(ids, wide),
+            jax.device_put(positions, wide),
+            jax.device_put(lengths, narrow),
+            jax.device_put(extents, narrow),
         )
 
 
@@ -200,7 +228,9 @@ class _State:
 def _fill(
     decoder: Decoder,
     ids: Int[Array, "batch length"],
+    positions: Int[Array, "batch length"],
     lengths: Int[Array, "batch"],
+    extents: Int[Array, "batch"],
     seeds: Int[Array, "rows"],
     guidance: Guidance,
     sampler: Sampler,
@@ -212,7 +242,7 @@ def _fill(
     start, stop = span.bounds(vocabulary)
     draws = jax.vmap(jax.random.key)(seeds)
 
-    hidden, keys, values = decoder.prefill(ids)
+    hidden, keys, values = decoder.prefill(ids, positions)
     last = jax.nn.one_hot(lengths - 1, ids.shape[1], dtype=hidden.dtype)
     last = jax.reshard(last, sharding.spec("batch", "length"))
     first = _State(
@@ -247,7 +277,7 @@ def _fill(
         done = state.done | span.ends(token)
         every = jax.reshard(jnp.tile(token, guidance.streams), sharding.spec("batch"))
         hidden, keys, values = decoder.decode_step(
-            every, state.cache.positions(), state.cache.keys, state.cache.values,
+            every, extents + step, state.cache.keys, state.cache.values,
             state.cache.valid(),
         )  # fmt: skip
         return _State(
@@ -268,9 +298,10 @@ def _fill(
 def _score(
     decoder: Decoder,
     ids: Int[Array, "batch length"],
+    positions: Int[Array, "batch length"],
     targets: Int[Array, "batch length"],
     weights: Float[Array, "batch length"],
 ) -> Float[Array, "batch"]:
     """Sum over t of weights[:, t] log p(targets[:, t] | ids[:, :t + 1])."""
-    hidden = decoder(ids)
+    hidden = decoder(ids, positions)
     return -chunked_cross_entropy(hidden, decoder.table[...], targets, weights).sum(axis=1)

@@ -39,8 +39,18 @@ class DecoderConfig:
       dtype: compute dtype; weights are kept in float32.
       remat: what the backward pass recomputes inside a layer: nothing ("none"), everything but
         the products with weights ("dots"), or everything ("full").
-      init_std, position_std: sd of the truncated normals that weights and positions start from.
+      init_std, position_std: sd that weights and positions start with; weights are truncated
+        normals.
+      position_init: how positions start: as truncated normals ("normal", the paper) or as
+        sinusoids with wavelengths from 2 pi to 2 pi `max_length` (Vaswani et al. 2017, section
+        3.5, with `max_length` for 10,000). They are learned from there either way; from
+        sinusoids, "one row up" in a picture is a rotation at once and need not be found first,
+        which saves a small model much of its training.
       pad_id: the embedding row that starts as zeros.
+      part_step: every part of a document starts at a multiple of this many positions (see
+        `leon_jax.vocabulary.Vocabulary.positions`); 1, as in the paper: positions have no gaps.
+        A small model then finds "the same place in the retrieved picture" with one attention
+        head; otherwise it has to subtract two positions that vary with the captions' lengths.
     """
 
     vocab_size: int
@@ -53,14 +63,18 @@ class DecoderConfig:
     remat: Literal["none", "dots", "full"] = "none"
     init_std: float = 0.006
     position_std: float = 0.0002
+    position_init: Literal["normal", "sinusoids"] = "normal"
     pad_id: int = 1
+    part_step: int = 1
 
     def __post_init__(self):
-        for name in ("vocab_size", "max_length", "layers", "embed", "heads", "mlp"):
+        for name in ("vocab_size", "max_length", "layers", "embed", "heads", "mlp", "part_step"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.embed % self.heads:
             raise UserError(f"embed {self.embed} must be a multiple of heads {self.heads}")
+        if self.position_init == "sinusoids" and self.embed % 2:
+            raise UserError(f"embed is {self.embed}; sinusoids come in pairs, so make it even")
 
     @property
     def head_dim(self) -> int:
@@ -138,8 +152,9 @@ class Decoder(nnx.Module):
         )
         keep = jnp.arange(config.vocab_size)[:, None] != config.pad_id
         self.table = nnx.Param(table * keep)
+        start = _sinusoids if config.position_init == "sinusoids" else _truncated_normal
         self.positions = nnx.Param(
-            _truncated_normal(config.position_std)(
+            start(config.position_std)(
                 rngs.params(),
                 (config.max_length, config.embed),
                 jnp.float32,
@@ -307,3 +322,18 @@ def _truncated_normal(std: float):
     # `stddev` is the sd before cutting, as in torch's `trunc_normal_`, which the original used; at
     # 3 sd the cut changes the sd by 1.3 %.
     return nnx.initializers.truncated_normal(std, lower=-3.0, upper=3.0)
+
+
+def _sinusoids(std: float):
+    """An initializer of [length, embed]: sines in the first half of the columns, then cosines."""
+
+    def init(key, shape, dtype, sharding):
+        del key
+        length, embed = shape
+        rates = float(length) ** -(jnp.arange(0, embed, 2, dtype=dtype) / embed)
+        angles = jnp.arange(length, dtype=dtype)[:, None] * rates
+        # A sine's mean square is 1/2.
+        table = std * 2**0.5 * jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=1)
+        return jax.reshard(table, sharding)
+
+    return init

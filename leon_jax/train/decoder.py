@@ -200,6 +200,8 @@ class DecoderProgram:
             packing_bins=config.data.packing_bins,
             threads=config.data.threads,
             variants=data.variants,
+            max_positions=config.model.max_length,
+            part_step=config.model.part_step,
             plain_variants=min(variants.plain(shown.count), data.variants) if shown else 1,
         )
         return pipeline.make(

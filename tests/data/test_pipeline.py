@@ -61,7 +61,7 @@ def take(iterator, count):
     return [next(iterator) for _ in range(count)]
 
 
-def unpack(batch, eos):
+def unpack(batch, eos, gaps=False):
     """(ids, weights) of every document of a batch: inputs plus the last target."""
     for row in range(len(batch["ids"])):
         segments = batch["segment_ids"][row]
@@ -70,9 +70,31 @@ def unpack(batch, eos):
             assert (np.diff(here) == 1).all()
             ids, targets = batch["ids"][row, here], batch["targets"][row, here]
             np.testing.assert_array_equal(ids[1:], targets[:-1])
-            np.testing.assert_array_equal(batch["positions"][row, here], np.arange(len(here)))
+            if not gaps:
+                np.testing.assert_array_equal(batch["positions"][row, here], np.arange(len(here)))
             assert ids[0] == eos
             yield np.append(ids, targets[-1]), batch["weights"][row, here]
+
+
+def test_parts_start_at_multiples_of_the_part_step(tokenizer):
+    config = dataclasses.replace(CONFIG, part_step=8, max_positions=60)
+    vocabulary, ends = tokenizer.vocabulary, set()
+    for batch in take(iter(make(tokenizer, config)), 10):
+        for row in range(len(batch["ids"])):
+            segments, positions = batch["segment_ids"][row], batch["positions"][row]
+            for segment in range(1, segments.max() + 1):
+                here = np.flatnonzero(segments == segment)
+                ids = batch["ids"][row, here]
+                expected = vocabulary.positions(ids, 8)
+                np.testing.assert_array_equal(positions[here], expected)
+                after = expected[1:][ids[:-1] == vocabulary.break_id]
+                assert not (after % 8).any()
+                ends.add(int(expected[-1]))
+        assert list(unpack(batch, vocabulary.eos, gaps=True))
+    assert max(ends) < 60
+    # Retrieved documents were left out to keep within the positions; a query alone never is.
+    with pytest.raises(UserError, match="the model has 9, so raise its max_length"):
+        next(iter(make(tokenizer, dataclasses.replace(config, max_positions=9))))
 
 
 def test_shapes_and_padding(tokenizer):

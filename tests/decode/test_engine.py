@@ -19,13 +19,16 @@ TEXT = VOCABULARY.text_start
 UNCONDITIONAL = np.array([VOCABULARY.eos, VOCABULARY.sentinel(0), VOCABULARY.break_id])
 
 
-@pytest.fixture
-def engine() -> Engine:
-    return Engine(random_decoder(VOCABULARY.size, max_length=48), VOCABULARY, buckets=(8, 16))
+@pytest.fixture(params=[1, 4])
+def engine(request) -> Engine:
+    """With parts that start anywhere, and with parts that start at every fourth position."""
+    decoder = random_decoder(VOCABULARY.size, max_length=48, part_step=request.param)
+    return Engine(decoder, VOCABULARY, buckets=(8, 16))
 
 
 def prompt(length: int, seed: int = 0, streams: int = 2) -> Prompt:
     ids = TEXT + np.random.default_rng(length).integers(0, 40, length)
+    ids[[length // 2, -1]] = VOCABULARY.break_id
     return Prompt((ids, UNCONDITIONAL)[:streams], seed)
 
 
@@ -36,12 +39,14 @@ SPANS = [ImageSpan(9), TextSpan.infill(VOCABULARY, 9), TextSpan.causal(VOCABULAR
 def oracle(engine: Engine, ids: np.ndarray) -> np.ndarray:
     """Logits of every position by one full forward pass, float32[n, vocab]."""
     padded = np.pad(ids, (0, engine.context - len(ids)))
-    return np.asarray(forward(engine.decoder, jnp.asarray(padded)[None]))[0, : len(ids)]
+    positions = VOCABULARY.positions(padded, engine.decoder.config.part_step)
+    positions = jnp.asarray(positions.clip(max=engine.context - 1))[None]
+    return np.asarray(forward(engine.decoder, jnp.asarray(padded)[None], positions))[0, : len(ids)]
 
 
 @jax.jit
-def forward(decoder, ids):
-    return decoder.logits(decoder(ids))
+def forward(decoder, ids, positions):
+    return decoder.logits(decoder(ids, positions))
 
 
 def log_softmax(x: np.ndarray) -> np.ndarray:
@@ -162,9 +167,9 @@ def test_no_prompts_no_answers(engine):
 
 def test_what_does_not_fit_the_context_is_refused(engine):
     with pytest.raises(UserError, match="context is 48"):
-        engine.fill([prompt(40, streams=1)], ImageSpan(9))
-    assert len(engine.fill([prompt(39, streams=1)], ImageSpan(9))[0].ids) == 9
-    with pytest.raises(UserError, match="49 tokens"):
+        engine.fill([Prompt((np.full(40, TEXT),))], ImageSpan(9))
+    assert len(engine.fill([Prompt((np.full(39, TEXT),))], ImageSpan(9))[0].ids) == 9
+    with pytest.raises(UserError, match="49 positions"):
         engine.score([np.full(49, TEXT)])
 
 

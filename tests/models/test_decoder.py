@@ -78,6 +78,18 @@ def test_initial_weights_are_cut_normals_and_the_pad_row_is_zero():
         assert stats.kstest(sample, stats.truncnorm(-3, 3).cdf).pvalue > 1e-3
 
 
+def test_positions_that_start_as_sinusoids_have_the_wanted_sd_and_shift_by_rotation():
+    config = DecoderConfig(48, 64, 1, 32, 4, 64, position_std=0.02, position_init="sinusoids")
+    table = np.asarray(Decoder(config, rngs=nnx.Rngs(0)).positions[...])
+    assert np.sqrt(np.square(table).mean()) == pytest.approx(0.02, rel=1e-5)
+    # One matrix takes every position to the one 8 later.
+    shift, *_ = np.linalg.lstsq(table[:-8], table[8:])
+    np.testing.assert_allclose(table[:-8] @ shift, table[8:], atol=1e-5)
+    assert np.linalg.matrix_rank(table, tol=1e-4) > 16  # and no two positions look alike
+    with pytest.raises(UserError, match="33"):
+        DecoderConfig(48, 64, 1, 33, 3, 64, position_init="sinusoids")
+
+
 def test_a_model_made_under_jit_is_the_model_made_eagerly():
     eager = Decoder(CONFIG, rngs=nnx.Rngs(3))
     jitted = jax.jit(lambda: Decoder(CONFIG, rngs=nnx.Rngs(3)))()

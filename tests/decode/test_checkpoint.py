@@ -1,0 +1,59 @@
+"""What fits the context is counted in positions, with and without gaps between parts."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from leon_jax.config import UserError
+from leon_jax.decode.checkpoint import Checkpoint
+from leon_jax.documents import Document, Hole, Image, Text
+from tests import tiny
+
+
+@pytest.fixture(params=[1, 8])
+def checkpoint(request) -> Checkpoint:
+    opened = Checkpoint.open(tiny.folders()[0])
+    config = dataclasses.replace(opened.config, part_step=request.param)
+    return dataclasses.replace(opened, config=config)
+
+
+def documents(count: int) -> list[Document]:
+    picture = Image(codes=np.zeros((tiny.GRID, tiny.GRID), np.int32))
+    return [Document((Text(name), picture)) for name in tiny.CONCEPTS[:count]]
+
+
+def test_as_many_documents_are_kept_as_positions_hold(checkpoint):
+    query = Document((Text("cat"), Hole("image")))
+    answer = checkpoint.documents.image_tokens
+    step = checkpoint.config.part_step
+
+    def used(retrieved: list[Document]) -> int:
+        ids = checkpoint.documents.encode([*retrieved, query])
+        return checkpoint.documents.vocabulary.extent(ids, step) + 1 + answer
+
+    everything = documents(6)
+    for context in range(used([]), used(everything) + 1, 3):
+        config = dataclasses.replace(checkpoint.config, max_length=context)
+        small = dataclasses.replace(checkpoint, config=config)
+        kept = small.fitting(everything, query, answer)
+        assert kept == everything[: len(kept)] and used(kept) <= context
+        assert len(kept) == 6 or used(everything[: len(kept) + 1]) > context
+
+
+def test_no_number_of_documents_is_refused_that_could_fit(checkpoint):
+    """The limit named is that of one-token texts."""
+    prompt, step = "cat", checkpoint.config.part_step
+    tokenizer, vocabulary = checkpoint.documents, checkpoint.documents.vocabulary
+    query = tokenizer.encode(Document((Text(prompt), Hole("image"))))
+    least = [vocabulary.text_start, vocabulary.break_id]
+    least += [vocabulary.image_start] * tokenizer.image_tokens + [vocabulary.break_id]
+    for count in (1, 2, 3):
+        ids = [query[0], *least * count, *query[1:]]
+        needed = vocabulary.extent(ids, step) + tokenizer.image_tokens
+        enough = dataclasses.replace(
+            checkpoint, config=dataclasses.replace(checkpoint.config, max_length=needed)
+        )
+        enough.check_prompt(prompt, count)
+        with pytest.raises(UserError, match=f"holds at most {count}"):
+            enough.check_prompt(prompt, count + 1)
