@@ -8,7 +8,9 @@ Without --checkpoint it measures the shipped model. What each number is: docs/re
 import json
 import pathlib
 import sys
+from statistics import fmean
 
+import numpy as np
 from absl import flags
 
 from leon_jax.config import UserError
@@ -18,10 +20,11 @@ _INDEX = flags.DEFINE_string("index", "data/emoji_prepared", "A prepared folder.
 _SPLIT = flags.DEFINE_enum(
     "split", "unseen_design", ["unseen_design", "unseen_concept"], "Which held-out documents."
 )
-_CANDIDATES = flags.DEFINE_integer("candidates", 50, "Documents that are ranked and drawn.")
+_CANDIDATES = flags.DEFINE_integer("candidates", 50, "Documents that are told apart.")
+_GROUPS = flags.DEFINE_integer("groups", 1, "Groups of so many documents to average over.")
 _GUIDANCE = flags.DEFINE_float("guidance", 3.0, "Guidance weight of drawn pictures.")
 _TOP_P = flags.DEFINE_float("top_p", 0.9, "Nucleus of drawn pictures.")
-_CAPTION_DOCS = flags.DEFINE_multi_integer("caption_docs", [0], "Documents read by the ranker.")
+_CAPTION_DOCS = flags.DEFINE_multi_integer("caption_docs", [0], "Documents the ranker reads.")
 
 
 def main(argv: list[str]) -> None:
@@ -37,24 +40,30 @@ def main(argv: list[str]) -> None:
 
     leon = Leon.load(_CHECKPOINT.value, _INDEX.value)
     source = RecordSource(pathlib.Path(_INDEX.value) / f"{_SPLIT.value}.array_record")
-    if not 2 <= _CANDIDATES.value <= len(source):
-        raise UserError(f"--candidates is {_CANDIDATES.value}; it must be 2 to {len(source)}")
+    count, groups = _CANDIDATES.value, _GROUPS.value
+    if not 2 <= count <= len(source):
+        raise UserError(f"--candidates is {count}; it must be 2 to {len(source)}")
+    if not 1 <= groups <= len(source) // count:
+        raise UserError(f"--groups is {groups}; it must be 1 to {len(source) // count}")
     every = [source[i] for i in range(len(source))]
-    some = every[: _CANDIDATES.value]
+    some = [every[start : start + count] for start in range(0, groups * count, count)]
     rebuilt = demo.reconstruct(leon, every)
     metrics: dict = {"tokenizer_psnr_db": rebuilt.psnr_db, "codes_used": rebuilt.codes_used}
-    metrics["real_match"] = demo.real_match(leon, some)
+    metrics["real_match"] = fmean(demo.real_match(leon, group) for group in some)
     _show(metrics)
     metrics["image_perplexity"] = {str(n): demo.image_perplexity(leon, every, n) for n in (0, 1, 2)}
     _show(metrics)
     metrics["prompt_match"] = {}
     for n in (0, 2):
-        drawn = demo.draw(leon, some, n, guidance=_GUIDANCE.value, top_p=_TOP_P.value)
-        metrics["prompt_match"][str(n)] = demo.prompt_match(leon, drawn)
+        drawn = [
+            demo.draw(leon, group, n, guidance=_GUIDANCE.value, top_p=_TOP_P.value)
+            for group in some
+        ]
+        metrics["prompt_match"][str(n)] = fmean(demo.prompt_match(leon, group) for group in drawn)
         _show(metrics)
     metrics["caption_rank1"] = {}
     for n in _CAPTION_DOCS.value:
-        ranks, _ = demo.caption_ranks(leon, some, n)
+        ranks = np.concatenate([demo.caption_ranks(leon, group, n)[0] for group in some])
         metrics["caption_rank1"][str(n)] = float((ranks == 0).mean())
     print(json.dumps(metrics, indent=1))
 

@@ -76,32 +76,31 @@ def caption_ranks(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Where each picture's own caption ranks among the captions of all of them.
 
-    A caption's score for a picture is the log-likelihood of the picture's tokens given the caption,
-    log p(picture | caption): by Bayes' rule the posterior of the caption when all captions are
-    equally likely beforehand.
+    A caption's score for a picture is how likely `Leon.generate` is to draw that very picture for
+    it, log p(picture | caption, documents retrieved by the caption): by Bayes' rule the posterior
+    of the caption when all captions are equally likely beforehand.
 
     Args:
       leon: the model.
       documents: the candidates and the pictures at once.
-      num_docs: documents retrieved by the *picture* and read first, the same for all captions.
+      num_docs: documents retrieved by each *caption* and read first, the same for all pictures.
 
     Returns:
       int[n] ranks (0 is first) and the scores float32[picture, caption].
     """
     tokenizer = leon.checkpoint.documents
-    captions = [document.text for document in documents]
+    read = _retrieved(leon, documents, num_docs)
     scores = np.zeros((len(documents), len(documents)), np.float32)
-    for row, document in enumerate(documents):
-        picture = Image(codes=document.codes, pixels=document.pixels)
-        retrieved = leon.retrieve(Document((Hole("text"), picture)), num_docs)
+    for column, (document, retrieved) in enumerate(zip(documents, read, strict=True)):
         sequences, weights = [], []
-        for caption in captions:
-            ids = tokenizer.encode([*retrieved, Document((Text(caption), picture))])
+        for drawn in documents:
+            shown = Document((Text(document.text), Image(codes=drawn.codes)))
+            ids = tokenizer.encode([*retrieved, shown])
             weight = np.zeros(len(ids), np.float32)
             weight[-1 - tokenizer.image_tokens : -1] = 1
             sequences.append(ids)
             weights.append(weight)
-        scores[row] = _score(leon, sequences, weights)
+        scores[:, column] = _score(leon, sequences, weights)
     own = np.diag(scores)[:, None]
     return (scores > own).sum(1), scores
 

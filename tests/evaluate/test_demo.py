@@ -8,7 +8,7 @@ import PIL.Image
 import pytest
 
 from leon_jax.data.records import RecordSource
-from leon_jax.documents import Document, Text
+from leon_jax.documents import Document, Hole
 from leon_jax.evaluate import demo, page
 from leon_jax.leon import Generation, Leon
 from tests import tiny
@@ -56,14 +56,17 @@ def test_perplexity_is_the_exponential_of_the_mean_likelihood(leon, documents, n
     assert found == pytest.approx(np.exp(-total / tokens), rel=1e-4)
 
 
-def test_ranks_follow_the_scores(leon, documents):
-    ranks, scores = demo.caption_ranks(leon, documents)
+@pytest.mark.parametrize("num_docs", [0, 1])
+def test_ranks_follow_the_scores(leon, documents, num_docs):
+    ranks, scores = demo.caption_ranks(leon, documents, num_docs)
     assert scores.shape == (4, 4) and np.isfinite(scores).all()
     for row in range(4):
         assert ranks[row] == sorted(scores[row], reverse=True).index(scores[row, row])
-    picture = documents[1].parts[1]
-    swapped = Document((Text(documents[2].parts[0].text), picture))
-    ids = leon.checkpoint.documents.encode(swapped)
+    # What picture 1 scores with caption 2, and with what caption 2 finds.
+    caption, picture = documents[2].parts[0], documents[1].parts[1]
+    retrieved = leon.retrieve(Document((caption, Hole("image"))), num_docs)
+    assert len(retrieved) == num_docs
+    ids = leon.checkpoint.documents.encode([*retrieved, Document((caption, picture))])
     weights = np.zeros(len(ids), np.float32)
     weights[-1 - tiny.GRID**2 : -1] = 1
     assert scores[1, 2] == pytest.approx(_score(leon, ids, weights)[0], rel=1e-4)

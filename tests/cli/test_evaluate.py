@@ -1,0 +1,54 @@
+"""`leon evaluate`: the numbers of `leon_jax.evaluate.demo`, averaged over groups of documents."""
+
+import json
+
+import numpy as np
+import pytest
+
+from leon_jax.cli import main
+from leon_jax.data.records import RecordSource
+from leon_jax.evaluate import demo
+from leon_jax.leon import Leon
+from tests import tiny
+
+
+@pytest.fixture
+def run(capsys):
+    checkpoint, prepared = tiny.folders()
+
+    def command(*arguments: str) -> tuple[int, str, str]:
+        code = main.run(
+            ["evaluate", f"--checkpoint={checkpoint}", f"--index={prepared}", *arguments]
+        )
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return command
+
+
+def test_what_is_ranked_and_drawn_is_averaged_over_the_groups(run):
+    code, printed, _ = run(
+        "--candidates=2", "--groups=2", "--caption_docs=0", "--caption_docs=1", "--top_p=1"
+    )
+    assert code == 0
+    metrics = json.loads(printed)
+    leon, prepared = Leon.load(*tiny.folders()), tiny.folders()[1]
+    source = RecordSource(prepared / "unseen_design.array_record")
+    groups = [[source[0], source[1]], [source[2], source[3]]]
+    assert metrics["tokenizer_psnr_db"] == pytest.approx(
+        demo.reconstruct(leon, [*groups[0], *groups[1]]).psnr_db
+    )
+    assert set(metrics["image_perplexity"]) == {"0", "1", "2"}
+    assert metrics["real_match"] == np.mean([demo.real_match(leon, group) for group in groups])
+    for docs in (0, 1):
+        ranks = [demo.caption_ranks(leon, group, docs)[0] for group in groups]
+        assert metrics["caption_rank1"][str(docs)] == np.mean(np.concatenate(ranks) == 0)
+    drawn = [demo.draw(leon, group, 2, guidance=3.0, top_p=1.0) for group in groups]
+    assert metrics["prompt_match"]["2"] == np.mean([demo.prompt_match(leon, d) for d in drawn])
+
+
+@pytest.mark.parametrize("wrong", ["--candidates=1", "--candidates=5", "--groups=0", "--groups=3"])
+def test_groups_that_the_split_cannot_fill_are_named(run, wrong):
+    code, printed, message = run("--candidates=2", wrong)
+    assert code == 2 and not printed
+    assert wrong.split("=")[0] in message and message.count("\n") == 1
