@@ -9,7 +9,7 @@ runs=${RUNS:-runs/emoji}
 data=${DATA:-data}
 weights=${WEIGHTS:-leon_jax/weights/emoji}
 
-echo "Retraining all four models takes about two and a half hours on 2 CPU cores and minutes on a GPU;"
+echo "Retraining all four models takes about an hour and a half on 2 CPU cores and minutes on a GPU;"
 echo "it writes into $data and $runs, and at the end replaces $weights."
 
 "$leon" prepare --data_dir="$data/emoji" --dataset_only

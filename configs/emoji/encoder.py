@@ -11,7 +11,7 @@ TEXT_SIZE = 2048  # entries of runs/emoji/text; the encoder adds padding, start 
 
 
 def get_config() -> ConfigDict:
-    steps = 1100
+    steps = 1600
     return ConfigDict(
         {
             "kind": "encoder",

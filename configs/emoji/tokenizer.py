@@ -1,4 +1,4 @@
-"""The demo's image tokenizer: 48 px pictures as 12 x 12 codes out of 1,024.
+"""The demo's image tokenizer: 32 px pictures as 8 x 8 codes out of 512.
 
     leon train --config=configs/emoji/tokenizer.py --workdir=runs/emoji/tokenizer
 
@@ -17,15 +17,17 @@ def get_config() -> ConfigDict:
             "steps": steps,
             "batch_size": 32,
             "model": {
-                "resolution": 48,
-                "channels": 24,
+                "resolution": 32,
+                "channels": 32,
                 "multipliers": (1, 2, 4),
                 "blocks": 1,
                 "attention_sizes": (),
                 "groups": 8,
                 "latent": 64,
                 "code_dim": 16,
-                "codes": 1024,
+                "codes": 512,
+                # White paper is one code then, and the same detail is the same code elsewhere.
+                "halo": 1,
             },
             "losses": {
                 "network": "alexnet",

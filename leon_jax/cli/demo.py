@@ -23,7 +23,7 @@ _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A model folder; the shipp
 # Documents of `unseen_design` that the numbers are measured on, and rows shown on the page.
 _MEASURED, _SHOWN = 50, 16
 _GUIDANCE, _TOP_P = 3.0, 0.9
-_FIRST_STEPS, _ALL_STEPS = 25, 50
+_FIRST_STEPS, _ALL_STEPS = 60, 120
 
 _CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "emoji" / "decoder.py"
 
