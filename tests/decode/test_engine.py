@@ -185,7 +185,8 @@ def test_answers_do_not_depend_on_the_mesh(engine):
     expected = engine.fill(PROMPTS, ImageSpan(9), ClassifierFree(2.0))
     shape = (2, 2, 1, 2) if len(devices) >= 8 else (1, 1, 1, 1)
     with jax.set_mesh(sharding.make_mesh(shape, devices[:8])):
-        decoder = random_decoder(VOCABULARY.size, max_length=48)
+        step = engine.decoder.config.part_step
+        decoder = random_decoder(VOCABULARY.size, max_length=48, part_step=step)
         sharded = Engine(decoder, VOCABULARY, buckets=(8, 16))
         answers = sharded.fill(PROMPTS, ImageSpan(9), ClassifierFree(2.0))
     for left, right in zip(answers, expected, strict=True):

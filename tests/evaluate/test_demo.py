@@ -8,7 +8,7 @@ import PIL.Image
 import pytest
 
 from leon_jax.data.records import RecordSource
-from leon_jax.documents import Document, Hole
+from leon_jax.documents import Document, Hole, Text
 from leon_jax.evaluate import demo, page
 from leon_jax.leon import Generation, Leon
 from tests import tiny
