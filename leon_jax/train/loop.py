@@ -87,7 +87,9 @@ def run(program: Program, loop: LoopConfig, workdir: pathlib.Path) -> TrainState
     for step in range(start + 1, total + 1):
         state, values = step_function(state, _to_devices(next(data)))
         metrics.add(values)
-        last = step == total or stop.received
+        # Read once: a signal that comes while this step is logged or saved ends the next one.
+        stopped = stop.received
+        last = step == total or stopped
         if last or step % loop.log_every == 0:
             metrics.report()
         if last or step % loop.save_every == 0:
@@ -95,11 +97,11 @@ def run(program: Program, loop: LoopConfig, workdir: pathlib.Path) -> TrainState
         if last or step % loop.sample_every == 0:
             metrics.pictures(program.samples(state))
             metrics.pause()
-        if stop.received:
+        if stopped:
             checkpoints.close()
             metrics.close()
             print(f"stopped by a signal; step {step} is saved", file=sys.stderr)
-            raise SystemExit(128 + stop.received)
+            raise SystemExit(128 + stopped)
     checkpoints.close()
     metrics.close()
     program.export(state, workdir / "export")

@@ -20,6 +20,7 @@ from flax import nnx
 from leon_jax import model_files
 from leon_jax.config import UserError
 from leon_jax.train import loop, optimizer
+from leon_jax.train.checkpoint import Checkpoints
 from leon_jax.train.state import TrainState
 
 
@@ -165,6 +166,30 @@ def test_sigterm_saves_and_ends_the_run(unbroken, tmp_path):
     saved = re.search(r"step (\d+) is saved", messages)
     assert saved and 6 < int(saved[1]) < 30, messages
     loop.run(ToyProgram(ToyConfig(30)), SETTINGS, tmp_path)
+    np.testing.assert_array_equal(final(tmp_path), final(unbroken))
+
+
+def test_a_signal_that_comes_while_a_step_is_logged_loses_nothing(unbroken, tmp_path, monkeypatch):
+    report = loop.Metrics.report
+
+    def interrupted(metrics):
+        if not sent:
+            sent.append(True)
+            os.kill(os.getpid(), signal.SIGTERM)
+        report(metrics)
+
+    sent: list[bool] = []
+    monkeypatch.setattr(loop.Metrics, "report", interrupted)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    settings = dataclasses.replace(SETTINGS, log_every=2, save_every=1000)
+    try:
+        with pytest.raises(SystemExit):
+            loop.run(ToyProgram(ToyConfig(30)), settings, tmp_path)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert Checkpoints(tmp_path / "checkpoints").latest() == 3
+    loop.run(ToyProgram(ToyConfig(30)), settings, tmp_path)
     np.testing.assert_array_equal(final(tmp_path), final(unbroken))
 
 
