@@ -45,7 +45,7 @@ def get_config() -> ConfigDict:
             # Rows and columns of a picture are then a rotation away from the first step on.
             "position_init": "sinusoids",
             "position_std": 0.02,
-            # Captions of up to 30 tokens are common; a document then takes 128 positions.
+            # Few captions have more than 30 tokens; a document takes 128 positions then.
             "part_step": 32,
         }
     )

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from typing import Any, Literal, get_args
 
 from leon_jax.config import UserError
-from leon_jax.data.records import from_png
 from leon_jax.data.emoji_splits import family
+from leon_jax.data.records import from_png
 from leon_jax.documents import Document, Image, Provenance, Text
 
 Split = Literal["train", "unseen_design", "unseen_concept"]
@@ -94,7 +94,9 @@ class EmojiSource:
         }
         caption = Text(fields.pop("caption"))
         group = family(fields["key"].partition("/")[2])
-        return Document((caption, Image(pixels=from_png(record["picture"]))), Provenance(**fields, group=group))
+        return Document(
+            (caption, Image(pixels=from_png(record["picture"]))), Provenance(**fields, group=group)
+        )
 
     def __iter__(self) -> Iterator[Document]:
         return (self[index] for index in range(len(self)))

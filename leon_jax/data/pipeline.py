@@ -9,7 +9,8 @@ One document here is a query with its retrieved documents in front,
 
 and is never cut, neither by masking nor by packing: retrieved documents that do not fit the row are
 left out. (The original cuts its token stream into blocks, pictures included.) In a packed row every
-document has its own segment id (from 1; 0 is padding) and positions of its own, so the model meets documents in training exactly as it meets prompts.
+document has its own segment id (from 1; 0 is padding) and positions of its own, so the model meets
+documents in training exactly as it meets prompts.
 
 Everything random is a function of (seed, index of the example), so an iterator resumes exactly.
 """
