@@ -23,7 +23,8 @@ th, td { border-bottom: 1px solid #ddd; padding: .5rem .75rem; vertical-align: m
 img { width: 96px; height: 96px; border: 1px solid #eee; margin: 2px }
 small { color: #555; display: block; line-height: 1.3 }
 .number { text-align: right; font-variant-numeric: tabular-nums }
-figure { display: inline-block; margin: 0 .75rem .5rem 0; width: 12rem; vertical-align: top }
+figure { margin: 0; width: 10rem; overflow-wrap: anywhere }
+.read { display: flex; gap: .75rem }
 .good { color: #14692b } .bad { color: #a3231f }
 """
 
@@ -57,7 +58,7 @@ def retrieved(documents: Sequence[Document]) -> str:
             f"<figure>{picture(document.pixels, origin['caption'])}"
             f"<figcaption>{caption}<small>{note}</small></figcaption></figure>"
         )
-    return "".join(figures)
+    return f'<div class="read">{"".join(figures)}</div>'
 
 
 def drawings(
