@@ -105,6 +105,16 @@ def test_retrieved_documents_change_the_answer(leon):
     assert (without.parts[1].codes != read.parts[1].codes).any()
 
 
+def test_guidance_0_sees_neither_text_nor_retrieved_documents(leon):
+    document = Document((Text(PROMPT), Hole("image")))
+    other = Document((Text("another prompt"), Hole("image")))
+    found = leon.retrieve(document, 2)
+    (alone,) = leon.complete(document, guidance=0.0)
+    for asked, read in ((other, []), (document, found)):
+        (done,) = leon.complete(asked, guidance=0.0, retrieved=[read])
+        np.testing.assert_array_equal(done.parts[1].codes, alone.parts[1].codes)
+
+
 def test_the_likelihood_of_a_document_is_that_of_its_parts(leon):
     cat = leon.tokenize(tiny.documents()[0])
     whole, picture = leon.likelihood(cat), leon.likelihood(cat, part=1)

@@ -35,8 +35,9 @@ class Settings:
     """How holes are filled.
 
     Attributes:
-      guidance: of picture holes. Stream 1, where it reads one, is the same document with every
-        text masked; retrieved documents stay. Text holes are always filled without guidance.
+      guidance: of picture holes. Stream 1, where it reads one, is the document with every text
+        masked and nothing retrieved, so what guidance strengthens is what text and retrieved
+        documents say together. Text holes are always filled without guidance.
       image_sampler, text_sampler: how an id is drawn.
       text_limit: most tokens of a text hole.
     """
@@ -113,10 +114,10 @@ class _Row:
 
     def prompt(self, streams: int) -> Prompt:
         """The streams of the next hole."""
-        sequences = [self._ids(self.document, self.infills)]
+        sequences = [self._ids(self.document, self.infills, self.request.retrieved)]
         if streams > 1:
             parts = [Hole("text") if isinstance(p, Text) else p for p in self.document.parts]
-            sequences.append(self._ids(Document(tuple(parts)), []))
+            sequences.append(self._ids(Document(tuple(parts)), [], ()))
         # Each hole draws from a stream of random numbers of its own.
         seed = (self.request.seed + 0x9E3779B9 * self.filled) % 2**32
         return Prompt(tuple(sequences), seed)
@@ -136,11 +137,12 @@ class _Row:
                 written += [np.array([vocabulary.sentinel(index)], np.int32), infill]
             self.document = self.tokenizer.fill(self.document, np.concatenate(written))
 
-    def _ids(self, document: Document, infills: list[np.ndarray]) -> np.ndarray:
+    def _ids(
+        self, document: Document, infills: list[np.ndarray], retrieved: Sequence[Document]
+    ) -> np.ndarray:
         """Retrieved documents and the document; then, unless open, the tail up to the next hole."""
         vocabulary, encode = self.tokenizer.vocabulary, self.tokenizer.encode
-        retrieved = [encode(neighbour) for neighbour in self.request.retrieved]
-        ids = [join(encode(document), retrieved, vocabulary).ids]
+        ids = [join(encode(document), [encode(each) for each in retrieved], vocabulary).ids]
         if self.open:
             return ids[0]
         for index, infill in enumerate(infills):
