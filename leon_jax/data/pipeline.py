@@ -63,6 +63,7 @@ class PipelineConfig:
         retrieved documents, the same for all of them; 1 takes every picture as it is.
       plain_variants: of how many, counted from the first, for an example without: those that
         change no colours, which nothing in such an example could tell.
+      unchanged: probability that an example takes its pictures as they are instead of drawing.
     """
 
     length: int
@@ -74,6 +75,7 @@ class PipelineConfig:
     threads: int = 2
     variants: int = 1
     plain_variants: int = 1
+    unchanged: float = 0.0
     max_positions: int | None = None
     part_step: int = 1
 
@@ -85,6 +87,8 @@ class PipelineConfig:
         ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not 0 <= self.unchanged <= 1:
+            raise UserError(f"unchanged is {self.unchanged}; it must be between 0 and 1")
         if self.plain_variants > self.variants:
             raise UserError(
                 f"plain_variants is {self.plain_variants}; it must be at most variants, "
@@ -229,7 +233,9 @@ class _Example:
         if number and self.neighbours is not None:
             found = list(self.neighbours(rng, index, number))[:number]
         variants = self.config.variants if found else self.config.plain_variants
-        variant = int(rng.integers(variants)) if variants > 1 else 0
+        variant = 0
+        if variants > 1 and rng.random() >= self.config.unchanged:
+            variant = int(rng.integers(variants))
         # A row holds ids[:-1] as inputs and ids[1:] as targets: one id more than its length.
         longest = self.config.length + 1
         query = self._encode(index, variant)

@@ -1,9 +1,10 @@
 """Variants of a dataset's pictures: the same change to all of them, encoded once.
 
 A small dataset is learnt by heart long before a model has learnt to read its context. In a variant
-every picture is moved, scaled, and perhaps mirrored and recoloured in the same way, so a retrieved
-document shows what cannot be known by heart: how things look *here*. Variant 0 changes nothing, the
-first half change no colours and mirror nothing, and variant v is the same change everywhere.
+every picture is moved, scaled, turned, and perhaps mirrored and recoloured in the same way, so a
+retrieved document shows what cannot be known by heart: how things look *here*. Variant 0 changes
+nothing, the first half change no colours and mirror nothing, and variant v is the same change
+everywhere.
 """
 
 import os
@@ -22,6 +23,10 @@ from leon_jax.tokenizers.image import ImageTokenizer
 
 NAME = "variants_{split}.safetensors"
 
+# How far a variant goes, either way: scale and aspect (natural logarithms), turn (radians), and
+# shift (a fraction of the side).
+MAX_ZOOM, MAX_STRETCH, MAX_ANGLE, MAX_SHIFT = 0.15, 0.08, 0.2, 0.06
+
 
 def plain(count: int) -> int:
     """How many of `count` variants, counted from the first, keep colours and sides."""
@@ -35,14 +40,17 @@ def change(
     if variant == 0:
         return pixels
     rng = np.random.default_rng(variant)
-    zoom, down, right = rng.uniform(-1, 1, 3)
+    zoom, stretch, angle, down, right = rng.uniform(-1, 1, 5)
     height, width = pixels.shape[:2]
-    scale = np.exp(-0.12 * zoom)
-    # Where an output pixel is read: the picture is scaled about its centre, then moved.
-    matrix = (
-        scale, 0, width * (0.5 - 0.5 * scale - 0.06 * right),
-        0, scale, height * (0.5 - 0.5 * scale - 0.06 * down),
-    )  # fmt: skip
+    # Where an output pixel is read, from the centre: turned, then scaled along the axes.
+    cos, sin = np.cos(MAX_ANGLE * angle), np.sin(MAX_ANGLE * angle)
+    across = np.exp(MAX_STRETCH * stretch - MAX_ZOOM * zoom)
+    upright = np.exp(-MAX_STRETCH * stretch - MAX_ZOOM * zoom)
+    turn = np.array([[across * cos, -across * sin], [upright * sin, upright * cos]])
+    centre = np.array([width, height]) / 2
+    moved = centre - MAX_SHIFT * np.array([width * right, height * down])
+    offset = moved - turn @ centre
+    matrix = (*turn[0], offset[0], *turn[1], offset[1])
     picture = PIL.Image.fromarray(pixels).transform(
         (width, height),
         PIL.Image.Transform.AFFINE,

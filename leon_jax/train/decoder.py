@@ -56,6 +56,7 @@ class DecoderData:
       retrieved: probabilities of 0, 1, 2, ... retrieved documents.
       variants: of how many variants of the pictures one is drawn for each example (see
         `leon_jax.data.variants`); 1: the pictures as they are.
+      unchanged: probability that an example takes the pictures as they are all the same.
       balance: 0 takes every document equally often as a query, 1 every group of documents (see
         `Provenance.group`); in between, groups of n count as n ** (1 - balance).
       spare_spans, packing_bins, threads: see `leon_jax.data.pipeline.PipelineConfig`.
@@ -68,6 +69,7 @@ class DecoderData:
     length: int = 512
     retrieved: tuple[float, ...] = (1.0,)
     variants: int = 1
+    unchanged: float = 0.0
     balance: float = 0.0
     spare_spans: int = 4
     packing_bins: int = 4
@@ -200,6 +202,7 @@ class DecoderProgram:
             packing_bins=config.data.packing_bins,
             threads=config.data.threads,
             variants=data.variants,
+            unchanged=data.unchanged,
             max_positions=config.model.max_length,
             part_step=config.model.part_step,
             plain_variants=min(variants.plain(shown.count), data.variants) if shown else 1,

@@ -259,6 +259,20 @@ def test_an_example_shows_all_its_pictures_in_one_variant(tokenizer):
     assert seen[False] == {0, 1}, "without any, only plain ones"
 
 
+def test_some_examples_take_their_pictures_unchanged(tokenizer):
+    config = dataclasses.replace(CONFIG, retrieved=(0.0, 1.0), variants=6, unchanged=0.5)
+    never = MaskingConfig(spans="fixed", count=0)
+    start, counts = tokenizer.vocabulary.image_start, np.zeros(6)
+    for batch in take(iter(make(tokenizer, config, never, variant=shaded)), 40):
+        for ids, _ in unpack(batch, tokenizer.vocabulary.eos):
+            codes = ids[tokenizer.vocabulary.is_image(ids)] - start
+            counts[int(codes[0])] += 1
+    share, expected = counts[0] / counts.sum(), 0.5 + 0.5 / 6
+    assert abs(share - expected) < 4 * np.sqrt(expected * (1 - expected) / counts.sum())
+    with pytest.raises(UserError, match=r"unchanged is 1\.5"):
+        dataclasses.replace(CONFIG, unchanged=1.5)
+
+
 def test_weights_decide_how_often_a_document_is_a_query(tokenizer):
     weights = np.ones(len(DOCUMENTS))
     weights[5], weights[7] = 12.0, 0.0
