@@ -25,7 +25,7 @@ from leon_jax.config import UserError, to_dict
 from leon_jax.data import emoji, records, variants
 from leon_jax.documents import Document, Image, Source
 from leon_jax.retrieval.encoder import Encoder
-from leon_jax.retrieval.selection import SelectionConfig, build_neighbours, embed_views
+from leon_jax.retrieval.selection import SelectionConfig, build_neighbours, embed_views, origin
 from leon_jax.tokenizers.image import ImageTokenizer
 from leon_jax.tokenizers.text import TextTokenizer
 
@@ -103,10 +103,18 @@ def prepare(
         label = "index of train" if progress else None
         views = embed_views(sources[TRAIN], encoder, label)
         views.save(staging / "index.safetensors")
+        train = sources[TRAIN]
+        origins = [origin(train[i]) for i in range(len(train))]
         for split, source in sources.items():
             label = f"neighbours of {split}" if progress else None
             table = build_neighbours(
-                source, encoder, views, selection, own_rows=split == TRAIN, progress=label
+                source,
+                encoder,
+                views,
+                selection,
+                own_rows=split == TRAIN,
+                sources=origins,
+                progress=label,
             )
             table.save(staging / f"neighbours_{split}.safetensors")
         (staging / MANIFEST).write_text(json.dumps(wanted, indent=1) + "\n")

@@ -122,7 +122,11 @@ class Checkpoint:
     def fitting(
         self, retrieved: list[Document], query: Document, answer_tokens: int
     ) -> list[Document]:
-        """The retrieved documents that fit beside the query, dropped from the last on."""
+        """The retrieved documents that fit beside the query, in the order they are read.
+
+        The least relevant, the last ones, are left out first. The most relevant is read last, next
+        to the query.
+        """
         kept = list(retrieved)
         while kept:
             # A query that is not open is followed by one sentinel.
@@ -130,7 +134,7 @@ class Checkpoint:
             if used + answer_tokens <= self.context:
                 break
             kept.pop()
-        return kept
+        return kept[::-1]
 
     def _extent(self, ids: np.ndarray) -> int:
         return self.documents.vocabulary.extent(ids, self.config.part_step)

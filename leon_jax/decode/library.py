@@ -16,7 +16,7 @@ from leon_jax.data.records import RecordSource
 from leon_jax.documents import Document, Image, Text
 from leon_jax.retrieval.encoder import Encoder, normalise
 from leon_jax.retrieval.index import Views
-from leon_jax.retrieval.selection import SelectionConfig, select
+from leon_jax.retrieval.selection import SelectionConfig, origin, select
 
 # Where `leon prepare` puts its folder by default.
 HERE = pathlib.Path("data/emoji_prepared")
@@ -38,6 +38,8 @@ class Library:
         self.config = build(SelectionConfig, read_manifest(folder)["selection"], "selection")
         self.views = Views.load(folder / "index.safetensors")
         self.records = RecordSource(folder / "train.array_record")
+        self._captions = RecordSource(folder / "train.array_record", pixels=False)
+        self._sources: dict[int, str] = {}
         if len(self.records) != len(self.views):
             raise UserError(
                 f"{folder} has {len(self.records)} documents, but its index has "
@@ -69,8 +71,20 @@ class Library:
             near_copy = config.near_copy_document
         else:
             near_copy = config.near_copy_text if texts else config.near_copy_image
-        found = select(query, self.views.document, k, config, near_copy_query=near_copy)
+        found = select(
+            query,
+            self.views.document,
+            k,
+            config,
+            near_copy_query=near_copy,
+            source_of=self._source,
+        )
         return [self.records[index] for index in found]
+
+    def _source(self, index: int) -> str:
+        if index not in self._sources:
+            self._sources[index] = origin(self._captions[index])
+        return self._sources[index]
 
 
 def find(model: pathlib.Path, index: str | os.PathLike | None) -> pathlib.Path:

@@ -2,7 +2,8 @@
 
 Relevance: the score of the encoder decides the order. Modality: documents hold text and a picture,
 and two are found through each part of the query. Diversity: a candidate that scores above the
-encoder's near-copy threshold against the query or against a document already chosen is skipped.
+encoder's near-copy threshold against the query or against a document already chosen is skipped; and
+sources can be made to take turns.
 Query dropout: in training, a fifth of the query's tokens is dropped before it is embedded.
 Of the candidates found, up to three are drawn at random for each training example.
 
@@ -12,7 +13,8 @@ its rows; while answering, `select` asks the index.
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -38,6 +40,8 @@ class SelectionConfig:
       near_copy_text, near_copy_image, near_copy_document: an encoder's near-copy thresholds: for a
         query's text against documents, for its picture against documents, and for a document
         against a document already chosen. They depend on the encoder: see docs/retrieval.md.
+      alternate_sources: every document comes from the source (see `Provenance`) that has given the
+        fewest so far, among those that candidates are left of.
       query_dropout: the fraction of query tokens dropped in training.
       seed: of the dropout.
     """
@@ -47,6 +51,7 @@ class SelectionConfig:
     near_copy_text: float = CLIP_NEAR_COPY
     near_copy_image: float = CLIP_NEAR_COPY
     near_copy_document: float = CLIP_NEAR_COPY
+    alternate_sources: bool = False
     query_dropout: float = 0.2
     seed: int = 0
 
@@ -90,6 +95,7 @@ def diverse(
     near_copy_query: float,
     near_copy_chosen: float,
     exclude: Sequence[int] = (),
+    source_of: Callable[[int], str] | None = None,
 ) -> list[int]:
     """Positions (into `ids`) of the best k candidates that are near copies of nothing.
 
@@ -100,17 +106,25 @@ def diverse(
       near_copy_query: a candidate that scores above this against the query is skipped.
       near_copy_chosen: so is one that scores above this against a chosen document.
       exclude: ids never to choose, for example the query's own.
+      source_of: the source of a document; sources then take turns (see `SelectionConfig`).
     """
+    left = [
+        place
+        for place, (score, name) in enumerate(zip(scores, ids, strict=True))
+        if name != NONE and name not in exclude and score <= near_copy_query
+    ]
     chosen: list[int] = []
-    for place, (score, name) in enumerate(zip(scores, ids, strict=True)):
-        if len(chosen) == k:
-            break
-        if name == NONE or name in exclude or score > near_copy_query:
-            continue
-        others = embeddings[ids[chosen]]
-        if len(others) and (others @ embeddings[name]).max() > near_copy_chosen:
-            continue
-        chosen.append(place)
+    taken: Counter[str] = Counter()
+    sources = {place: source_of(int(ids[place])) if source_of else "" for place in left}
+    while left and len(chosen) < k:
+        fewest = min(taken[sources[place]] for place in left)
+        best = next(place for place in left if taken[sources[place]] == fewest)
+        chosen.append(best)
+        taken[sources[best]] += 1
+        alike = embeddings[ids[left]] @ embeddings[ids[best]] > near_copy_chosen
+        left = [
+            place for place, copy in zip(left, alike, strict=True) if not copy and place != best
+        ]
     return chosen
 
 
@@ -122,6 +136,7 @@ def select(
     *,
     near_copy_query: float | None = None,
     exclude: Sequence[int] = (),
+    source_of: Callable[[int], str] | None = None,
 ) -> list[int]:
     """The k documents to read for a prompt: relevant, and different from it and each other.
 
@@ -132,6 +147,7 @@ def select(
       config: thresholds; CLIP's by default.
       near_copy_query: the threshold against the query, `near_copy_document` by default.
       exclude: ids never to choose.
+      source_of: the source of a document, for `config.alternate_sources`.
 
     Raises:
       UserError: the query does not fit the index.
@@ -143,7 +159,14 @@ def select(
     scores, ids = index.search(np.asarray(query_embedding)[None], width)
     limit = config.near_copy_document if near_copy_query is None else near_copy_query
     chosen = diverse(
-        scores[0], ids[0], index.embeddings, k, limit, config.near_copy_document, exclude
+        scores[0],
+        ids[0],
+        index.embeddings,
+        k,
+        limit,
+        config.near_copy_document,
+        exclude,
+        source_of if config.alternate_sources else None,
     )
     return [int(name) for name in ids[0][chosen]]
 
@@ -198,6 +221,7 @@ def build_neighbours(
     config: SelectionConfig,
     *,
     own_rows: bool,
+    sources: Sequence[str] = (),
     progress: str | None = None,
 ) -> Neighbours:
     """Finds every document's neighbours among the indexed ones.
@@ -213,6 +237,7 @@ def build_neighbours(
       config: how many, thresholds, dropout.
       own_rows: document i *is* row i of the index (the train split), so it is never its own
         neighbour; without it no query dropout is done either, as at answering time.
+      sources: the source of every indexed document, which `config.alternate_sources` needs.
       progress: the label of a progress bar on standard error; None for no bar.
 
     Raises:
@@ -220,6 +245,9 @@ def build_neighbours(
     """
     if own_rows and len(documents) != len(views):
         raise UserError(f"{len(documents)} documents cannot be the {len(views)} rows of the index")
+    if config.alternate_sources and len(sources) != len(views):
+        raise UserError(f"{len(sources)} sources were given for the {len(views)} rows of the index")
+    source_of = sources.__getitem__ if config.alternate_sources else None
     rng = np.random.default_rng(config.seed)
     tables: dict[str, list[np.ndarray]] = {
         field.name: [] for field in dataclasses.fields(Neighbours)
@@ -236,7 +264,7 @@ def build_neighbours(
             ("text", encoder.embed_texts(texts), config.near_copy_text),
             ("image", encoder.embed_images(images), config.near_copy_image),
         ):
-            ids, scores = _neighbours(queries, own, views, config, limit)
+            ids, scores = _neighbours(queries, own, views, config, limit, source_of)
             tables[f"by_{part}_ids"].append(ids)
             tables[f"by_{part}_scores"].append(scores)
         bar.update(len(some))
@@ -250,6 +278,7 @@ def _neighbours(
     views: Views,
     config: SelectionConfig,
     near_copy: float,
+    source_of: Callable[[int], str] | None,
 ) -> tuple[np.ndarray, np.ndarray]:
     found, names = views.document.search(queries, min(config.candidates, len(views)), own)
     ids = np.full((len(queries), config.per_modality), NONE, np.int32)
@@ -263,6 +292,7 @@ def _neighbours(
             near_copy,
             config.near_copy_document,
             exclude=(own[row],),
+            source_of=source_of,
         )
         ids[row, : len(chosen)] = names[row][chosen]
         scores[row, : len(chosen)] = found[row][chosen]
@@ -287,6 +317,11 @@ def embed_views(documents: Source, encoder: Encoder, progress: str | None = None
     bar.close()
     texts_all, images_all = np.concatenate(text), np.concatenate(image)
     return Views(texts_all, images_all, normalise(texts_all + images_all))
+
+
+def origin(document: Document) -> str:
+    """Where a document comes from; "" if that is not known."""
+    return document.provenance.source if document.provenance else ""
 
 
 def parts(document: Document) -> tuple[str, np.ndarray]:

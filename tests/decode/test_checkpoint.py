@@ -37,7 +37,7 @@ def test_as_many_documents_are_kept_as_positions_hold(checkpoint):
         config = dataclasses.replace(checkpoint.config, max_length=context)
         small = dataclasses.replace(checkpoint, config=config)
         kept = small.fitting(everything, query, answer)
-        assert kept == everything[: len(kept)] and used(kept) <= context
+        assert kept[::-1] == everything[: len(kept)] and used(kept) <= context
         assert len(kept) == 6 or used(everything[: len(kept) + 1]) > context
 
 

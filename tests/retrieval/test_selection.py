@@ -1,5 +1,7 @@
 """CM3Leon's rules of selection; each test fails if its rule is left out."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -208,3 +210,18 @@ def test_documents_without_text_or_pixels_cannot_be_queries():
 def test_settings_that_make_no_sense_are_refused(arguments):
     with pytest.raises(ValueError, match=next(iter(arguments))):
         SelectionConfig(**arguments)
+
+
+def test_sources_take_turns():
+    index = Index(at(0, 10, 20, 30, 40, 50))
+    source_of = "AAAABC".__getitem__
+    config = SelectionConfig(
+        near_copy_text=2, near_copy_image=2, near_copy_document=2, alternate_sources=True
+    )
+    query = at(0)[0]
+    assert select(query, index, 5, config, source_of=source_of) == [0, 4, 5, 1, 2]
+    assert select(query, index, 3, NO_LIMIT, source_of=source_of) == [0, 1, 2]
+    # A near copy of what was chosen is no turn of its source.
+    config = dataclasses.replace(config, near_copy_document=0.98)  # 10 degrees are 0.985
+    chosen = select(query, index, 5, config, near_copy_query=2, source_of=source_of)
+    assert chosen == [0, 4, 2]
