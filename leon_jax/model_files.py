@@ -16,6 +16,7 @@ import safetensors
 import safetensors.numpy
 from flax import nnx
 
+from leon_jax import sharding
 from leon_jax.config import UserError
 
 FORMAT = "leon_jax/1"
@@ -36,6 +37,8 @@ def save(
 ) -> None:
     """Writes the module and its configuration to `path`, whole or not at all.
 
+    Where there are several processes, all must call it and the first one writes.
+
     Args:
       path: the `.safetensors` file to write; parents are made.
       module: its floating-point arrays are cast to `dtype` if one is given.
@@ -45,10 +48,12 @@ def save(
     """
     arrays = {}
     for name, leaf in flatten(module).items():
-        array = np.asarray(leaf)
+        array = np.asarray(sharding.fetch(leaf))
         if dtype is not None and jnp.issubdtype(array.dtype, jnp.floating):
             array = array.astype(dtype)
         arrays[name] = np.asarray(array, order="C")  # keeps arrays without axes as they are
+    if jax.process_index() != 0:
+        return
     metadata = {"format": FORMAT, "kind": kind, "config": json.dumps(config)}
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -92,7 +97,13 @@ def restore[M: nnx.Module](module: M, arrays: dict[str, np.ndarray], source: str
 
     Raises:
       UserError: a name or a shape differs, which means the file is of another configuration.
+      RuntimeError: no mesh is set.
     """
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty:
+        raise RuntimeError(
+            "no mesh is set; load models under `with jax.set_mesh(leon_jax.sharding.make_mesh()):`"
+        )
     leaves, structure = jax.tree_util.tree_flatten_with_path(module)
     names = [_name(path) for path, _ in leaves]
     if missing := sorted(set(names) ^ set(arrays)):
@@ -105,7 +116,7 @@ def restore[M: nnx.Module](module: M, arrays: dict[str, np.ndarray], source: str
                 f"{source} is of another configuration: {name!r} has shape {array.shape}, "
                 f"but {tuple(leaf.shape)} is expected"
             )
-        layout = jax.NamedSharding(jax.sharding.get_mesh(), leaf.sharding.spec)
+        layout = jax.NamedSharding(mesh, leaf.sharding.spec)
         restored.append(jax.device_put(array.astype(leaf.dtype), layout))
     return jax.tree_util.tree_unflatten(structure, restored)
 

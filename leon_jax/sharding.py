@@ -6,9 +6,11 @@ it is split over. The same model code therefore runs on one CPU device or on a p
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 
 AXES = ("data", "fsdp", "context", "tensor")
 
@@ -37,16 +39,21 @@ def spec(*names: str | None) -> jax.P:
 
 
 def make_mesh(
-    shape: Sequence[int] = (-1, 1, 1, 1), devices: Sequence[jax.Device] | None = None
+    shape: Sequence[int] = (-1, 1, 1, 1),
+    devices: Sequence[jax.Device] | None = None,
+    slices: int = 1,
 ) -> jax.sharding.Mesh:
     """An explicit-mode mesh over `AXES`.
 
     Args:
       shape: sizes of (data, fsdp, context, tensor); one of them may be -1, "all that is left".
       devices: which devices to use; all of them by default.
+      slices: islands of fast links (TPU slices; elsewhere processes) that slower ones connect.
+        Only `data` reaches across them, so only gradients do, once a step.
 
     Raises:
-      ValueError: the sizes do not multiply to the number of devices.
+      ValueError: the sizes do not multiply to the number of devices, or `data` is no multiple of
+        `slices`.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = list(shape)
@@ -61,9 +68,29 @@ def make_mesh(
             f"mesh {dict(zip(AXES, sizes, strict=True))} does not cover {len(devices)} devices"
         )
     kinds = (jax.sharding.AxisType.Explicit,) * len(AXES)
+    if slices > 1:
+        if sizes[0] % slices:
+            raise ValueError(f"data is {sizes[0]}; it must be a multiple of the {slices} slices")
+        within, across = (sizes[0] // slices, *sizes[1:]), (slices, 1, 1, 1)
+        by_process = getattr(devices[0], "slice_index", None) is None
+        grid = mesh_utils.create_hybrid_device_mesh(
+            within, across, devices, process_is_granule=by_process
+        )
+        return jax.sharding.Mesh(grid, AXES, axis_types=kinds)
     return jax.make_mesh(tuple(sizes), AXES, axis_types=kinds, devices=np.array(devices).tolist())
 
 
 def batch_sharding() -> jax.NamedSharding:
     """How a host batch is laid out on the current mesh: its first axis split, the rest whole."""
     return jax.NamedSharding(jax.sharding.get_mesh(), spec("batch"))
+
+
+def fetch[Tree](arrays: Tree) -> Tree:
+    """Host copies of a tree of arrays, whole ones on every process; all processes must call it."""
+
+    def whole(array: Any) -> Any:
+        if array.is_fully_addressable or array.is_fully_replicated:
+            return array
+        return jax.reshard(array, jax.P())
+
+    return jax.device_get(jax.tree.map(whole, arrays))

@@ -5,8 +5,12 @@
 The config file says which; any of its keys can be set on the command line, for example
 --config.batch_size=32. A second start with the same --workdir goes on from the newest checkpoint.
 The finished model is written into WORKDIR/export.
+
+On several hosts every process runs this command with --distributed. On TPU pods, SLURM, Open MPI
+and Kubernetes they find each other; elsewhere say --coordinator, --processes and --process_id.
 """
 
+import os
 import pathlib
 import sys
 
@@ -20,6 +24,13 @@ from leon_jax.config import UserError
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment's config file.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps everything it writes.")
+
+_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "One of several processes of one run.")
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "host:port of process 0, where the cluster does not say."
+)
+_PROCESSES = flags.DEFINE_integer("processes", None, "How many processes, likewise.", 1)
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, likewise.", 0)
 
 KINDS = ("text", "tokenizer", "encoder", "decoder")
 
@@ -54,14 +65,38 @@ def main(argv: list[str]) -> None:
 
     from leon_jax.train import loop
 
+    _join_processes()
+    # Beside the run, so that whoever restarts it compiles nothing again.
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        jax.config.update("jax_compilation_cache_dir", str(workdir.absolute() / "compile_cache"))
     settings = configs.build(loop.LoopConfig, values.pop("loop", {}), "config.loop")
     try:
-        mesh = sharding.make_mesh(settings.mesh)
+        mesh = sharding.make_mesh(settings.mesh, slices=settings.slices)
     except ValueError as error:
         raise UserError(f"config.loop.mesh: {error}") from error
     with jax.set_mesh(mesh):
         loop.run(_program(kind, values), settings, workdir)
     print(f"trained -> {workdir / 'export'}", file=sys.stderr)
+
+
+def _join_processes() -> None:
+    """Makes this process one of several, if the flags say so.
+
+    Raises:
+      UserError: the flags contradict each other, or the other processes cannot be found.
+    """
+    explicit = (_COORDINATOR.value, _PROCESSES.value, _PROCESS_ID.value)
+    given = [value is not None for value in explicit]
+    if not _DISTRIBUTED.value:
+        if any(given):
+            raise UserError("--coordinator, --processes and --process_id need --distributed")
+        return
+    if any(given) and not all(given):
+        raise UserError("give all of --coordinator, --processes and --process_id, or none of them")
+    try:
+        jax.distributed.initialize(*explicit)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"--distributed: {str(error).splitlines()[0]}") from error
 
 
 def _program(kind: str, values: dict):

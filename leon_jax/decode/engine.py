@@ -118,8 +118,8 @@ class Engine:
         # Stream-major: all rows of stream 0, then all rows of stream 1, ...
         sequences = [p.streams[s] for s in range(guidance.streams) for p in padded]
         ids, positions, lengths, extents = self._pad(sequences)
-        seeds = jnp.asarray([prompt.seed % 2**32 for prompt in padded], jnp.uint32)
-        tokens, scores, counts, ended = jax.device_get(
+        seeds = np.array([prompt.seed % 2**32 for prompt in padded], np.uint32)
+        tokens, scores, counts, ended = sharding.fetch(
             _fill(
                 self.decoder,
                 ids,
@@ -171,7 +171,8 @@ class Engine:
             targets[row, : len(sequence) - 1] = sequence[1:]
             table[row, : len(sequence) - 1] = 1 if weights is None else weights[row][1:]
         targets, table = (jax.device_put(array, ids.sharding) for array in (targets, table))
-        return np.asarray(_score(self.decoder, ids, positions, targets, table))[: len(sequences)]
+        scores = sharding.fetch(_score(self.decoder, ids, positions, targets, table))
+        return scores[: len(sequences)]
 
     def _extent(self, ids: np.ndarray) -> int:
         return self.vocabulary.extent(ids, self._part_step)

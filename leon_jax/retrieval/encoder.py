@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jaxtyping import Float32, Int32, UInt8
 
-from leon_jax import model_files
+from leon_jax import model_files, sharding
 from leon_jax.config import UserError, build
 from leon_jax.data.augment import plain
 from leon_jax.documents import Document, Image, Text
@@ -124,7 +124,7 @@ class Encoder:
         for batch in _batches(rows, self.batch_size):
             # One shape, one compilation: a short last batch repeats its first row.
             filled = batch + [batch[0]] * (self.batch_size - len(batch))
-            results.append(np.asarray(function(self.model, np.stack(filled)))[: len(batch)])
+            results.append(sharding.fetch(function(self.model, np.stack(filled)))[: len(batch)])
         return np.concatenate(results)
 
 

@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Float, Int, UInt8
 
 from leon_jax import config as configs
-from leon_jax import model_files
+from leon_jax import model_files, sharding
 from leon_jax.models.vqgan import VQGAN, VQGANConfig
 
 
@@ -82,7 +82,7 @@ class ImageTokenizer:
         for start in range(0, len(inputs), size):
             batch = inputs[start : start + size]
             padded = np.concatenate([batch, np.repeat(batch[-1:], size - len(batch), axis=0)])
-            outputs.append(np.asarray(function(self.model, padded))[: len(batch)])
+            outputs.append(sharding.fetch(function(self.model, padded))[: len(batch)])
         return np.concatenate(outputs)
 
 

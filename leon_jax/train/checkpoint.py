@@ -1,18 +1,24 @@
 """Checkpoints of a training run: the whole state and the data position, saved while it goes on.
 
 A thin layer over Orbax v1. A step's folder appears under its final name only when it is complete,
-so whatever is found after a crash is whole.
+so what is found after a crash is whole, unless storage itself failed. For that case every array has
+a checksum, and the newest checkpoint that reads back right is taken.
 """
 
 import json
+import logging
 import os
 import pathlib
+import shutil
+import sys
+from collections.abc import Mapping
 from typing import Any
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
+from jaxtyping import Array, UInt32
 from orbax.checkpoint import v1 as ocp
 
 from leon_jax import model_files
@@ -27,7 +33,8 @@ class Checkpoints:
     """The checkpoints of one run, in `directory`.
 
     Args:
-      directory: made if it does not exist.
+      directory: made if it does not exist. What turns out damaged is moved beside it, into
+        `damaged_checkpoints`.
       keep: how many of the newest stay.
 
     Raises:
@@ -35,63 +42,166 @@ class Checkpoints:
     """
 
     def __init__(self, directory: pathlib.Path, keep: int = 2) -> None:
-        policies = ocp.training
-        try:
-            self._checkpointer = policies.Checkpointer(
-                directory.absolute(),
-                save_decision_policy=policies.save_decision_policies.FixedIntervalPolicy(1),
-                preservation_policy=policies.preservation_policies.LatestN(keep),
-                cleanup_tmp_directories=True,
-            )
-        except OSError as error:
-            raise UserError(f"checkpoints cannot be kept in {directory}: {error}") from error
+        logging.getLogger("absl").addFilter(_worth_telling)
+        self._directory, self._keep = directory.absolute(), keep
+        self._checkpointer = self._open()
 
     def latest(self) -> int | None:
         """The newest complete step, or None."""
         newest = self._checkpointer.latest
         return None if newest is None else newest.step
 
-    def save(self, state: TrainState, data: grain.DatasetIterator) -> None:
-        """Starts saving; arrays are copied before it returns, files are written behind it."""
-        arrays = {name: _raw(leaf) for name, leaf in model_files.flatten(state).items()}
-        self._checkpointer.save_checkpointables_async(
-            int(state.step), {"state": arrays, "data": data}, force=True
-        )
-
-    def restore(
-        self, step: int, abstract: TrainState, data: grain.DatasetIterator
-    ) -> tuple[TrainState, grain.DatasetIterator]:
-        """The state and the data position as they were when `step` was saved, bit for bit.
+    def save(self, state: TrainState, data: Mapping[str, str]) -> None:
+        """Starts saving; arrays are copied before it returns, files are written behind it.
 
         Args:
-          step: a complete checkpoint.
-          abstract: shapes, dtypes and shardings to restore into (`jax.eval_shape` of `init`);
-            the mesh may differ from the one that saved.
-          data: a fresh iterator of the same pipeline.
+          state: the state after some step.
+          data: the data position, texts by name.
 
         Raises:
-          UserError: the checkpoint's arrays are not those of this configuration.
+          UserError: this or the last checkpoint could not be written (disk full, no permission).
         """
+        arrays = {name: _raw(leaf) for name, leaf in model_files.flatten(state).items()}
+        sums = {name: str(value) for name, value in _checksums(arrays).items()}
+        try:
+            self._checkpointer.save_checkpointables_async(
+                int(state.step),
+                {"state": arrays, "data": dict(data), "checksums": sums},
+                force=True,
+            )
+        except Exception as error:  # Orbax raises many kinds, most of them ValueError
+            raise self._unwritten(error) from error
+
+    def restore(self, abstract: TrainState) -> tuple[int, TrainState, dict[str, str]]:
+        """The newest checkpoint that reads back as it was written, bit for bit.
+
+        One that does not is named on stderr and moved away, and the one before is taken.
+
+        Args:
+          abstract: shapes, dtypes and shardings to restore into (`jax.eval_shape` of `init`);
+            the mesh and the number of processes may differ from those that saved.
+
+        Returns:
+          The step, the state, and the data position given to `save`.
+
+        Raises:
+          UserError: no checkpoint fits this configuration and is whole.
+        """
+        steps = sorted((found.step for found in self._checkpointer.checkpoints), reverse=True)
+        problems: dict[int, str] = {}
+        for step in steps:
+            loaded = None
+            try:
+                loaded = self._load(step, abstract)
+            except Exception as error:  # Orbax raises many kinds; each means "not this one"
+                problems[step] = _reason(error)
+            if not _everywhere(loaded is not None):
+                problems.setdefault(step, "another process could not read it")
+                continue
+            assert loaded is not None
+            for damaged, problem in problems.items():
+                self._put_away(damaged, problem)
+            if problems:
+                self._checkpointer.close()
+                self._checkpointer = self._open()
+            return step, *loaded
+        newest = next(iter(problems.items()), None)
+        found = f"; the newest, {newest[0]}: {newest[1]}" if newest else ""
+        raise UserError(
+            f"none of the {len(steps)} checkpoints in {self._directory} is whole and fits this "
+            f"configuration{found}"
+        )
+
+    def close(self) -> None:
+        """Waits for what is being written.
+
+        Raises:
+          UserError: it could not be written.
+        """
+        try:
+            self._checkpointer.close()
+        except Exception as error:
+            raise self._unwritten(error) from error
+
+    def _open(self) -> ocp.training.Checkpointer:
+        policies = ocp.training
+        try:
+            return policies.Checkpointer(
+                self._directory,
+                save_decision_policy=policies.save_decision_policies.FixedIntervalPolicy(1),
+                preservation_policy=policies.preservation_policies.LatestN(self._keep),
+                cleanup_tmp_directories=True,
+            )
+        except OSError as error:
+            raise UserError(
+                f"checkpoints cannot be kept in {self._directory}: {error.strerror or error}"
+            ) from error
+
+    def _load(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, str]]:
         leaves, structure = jax.tree.flatten(abstract)
         names = list(model_files.flatten(abstract))
         targets = {name: _target(leaf) for name, leaf in zip(names, leaves, strict=True)}
-        try:
-            loaded = self._checkpointer.load_checkpointables(step, {"state": targets, "data": data})
-        except (ValueError, KeyError) as error:
-            raise UserError(
-                f"the checkpoint {self._checkpointer.directory / str(step)} does not fit this "
-                f"configuration: {str(error).splitlines()[0]}"
-            ) from error
+        loaded = self._checkpointer.load_checkpointables(
+            step, {"state": targets, "data": None, "checksums": None}
+        )
+        found = {name: str(value) for name, value in _checksums(loaded["state"]).items()}
+        if wrong := [name for name in names if found[name] != loaded["checksums"][name]]:
+            raise UserError(f"{wrong[0]} is not what was written")
         arrays = [
             jax.random.wrap_key_data(loaded["state"][name]) if _is_key(leaf) else array
             for name, leaf in zip(names, leaves, strict=True)
             for array in [loaded["state"][name]]
         ]
-        return jax.tree.unflatten(structure, arrays), loaded.get("data") or data
+        return jax.tree.unflatten(structure, arrays), loaded["data"]
 
-    def close(self) -> None:
-        """Waits for what is being written."""
-        self._checkpointer.close()
+    def _put_away(self, step: int, problem: str) -> None:
+        away = self._directory.with_name("damaged_checkpoints") / str(step)
+        print(f"checkpoint {step} is damaged ({problem}); moved to {away}", file=sys.stderr)
+        if jax.process_index() == 0:
+            shutil.rmtree(away, ignore_errors=True)
+            away.parent.mkdir(exist_ok=True)
+            os.replace(self._directory / str(step), away)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices(f"damaged checkpoint {step}")
+
+    def _unwritten(self, error: Exception) -> UserError:
+        whole = [int(path.name) for path in self._directory.iterdir() if path.name.isdigit()]
+        last = f"the last good one, of step {max(whole)}, stays" if whole else "there is none yet"
+        return UserError(
+            f"a checkpoint could not be written into {self._directory}: {_reason(error)}; {last}"
+        )
+
+
+def _everywhere(fact: bool) -> bool:
+    """Whether it holds on all processes; collective."""
+    return jax.process_count() == 1 or bool(multihost_utils.process_allgather(fact).all())
+
+
+def load_weights(
+    directory: pathlib.Path, names: Mapping[str, jax.ShapeDtypeStruct]
+) -> dict[str, Array]:
+    """Some arrays of a run's newest checkpoint, for example its model without the optimizer.
+
+    Args:
+      directory: `checkpoints` of a run.
+      names: dotted paths (see `leon_jax.model_files.flatten`) to shapes, dtypes and shardings.
+
+    Raises:
+      UserError: there is no checkpoint, or it has no such arrays of these shapes.
+    """
+    steps = [int(path.name) for path in directory.glob("*") if path.name.isdigit()]
+    if not steps:
+        raise UserError(f"there is no checkpoint in {directory}")
+    path = directory.absolute() / str(max(steps))
+    targets = {name: _target(leaf) for name, leaf in names.items()}
+    options = ocp.options.PyTreeOptions(
+        loading=ocp.options.PyTreeOptions.Loading(partial_load=True)
+    )
+    try:
+        with ocp.Context(pytree_options=options):
+            return ocp.load_checkpointables(path, {"state": targets})["state"]
+    except Exception as error:
+        raise UserError(f"the weights in {path} do not fit: {_reason(error)}") from error
 
 
 def check_config(path: pathlib.Path, config: dict[str, Any]) -> None:
@@ -111,9 +221,10 @@ def check_config(path: pathlib.Path, config: dict[str, Any]) -> None:
                     f"{path.parent} holds a run with {key} = {old!r}, but it is now {new!r}; "
                     "use another --workdir or put the value back"
                 )
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(config, indent=1))
-    os.replace(temporary, path)
+    if jax.process_index() == 0:
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text(json.dumps(config, indent=1))
+        os.replace(temporary, path)
 
 
 def _differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
@@ -123,6 +234,35 @@ def _differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, A
     for key in [*new, *(key for key in old if key not in new)]:
         found |= _differences(old.get(key), new.get(key), f"{prefix}{key}.")
     return found
+
+
+def _checksums(arrays: dict[str, Array]) -> dict[str, int]:
+    """The sum of every array's 32-bit words modulo 2^32; however it is split, and in any order."""
+    return {name: int(value) for name, value in jax.device_get(_word_sums(arrays)).items()}
+
+
+@jax.jit
+def _word_sums(arrays: dict[str, Array]) -> dict[str, UInt32[Array, ""]]:
+    def words(array: Array) -> UInt32[Array, ""]:
+        bits = array.dtype.itemsize * 8
+        unsigned = jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{bits}"))
+        return unsigned.astype(jnp.uint32).sum(dtype=jnp.uint32)
+
+    return jax.tree.map(words, arrays)
+
+
+def _reason(error: Exception) -> str:
+    """The last and most telling part of an error, and of what it was raised from."""
+    while error.__cause__ is not None:
+        error = error.__cause__  # type: ignore[assignment]
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0] if len(lines[0]) < 300 else lines[0][:300] + "..."
+
+
+def _worth_telling(record: logging.LogRecord) -> bool:
+    """Not what Orbax says of folders without arrays, and of errors that it raises as well."""
+    text = record.getMessage()
+    return "raised an exception" not in text and "No per-process OCDBT" not in text
 
 
 def _is_key(leaf: Any) -> bool:

@@ -37,7 +37,7 @@ from leon_jax.tokenizers.image import ImageTokenizer, to_pixels
 from leon_jax.tokenizers.text import TextTokenizer
 from leon_jax.train import optimizer
 from leon_jax.train.optimizer import OptimizerConfig
-from leon_jax.train.state import TrainState
+from leon_jax.train.state import TrainState, rows_of_shard
 from leon_jax.vocabulary import Vocabulary
 
 KIND = "decoder"
@@ -155,6 +155,7 @@ class DecoderProgram:
         rows, columns = config.data.image_shape
         self.documents = DocumentTokenizer(config.vocabulary, self.text, (rows, columns))
         self.transformation = optimizer.make(config.optimizer)
+        self.flops_per_token = float(config.model.flops_per_token(config.data.length))
 
     def init(self, key: jax.Array) -> TrainState:
         """A new model and the optimizer's state."""
@@ -175,15 +176,10 @@ class DecoderProgram:
         metrics["learning_rate"] = optimizer.learning_rate(self.config.optimizer)(state.step)
         return TrainState(state.step + 1, model, opt_state, state.key), metrics
 
-    def batches(self) -> grain.IterDataset:
-        """Endless packed batches of this process, seeded by `config.seed`."""
-        config, count = self.config, jax.process_count()
-        rows, rest = divmod(config.batch_size, count)
-        if rest:
-            raise UserError(
-                f"config.batch_size is {config.batch_size}; it must be a multiple of the {count} "
-                "processes"
-            )
+    def batches(self, shard: int = 0, shards: int = 1) -> grain.IterDataset:
+        """Endless packed batches, or one of their equal parts, seeded by `config.seed`."""
+        config = self.config
+        rows = rows_of_shard(config.batch_size, shards)
         folder = pathlib.Path(config.data.folder)
         retrieves = any(config.data.retrieved[1:])
         data, split = config.data, config.data.split
@@ -215,7 +211,7 @@ class DecoderProgram:
             neighbours=neighbours(folder, config.data.split) if retrieves else None,
             weights=balanced(source, data.balance) if data.balance else None,
             variant=shown,
-            shard=(jax.process_index(), count),
+            shard=(shard, shards),
         )
 
     def samples(self, state: TrainState) -> dict[str, np.ndarray]:
@@ -257,7 +253,8 @@ class DecoderProgram:
             "image_shape": list(config.data.image_shape),
         }
         model_files.save(directory / "decoder.safetensors", state.model, KIND, header)
-        self.text.save(directory / "text.json")
+        if jax.process_index() == 0:
+            self.text.save(directory / "text.json")
 
 
 def new_state(

@@ -30,7 +30,7 @@ from leon_jax.sharding import spec
 from leon_jax.tokenizers.text import TextTokenizer
 from leon_jax.train import optimizer
 from leon_jax.train.optimizer import OptimizerConfig
-from leon_jax.train.state import TrainState
+from leon_jax.train.state import TrainState, rows_of_shard
 
 # Pictures whose names hold one of these words are not mirrored: they show writing or a direction.
 DIRECTED = ("left", "right", "button", "clock", "o'clock", "flag", "east", "west", "input")
@@ -89,6 +89,7 @@ class EncoderProgram:
     """
 
     kind = KIND
+    flops_per_token = 0.0
 
     def __init__(self, config: Any):
         if not isinstance(config, EncoderConfig):
@@ -130,26 +131,24 @@ class EncoderProgram:
         }
         return TrainState(state.step + 1, model, opt_state, state.key), metrics
 
-    def batches(self) -> grain.IterDataset:
-        """Endless shuffled batches of random views, seeded by `config.seed`."""
+    def batches(self, shard: int = 0, shards: int = 1) -> grain.IterDataset:
+        """Endless shuffled batches of random views, or a part, seeded by `config.seed`."""
         config = self.config
         concepts = Concepts(EmojiSource(config.data.split, config.data.dir))
-        count = jax.process_count()
-        per_process, rest = divmod(config.batch_size // VIEWS, count)
-        if rest or per_process > len(concepts):
+        pairs = rows_of_shard(config.batch_size // VIEWS, shards)
+        if config.batch_size % VIEWS or config.batch_size // VIEWS > len(concepts):
             raise UserError(
-                f"config.batch_size is {config.batch_size}; it must be a multiple of {VIEWS} for "
-                f"each of the {count} processes, and at most {VIEWS} for each of the "
-                f"{len(concepts)} concepts of {config.data.dir}"
+                f"config.batch_size is {config.batch_size}; it must be a multiple of {VIEWS}, and "
+                f"at most {VIEWS} for each of the {len(concepts)} concepts of {config.data.dir}"
             )
         return (
             grain.MapDataset.source(concepts)
             .seed(config.seed)
             .shuffle()
-            .slice(slice(jax.process_index(), None, count))
+            .slice(slice(shard, None, shards))
             .repeat()
             .random_map(Views(config, self.text, concepts.styles))
-            .batch(per_process, drop_remainder=True)
+            .batch(pairs, drop_remainder=True)
             .map(_flatten)
             .to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4))
         )
@@ -164,7 +163,8 @@ class EncoderProgram:
         directory = pathlib.Path(directory)
         config = configuration.to_dict(self.config.model)
         model_files.save(directory / "encoder.safetensors", state.model, KIND, config)
-        self.text.save(directory / "text.json")
+        if jax.process_index() == 0:
+            self.text.save(directory / "text.json")
 
 
 def contrast(

@@ -10,28 +10,38 @@ import jax
 import numpy as np
 import PIL.Image
 import tensorboardX
+from jaxtyping import Float64
+
+from leon_jax.train import hardware
 
 # Metrics that count things; they are summed over steps and shown as a rate.
 COUNTS = ("tokens", "pictures", "pairs")
+# 1 for an update that was left out because its loss or gradient was not finite, else 0.
+SKIPPED = "skipped"
 
 
 class Metrics:
     """Collects the metrics of steps and reports their means every so often.
 
     Args:
-      directory: holds `metrics.jsonl`, TensorBoard's files and `samples/`.
+      directory: holds `metrics.jsonl`, TensorBoard's files and `samples/`; None (all processes but
+        the first) writes and prints nothing.
       step: where the run starts; lines of later steps, left by a run that was killed after its
         last checkpoint, are dropped.
       total: where it ends, for the time left.
+      flops_per_token: of one update, for the utilisation of the devices; 0: not known.
     """
 
-    def __init__(self, directory: pathlib.Path, step: int, total: int) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
-        self._path = directory / "metrics.jsonl"
-        self._samples = directory / "samples"
-        _drop_after(self._path, step)
-        self._board = tensorboardX.SummaryWriter(str(directory / "tensorboard"))
-        self._total = total
+    def __init__(
+        self, directory: pathlib.Path | None, step: int, total: int, flops_per_token: float = 0.0
+    ) -> None:
+        self._directory = directory
+        if directory is not None:
+            directory.mkdir(parents=True, exist_ok=True)
+            _drop_after(directory / "metrics.jsonl", step)
+            self._board = tensorboardX.SummaryWriter(str(directory / "tensorboard"))
+        self._total, self._flops_per_token = total, flops_per_token
+        self._peak = hardware.peak_flops(jax.devices())
         self._start_step, self._step = step, step
         self._pending: list[Mapping[str, jax.Array]] = []
         self._time = self._start_time = time.monotonic()
@@ -41,25 +51,43 @@ class Metrics:
         self._pending.append(metrics)
         self._step += 1
 
-    def report(self) -> dict[str, float]:
-        """Writes and returns the means (and rates) since the last report."""
+    def fetch(self) -> dict[str, Float64[np.ndarray, "steps"]]:
+        """The metrics of every step since the last fetch; waits for the devices."""
         fetched = jax.device_get(self._pending)
+        self._pending = []
+        return {
+            name: np.array([metrics[name] for metrics in fetched], np.float64)
+            for name in fetched[0]
+        }
+
+    def report(
+        self, fetched: Mapping[str, Float64[np.ndarray, "steps"]], goodput: float
+    ) -> dict[str, float]:
+        """Writes and returns the means (and rates) of what was fetched.
+
+        Means leave out the steps that were skipped, unless all were.
+        """
         now = time.monotonic()
-        seconds = now - self._time
+        seconds, self._time = now - self._time, now
+        made = fetched[SKIPPED] == 0
         values: dict[str, float] = {}
-        for name in fetched[0]:
-            column = np.array([metrics[name] for metrics in fetched], np.float64)
+        for name, column in fetched.items():
             if name in COUNTS:
                 values[f"{name}_per_second"] = float(column.sum() / seconds)
+            elif name == SKIPPED:
+                values[name] = float(column.sum())
             else:
-                values[name] = float(column.mean())
-        values["seconds_per_step"] = seconds / len(fetched)
-        self._pending, self._time = [], now
-        with self._path.open("a") as file:
-            file.write(json.dumps({"step": self._step, **values}) + "\n")
-        for name, value in values.items():
-            self._board.add_scalar(name, value, self._step)
-        print(self._line(values), file=sys.stderr, flush=True)
+                values[name] = float((column[made] if made.any() else column).mean())
+        values["seconds_per_step"] = seconds / len(made)
+        values["goodput"] = goodput
+        if self._peak and self._flops_per_token and "tokens_per_second" in values:
+            values["mfu"] = values["tokens_per_second"] * self._flops_per_token / self._peak
+        if self._directory is not None:
+            with (self._directory / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps({"step": self._step, **values}) + "\n")
+            for name, value in values.items():
+                self._board.add_scalar(name, value, self._step)
+            print(self._line(values), file=sys.stderr, flush=True)
         return values
 
     def pause(self) -> None:
@@ -68,14 +96,18 @@ class Metrics:
 
     def pictures(self, pictures: Mapping[str, np.ndarray]) -> None:
         """Writes sample pictures, uint8[h, w, 3], as PNG and to TensorBoard."""
+        if self._directory is None:
+            return
+        folder = self._directory / "samples"
         for name, pixels in pictures.items():
-            self._samples.mkdir(exist_ok=True)
-            PIL.Image.fromarray(pixels).save(self._samples / f"{name}_{self._step:07d}.png")
+            folder.mkdir(exist_ok=True)
+            PIL.Image.fromarray(pixels).save(folder / f"{name}_{self._step:07d}.png")
             self._board.add_image(name, pixels, self._step, dataformats="HWC")
 
     def close(self) -> None:
         """Flushes what is buffered."""
-        self._board.close()
+        if self._directory is not None:
+            self._board.close()
 
     def _line(self, values: Mapping[str, float]) -> str:
         elapsed = time.monotonic() - self._start_time
@@ -87,6 +119,8 @@ class Metrics:
                 shown.append(f"{name} {value:.4g}")
             elif name.endswith("_per_second"):
                 shown.append(f"{value:,.0f} {name.removesuffix('_per_second')}/s")
+            elif name == "mfu" or (name == SKIPPED and value):
+                shown.append(f"{name} {value:.3g}")
         minutes, seconds = divmod(round(left), 60)
         return "  ".join([*shown, f"ETA {minutes}:{seconds:02d}"])
 

@@ -9,6 +9,8 @@ import jax
 import numpy as np
 from jaxtyping import Array, Int
 
+from leon_jax.config import UserError
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
@@ -32,16 +34,33 @@ class TrainState:
         return jax.random.fold_in(self.key, self.step)
 
 
+def rows_of_shard(batch_size: int, shards: int) -> int:
+    """Rows of a batch that one of `shards` equal parts holds.
+
+    Raises:
+      UserError: the parts would not be equal.
+    """
+    rows, rest = divmod(batch_size, shards)
+    if rest:
+        raise UserError(
+            f"config.batch_size is {batch_size}; it must be a multiple of the {shards} data shards"
+        )
+    return rows
+
+
 class Program(Protocol):
     """One kind of model (tokenizer, encoder, decoder) as the training loop sees it.
 
     Attributes:
       kind: the name used in configs and model files.
       config: the frozen dataclass the program was built from.
+      flops_per_token: floating-point operations of an update for each of its `tokens`; 0 where
+        utilisation means little.
     """
 
     kind: str
     config: Any
+    flops_per_token: float
 
     def init(self, key: jax.Array) -> TrainState:
         """The state before the first step; pure, the loop jits it."""
@@ -53,8 +72,12 @@ class Program(Protocol):
         """One update and its scalar metrics; pure, the loop jits it and donates `state`."""
         ...
 
-    def batches(self) -> grain.IterDataset:
-        """Endless host batches `{name: array[batch, ...]}` whose iterator can be checkpointed."""
+    def batches(self, shard: int = 0, shards: int = 1) -> grain.IterDataset:
+        """Endless host batches `{name: array[rows, ...]}` whose iterator can be checkpointed.
+
+        Args:
+          shard, shards: which of how many equal parts of every batch.
+        """
         ...
 
     def samples(self, state: TrainState) -> dict[str, np.ndarray]:

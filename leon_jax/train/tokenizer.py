@@ -25,7 +25,7 @@ from leon_jax.models.perceptual import Network, lpips
 from leon_jax.models.vqgan import VQGAN, VQGANConfig, conv, quantize
 from leon_jax.tokenizers.image import fit_picture, normalize, to_pixels
 from leon_jax.train import optimizer, perceptual_weights
-from leon_jax.train.state import TrainState
+from leon_jax.train.state import TrainState, rows_of_shard
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +97,7 @@ class TokenizerProgram:
     """See `leon_jax.train.state.Program`."""
 
     kind = "tokenizer"
+    flops_per_token = 0.0
 
     def __init__(self, config: TokenizerConfig) -> None:
         self.config = config
@@ -193,6 +194,7 @@ class TokenizerProgram:
             "adaptive_weight": scores[2],
             "score_real": scores[3],
             "score_fake": scores[4],
+            "gradient_norm": optax.global_norm((grads, judge_grads)),
             "pictures": jnp.float32(images.shape[0]),
         }
         state = dataclasses.replace(
@@ -239,15 +241,16 @@ class TokenizerProgram:
         generator = jax.lax.cond(dead.any(), move, lambda generator: generator, generator)
         return generator, jnp.where(dead, 0, idle), dead.sum().astype(jnp.float32)
 
-    def batches(self) -> grain.IterDataset:
+    def batches(self, shard: int = 0, shards: int = 1) -> grain.IterDataset:
         config = self.config
         return (
             grain.MapDataset.source(EmojiSource("train", config.data.dir))
             .seed(config.seed)
             .shuffle()
             .repeat()
+            .slice(slice(shard, None, shards))
             .random_map(Augment(config.data, config.model.resolution))
-            .batch(config.batch_size)
+            .batch(rows_of_shard(config.batch_size, shards))
             .to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=64))
         )
 

@@ -42,6 +42,14 @@ def test_flags_that_are_needed_are_asked_for(tmp_path):
     assert "--workdir is missing" in refused(TEXT)
 
 
+def test_flags_of_processes_are_used_together(tmp_path):
+    workdir = f"--workdir={tmp_path / 'w'}"
+    assert "need --distributed" in refused(TOKENIZER, workdir, "--processes=2")
+    message = refused(TOKENIZER, workdir, "--distributed", "--processes=2", "--process_id=0")
+    assert "give all of --coordinator, --processes and --process_id" in message
+    assert not (tmp_path / "w").exists()
+
+
 def test_a_config_that_is_not_there_is_named(tmp_path):
     message = refused(f"--config={tmp_path}/none.py", f"--workdir={tmp_path}/w")
     assert "none.py" in message

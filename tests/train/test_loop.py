@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -40,6 +41,7 @@ class ToyProgram:
     """A linear model with noise in its updates, so that data order and randomness both matter."""
 
     kind = "toy"
+    flops_per_token = 0.0
 
     def __init__(self, config: ToyConfig, delay: float = 0.0):
         self.config, self.delay = config, delay
@@ -62,10 +64,11 @@ class ToyProgram:
         model = jax.tree.map(jnp.add, state.model, updates)
         return TrainState(state.step + 1, model, opt_state, state.key), {"loss": value}
 
-    def batches(self):
+    def batches(self, shard=0, shards=1):
         numbers = np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32)
         source = grain.MapDataset.source(numbers).seed(self.config.seed).shuffle().repeat()
-        return source.map(lambda x: {"x": self._slow(x)}).batch(4).to_iter_dataset()
+        source = source.slice(slice(shard, None, shards)).map(lambda x: {"x": self._slow(x)})
+        return source.batch(4 // shards).to_iter_dataset()
 
     def _slow(self, x):
         time.sleep(self.delay / 4)
@@ -125,11 +128,11 @@ with jax.set_mesh(sharding.make_mesh((1, 1, 1, 1), jax.devices()[:1])):
 """
 
 
-def start(workdir: pathlib.Path) -> subprocess.Popen:
+def start(workdir: pathlib.Path, script: str = SCRIPT) -> subprocess.Popen:
     here = pathlib.Path(__file__)
     environment = {**os.environ, "PYTHONPATH": f"{here.parents[2]}:{here.parent}"}
     return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(workdir)], env=environment,
+        [sys.executable, "-c", script, str(workdir)], env=environment,
         stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
@@ -172,11 +175,11 @@ def test_sigterm_saves_and_ends_the_run(unbroken, tmp_path):
 def test_a_signal_that_comes_while_a_step_is_logged_loses_nothing(unbroken, tmp_path, monkeypatch):
     report = loop.Metrics.report
 
-    def interrupted(metrics):
+    def interrupted(*arguments):
         if not sent:
             sent.append(True)
             os.kill(os.getpid(), signal.SIGTERM)
-        report(metrics)
+        report(*arguments)
 
     sent: list[bool] = []
     monkeypatch.setattr(loop.Metrics, "report", interrupted)
@@ -191,6 +194,141 @@ def test_a_signal_that_comes_while_a_step_is_logged_loses_nothing(unbroken, tmp_
     assert Checkpoints(tmp_path / "checkpoints").latest() == 3
     loop.run(ToyProgram(ToyConfig(30)), settings, tmp_path)
     np.testing.assert_array_equal(final(tmp_path), final(unbroken))
+
+
+def arrays_of(checkpoint: pathlib.Path) -> list[pathlib.Path]:
+    """The files that hold a checkpoint's arrays."""
+    return [path for path in (checkpoint / "state").rglob("d/*") if path.is_file()]
+
+
+@pytest.mark.parametrize("damage", ["cut", "zeroed", "gone"])
+def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(
+    unbroken, tmp_path, damage, capsys
+):
+    loop.run(ToyProgram(ToyConfig(13)), SETTINGS, tmp_path)
+    kept = tmp_path / "checkpoints"
+    for path in arrays_of(kept / "13"):
+        data = path.read_bytes()
+        third = len(data) // 3
+        if damage == "gone":
+            path.unlink()
+        elif damage == "cut":
+            path.write_bytes(data[: 2 * third])
+        else:  # what a disk may return without an error
+            path.write_bytes(data[:third] + bytes(third) + data[2 * third :])
+    loop.run(ToyProgram(ToyConfig(30)), SETTINGS, tmp_path)
+    said = capsys.readouterr().err
+    assert "checkpoint 13 is damaged" in said and "resumed from step 12" in said
+    assert (tmp_path / "damaged_checkpoints" / "13").is_dir()
+    np.testing.assert_array_equal(final(tmp_path), final(unbroken))
+
+
+def test_if_no_checkpoint_is_whole_the_run_stops_and_moves_nothing(tmp_path):
+    loop.run(ToyProgram(ToyConfig(13)), SETTINGS, tmp_path)
+    for step in ("12", "13"):
+        for path in arrays_of(tmp_path / "checkpoints" / step):
+            path.write_bytes(b"")
+    with pytest.raises(UserError, match="none of the 2 checkpoints"):
+        loop.run(ToyProgram(ToyConfig(30)), SETTINGS, tmp_path)
+    names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert names == {"12", "13"} and not (tmp_path / "damaged_checkpoints").exists()
+
+
+def test_a_full_disk_ends_the_run_and_keeps_the_last_checkpoint(unbroken, tmp_path):
+    # No file of this process may grow beyond a limit, which fails like a full disk.
+    limit = """
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+from leon_jax.config import UserError
+from leon_jax.train.checkpoint import Checkpoints
+save, saves = Checkpoints.save, []
+def limited(self, *arguments):
+    saves.append(1)
+    if len(saves) == 3:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (64, resource.RLIM_INFINITY))
+    save(self, *arguments)
+Checkpoints.save = limited
+"""
+    script = limit + SCRIPT.replace("with jax", "try:\n  with jax", 1)
+    script += "except UserError as error:\n  sys.exit(f'refused: {error}')\n"
+    process = start(tmp_path, script)
+    messages = process.communicate()[1]
+    assert process.returncode == 1, messages
+    refused = next(line for line in messages.splitlines() if line.startswith("refused"))
+    assert "could not be written" in refused and "too large" in refused.lower()
+    last = re.search(r"the last good one, of step (4|8), stays", refused)
+    assert last and (tmp_path / "checkpoints" / last[1]).is_dir(), refused
+    assert "Traceback" not in messages
+    loop.run(ToyProgram(ToyConfig(30)), SETTINGS, tmp_path)
+    np.testing.assert_array_equal(final(tmp_path), final(unbroken))
+
+
+class Poisoned(ToyProgram):
+    """Its data hold NaN from one example to another."""
+
+    def __init__(self, config, first, last):
+        super().__init__(config)
+        self.first, self.last = first, last
+
+    def step(self, state, batch):
+        bad = (state.step + 1 >= self.first) & (state.step + 1 <= self.last)
+        return super().step(state, {"x": jnp.where(bad, jnp.nan, batch["x"])})
+
+
+def test_an_update_that_is_not_finite_is_left_out_and_counted(tmp_path):
+    settings = dataclasses.replace(SETTINGS, log_every=1, save_every=1, keep=30)
+    loop.run(Poisoned(ToyConfig(9), 4, 5), settings, tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["skipped"] for line in lines] == [0, 0, 0, 1, 1, 0, 0, 0, 0]
+    abstract = jax.eval_shape(ToyProgram(ToyConfig(9)).init, jax.random.key(0))
+    states = {}
+    for keep in (9, 5, 3):
+        for step in range(keep + 1, 10):
+            shutil.rmtree(tmp_path / "checkpoints" / str(step), ignore_errors=True)
+        step, states[keep], _ = Checkpoints(tmp_path / "checkpoints").restore(abstract)
+        assert step == keep
+    np.testing.assert_array_equal(states[5].model.kernel[...], states[3].model.kernel[...])
+    assert np.isfinite(final(tmp_path)).all()
+    assert (states[9].model.kernel[...] != states[5].model.kernel[...]).any(), "it went on after"
+
+
+def test_too_many_such_updates_end_the_run_with_the_state_before_them(tmp_path):
+    settings = dataclasses.replace(SETTINGS, max_skipped=4)
+    with pytest.raises(UserError, match="not finite; none of them was made"):
+        loop.run(Poisoned(ToyConfig(30), 8, 30), settings, tmp_path)
+    loop.run(ToyProgram(ToyConfig(7)), SETTINGS, tmp_path / "before")
+    abstract = jax.eval_shape(ToyProgram(ToyConfig(9)).init, jax.random.key(0))
+    _, stopped, _ = Checkpoints(tmp_path / "checkpoints").restore(abstract)
+    np.testing.assert_array_equal(stopped.model.kernel[...], final(tmp_path / "before"))
+
+
+def test_goodput_spans_starts_and_adds_up_to_the_wall_time(tmp_path):
+    before = time.time()
+    process = start(tmp_path)
+    wait_for_step(tmp_path, 9)
+    process.kill()
+    process.communicate()
+    first = json.loads((tmp_path / "goodput.json").read_text())
+    loop.run(ToyProgram(ToyConfig(30)), SETTINGS, tmp_path)
+    kept = json.loads((tmp_path / "goodput.json").read_text())
+    seconds, wall = kept["seconds"], kept["time"] - before
+    assert kept["step"] == 30 and all(spent >= 0 for spent in seconds.values())
+    # What passes before the first start's clock is importing, in a process of its own.
+    assert sum(first["seconds"].values()) < sum(seconds.values()) <= wall
+    assert seconds["redone"] > 0 and seconds["down"] > 0 and seconds["compile"] > 0
+    assert wall - sum(seconds.values()) < wall
+
+
+def test_the_weights_of_another_run_start_a_new_one(unbroken, tmp_path):
+    settings = dataclasses.replace(SETTINGS, init_from=str(unbroken))
+    state = loop.run(ToyProgram(ToyConfig(0)), settings, tmp_path)
+    np.testing.assert_array_equal(state.model.kernel[...], final(unbroken))
+    with pytest.raises(UserError, match="there is no checkpoint"):
+        loop.run(
+            ToyProgram(ToyConfig(0)),
+            dataclasses.replace(SETTINGS, init_from=str(tmp_path / "export")),
+            tmp_path / "other",
+        )
 
 
 def test_another_configuration_is_refused_by_its_key(tmp_path):

@@ -1,0 +1,61 @@
+"""Twenty steps of a small decoder on packed documents: what the tests of meshes and processes run.
+
+As a program, `curves.py FOLDER`, it prints the losses of every mesh of eight simulated devices.
+"""
+
+import json
+import pathlib
+import sys
+
+import jax
+import numpy as np
+
+from leon_jax import sharding
+from leon_jax.tokenizers.text import TextTokenizer
+from leon_jax.train.decoder import DecoderProgram
+from leon_jax.train.feed import Feed
+from leon_jax.train.loop import compile_step
+from leon_jax.vocabulary import Vocabulary
+from tests.train.test_decoder_program import make_config
+
+STEPS = 20
+MESHES = [
+    (8, 1, 1, 1), (1, 8, 1, 1), (1, 1, 8, 1), (1, 1, 1, 8), (2, 2, 1, 2), (1, 2, 2, 2),
+]  # fmt: skip
+
+
+def get_config(folder: str):
+    """Sizes that every one of the meshes divides."""
+    folder = pathlib.Path(folder)
+    config = make_config(folder)
+    text = TextTokenizer.load(folder / "text.json").size
+    sentinels = 4
+    while (size := Vocabulary.compact(16, text, sentinels).size) % 8:
+        sentinels += 1
+    config.vocabulary = Vocabulary.compact(16, text, sentinels).__dict__
+    config.model.update({"vocab_size": size, "embed": 64, "heads": 8, "remat": "full"})
+    config.steps = config.optimizer.total_steps = STEPS
+    config.samples.image = ""
+    return config
+
+
+def curve(folder: str, shape: tuple[int, ...], devices: int = 8) -> list[float]:
+    """The loss of every step on a mesh."""
+    with jax.set_mesh(sharding.make_mesh(shape, jax.devices()[:devices])):
+        program = DecoderProgram(get_config(folder))
+        feed = Feed(program.batches, 2)
+        state = jax.jit(program.init)(jax.random.key(0))
+        batch = next(feed)
+        assert np.asarray(batch["segment_ids"]).max() > 1, "rows hold several documents"
+        step, losses = compile_step(program.step, state, batch), []
+        for _ in range(STEPS):
+            state, metrics = step(state, batch)
+            losses.append(float(metrics["loss"]))
+            batch = next(feed)
+        return losses
+
+
+if __name__ == "__main__":
+    print(
+        json.dumps([curve(sys.argv[1], (1, 1, 1, 1), 1), *(curve(sys.argv[1], m) for m in MESHES)])
+    )

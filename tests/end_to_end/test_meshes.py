@@ -1,0 +1,96 @@
+"""Training is the same on every mesh and with any number of processes."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from tests.end_to_end import curves
+from tests.train.test_decoder_program import write_folder
+
+ROOT = pathlib.Path(__file__).parents[2]
+LOCAL = [sys.executable, str(ROOT / "launch" / "local.py")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("prepared")
+    import jax
+
+    from leon_jax import sharding
+
+    with jax.set_mesh(sharding.make_mesh((1, 1, 1, 1), jax.devices()[:1])):
+        write_folder(folder)
+    return folder
+
+
+def environment() -> dict[str, str]:
+    return {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+    }
+
+
+def run(*command: str, **kwargs) -> str:
+    result = subprocess.run(
+        command, env=environment(), cwd=ROOT, text=True, capture_output=True, **kwargs
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def losses(folder):
+    """By mesh; (1, 1, 1, 1) is one device."""
+    found = json.loads(run(sys.executable, "-m", "tests.end_to_end.curves", str(folder)))
+    return dict(zip([(1, 1, 1, 1), *curves.MESHES], map(np.array, found), strict=True))
+
+
+@pytest.mark.parametrize("mesh", curves.MESHES)
+def test_twenty_losses_on_a_mesh_are_those_on_one_device(losses, mesh):
+    alone = losses[1, 1, 1, 1]
+    assert alone[-1] < 0.9 * alone[0], "it learns"
+    np.testing.assert_allclose(losses[mesh], alone, rtol=1e-5)
+
+
+CONFIG = """
+from tests.end_to_end import curves
+
+def get_config():
+    config = curves.get_config({folder!r})
+    config.loop = dict(log_every=1, save_every=5, mesh=(2, 2, 1, 2), data_shards=2)
+    return config
+"""
+
+
+def test_two_processes_train_as_one_and_hand_over_to_it(folder, losses, tmp_path):
+    config = tmp_path / "config.py"
+    config.write_text(CONFIG.format(folder=str(folder)))
+    train = [sys.executable, "-m", "leon_jax.cli.main", "train", f"--config={config}"]
+    pair = [*LOCAL, "--processes=2", "--devices=4", "--"]
+
+    def curve(workdir):
+        lines = (workdir / "metrics.jsonl").read_text().splitlines()
+        return np.array([json.loads(line)["loss"] for line in lines])
+
+    run(*pair, *train, f"--workdir={tmp_path / 'two'}")
+    np.testing.assert_allclose(curve(tmp_path / "two"), losses[2, 2, 1, 2], rtol=1e-5)
+    assert (tmp_path / "two" / "export" / "decoder.safetensors").is_file()
+
+    # Ten steps by two processes, the rest by one: the data go on where they were.
+    run(*pair, *train, f"--workdir={tmp_path / 'both'}", "--config.steps=10")
+    run(*train, f"--workdir={tmp_path / 'both'}")
+    np.testing.assert_allclose(curve(tmp_path / "both"), losses[2, 2, 1, 2], rtol=1e-5)
+
+
+def test_a_process_that_fails_ends_the_others(tmp_path):
+    script = "import sys, time; time.sleep(0.2); sys.exit(7) if '--process_id=1' in sys.argv else 0"
+    result = subprocess.run(
+        [*LOCAL, "--processes=2", "--", sys.executable, "-c", script], capture_output=True
+    )
+    assert result.returncode == 7
