@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "sharding": set(),
     "ops": set(),
     "models": {"ops", "sharding", "config", "vocabulary"},
-    "model_files": {"config"},
+    "model_files": {"config", "sharding"},
     "tokenizers": FOUNDATION | {"models", "model_files"},
     # Neighbours are found while records are prepared, and what is searched for are records, so
     # these two may meet; that no file is in a circle is tested below.

@@ -11,6 +11,8 @@ import os
 import pathlib
 import shutil
 import sys
+import threading
+import traceback
 from collections.abc import Mapping
 from typing import Any
 
@@ -43,6 +45,7 @@ class Checkpoints:
 
     def __init__(self, directory: pathlib.Path, keep: int = 2) -> None:
         logging.getLogger("absl").addFilter(_worth_telling)
+        threading.excepthook = _thread_failed
         self._directory, self._keep = directory.absolute(), keep
         self._checkpointer = self._open()
 
@@ -174,7 +177,9 @@ class Checkpoints:
 
 def _everywhere(fact: bool) -> bool:
     """Whether it holds on all processes; collective."""
-    return jax.process_count() == 1 or bool(multihost_utils.process_allgather(fact).all())
+    if jax.process_count() == 1:
+        return fact
+    return bool(multihost_utils.process_allgather(np.array(fact)).all())
 
 
 def load_weights(
@@ -260,9 +265,17 @@ def _reason(error: Exception) -> str:
 
 
 def _worth_telling(record: logging.LogRecord) -> bool:
-    """Not what Orbax says of folders without arrays, and of errors that it raises as well."""
-    text = record.getMessage()
-    return "raised an exception" not in text and "No per-process OCDBT" not in text
+    """Not Orbax's errors, which it raises as well, and nothing about folders without arrays."""
+    if "orbax" in record.pathname and record.levelno >= logging.ERROR:
+        return False
+    return "No per-process OCDBT" not in record.getMessage()
+
+
+def _thread_failed(failure: threading.ExceptHookArgs) -> None:
+    """Prints what ended a thread, unless it was one of Orbax's, whose next call raises it again."""
+    frames = traceback.extract_tb(failure.exc_traceback)
+    if not any("orbax" in frame.filename for frame in frames):
+        threading.__excepthook__(failure)
 
 
 def _is_key(leaf: Any) -> bool:

@@ -77,17 +77,21 @@ def run(program: Program, loop: LoopConfig, workdir: pathlib.Path) -> TrainState
         updates in a row were not finite.
       SystemExit: a signal ended the run; code 128 + its number.
     """
+    try:
+        return _run(program, loop, workdir)
+    except OSError as error:  # a disk that is full, gone, or not ours
+        raise UserError(
+            f"{error.filename or workdir} cannot be written: {error.strerror or error}; "
+            "checkpoints that are whole stay, and the same command goes on from the newest"
+        ) from error
+
+
+def _run(program: Program, loop: LoopConfig, workdir: pathlib.Path) -> TrainState:
     total, main = program.config.steps, jax.process_index() == 0
     feed = Feed(program.batches, loop.data_shards)  # first, so that missing data leave no workdir
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        check_config(
-            workdir / "config.json",
-            {**configs.to_dict(program.config), "loop": configs.to_dict(loop)},
-        )
-    except OSError as error:
-        raise UserError(f"the workdir {workdir} cannot be written: {error.strerror}") from error
-
+    workdir.mkdir(parents=True, exist_ok=True)
+    wanted = {**configs.to_dict(program.config), "loop": configs.to_dict(loop)}
+    check_config(workdir / "config.json", wanted)
     ledger = Ledger(workdir / "goodput.json" if main else None)
     checkpoints = Checkpoints(workdir / "checkpoints", loop.keep)
     state = _first_state(program, loop.init_from, checkpoints, feed, workdir)
