@@ -72,7 +72,8 @@ def make_mesh(
         if sizes[0] % slices:
             raise ValueError(f"data is {sizes[0]}; it must be a multiple of the {slices} slices")
         within, across = (sizes[0] // slices, *sizes[1:]), (slices, 1, 1, 1)
-        by_process = getattr(devices[0], "slice_index", None) is None
+        # Devices that are no TPUs, and a single slice, all say slice 0.
+        by_process = len({getattr(device, "slice_index", 0) for device in devices}) == 1
         grid = mesh_utils.create_hybrid_device_mesh(
             within, across, devices, process_is_granule=by_process
         )

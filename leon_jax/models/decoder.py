@@ -21,10 +21,11 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from leon_jax.config import UserError
-from leon_jax.ops.attention import attention, cached_attention
+from leon_jax.ops.attention import Implementation, attention, cached_attention
 from leon_jax.sharding import RULES, spec
 
 
@@ -38,7 +39,9 @@ class DecoderConfig:
       layers, embed, heads, mlp: depth, model width, attention heads, hidden width of the MLP.
       dtype: compute dtype; weights are kept in float32.
       remat: what the backward pass recomputes inside a layer: nothing ("none"), everything but
-        the products with weights ("dots"), or everything ("full").
+        the products with weights ("dots"), everything but the attention's result ("attention"),
+        or everything ("full").
+      attention: which implementation (see `leon_jax.ops.attention`); "auto" picks by platform.
       init_std, position_std: sd that weights and positions start with; weights are truncated
         normals.
       position_init: how positions start: as truncated normals ("normal", the paper) or as
@@ -60,7 +63,8 @@ class DecoderConfig:
     heads: int
     mlp: int
     dtype: Literal["float32", "bfloat16"] = "float32"
-    remat: Literal["none", "dots", "full"] = "none"
+    remat: Literal["none", "dots", "attention", "full"] = "none"
+    attention: Implementation = "auto"
     init_std: float = 0.006
     position_std: float = 0.0002
     position_init: Literal["normal", "sinusoids"] = "normal"
@@ -182,7 +186,10 @@ class Decoder(nnx.Module):
 
         def layer(x, block):
             q, k, v = block.project(x)
-            return block.finish(x, attention(q, k, v, segment_ids=segment_ids)), None
+            attended = attention(
+                q, k, v, segment_ids=segment_ids, implementation=self.config.attention
+            )
+            return block.finish(x, checkpoint_name(attended, "attention")), None
 
         x = self._embed(ids, positions)
         x, _ = jax.lax.scan(_remat(layer, self.config.remat), x, self.blocks)
@@ -228,7 +235,8 @@ class Decoder(nnx.Module):
             # A cache is never split over its length, so that one slot can be written cheaply.
             cache = spec("batch", None, "heads", "head_dim")
             saved = jax.reshard(k, cache), jax.reshard(v, cache)
-            return block.finish(x, attention(q, k, v)), saved
+            attended = attention(q, k, v, implementation=self.config.attention)
+            return block.finish(x, attended), saved
 
         x, (keys, values) = jax.lax.scan(layer, self._embed(ids, positions), self.blocks)
         return _norm(x), keys, values
@@ -313,8 +321,12 @@ def _norm(x):
 def _remat(layer, policy: str):
     if policy == "none":
         return layer
+    saved = {
+        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        "attention": jax.checkpoint_policies.save_only_these_names("attention"),
+        "full": None,
+    }[policy]
     # Inside a scan nothing can be merged across iterations anyway, so the barrier is only cost.
-    saved = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if policy == "dots" else None
     return jax.checkpoint(layer, policy=saved, prevent_cse=False)
 
 

@@ -1,8 +1,8 @@
-"""Scaled dot-product attention in plain XLA: the oracle, and the signature every fast path keeps.
+"""Scaled dot-product attention: one signature, one oracle in plain XLA, and two fast kernels.
 
-One signature: a faster implementation (splash attention on TPU, cuDNN flash attention on GPU) is a
-function with exactly the arguments of `attention`, so that a model picks one by name and a test
-compares it with this file. Nothing here is tuned; everything here is meant to be obviously right.
+`attention` picks by platform: splash attention on TPU (a Pallas kernel that never holds the scores
+and skips what lies above the diagonal), cuDNN's flash attention on GPU, plain XLA elsewhere. The
+tests compare each with `xla`, which is not tuned and meant to be obviously right.
 
 Sharding (explicit mode): outputs are laid out like the queries. The axis the queries' length is
 split over is gathered for keys and values, so splitting the context is correct without a ring.
@@ -10,12 +10,21 @@ split over is gathered for keys and values, so splitting the context is correct 
 Axes: b batch, t query length, s key length, h heads, k head_dim.
 """
 
+import math
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jaxtyping import Array, Bool, Float, Int
 
 # Finite, so that a row without a single visible key gives a uniform mixture and not NaN.
 _HIDDEN = -1e30
+# Splash attention works on blocks of queries and keys; the largest that divides a row is taken.
+_BLOCKS = (512, 256, 128)
+
+Implementation = Literal["auto", "xla", "splash", "cudnn"]
 
 
 def attention(
@@ -25,6 +34,7 @@ def attention(
     *,
     segment_ids: Int[Array, "batch length"] | None = None,
     causal: bool = True,
+    implementation: Implementation = "auto",
 ) -> Float[Array, "batch length heads head_dim"]:
     """softmax(q k^T / sqrt(head_dim)) v, with the softmax in float32.
 
@@ -32,6 +42,7 @@ def attention(
       q, k, v: queries, keys and values, any floating dtype (the output has the dtype of `v`).
       segment_ids: a position sees only positions of its own segment; None: one segment.
       causal: position i sees positions 0..i only.
+      implementation: which one computes it; "auto" is `choose`.
 
     For example, causal with segment ids [1, 1, 2, 2] lets query (row) see key (column)
 
@@ -40,6 +51,32 @@ def attention(
         . . 1 .
         . . 1 1
     """
+    if implementation == "auto":
+        implementation = choose(q)
+    run = {"xla": xla, "splash": splash, "cudnn": cudnn}[implementation]
+    return run(q, k, v, segment_ids=segment_ids, causal=causal)
+
+
+def choose(q: Float[Array, "batch length heads head_dim"]) -> Implementation:
+    """The fastest implementation for these queries on the devices of the mesh that is set."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    kind = "" if device is None else device.device_kind.lower()
+    if "tpu" in kind and (q.shape[1] // _count(_spec(q)[1])) % _BLOCKS[-1] == 0:
+        return "splash"
+    if "nvidia" in kind and q.dtype in (jnp.bfloat16, jnp.float16):
+        return "cudnn"
+    return "xla"
+
+
+def xla(
+    q: Float[Array, "batch length heads head_dim"],
+    k: Float[Array, "batch length heads head_dim"],
+    v: Float[Array, "batch length heads head_dim"],
+    *,
+    segment_ids: Int[Array, "batch length"] | None = None,
+    causal: bool = True,
+) -> Float[Array, "batch length heads head_dim"]:
+    """`attention` as its formula, with all scores in memory: the oracle."""
     batch, length, heads, _ = _spec(q)
     k, v = (jax.reshard(x, jax.P(batch, None, heads, None)) for x in (k, v))
     logits = jnp.einsum(
@@ -59,6 +96,103 @@ def attention(
         logits = jnp.where(same, logits, _HIDDEN)
     mixture = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
     return jnp.einsum("bhts,bshk->bthk", mixture, v, out_sharding=jax.P(batch, length, heads, None))
+
+
+def splash(
+    q: Float[Array, "batch length heads head_dim"],
+    k: Float[Array, "batch length heads head_dim"],
+    v: Float[Array, "batch length heads head_dim"],
+    *,
+    segment_ids: Int[Array, "batch length"] | None = None,
+    causal: bool = True,
+    interpret: bool = False,
+) -> Float[Array, "batch length heads head_dim"]:
+    """`attention` by JAX's splash attention kernel for TPU.
+
+    Args:
+      q, k, v, segment_ids, causal: see `attention`. A device's part of the length must be a
+        multiple of 128.
+      interpret: run the kernel's program on any platform, slowly, for tests.
+    """
+    batch, length, heads, _ = _spec(q)
+    size = q.shape[1]
+    block = next((b for b in _BLOCKS if (size // _count(length)) % b == 0), None)
+    if block is None:
+        raise ValueError(f"splash attention needs a multiple of {_BLOCKS[-1]} tokens, not {size}")
+    mask = masks.CausalMask((size, size)) if causal else masks.FullMask((size, size))
+    sizes = kernels.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_kv_compute=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_kv_dkv_compute=block,
+        use_fused_bwd_kernel=True,
+    )
+    kernel = kernels.make_splash_mha(
+        masks.MultiHeadMask([mask] * q.shape[2]),
+        block_sizes=sizes,
+        head_shards=_count(heads),
+        q_seq_shards=_count(length),
+        interpret=interpret,
+    )
+    mesh = jax.sharding.get_abstract_mesh()
+    layout = kernel.manual_sharding_spec(jax.NamedSharding(mesh, jax.P(heads, length)))
+    kernel = jax.tree.map(jax.reshard, kernel, layout)
+    queries, keys = jax.P(batch, heads, length, None), jax.P(batch, heads, None, None)
+    if segment_ids is None:
+        segment_ids = jnp.zeros(q.shape[:2], jnp.int32)
+    rows, columns = jax.P(batch, length), jax.P(batch, None)
+
+    def local(kernel, q, k, v, own, others):
+        return jax.vmap(kernel)(q, k, v, kernels.SegmentIds(own, others))
+
+    attended = jax.shard_map(
+        local,
+        in_specs=(layout, queries, keys, keys, rows, columns),
+        out_specs=queries,
+        check_vma=False,
+    )(
+        kernel,
+        jnp.swapaxes(q * q.shape[-1] ** -0.5, 1, 2),
+        jax.reshard(jnp.swapaxes(k, 1, 2), keys),
+        jax.reshard(jnp.swapaxes(v, 1, 2), keys),
+        jax.reshard(segment_ids, rows),
+        jax.reshard(segment_ids, columns),
+    )
+    return jnp.swapaxes(attended, 1, 2).astype(v.dtype)
+
+
+def cudnn(
+    q: Float[Array, "batch length heads head_dim"],
+    k: Float[Array, "batch length heads head_dim"],
+    v: Float[Array, "batch length heads head_dim"],
+    *,
+    segment_ids: Int[Array, "batch length"] | None = None,
+    causal: bool = True,
+) -> Float[Array, "batch length heads head_dim"]:
+    """`attention` by cuDNN's flash attention, for bfloat16 and float16 on NVIDIA GPUs.
+
+    Segments are a mask beside the scores, [batch, 1, length, length] in the inputs' dtype.
+    """
+    batch, length, heads, _ = _spec(q)
+    if length is not None:
+        raise ValueError("cuDNN attention cannot split the length over devices; use xla")
+    whole = jax.P(batch, None, heads, None)
+
+    def local(q, k, v, segment_ids):
+        mask = None
+        if segment_ids is not None:
+            mask = (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
+        return jax.nn.dot_product_attention(
+            q, k, v, mask=mask, is_causal=causal, implementation="cudnn"
+        )
+
+    rows = None if segment_ids is None else jax.P(batch, None)
+    segment_ids = None if segment_ids is None else jax.reshard(segment_ids, rows)
+    return jax.shard_map(
+        local, in_specs=(whole, whole, whole, rows), out_specs=whole, check_vma=False
+    )(q, k, v, segment_ids)
 
 
 def cached_attention(
@@ -100,6 +234,13 @@ def cached_attention(
         out_sharding=jax.P(batch, heads, None),
     )
     return mixed + (own / total)[..., None].astype(v.dtype) * v
+
+
+def _count(entry: str | tuple[str, ...] | None) -> int:
+    """Into how many parts an axis is split that is laid out like this."""
+    shape = jax.sharding.get_abstract_mesh().shape
+    names = () if entry is None else (entry,) if isinstance(entry, str) else entry
+    return math.prod(shape[name] for name in names)
 
 
 def _spec(x: Array) -> jax.P:

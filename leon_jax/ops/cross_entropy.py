@@ -26,8 +26,11 @@ def chunked_cross_entropy(
     weights: Float[Array, "batch length"],
     *,
     chunk: int = 1024,
+    z_loss: float = 0.0,
 ) -> Float[Array, "batch length"]:
-    """Computes weights * -log softmax(hidden table^T)[targets], in float32.
+    """Computes weights * (-log softmax(logits)[targets] + z_loss log(sum(exp(logits)))^2).
+
+    The logits are hidden table^T, in float32.
 
     Args:
       hidden: final hidden states; its dtype is the dtype of the matmuls.
@@ -35,6 +38,7 @@ def chunked_cross_entropy(
       targets: ids 0..vocab - 1; anything where the weight is 0.
       weights: 0 leaves a token out.
       chunk: tokens a device handles at a time.
+      z_loss: keeps logits from drifting (PaLM, section 5: 1e-4); 0: plain cross-entropy.
 
     Returns:
       One weighted loss a token; the mean loss is its sum over the sum of the weights.
@@ -48,6 +52,7 @@ def chunked_cross_entropy(
         columns=_axes(columns),
         others=tuple(a for a in (*_axes(batch), *_axes(length)) if a not in _axes(columns)),
         chunk=chunk,
+        z_loss=z_loss,
     )
     losses = jax.shard_map(run, in_specs=(whole, jax.P(rows, columns), tokens), out_specs=tokens)(
         jax.reshard(hidden, whole), table, jax.reshard(targets, tokens)
@@ -55,7 +60,7 @@ def chunked_cross_entropy(
     return losses * jax.reshard(weights, tokens).astype(jnp.float32)
 
 
-def _local_loss(hidden, table, targets, *, rows, columns, others, chunk):
+def _local_loss(hidden, table, targets, *, rows, columns, others, chunk, z_loss):
     """Loss of one device's tokens; `table` is its part. Collectives go over the named axes."""
     if columns:
         table = jax.lax.all_gather(table, columns, axis=1, tiled=True)
@@ -84,7 +89,8 @@ def _local_loss(hidden, table, targets, *, rows, columns, others, chunk):
         picked = jnp.where(here, logits, 0.0).sum(axis=-1)
         if rows:
             total, picked = jax.lax.psum((total, picked), rows)
-        return jnp.log(total) + top - picked
+        log_total = jnp.log(total) + top
+        return log_total - picked + z_loss * jnp.square(log_total)
 
     chunks = hidden.reshape(count, width, embed), targets.reshape(count, width)
     _, found = jax.lax.scan(lambda _, inputs: (None, losses(table, *inputs)), None, chunks)

@@ -34,8 +34,8 @@ class TrainState:
         return jax.random.fold_in(self.key, self.step)
 
 
-def rows_of_shard(batch_size: int, shards: int) -> int:
-    """Rows of a batch that one of `shards` equal parts holds.
+def rows_of_shard(batch_size: int, shards: int, name: str = "data shards") -> int:
+    """Rows of a batch that one of `shards` equal parts, called `name`, holds.
 
     Raises:
       UserError: the parts would not be equal.
@@ -43,7 +43,7 @@ def rows_of_shard(batch_size: int, shards: int) -> int:
     rows, rest = divmod(batch_size, shards)
     if rest:
         raise UserError(
-            f"config.batch_size is {batch_size}; it must be a multiple of the {shards} data shards"
+            f"config.batch_size is {batch_size}; it must be a multiple of the {shards} {name}"
         )
     return rows
 

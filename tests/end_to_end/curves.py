@@ -1,6 +1,7 @@
 """Twenty steps of a small decoder on packed documents: what the tests of meshes and processes run.
 
-As a program, `curves.py FOLDER`, it prints the losses of every mesh of eight simulated devices.
+As a program, `curves.py FOLDER`, it prints the losses of one device, of a mesh with
+two microbatches, and of every mesh of eight simulated devices.
 """
 
 import json
@@ -39,10 +40,14 @@ def get_config(folder: str):
     return config
 
 
-def curve(folder: str, shape: tuple[int, ...], devices: int = 8) -> list[float]:
+def curve(
+    folder: str, shape: tuple[int, ...], devices: int = 8, microbatches: int = 1
+) -> list[float]:
     """The loss of every step on a mesh."""
     with jax.set_mesh(sharding.make_mesh(shape, jax.devices()[:devices])):
-        program = DecoderProgram(get_config(folder))
+        config = get_config(folder)
+        config.microbatches = microbatches
+        program = DecoderProgram(config)
         feed = Feed(program.batches, 2)
         state = jax.jit(program.init)(jax.random.key(0))
         batch = next(feed)
@@ -56,6 +61,7 @@ def curve(folder: str, shape: tuple[int, ...], devices: int = 8) -> list[float]:
 
 
 if __name__ == "__main__":
-    print(
-        json.dumps([curve(sys.argv[1], (1, 1, 1, 1), 1), *(curve(sys.argv[1], m) for m in MESHES)])
-    )
+    folder = sys.argv[1]
+    alone = curve(folder, (1, 1, 1, 1), 1)
+    parts = curve(folder, (2, 2, 1, 2), microbatches=2)
+    print(json.dumps([alone, parts, *(curve(folder, mesh) for mesh in MESHES)]))

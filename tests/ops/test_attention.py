@@ -1,11 +1,17 @@
 """Attention is the textbook formula; the cached form equals the full one."""
 
+import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from leon_jax.ops.attention import attention, cached_attention
+from leon_jax.ops.attention import attention, cached_attention, choose, splash, xla
 
 
 def draw(*shape, seed=0):
@@ -71,3 +77,53 @@ def test_gradients_are_finite_where_nothing_is_visible_but_oneself():
     segments = np.arange(4, dtype=np.int32)[None]
     gradient = jax.grad(lambda q: attention(q, k, v, segment_ids=segments).sum())(jnp.asarray(q))
     np.testing.assert_allclose(gradient, 0, atol=1e-6)
+
+
+SEGMENTS = np.repeat([[1] * 100 + [2] * 90 + [3] * 60 + [0] * 6], 2, axis=0).astype(np.int32)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_splash_attention_is_attention(packed, head_dim):
+    """The TPU kernel's program, interpreted: values and gradients."""
+    q, k, v, pull = (draw(2, 256, 2, head_dim, seed=i) for i in range(4))
+    segments = SEGMENTS if packed else None
+
+    def run(implementation, *arguments):
+        def pulled(q, k, v):
+            attended = implementation(q, k, v, segment_ids=segments)
+            return (attended * pull).sum(), attended
+
+        return jax.value_and_grad(pulled, (0, 1, 2), has_aux=True)(*arguments)
+
+    (_, expected), gradients = run(xla, q, k, v)
+    (_, found), others = run(functools.partial(splash, interpret=True), q, k, v)
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+    for gradient, other in zip(gradients, others, strict=True):
+        np.testing.assert_allclose(other, gradient, atol=2e-4)
+
+
+def test_splash_attention_needs_whole_blocks():
+    q = np.zeros((1, 100, 1, 64), np.float32)
+    with pytest.raises(ValueError, match="multiple of 128 tokens, not 100"):
+        splash(q, q, q)
+
+
+def test_a_cpu_takes_xla():
+    assert choose(jnp.zeros((1, 256, 1, 64))) == "xla"
+
+
+@pytest.mark.slow
+def test_splash_attention_on_a_mesh_is_attention():
+    """Rows, length and heads split over eight simulated devices, in a process of its own."""
+    program = Path(__file__).with_name("splash_on_eight_devices.py")
+    root = str(Path(__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, program],
+        capture_output=True,
+        text=True,
+        timeout=900,
+        env={**os.environ, "PYTHONPATH": root},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("equal") == 2, done.stdout

@@ -67,3 +67,11 @@ def test_huge_logits_do_not_overflow():
     hidden, table, targets, weights = inputs()
     found = chunked_cross_entropy(hidden * 1e3, table, targets, weights, chunk=5)
     np.testing.assert_allclose(found, whole(hidden * 1e3, table, targets, weights), rtol=1e-5)
+
+
+def test_z_loss_adds_the_squared_log_of_the_partition_function():
+    hidden, table, targets, weights = inputs()
+    logits = jnp.einsum("btd,vd->btv", hidden, table)
+    extra = 0.01 * jax.nn.logsumexp(logits, axis=-1) ** 2 * weights
+    found = chunked_cross_entropy(hidden, table, targets, weights, chunk=5, z_loss=0.01)
+    np.testing.assert_allclose(found, whole(hidden, table, targets, weights) + extra, atol=1e-5)

@@ -4,6 +4,7 @@ import importlib.util
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -18,7 +19,9 @@ from leon_jax.models.decoder import Decoder, DecoderConfig
 from leon_jax.models.vqgan import VQGAN, VQGANConfig
 from leon_jax.retrieval.selection import Neighbours
 from leon_jax.tokenizers.text import TextTokenizer
-from leon_jax.train.decoder import DecoderProgram, DecoderTraining, batch_loss
+from leon_jax.train.decoder import DecoderProgram
+from leon_jax.train.decoder_config import DecoderTraining
+from leon_jax.train.decoder_step import batch_loss
 from leon_jax.vocabulary import Vocabulary
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
@@ -123,7 +126,10 @@ def test_the_first_loss_is_that_of_a_uniform_guess_at_the_papers_initialisation(
     program = DecoderProgram(config)
     state = jax.jit(program.init)(jax.random.key(0))
     _, metrics = batch_loss(
-        state.model, next(iter(program.batches())), program.config.vocabulary, 64
+        state.model,
+        next(iter(program.batches())),
+        vocabulary=program.config.vocabulary,
+        chunk=64,
     )
     # Final hidden states have length sqrt(embed), rows sd 0.006: logits are nearly equal.
     np.testing.assert_allclose(metrics["loss"], np.log(config.model.vocab_size), rtol=0.02)
@@ -133,7 +139,7 @@ def test_metrics_are_means_over_targets_of_their_kind(folder):
     program = DecoderProgram(make_config(folder))
     model = jax.jit(program.init)(jax.random.key(1)).model
     batch, vocabulary = next(iter(program.batches())), program.config.vocabulary
-    _, metrics = batch_loss(model, batch, vocabulary, 64)
+    _, metrics = batch_loss(model, batch, vocabulary=vocabulary, chunk=64)
     hidden = model(batch["ids"], batch["positions"], batch["segment_ids"])
     scores = np.asarray(jax.nn.log_softmax(model.logits(hidden)))
     losses = -np.take_along_axis(scores, batch["targets"][..., None], axis=-1)[..., 0]
@@ -156,8 +162,47 @@ def test_loss_weights_are_obeyed(folder):
     assert sentinels.any() and (batch["weights"][sentinels] == 0).all()
     model = jax.jit(program.init)(jax.random.key(0)).model
     changed = {**batch, "targets": np.where(sentinels, vocabulary.eoss, batch["targets"])}
-    before = batch_loss(model, batch, vocabulary, 64)[0]
-    assert before == batch_loss(model, changed, vocabulary, 64)[0]
+    before = batch_loss(model, batch, vocabulary=vocabulary, chunk=64)[0]
+    assert before == batch_loss(model, changed, vocabulary=vocabulary, chunk=64)[0]
+
+
+@pytest.mark.parametrize("microbatches", [2, 4])
+def test_microbatches_make_the_same_update(folder, microbatches):
+    """Adam's first mean is a tenth of the gradient, so comparing it compares gradients."""
+    config = make_config(folder)
+    config.z_loss = 1e-3
+    whole = DecoderProgram(config)
+    config.microbatches = microbatches
+    parts = DecoderProgram(config)
+    state = jax.jit(whole.init)(jax.random.key(2))
+    batch = next(iter(whole.batches()))
+    batch["weights"][:3] *= 0.1  # parts that weigh differently
+    (one, metrics), (other, others) = (
+        jax.jit(program.step)(state, batch) for program in (whole, parts)
+    )
+    for name, value in metrics.items():
+        np.testing.assert_allclose(others[name], value, rtol=1e-5, err_msg=name)
+    leaves = zip(jax.tree.leaves(one.opt_state), jax.tree.leaves(other.opt_state), strict=True)
+    for left, right in leaves:
+        np.testing.assert_allclose(left, right, rtol=1e-4, atol=1e-6 * np.abs(left).max())
+
+
+def test_a_batch_that_cannot_be_cut_is_refused(folder):
+    config = make_config(folder)
+    config.microbatches = 3
+    with pytest.raises(UserError, match="batch_size is 8; it must be a multiple of the 3 microb"):
+        DecoderProgram(config)
+
+
+def test_the_first_moment_can_be_kept_in_half_the_bytes(folder):
+    config = make_config(folder)
+    config.optimizer.first_moment = "bfloat16"
+    program = DecoderProgram(config)
+    state, _ = jax.jit(program.step)(
+        jax.jit(program.init)(jax.random.key(0)), next(iter(program.batches()))
+    )
+    kept = [leaf.dtype for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
+    assert kept.count(jnp.bfloat16) == len(kept) / 2  # the second moment stays in float32
 
 
 def test_a_trained_model_samples_pictures(trained):
