@@ -13,9 +13,10 @@ DEMO_OUT ?= out/demo
 
 INSTALLED := .venv/.installed
 PEERS_INSTALLED := .venv-peers/.installed
+TPU_INSTALLED := .tpu/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format docs weights peers lock clean
+.PHONY: help install demo test lint format docs weights peers tpu lock clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -59,6 +60,14 @@ $(PEERS_INSTALLED): requirements/peers.txt requirements/torch.txt
 	test -x .venv-peers/bin/python || $(PEERS_PYTHON) -m venv .venv-peers
 	.venv-peers/bin/python -m pip install --quiet --require-hashes --requirement requirements/peers.txt
 	.venv-peers/bin/python -m pip install --quiet --requirement requirements/torch.txt
+	@touch $@
+
+tpu: install $(TPU_INSTALLED) ## Put the compiler for TPUs into .tpu, for the tests of leon plan
+
+# Outside .venv, where JAX would look for a TPU whenever it starts.
+$(TPU_INSTALLED): requirements/tpu.txt
+	$(BIN)/python -m pip install --quiet --require-hashes --no-deps --upgrade --target .tpu \
+	  --requirement requirements/tpu.txt
 	@touch $@
 
 lock: install ## Resolve both environments again, into requirements/

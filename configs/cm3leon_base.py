@@ -33,6 +33,7 @@ def make(*, layers: int, embed: int, heads: int, learning_rate: float, tokens: f
             "batch_size": BATCH_TOKENS // ROW,
             "steps": round(tokens / BATCH_TOKENS),
             "loss_chunk": 2048,
+            "microbatches": 1,
             "vocabulary": {
                 "image_codes": 8192,
                 "sentinels": 512,
@@ -59,6 +60,7 @@ def make(*, layers: int, embed: int, heads: int, learning_rate: float, tokens: f
                 "beta1": 0.9,
                 "beta2": 0.95,
                 "eps": 1e-8,
+                "first_moment": "float32",
                 "weight_decay": 0.1,
                 "clip_norm": 1.0,
             },
@@ -78,6 +80,8 @@ def make(*, layers: int, embed: int, heads: int, learning_rate: float, tokens: f
                 "whole_segment": 0.5,
                 "query_text": 0.5,
             },
+            # Weights, gradients and optimizer split over all chips; `leon plan` knows what fits.
+            "loop": {"mesh": (1, -1, 1, 1), "save_every": 1000, "sample_every": 1000},
         }
     )
     # A reference: whoever overrides `steps` moves the end of the decay too.

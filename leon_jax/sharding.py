@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from jax.experimental import mesh_utils
 
 AXES = ("data", "fsdp", "context", "tensor")
@@ -78,7 +77,9 @@ def make_mesh(
             within, across, devices, process_is_granule=by_process
         )
         return jax.sharding.Mesh(grid, AXES, axis_types=kinds)
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=kinds, devices=np.array(devices).tolist())
+    # Neighbours on the torus where they can be; an axis of it may be split where they cannot.
+    grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return jax.sharding.Mesh(grid, AXES, axis_types=kinds)
 
 
 def batch_sharding() -> jax.NamedSharding:

@@ -37,6 +37,8 @@ MAY_IMPORT = {
     "decode": BELOW_TRAINING,
     # A training run draws sample pictures, with the same engine as everyone else.
     "train": BELOW_TRAINING | {"decode"},
+    # A plan compiles what training and decoding would run.
+    "plan": BELOW_TRAINING | {"train", "decode"},
     "tasks": BELOW_TRAINING,
     # What is measured is the finished thing, as a person would use it.
     "evaluate": BELOW_TRAINING | {"decode", "leon"},

@@ -75,6 +75,13 @@ def test_the_command_line_program_is_installed():
     assert callable(entry.load())
 
 
+def test_the_compiler_for_tpus_is_the_one_that_jax_wants():
+    ((name, version),) = PINNED.findall((ROOT / "requirements" / "tpu.txt").read_text())
+    wanted = [Requirement(line) for line in importlib.metadata.requires("jax") or []]
+    (wanted,) = (requirement for requirement in wanted if requirement.name == name == "libtpu")
+    assert version in wanted.specifier
+
+
 def test_the_lock_covers_what_development_needs():
     """Every requirement of the package and of its extra `dev` is locked, in a version it allows."""
     locked = dict(PINNED.findall((ROOT / "requirements" / "dev.txt").read_text()))

@@ -24,6 +24,7 @@ VERBS = {
     "generate": "draw pictures for a prompt, or write a caption for a picture",
     "prepare": "make the demonstration data set, and the folder that training and retrieval read",
     "train": "train a tokenizer, an encoder or a decoder from a config file",
+    "plan": "check a config against a TPU pod that is not there",
     "evaluate": "measure a trained model",
     "demo": "run everything once on real data, and leave a page to look at",
 }

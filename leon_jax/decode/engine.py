@@ -295,6 +295,11 @@ def _fill(
     return final.tokens, final.scores, final.counts, ended
 
 
+def fill_program(*arguments: object) -> jax.stages.Lowered:
+    """What `Engine.fill` runs, lowered for arrays that may be abstract; arguments as `_fill`'s."""
+    return _fill.lower(*arguments)
+
+
 @jax.jit
 def _score(
     decoder: Decoder,

@@ -21,11 +21,10 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from leon_jax.config import UserError
-from leon_jax.ops.attention import Implementation, attention, cached_attention
+from leon_jax.ops.attention import SAVED, Implementation, attention, cached_attention
 from leon_jax.sharding import RULES, spec
 
 
@@ -189,7 +188,7 @@ class Decoder(nnx.Module):
             attended = attention(
                 q, k, v, segment_ids=segment_ids, implementation=self.config.attention
             )
-            return block.finish(x, checkpoint_name(attended, "attention")), None
+            return block.finish(x, attended), None
 
         x = self._embed(ids, positions)
         x, _ = jax.lax.scan(_remat(layer, self.config.remat), x, self.blocks)
@@ -323,7 +322,7 @@ def _remat(layer, policy: str):
         return layer
     saved = {
         "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        "attention": jax.checkpoint_policies.save_only_these_names("attention"),
+        "attention": jax.checkpoint_policies.save_only_these_names(SAVED),
         "full": None,
     }[policy]
     # Inside a scan nothing can be merged across iterations anyway, so the barrier is only cost.

@@ -15,6 +15,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jaxtyping import Array, Bool, Float, Int
@@ -22,7 +23,10 @@ from jaxtyping import Array, Bool, Float, Int
 # Finite, so that a row without a single visible key gives a uniform mixture and not NaN.
 _HIDDEN = -1e30
 # Splash attention works on blocks of queries and keys; the largest that divides a row is taken.
-_BLOCKS = (512, 256, 128)
+BLOCKS = (512, 256, 128)
+
+# What a rematerialisation policy may keep of attention: its result (and splash's log sums).
+SAVED = "attention"
 
 Implementation = Literal["auto", "xla", "splash", "cudnn"]
 
@@ -54,14 +58,16 @@ def attention(
     if implementation == "auto":
         implementation = choose(q)
     run = {"xla": xla, "splash": splash, "cudnn": cudnn}[implementation]
-    return run(q, k, v, segment_ids=segment_ids, causal=causal)
+    attended = run(q, k, v, segment_ids=segment_ids, causal=causal)
+    # Splash names what its backward pass reads; a second name here would keep it twice.
+    return attended if implementation == "splash" else checkpoint_name(attended, SAVED)
 
 
 def choose(q: Float[Array, "batch length heads head_dim"]) -> Implementation:
     """The fastest implementation for these queries on the devices of the mesh that is set."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     kind = "" if device is None else device.device_kind.lower()
-    if "tpu" in kind and (q.shape[1] // _count(_spec(q)[1])) % _BLOCKS[-1] == 0:
+    if "tpu" in kind and (q.shape[1] // _count(_spec(q)[1])) % BLOCKS[-1] == 0:
         return "splash"
     if "nvidia" in kind and q.dtype in (jnp.bfloat16, jnp.float16):
         return "cudnn"
@@ -116,9 +122,9 @@ def splash(
     """
     batch, length, heads, _ = _spec(q)
     size = q.shape[1]
-    block = next((b for b in _BLOCKS if (size // _count(length)) % b == 0), None)
+    block = next((b for b in BLOCKS if (size // _count(length)) % b == 0), None)
     if block is None:
-        raise ValueError(f"splash attention needs a multiple of {_BLOCKS[-1]} tokens, not {size}")
+        raise ValueError(f"splash attention needs a multiple of {BLOCKS[-1]} tokens, not {size}")
     mask = masks.CausalMask((size, size)) if causal else masks.FullMask((size, size))
     sizes = kernels.BlockSizes(
         block_q=block,
@@ -134,6 +140,7 @@ def splash(
         block_sizes=sizes,
         head_shards=_count(heads),
         q_seq_shards=_count(length),
+        residual_checkpoint_name=SAVED,
         interpret=interpret,
     )
     mesh = jax.sharding.get_abstract_mesh()

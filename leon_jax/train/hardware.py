@@ -1,8 +1,9 @@
 """What chips can do at most, for utilisation and plans.
 
 Sources: Google Cloud's pages "TPU v4", "v5e", "v5p", "v6e" and "TPU7x" (peak compute, HBM capacity
-and bandwidth, interchip interconnect bandwidth a chip), and NVIDIA's data sheets for A100, H100 and
-H200 (SXM; dense bfloat16 without sparsity).
+and bandwidth, and half of the bidirectional interchip bandwidth, which counts a byte when it leaves
+and when it comes), and NVIDIA's data sheets for A100, H100 and H200 (SXM; dense bfloat16 without
+sparsity).
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ class Chip:
       flops: bfloat16 multiplications and additions a second.
       hbm: bytes of device memory.
       hbm_bandwidth: bytes a second.
-      ici_bandwidth: bytes a second over all links to other chips, each counted one way; 0: unknown.
+      ici_bandwidth: bytes a second that leave over all links to other chips; 0: unknown.
       devices: JAX devices a chip shows as.
     """
 
@@ -37,8 +38,8 @@ CHIPS = (
     Chip("v4", ("TPU v4",), 275e12, 32 * 2**30, 1228e9, 300e9),
     Chip("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 16 * 2**30, 819e9, 200e9),
     Chip("v5p", ("TPU v5", "TPU v5p"), 459e12, 95 * 2**30, 2765e9, 600e9),
-    Chip("v6e", ("TPU v6 lite", "TPU v6e"), 918e12, 32 * 2**30, 1640e9, 448e9),
-    Chip("tpu7x", ("TPU7x", "TPU v7x"), 2307e12, 192 * 2**30, 7380e9, 1200e9, devices=2),
+    Chip("v6e", ("TPU v6 lite", "TPU v6e"), 918e12, 32 * 2**30, 1600e9, 400e9),
+    Chip("tpu7x", ("TPU7x", "TPU v7x"), 2307e12, 192 * 2**30, 7380e9, 600e9, devices=2),
     Chip("A100", ("NVIDIA A100-SXM4-80GB", "NVIDIA A100-SXM4-40GB"), 312e12, 80e9, 2039e9),
     Chip("H100", ("NVIDIA H100 80GB HBM3",), 989.4e12, 80e9, 3350e9),
     Chip("H200", ("NVIDIA H200",), 989.4e12, 141e9, 4800e9),

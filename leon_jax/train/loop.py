@@ -156,7 +156,12 @@ def _run(program: Program, loop: LoopConfig, workdir: pathlib.Path) -> TrainStat
 
 
 def compile_step(step: Callable, state: Any, batch: Any) -> jax.stages.Compiled:
-    """The step as `run` runs it, compiled for these shapes and layouts; abstract ones will do.
+    """The step as `run` runs it, compiled; see `lower_step`."""
+    return lower_step(step, state, batch).compile()
+
+
+def lower_step(step: Callable, state: Any, batch: Any) -> jax.stages.Lowered:
+    """The step as `run` runs it, for these shapes and layouts; abstract ones will do.
 
     It leaves out an update whose metrics are not finite, counts it in the metric `SKIPPED`, and
     reuses the memory of the state it is given.
@@ -173,7 +178,7 @@ def compile_step(step: Callable, state: Any, batch: Any) -> jax.stages.Compiled:
         kept = TrainState(updated.step, model, opt_state, updated.key)
         return kept, {**metrics, SKIPPED: 1.0 - finite}
 
-    return jax.jit(guarded, donate_argnums=0).lower(state, batch).compile()
+    return jax.jit(guarded, donate_argnums=0).lower(state, batch)
 
 
 def _first_state(

@@ -1,0 +1,167 @@
+"""Checks a decoder's config against a TPU pod that is not there.
+
+    leon plan --config=configs/cm3leon_7b.py --topology=v5p:8x8x4
+
+Compiles the real training step (or, with --program=decode, the real drawing program) with the real
+compiler for TPUs, which runs on any Linux machine, and says what it takes: memory, traffic, time.
+Needs no TPU, no account and no network; needs the compiler: pip install 'leon_jax[tpu]'.
+With --search it looks for the fastest setting that fits, or for the smallest change that makes it
+fit. Exit code 3: it does not fit.
+
+Topologies: v4:AxBxC, v5e:AxB, v5p:AxBxC, v6e:AxB, tpu7x:AxBxC.
+"""
+
+import json
+import os
+import pathlib
+import sys
+
+# Before JAX is loaded: the computation is described to a compiler, never run, and libtpu would
+# look for a machine around it.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+
+from absl import flags
+from ml_collections import config_flags
+
+from leon_jax import config as configs
+from leon_jax.config import UserError
+
+FLAGS = flags.FlagValues()
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "A decoder's config file.", flag_values=FLAGS
+)
+_TOPOLOGY = flags.DEFINE_string(
+    "topology", None, "CHIP:AxB or CHIP:AxBxC, for example v5p:8x8x4.", flag_values=FLAGS
+)
+_PROGRAM = flags.DEFINE_enum(
+    "program", "train", ["train", "decode"], "What is compiled.", flag_values=FLAGS
+)
+_MESH = flags.DEFINE_list(
+    "mesh",
+    None,
+    "Sizes of data,fsdp,context,tensor; one may be -1. By default config.loop.mesh for training, "
+    "and -1,1,1,8 for drawing.",
+    flag_values=FLAGS,
+)
+_SEARCH = flags.DEFINE_bool(
+    "search",
+    False,
+    "Try remat policies, microbatches and meshes: the fastest that fits, or the smallest change "
+    "that does.",
+    flag_values=FLAGS,
+)
+_ROWS = flags.DEFINE_integer(
+    "rows", 32, "Pictures drawn at once (decode).", lower_bound=1, flag_values=FLAGS
+)
+_GUIDANCE = flags.DEFINE_float("guidance", 3.0, "Guidance weight (decode).", flag_values=FLAGS)
+_PROMPT = flags.DEFINE_integer(
+    "prompt",
+    None,
+    "Tokens of a prompt (decode); by default all that a picture leaves of the context.",
+    lower_bound=1,
+    flag_values=FLAGS,
+)
+_OUT = flags.DEFINE_string("out", None, "A folder for plan.json and index.html.", flag_values=FLAGS)
+
+DOES_NOT_FIT = 3
+
+
+def main(argv: list[str]) -> None:
+    """Runs `leon plan`.
+
+    Raises:
+      UserError: a flag or the config is wrong, or the compiler is not installed.
+      SystemExit: 3, it does not fit.
+    """
+    del argv
+    if _CONFIG.value is None:
+        raise UserError("--config is missing; for example --config=configs/cm3leon_7b.py")
+    if not _TOPOLOGY.value:
+        raise UserError("--topology is missing; for example --topology=v5p:8x8x4")
+    try:
+        values = _CONFIG.value.to_dict()
+    except OSError as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise UserError(f"the config file cannot be loaded: {reason}") from error
+    if values.get("kind") != "decoder":
+        raise UserError(f"config.kind is {values.get('kind')!r}; plans are made of 'decoder'")
+
+    from leon_jax.plan import page, topology
+    from leon_jax.plan.plan import DoesNotFit
+    from leon_jax.train.decoder_config import DecoderTraining
+    from leon_jax.train.loop import LoopConfig
+
+    loop = configs.build(LoopConfig, values.pop("loop", {}), "config.loop")
+    config = configs.build(DecoderTraining, values)
+    pod = topology.find(_TOPOLOGY.value)
+    try:
+        plan = _decode(config, pod) if _PROGRAM.value == "decode" else _train(config, loop, pod)
+    except DoesNotFit as error:
+        print(f"leon plan: does not fit {pod.name}: {error}", file=sys.stderr)
+        if _PROGRAM.value == "train":
+            print("leon plan: --search looks for the smallest change that does", file=sys.stderr)
+        raise SystemExit(DOES_NOT_FIT) from error
+    source = _config_path()
+    print(page.text(plan, source))
+    if _OUT.value:
+        folder = pathlib.Path(_OUT.value)
+        _write(folder / "plan.json", json.dumps({"config": source} | plan.to_json(), indent=1))
+        _write(folder / "index.html", page.page(plan, source))
+        print(f"leon plan: wrote {folder / 'plan.json'} and index.html", file=sys.stderr)
+
+
+def _train(config, loop, pod):
+    from leon_jax.plan import train
+
+    if loop.slices > 1:
+        raise UserError(f"config.loop.slices is {loop.slices}; a plan is made for one slice")
+    model = config.model
+    setting = train.Setting(_mesh(loop.mesh, pod), model.remat, config.microbatches)
+    if not _SEARCH.value:
+        return train.plan(config, pod, setting)
+    plan = train.search(
+        config, pod, setting, lambda line: print(f"leon plan: {line}", file=sys.stderr, flush=True)
+    )
+    if plan is None:
+        print(f"leon plan: nothing that was tried fits {pod.name}", file=sys.stderr)
+        raise SystemExit(DOES_NOT_FIT)
+    if change := train.Setting(**plan.setting).changes(setting):
+        print(f"leon plan: with {change}", file=sys.stderr)
+    return plan
+
+
+def _decode(config, pod):
+    from leon_jax.plan import decode
+
+    rows, columns = config.data.image_shape
+    longest = config.model.max_length - rows * columns
+    prompt = longest if _PROMPT.value is None else _PROMPT.value
+    mesh = _mesh((-1, 1, 1, min(8, len(pod.devices))), pod)
+    return decode.plan(config, pod, decode.Setting(mesh, _ROWS.value, _GUIDANCE.value, prompt))
+
+
+def _mesh(default, pod) -> tuple[int, ...]:
+    """The sizes that were asked for, without -1."""
+    from leon_jax import sharding
+
+    try:
+        wanted = default if _MESH.value is None else tuple(int(size) for size in _MESH.value)
+        return tuple(sharding.make_mesh(wanted, pod.devices).shape.values())
+    except ValueError as error:
+        raise UserError(f"--mesh: {error}") from error
+
+
+def _config_path() -> str:
+    """The config file as it was named, without the overrides."""
+    return str(FLAGS["config"].config_filename)  # type: ignore[attr-defined]
+
+
+def _write(path: pathlib.Path, content: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text(content, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"--out: {path} cannot be written: {error.strerror}") from error

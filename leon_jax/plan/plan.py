@@ -1,0 +1,179 @@
+"""What is known of a program before it runs: memory, traffic, and how fast it can be at most."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from typing import Any, Literal, Self
+
+import jax
+import numpy as np
+
+from leon_jax.plan.collectives import Collective, collectives
+from leon_jax.plan.roofline import Work
+from leon_jax.plan.topology import Topology
+
+
+class DoesNotFit(Exception):
+    """The compiler found no room; the message is its own first sentence."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes of one device.
+
+    Attributes:
+      parameters, optimizer: of the state (a cache counts as activations).
+      activations: everything else that the program allocates.
+      peak: all of it, as the compiler laid it out.
+      capacity: what the device has.
+    """
+
+    parameters: float
+    optimizer: float
+    activations: float
+    peak: float
+    capacity: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Roofline:
+    """Seconds that a program cannot be faster than, by what limits it.
+
+    Attributes:
+      compute: its arithmetic at the chip's peak.
+      memory: its traffic at the bandwidth of device memory.
+      links: its collectives at the bandwidth of all links to other chips together.
+    """
+
+    compute: float
+    memory: float
+    links: float
+
+    @classmethod
+    def of(cls, work: Work, sent: float, topology: Topology) -> Self:
+        """The roofline of one device's work and the bytes it sends."""
+        chip, share = topology.chip, topology.share
+        return cls(
+            work.flops / (chip.flops * share),
+            work.hbm_bytes / (chip.hbm_bandwidth * share),
+            sent / (chip.ici_bandwidth * share),
+        )
+
+    @property
+    def seconds(self) -> float:
+        """With everything else hidden behind what takes longest: no run is faster."""
+        return max(self.compute, self.memory, self.links)
+
+    @property
+    def serial_seconds(self) -> float:
+        """With no collective hidden behind arithmetic."""
+        return max(self.compute, self.memory) + self.links
+
+    @property
+    def limit(self) -> str:
+        """What takes longest."""
+        return max(("compute", "memory", "links"), key=lambda name: getattr(self, name))
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """One compiled program.
+
+    Attributes:
+      program: `train`: a step; `decode`: pictures for a batch of prompts.
+      topology, chips, devices: where it would run.
+      setting: what was chosen: mesh, remat, microbatches, ...
+      parameters: of the model.
+      memory: of a device.
+      collectives: by kind, one device, one execution.
+      rooflines: by part of the program; a training step has one.
+      figures: what follows from them, by name (see docs/plans.md).
+      compile_seconds: what compiling took here.
+    """
+
+    program: Literal["train", "decode"]
+    topology: str
+    chips: int
+    devices: int
+    setting: dict[str, Any]
+    parameters: int
+    memory: Memory
+    collectives: dict[str, Collective]
+    rooflines: dict[str, Roofline]
+    figures: dict[str, float]
+    compile_seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, rooflines with their bound."""
+        plain = dataclasses.asdict(self)
+        for name, roofline in self.rooflines.items():
+            plain["rooflines"][name] |= {"seconds": roofline.seconds, "limit": roofline.limit}
+        return plain
+
+
+def compile_for(
+    lower: Callable[[], jax.stages.Lowered], state: dict[str, Any], topology: Topology
+) -> tuple[Memory, dict[str, Collective], float]:
+    """(memory, collectives, seconds of compiling) of a program on a topology's devices.
+
+    Args:
+      lower: lowers the program.
+      state: trees of abstract arrays that it holds, `parameters` and `optimizer`.
+      topology: gives the capacity.
+
+    Raises:
+      DoesNotFit: it needs more memory than a device has.
+    """
+    start = time.monotonic()
+    lowered = lower()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise DoesNotFit(_reason(str(error))) from error
+    seconds = time.monotonic() - start
+    figures, text = compiled.memory_analysis(), compiled.as_text()
+    assert figures is not None and text is not None  # the compiler for TPUs gives both
+    peak = (
+        figures.argument_size_in_bytes
+        + figures.temp_size_in_bytes
+        + figures.output_size_in_bytes
+        - figures.alias_size_in_bytes
+    )
+    held = {name: device_bytes(tree) for name, tree in state.items()}
+    parameters, optimizer = held["parameters"], held.get("optimizer", 0.0)
+    memory = Memory(
+        parameters,
+        optimizer,
+        peak - parameters - optimizer,
+        peak,
+        topology.chip.hbm * topology.share,
+    )
+    return memory, collectives(text), seconds
+
+
+def device_bytes(tree: Any) -> float:
+    """Bytes of one device's part of abstract arrays with shardings."""
+
+    def size(leaf: Any) -> float:
+        whole = leaf.sharding is None or not leaf.shape
+        shape = leaf.shape if whole else leaf.sharding.shard_shape(leaf.shape)
+        return math.prod(shape) * np.dtype(leaf.dtype).itemsize
+
+    return float(sum(map(size, jax.tree.leaves(tree))))
+
+
+def sent_bytes(found: dict[str, Collective]) -> float:
+    """Bytes that a device sends in all kinds of collectives."""
+    return sum(collective.bytes_sent for collective in found.values())
+
+
+def _reason(message: str) -> str:
+    """The sentence of the compiler's message that says how much is too much."""
+    lines = [line.strip() for line in message.splitlines()]
+    for line in lines:
+        if "Used" in line and " of " in line:
+            return line[line.index("Used") :]
+    return lines[0].removeprefix("RESOURCE_EXHAUSTED: ")

@@ -1,0 +1,124 @@
+"""Arithmetic and memory traffic of the decoder, counted from its shape.
+
+XLA's own count takes the body of a loop once, so it cannot be used for layers that are scanned.
+Only matrix products are counted (their operands and results, for traffic), and the optimizer's
+state: what is left out makes a step slower, so a bound stays a bound.
+
+Letters: E embed, F mlp, V vocab, T length.
+"""
+
+import dataclasses
+
+from leon_jax.models.decoder import DecoderConfig
+from leon_jax.ops.attention import BLOCKS
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What a program must at least do; sums over all devices or one device's part.
+
+    Attributes:
+      flops: operations that are executed.
+      hbm_bytes: bytes read from and written to device memory.
+    """
+
+    flops: float
+    hbm_bytes: float
+
+
+def training_flops(config: DecoderConfig, length: int) -> float:
+    """Operations executed for a token of a training step, those computed again included.
+
+    `DecoderConfig.flops_per_token` is what a step needs; beyond it are
+      - logits, always computed again in the backward pass (2 E V);
+      - scores, computed again by flash attention's backward pass (1 of 4 products more);
+      - blocks of scores on the diagonal, half of which is masked;
+      - what the remat policy gives up.
+    """
+    weights = config.layers * (4 * config.embed**2 + 2 * config.embed * config.mlp)
+    block = next((size for size in BLOCKS if length % size == 0), 0)
+    # Two products forward, QK^T and AV, at half of T^2 each, and what the diagonal adds.
+    forward = 2 * config.layers * (length + block) * config.embed
+    attention = forward * (1 + 2.5 + (config.remat in ("dots", "full")))
+    # The last product of a layer is never needed again: nothing but the next layer reads it.
+    again = weights - config.layers * config.mlp * config.embed if _recomputes(config) else 0
+    return 2 * (3 * weights + again) + attention + 8 * config.vocab_size * config.embed
+
+
+def training_work(
+    config: DecoderConfig,
+    length: int,
+    tokens: int,
+    state_bytes: float,
+    fsdp: int,
+    tensor: int,
+    microbatches: int = 1,
+) -> Work:
+    """One device's part of a training step.
+
+    Args:
+      config: the model.
+      length: tokens of a row.
+      tokens: of a device, all microbatches together; `tensor` devices share them.
+      state_bytes: parameters and optimizer state that the device holds.
+      fsdp, tensor: sizes of these mesh axes.
+      microbatches: each gathers and reads the weights anew.
+    """
+    flops = training_flops(config, length) * tokens / tensor
+    # Read and written by the optimizer, and gradients as large as parameters (a third of it).
+    traffic = state_bytes * (2 + 2 / 3)
+    weights = config.layers * (4 * config.embed**2 + 2 * config.embed * config.mlp)
+    again = _recomputes(config)
+    # bfloat16 weights: written by the gather, read by each forward pass and for one of the two
+    # products backward.
+    traffic += 2 * weights / tensor * (2 + again) * (2 if fsdp > 1 else 1) * microbatches
+    # Operands and results of a token: queries, keys, values and output 2 E each, MLP E + F twice,
+    # of which the second is not computed again.
+    once = 10 * config.embed + 2 * config.mlp
+    operands = 3 * once + again * (once - config.embed - config.mlp)
+    # Logits are written and read in float32, forward and backward.
+    logits = 4 * 4 * config.vocab_size / tensor
+    return Work(flops, traffic + tokens * (2 * config.layers * operands / tensor + logits))
+
+
+def _recomputes(config: DecoderConfig) -> bool:
+    """Whether products with weights are computed again in the backward pass."""
+    return config.remat in ("attention", "full")
+
+
+def prefill_work(
+    config: DecoderConfig, length: int, rows: float, weight_bytes: float, tensor: int
+) -> Work:
+    """One device's part of reading prompts of `length` tokens.
+
+    Args:
+      config: the model.
+      length: of a prompt, padding included.
+      rows: of a device, streams included.
+      weight_bytes: weights that the device holds.
+      tensor: size of this mesh axis.
+    """
+    weights = config.layers * (4 * config.embed**2 + 2 * config.embed * config.mlp)
+    tokens = rows * length
+    flops = 2 * weights * tokens + 2 * config.layers * length * config.embed * tokens
+    cache = 2 * 2 * config.layers * config.embed * tokens
+    return Work(flops / tensor, weight_bytes + cache / tensor)
+
+
+def decode_work(
+    config: DecoderConfig, slots: int, rows: float, weight_bytes: float, tensor: int
+) -> Work:
+    """One device's part of writing one more token in each row.
+
+    Args:
+      config: the model.
+      slots: of the cache, all of which are read.
+      rows: of a device, streams included.
+      weight_bytes: weights that the device holds; all are read.
+      tensor: size of this mesh axis.
+    """
+    weights = config.layers * (4 * config.embed**2 + 2 * config.embed * config.mlp)
+    weights += config.vocab_size * config.embed
+    attention = 4 * config.layers * slots * config.embed
+    cache = 2 * 2 * config.layers * config.embed * slots
+    return Work(rows * (2 * weights + attention) / tensor, weight_bytes + rows * cache / tensor)

@@ -1,0 +1,82 @@
+"""TPU pods that are not there, as JAX's compiler for TPUs describes them."""
+
+import contextlib
+import dataclasses
+import math
+import os
+import re
+import sys
+from collections.abc import Iterator
+
+import jax
+from jax.experimental import topologies
+
+from leon_jax.config import UserError
+from leon_jax.train import hardware
+from leon_jax.train.hardware import Chip
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """A slice of a pod.
+
+    Attributes:
+      name: for example `v5p:8x8x4`.
+      chip: what it is made of.
+      chips: how many.
+      devices: descriptions of JAX devices; a chip may be two of them.
+    """
+
+    name: str
+    chip: Chip
+    chips: int
+    devices: tuple[jax.Device, ...]
+
+    @property
+    def share(self) -> float:
+        """The part of a chip that a device is."""
+        return self.chips / len(self.devices)
+
+
+def find(name: str) -> Topology:
+    """The topology of this name, `CHIP:AxB` or `CHIP:AxBxC`.
+
+    Raises:
+      UserError: there is no such chip or shape, or the compiler for TPUs is not installed.
+    """
+    kinds = [chip for chip in hardware.CHIPS if chip.ici_bandwidth]
+    shape = re.fullmatch(r"(\w+):(\d+(?:x\d+){1,2})", name)
+    chip = next((chip for chip in kinds if shape and chip.name == shape[1]), None)
+    if shape is None or chip is None:
+        known = ", ".join(chip.name for chip in kinds)
+        raise UserError(
+            f"--topology={name} must be CHIP:AxB or CHIP:AxBxC, for example v5p:8x8x4; "
+            f"the chips are {known}"
+        )
+    try:
+        with _quiet():
+            found = topologies.get_topology_desc(platform="tpu", topology_name=name)
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).splitlines()[0].removeprefix("INVALID_ARGUMENT: ")
+        raise UserError(f"--topology={name}: {reason}") from error
+    except RuntimeError as error:
+        raise UserError(
+            "the compiler for TPUs is not installed: pip install 'leon_jax[tpu]', or set "
+            "TPU_LIBRARY_PATH to a libtpu.so"
+        ) from error
+    chips = math.prod(int(size) for size in shape[2].split("x"))
+    return Topology(name, chip, chips, tuple(found.devices))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hides what libtpu says on file descriptor 2 when it finds no TPU, which is expected here."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nothing:
+        os.dup2(nothing.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)

@@ -1,0 +1,211 @@
+"""Plans of training: the very step of `leon_jax.train.loop`, compiled for absent chips."""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+from leon_jax import sharding
+from leon_jax.config import UserError
+from leon_jax.plan import plan as plans
+from leon_jax.plan import roofline
+from leon_jax.plan.plan import DoesNotFit, Plan, Roofline
+from leon_jax.plan.topology import Topology
+from leon_jax.train import optimizer
+from leon_jax.train.decoder_config import DecoderTraining
+from leon_jax.train.decoder_step import BATCH_DTYPES, new_state, update
+from leon_jax.train.loop import lower_step
+
+# From the one that computes nothing again to the one that keeps least.
+REMAT = ("none", "dots", "attention", "full")
+MICROBATCHES = (1, 2, 4, 8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What a plan may change without changing the model or the update.
+
+    Attributes:
+      mesh: sizes of (data, fsdp, context, tensor), without -1.
+      remat: see `DecoderConfig`.
+      microbatches: see `DecoderTraining`.
+    """
+
+    mesh: tuple[int, ...]
+    remat: str
+    microbatches: int
+
+    def apply(self, config: DecoderTraining) -> DecoderTraining:
+        """The configuration with this remat policy and so many microbatches."""
+        model = dataclasses.replace(config.model, remat=self.remat)  # type: ignore[arg-type]
+        return dataclasses.replace(config, model=model, microbatches=self.microbatches)
+
+    def changes(self, other: "Setting") -> str:
+        """What is different from another one, as flags."""
+        found = []
+        if self.remat != other.remat:
+            found.append(f"--config.model.remat={self.remat}")
+        if self.microbatches != other.microbatches:
+            found.append(f"--config.microbatches={self.microbatches}")
+        if self.mesh != other.mesh:
+            found.append(f"--mesh={','.join(map(str, self.mesh))}")
+        return " ".join(found)
+
+
+def plan(config: DecoderTraining, topology: Topology, setting: Setting) -> Plan:
+    """Compiles a training step.
+
+    Raises:
+      UserError: the batch cannot be dealt to the mesh.
+      DoesNotFit: it needs more memory than a device has.
+    """
+    config = setting.apply(config)
+    mesh = sharding.make_mesh(setting.mesh, topology.devices)
+    data, fsdp, *_ = setting.mesh
+    parts = data * fsdp * setting.microbatches
+    if config.batch_size % parts:
+        raise UserError(
+            f"config.batch_size is {config.batch_size}; it must be a multiple of data x fsdp x "
+            f"microbatches, {parts}"
+        )
+    transformation = optimizer.make(config.optimizer)
+    with jax.set_mesh(mesh):
+        key = jax.eval_shape(jax.random.key, 0)
+        state = jax.eval_shape(lambda key: new_state(config.model, transformation, key, key), key)
+        shape = config.batch_size, config.data.length
+        batch = {
+            name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding())
+            for name, dtype in BATCH_DTYPES.items()
+        }
+        memory, found, seconds = plans.compile_for(
+            lambda: lower_step(functools.partial(update, config, transformation), state, batch),
+            {"parameters": state.model, "optimizer": state.opt_state},
+            topology,
+        )
+    bound = _roofline(config, topology, setting, memory.parameters + memory.optimizer, found)
+    return Plan(
+        program="train",
+        topology=topology.name,
+        chips=topology.chips,
+        devices=len(topology.devices),
+        setting=dataclasses.asdict(setting),
+        parameters=config.model.parameter_count(),
+        memory=memory,
+        collectives=found,
+        rooflines={"step": bound},
+        figures=_figures(config, topology, bound),
+        compile_seconds=seconds,
+    )
+
+
+def search(
+    config: DecoderTraining,
+    topology: Topology,
+    setting: Setting,
+    say: Callable[[str], None],
+    attempts: int = 16,
+) -> Plan | None:
+    """The fastest plan if `setting` fits, else that of the smallest change that does; None if none.
+
+    Args:
+      config, topology, setting: where to start.
+      say: is told of every attempt.
+      attempts: how many changes are tried at most if it does not fit; each is compiled.
+
+    The fastest is that with the least arithmetic and collectives, added up.
+    """
+
+    def attempt(other: Setting, name: str) -> Plan | None:
+        try:
+            found = plan(config, topology, other)
+        except DoesNotFit as error:
+            say(f"{name}: does not fit. {error}")
+            return None
+        bound = found.rooflines["step"]
+        say(f"{name}: fits, {bound.seconds:.3g} to {bound.serial_seconds:.3g} s a step at least")
+        return found
+
+    settings = list(_candidates(config, topology, setting))
+    best = attempt(setting, "as configured")
+    if best is None:
+        smaller = [other for other in settings if _saves(other, setting)]
+        smaller.sort(key=lambda other: _distance(other, setting))
+        tried = (attempt(other, other.changes(setting)) for other in smaller[:attempts])
+        return next((found for found in tried if found), None)
+    for remat in REMAT[: REMAT.index(setting.remat)]:
+        same = [s for s in settings if s.remat == remat and s.mesh == setting.mesh]
+        tried = (
+            attempt(other, other.changes(setting))
+            for other in sorted(same, key=lambda other: other.microbatches)
+        )
+        # The fewest microbatches that fit gather the weights least often.
+        if (found := next((found for found in tried if found), None)) is not None:
+            best = min(best, found, key=lambda found: found.rooflines["step"].serial_seconds)
+    return best
+
+
+def _candidates(config: DecoderTraining, topology: Topology, setting: Setting) -> Iterator[Setting]:
+    """All other settings worth a try: they deal rows, heads and tokens evenly."""
+    model, devices = config.model, len(topology.devices)
+    meshes = [setting.mesh]
+    for tensor, context in itertools.product((1, 2, 4, 8), (1, 2, 4)):
+        rest, odd = divmod(devices, tensor * context)
+        if not odd and not model.heads % tensor and not config.data.length % (128 * context):
+            meshes.append((1, rest, context, tensor))
+    for mesh, remat, parts in itertools.product(dict.fromkeys(meshes), REMAT, MICROBATCHES):
+        other = Setting(mesh, remat, parts)
+        if other != setting and not config.batch_size % (mesh[0] * mesh[1] * parts):
+            yield other
+
+
+def _saves(other: Setting, setting: Setting) -> bool:
+    """Whether another setting can need less memory."""
+    return (
+        REMAT.index(other.remat) >= REMAT.index(setting.remat)
+        and other.microbatches >= setting.microbatches
+    )
+
+
+def _distance(other: Setting, setting: Setting) -> tuple:
+    """How large a change is: first how many keys, then what it costs."""
+    remesh = other.mesh != setting.mesh
+    keys = (other.remat != setting.remat) + (other.microbatches != setting.microbatches) + remesh
+    return keys, remesh, other.mesh[2] * other.mesh[3], other.microbatches, other.remat
+
+
+def _roofline(config, topology, setting, state_bytes, found) -> Roofline:
+    _, fsdp, _, tensor = setting.mesh
+    tokens = config.batch_size * config.data.length * tensor // len(topology.devices)
+    work = roofline.training_work(
+        config.model,
+        config.data.length,
+        tokens,
+        state_bytes,
+        fsdp,
+        tensor,
+        setting.microbatches,
+    )
+    return Roofline.of(work, plans.sent_bytes(found), topology)
+
+
+def _figures(config: DecoderTraining, topology: Topology, bound: Roofline) -> dict[str, Any]:
+    tokens = config.batch_size * config.data.length
+    needed = config.model.flops_per_token(config.data.length) * tokens
+    executed = roofline.training_flops(config.model, config.data.length) * tokens
+    seconds, peak = bound.seconds, topology.chip.flops * topology.chips
+    days = config.steps * seconds / 86400
+    return {
+        "tokens_per_step": tokens,
+        "flops_per_step": needed,
+        "executed_flops_per_step": executed,
+        "seconds_per_step": seconds,
+        "mfu_bound": needed / (seconds * peak),
+        "mfu_serial": needed / (bound.serial_seconds * peak),
+        "tokens_per_second": tokens / seconds,
+        "steps": config.steps,
+        "days": days,
+        "chip_hours": days * 24 * topology.chips,
+    }

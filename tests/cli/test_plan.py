@@ -1,0 +1,131 @@
+"""`leon plan`: what a person types, and what comes back."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests import tpu
+
+TINY = """
+import pathlib, runpy
+
+def get_config():
+    base = runpy.run_path({base!r})["make"]
+    config = base(layers=2, embed=512, heads=4, learning_rate=1e-3, tokens=1e12)
+    config.batch_size = 1024
+    config.model.remat = "none"
+    return config
+"""
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    path = tmp_path_factory.mktemp("config") / "tiny.py"
+    path.write_text(TINY.format(base=str(tpu.ROOT / "configs" / "cm3leon_base.py")))
+    return path
+
+
+def leon_plan(*flags: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "leon_jax.cli.main", "plan", *flags],
+        env=tpu.environment(),
+        cwd=tpu.ROOT,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+def test_what_does_not_fit_exits_3_and_search_names_the_smallest_change(config, tmp_path):
+    flags = f"--config={config}", "--topology=v5e:2x2"
+    done = leon_plan(*flags)
+    assert done.returncode == 3
+    assert "does not fit v5e:2x2" in done.stderr and "--search" in done.stderr
+    assert "Traceback" not in done.stderr
+
+    done = leon_plan(*flags, "--search", f"--out={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("leon plan: ")]
+    change = next(line for line in lines if "fits," in line).split(": ")[1]
+    assert change.startswith("--config.") and f"leon plan: with {change}" in lines
+    found = json.loads((tmp_path / "plan.json").read_text())
+    assert found["memory"]["peak"] < found["memory"]["capacity"]
+    # The change that was named is enough by itself.
+    assert leon_plan(*flags, *change.split()).returncode == 0
+
+
+@pytest.mark.slow
+def test_a_plan_says_everything_twice(config, tmp_path):
+    done = leon_plan(
+        f"--config={config}", "--topology=v6e:2x2", "--mesh=1,2,1,2",
+        "--config.batch_size=64", f"--out={tmp_path}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "plan.json").read_text())
+    weights = 2 * (4 * 512**2 + 2 * 512 * 2048) + (65536 + 4096) * 512
+    assert found["parameters"] == weights
+    # Split over fsdp and tensor; positions over fsdp only. Adam keeps two more of everything.
+    split = (weights - 4096 * 512) / 4 + 4096 * 512 / 2
+    assert found["memory"]["parameters"] == 4 * split
+    assert found["memory"]["optimizer"] == pytest.approx(8 * split)
+    figures, bound = found["figures"], found["rooflines"]["step"]
+    assert figures["tokens_per_step"] == 64 * 4096
+    assert bound["seconds"] == max(bound["compute"], bound["memory"], bound["links"])
+    assert figures["mfu_bound"] == pytest.approx(
+        figures["flops_per_step"] / (bound["seconds"] * 4 * 918e12)
+    )
+    assert 0 < figures["mfu_serial"] < figures["mfu_bound"] < 1
+    page = (tmp_path / "index.html").read_text()
+    assert f"{100 * figures['mfu_bound']:.1f} %" in page and page.count("<svg") == 2
+    for line in ("parameters", "all-reduce", "MFU at most", "chip-hours"):
+        assert line in done.stdout and line in page
+
+
+@pytest.mark.slow
+def test_drawing_can_be_planned(config, tmp_path):
+    done = leon_plan(
+        f"--config={config}", "--topology=v5e:2x2", "--program=decode", "--rows=4",
+        "--mesh=-1,1,1,4", "--prompt=128", f"--out={tmp_path}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "plan.json").read_text())
+    assert set(found["rooflines"]) == {"prefill", "token"}
+    total = found["rooflines"]["prefill"]["seconds"] + 1024 * found["rooflines"]["token"]["seconds"]
+    assert found["figures"]["pictures_per_second"] == pytest.approx(4 / total)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--topology=v5p"], "must be CHIP:AxB or CHIP:AxBxC"),
+        (["--topology=v9z:2x2"], "the chips are v4, v5e, v5p, v6e, tpu7x"),
+        (["--topology=v5e:3x5"], "--topology=v5e:3x5: Topology layout"),
+        (["--topology=v5e:2x2", "--mesh=3,1,1,1"], "--mesh: mesh"),
+        (["--topology=v5e:2x2", "--mesh=a,1,1,1"], "--mesh: invalid literal"),
+        (["--topology=v5e:2x2", "--config.batch_size=6"], "must be a multiple of data x fsdp"),
+        (["--topology=v5e:2x2", "--program=decode", "--prompt=4000"], "--prompt=4000"),
+        ([], "--topology is missing"),
+    ],
+)
+def test_bad_flags_are_one_sentence(config, flags, message):
+    done = leon_plan(f"--config={config}", *flags)
+    assert done.returncode == 2
+    assert message in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_other_kinds_have_no_plan():
+    done = leon_plan("--config=configs/vqgan_256.py", "--topology=v5e:2x2")
+    assert done.returncode == 2 and "plans are made of 'decoder'" in done.stderr
+
+
+def test_without_the_compiler_it_says_how_to_get_it(config):
+    environment = tpu.environment()
+    del environment["TPU_LIBRARY_PATH"]
+    done = subprocess.run(
+        [sys.executable, "-m", "leon_jax.cli.main", "plan", f"--config={config}",
+         "--topology=v5e:2x2"],
+        env=environment, cwd=tpu.ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2 and "pip install 'leon_jax[tpu]'" in done.stderr

@@ -1,0 +1,28 @@
+"""Where the compiler for TPUs is (`make tpu`)."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def environment() -> dict[str, str]:
+    """Of a process that compiles for absent TPUs.
+
+    Without the compiler the calling test is skipped, or fails if LEON_REQUIRE_PEERS is set.
+    """
+    library = ROOT / ".tpu" / "libtpu" / "libtpu.so"
+    if not library.exists():
+        reason = "compiles for TPUs, and that compiler is not here; `make tpu` installs it"
+        if os.environ.get("LEON_REQUIRE_PEERS", "") not in ("", "0"):
+            pytest.fail(f"LEON_REQUIRE_PEERS is set, and this test {reason}")
+        pytest.skip(reason)
+    return {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "TPU_LIBRARY_PATH": str(library),
+        "TPU_SKIP_MDS_QUERY": "1",
+        "JAX_PLATFORMS": "cpu",
+    }
