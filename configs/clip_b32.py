@@ -71,5 +71,6 @@ def get_config() -> ConfigDict:
                 "keep_style": 1.0,
                 "drop_words": 0.0,
             },
+            "loop": {},
         }
     )

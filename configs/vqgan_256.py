@@ -48,5 +48,6 @@ def get_config() -> ConfigDict:
                 "weight_decay": 0.0,
             },
             "data": {"dir": "data/emoji"},
+            "loop": {},
         }
     )

@@ -48,5 +48,6 @@ def get_config() -> ConfigDict:
                 "weight_decay": 0.1,
             },
             "data": {"dir": "data/emoji", "text": "runs/emoji/text/export/text.json"},
+            "loop": {},
         }
     )

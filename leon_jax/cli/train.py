@@ -22,7 +22,15 @@ from leon_jax import config as configs
 from leon_jax import sharding
 from leon_jax.config import UserError
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment's config file.")
+# A file says what departs from the defaults, so keys that it leaves out can be set as well. Whether
+# a key exists is checked where its value is used, and the answer names the nearest one.
+_CONFIG = config_flags.DEFINE_config_file(
+    "config",
+    None,
+    "The experiment's config file.",
+    lock_config=False,
+    accept_new_attributes=True,
+)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps everything it writes.")
 
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "One of several processes of one run.")

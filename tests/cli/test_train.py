@@ -6,6 +6,8 @@ import runpy
 import subprocess
 import sys
 
+import pytest
+
 from leon_jax.tokenizers.text import TextTokenizer
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
@@ -58,7 +60,7 @@ def test_a_config_that_is_not_there_is_named(tmp_path):
 
 def test_a_misspelt_key_on_the_command_line_is_named(tmp_path):
     message = refused(TOKENIZER, f"--workdir={tmp_path}/w", "--config.batch_sise=3")
-    assert "batch_sise" in message
+    assert "unknown key config.batch_sise; did you mean config.batch_size?" in message
     assert not (tmp_path / "w").exists()
 
 
@@ -77,14 +79,15 @@ def test_missing_data_say_what_to_run(tmp_path):
 
 
 def test_a_mesh_that_does_not_fit_the_devices_is_explained(tmp_path):
-    source = (CONFIGS / "emoji" / "tokenizer.py").read_text()
-    (tmp_path / "mesh.py").write_text(
-        source.replace(
-            '"kind": "tokenizer",', '"kind": "tokenizer", "loop": {"mesh": (3, 5, 1, 1)},'
-        )
-    )
-    message = refused(f"--config={tmp_path}/mesh.py", f"--workdir={tmp_path}/w")
+    message = refused(TOKENIZER, f"--workdir={tmp_path}/w", "--config.loop.mesh=(3, 5, 1, 1)")
     assert "does not cover" in message
+
+
+@pytest.mark.parametrize("name", ["cm3leon_350m", "vqgan_256", "emoji/encoder", "emoji/decoder"])
+def test_a_key_that_the_file_leaves_out_can_be_set(tmp_path, name):
+    config = f"--config={CONFIGS}/{name}.py"
+    message = refused(config, f"--workdir={tmp_path}/w", "--config.loop.data_shards=0")
+    assert "data_shards is 0; it must be at least 1" in message
 
 
 def test_a_run_of_another_configuration_is_not_gone_on_with(tmp_path, emoji_data_dir):
