@@ -55,6 +55,11 @@ def main(argv: list[str]) -> None:
         raise UserError("--config is missing; for example --config=configs/emoji/decoder.py")
     if not _WORKDIR.value:
         raise UserError("--workdir is missing; for example --workdir=runs/emoji/decoder")
+    if "://" in _WORKDIR.value:  # as a path it would name a new folder here
+        raise UserError(
+            f"--workdir={_WORKDIR.value} is an address; it must be a folder that all hosts share, "
+            "for example a mounted bucket or network file system"
+        )
     try:
         values = _CONFIG.value.to_dict()
     except OSError as error:  # the flag puts off its complaint until it is used

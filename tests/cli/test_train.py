@@ -44,6 +44,12 @@ def test_flags_that_are_needed_are_asked_for(tmp_path):
     assert "--workdir is missing" in refused(TEXT)
 
 
+def test_a_bucket_is_not_taken_for_a_folder():
+    message = refused(TEXT, "--workdir=gs://bucket/run")
+    assert "gs://bucket/run is an address" in message
+    assert not (CONFIGS.parent / "gs:").exists()
+
+
 def test_flags_of_processes_are_used_together(tmp_path):
     workdir = f"--workdir={tmp_path / 'w'}"
     assert "need --distributed" in refused(TOKENIZER, workdir, "--processes=2")
