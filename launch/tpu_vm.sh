@@ -1,0 +1,107 @@
+#!/usr/bin/env bash
+# `leon train` on TPU slices that Cloud TPU lends when it has them (queued resources).
+#
+#   launch/tpu_vm.sh keep --config=configs/cm3leon_350m.py --workdir=/runs/leon ...
+#
+# asks for the slices, waits, installs, starts, and does so again after a preemption, until the run
+# has finished. The single steps: create, ready, install, start FLAGS, status, logs, stop, delete.
+# What is wanted is said by the variables below; docs/launch.md explains them.
+set -euo pipefail
+
+: "${IMAGE:?the image of launch/Dockerfile, as REGION-docker.pkg.dev/PROJECT/REPOSITORY/leon:tpu}"
+: "${SHARE:?a network file system as HOST:/FOLDER, which all hosts mount at /runs}"
+: "${ZONE:?the zone of the TPUs, for example us-east5-b}"
+NAME=${NAME:-leon}
+ACCELERATOR=${ACCELERATOR:-v6e-16} # of one slice
+RUNTIME=${RUNTIME:-v2-alpha-tpuv6e}
+SLICES=${SLICES:-1}
+SPOT=${SPOT:-yes}
+POLL=${POLL:-60} # seconds
+
+queue() { # VERB ARGUMENTS: a verb of gcloud's queued resources, for ours
+  gcloud compute tpus queued-resources "$1" "$NAME" --zone="$ZONE" "${@:2}"
+}
+
+on_all() { # COMMAND: on every host of every slice at once
+  queue ssh --node=all --worker=all --command="$1"
+}
+
+state() { # prints nothing if there is no such request; fails if that cannot be known
+  gcloud compute tpus queued-resources list --zone="$ZONE" --filter="name ~ \"/$NAME\$\"" \
+    --format="value(state.state)"
+}
+
+create() {
+  local nodes=(--node-id="$NAME")
+  if ((SLICES > 1)); then nodes=(--node-count="$SLICES" --node-prefix="$NAME"); fi
+  if [[ $SPOT == yes ]]; then nodes+=(--spot); fi
+  queue create --accelerator-type="$ACCELERATOR" --runtime-version="$RUNTIME" "${nodes[@]}"
+}
+
+ready() { # waits until the slices are there; fails if they never will be
+  local now
+  while true; do
+    now=$(state) || now=unknown
+    echo "$NAME: ${now:-not asked for}" >&2
+    case $now in
+      ACTIVE) return 0 ;;
+      FAILED | SUSPENDING | SUSPENDED | DELETING | "") return 1 ;;
+    esac
+    sleep "$POLL"
+  done
+}
+
+install() { # may be done again
+  on_all "set -e
+    mountpoint -q /runs || {
+      sudo apt-get update -qq && sudo apt-get install -qq nfs-common
+      sudo mkdir -p /runs && sudo mount -t nfs $SHARE /runs
+    }
+    sudo gcloud auth configure-docker ${IMAGE%%/*} --quiet
+    sudo docker pull --quiet $IMAGE"
+}
+
+start() { # FLAGS of `leon train`
+  local flags
+  flags=$(printf ' %q' --distributed --config.loop.slices="$SLICES" "$@")
+  on_all "{ sudo docker stop --time=600 leon; sudo docker rm leon; } >/dev/null 2>&1
+    sudo docker run --detach --name=leon --privileged --net=host --volume=/runs:/runs $IMAGE train$flags"
+}
+
+status() { # of the first host: `running 0`, `exited CODE`, or `none`; fails if it cannot be asked
+  queue ssh --node=0 --worker=0 --command="sudo docker inspect \
+    --format='{{.State.Status}} {{.State.ExitCode}}' leon 2>/dev/null || echo none" | tail -n 1
+}
+
+logs() { queue ssh --node=0 --worker=0 --command="sudo docker logs --follow --tail=50 leon"; }
+
+# SIGTERM: the run saves, and ends.
+stop() { on_all "sudo docker stop --time=600 leon"; }
+
+delete() { queue delete --force --quiet; }
+
+keep() { # FLAGS of `leon train`
+  local now
+  while true; do
+    # Not knowing is no reason to give slices back.
+    if ! now=$(state); then sleep "$POLL"; continue; fi
+    case $now in
+      "") create ;;
+      FAILED | SUSPENDED) delete ;; # nothing comes back by itself
+      ACTIVE)
+        case $(status || echo unknown) in
+          running* | created* | unknown) ;;
+          "exited 0") echo "$NAME: finished; the slices are still yours: $0 delete" >&2; return 0 ;;
+          # A mistake in the flags, the config or the data: trying again changes nothing.
+          "exited 2") echo "$NAME: stopped by a mistake; see $0 logs" >&2; return 2 ;;
+          *) { install && start "$@"; } || echo "$NAME: not every host could start" >&2 ;;
+        esac ;;
+    esac
+    sleep "$POLL"
+  done
+}
+
+case ${1:-} in
+  create | ready | install | start | status | logs | stop | delete | keep) "$@" ;;
+  *) sed -n '2,/^set/s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;
+esac
