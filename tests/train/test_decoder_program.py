@@ -28,7 +28,7 @@ CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 NAMES = ("red heart", "blue car", "green tree", "old clock")
 
 
-def write_folder(folder: pathlib.Path) -> None:
+def write_data(folder: pathlib.Path) -> None:
     """Four captions, each with one picture; every document's neighbour is the next one."""
     rng = np.random.default_rng(0)
     documents = [
@@ -40,6 +40,11 @@ def write_folder(folder: pathlib.Path) -> None:
     scores = np.ones((4, 1), np.float32)
     Neighbours(ids, ids, scores, scores).save(folder / "neighbours_train.safetensors")
     TextTokenizer.train(NAMES, 270).save(folder / "text.json")
+
+
+def write_folder(folder: pathlib.Path) -> None:
+    """The data, and the image tokenizer that samples are drawn with."""
+    write_data(folder)
     shape = VQGANConfig(
         resolution=8, channels=8, multipliers=(1, 1, 2), blocks=1, attention_sizes=(),
         groups=4, latent=8, code_dim=4, codes=16,
