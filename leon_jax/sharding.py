@@ -74,7 +74,11 @@ def make_mesh(
         # Devices that are no TPUs, and a single slice, all say slice 0.
         by_process = len({getattr(device, "slice_index", 0) for device in devices}) == 1
         grid = mesh_utils.create_hybrid_device_mesh(
-            within, across, devices, process_is_granule=by_process
+            within,
+            across,
+            devices,
+            process_is_granule=by_process,
+            allow_split_physical_axes=True,
         )
         return jax.sharding.Mesh(grid, AXES, axis_types=kinds)
     # Neighbours on the torus where they can be; an axis of it may be split where they cannot.

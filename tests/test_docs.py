@@ -33,7 +33,11 @@ def defined_flags(verb: str) -> set[str]:
     names = {"help"}
     path = ROOT / "leon_jax" / "cli" / f"{verb}.py"
     for node in ast.walk(ast.parse(path.read_text())):
-        if not isinstance(node, ast.Call) or not node.args:
+        if not isinstance(node, ast.Call):
+            continue
+        if ast.unparse(node.func) == "config_flag.define":
+            names.add("config")
+        if not node.args:
             continue
         function = node.func.attr if isinstance(node.func, ast.Attribute) else ""
         if function.startswith("DEFINE_") and isinstance(node.args[0], ast.Constant):

@@ -22,15 +22,13 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 
 from absl import flags
-from ml_collections import config_flags
 
 from leon_jax import config as configs
+from leon_jax.cli import config_flag
 from leon_jax.config import UserError
 
 FLAGS = flags.FlagValues()
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "A decoder's config file.", flag_values=FLAGS
-)
+_CONFIG = config_flag.define(FLAGS)
 _TOPOLOGY = flags.DEFINE_string(
     "topology", None, "CHIP:AxB or CHIP:AxBxC, for example v5p:8x8x4.", flag_values=FLAGS
 )
@@ -75,15 +73,9 @@ def main(argv: list[str]) -> None:
       SystemExit: 3, it does not fit.
     """
     del argv
-    if _CONFIG.value is None:
-        raise UserError("--config is missing; for example --config=configs/cm3leon_7b.py")
+    values = config_flag.read(_CONFIG, "configs/cm3leon_7b.py")
     if not _TOPOLOGY.value:
         raise UserError("--topology is missing; for example --topology=v5p:8x8x4")
-    try:
-        values = _CONFIG.value.to_dict()
-    except OSError as error:
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise UserError(f"the config file cannot be loaded: {reason}") from error
     if values.get("kind") != "decoder":
         raise UserError(f"config.kind is {values.get('kind')!r}; plans are made of 'decoder'")
 

@@ -16,21 +16,13 @@ import sys
 
 import jax
 from absl import flags
-from ml_collections import config_flags
 
 from leon_jax import config as configs
 from leon_jax import sharding
+from leon_jax.cli import config_flag
 from leon_jax.config import UserError
 
-# A file says what departs from the defaults, so keys that it leaves out can be set as well. Whether
-# a key exists is checked where its value is used, and the answer names the nearest one.
-_CONFIG = config_flags.DEFINE_config_file(
-    "config",
-    None,
-    "The experiment's config file.",
-    lock_config=False,
-    accept_new_attributes=True,
-)
+_CONFIG = config_flag.define()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps everything it writes.")
 
 _DISTRIBUTED = flags.DEFINE_bool("distributed", False, "One of several processes of one run.")
@@ -51,8 +43,7 @@ def main(argv: list[str]) -> None:
         missing.
     """
     del argv
-    if _CONFIG.value is None:
-        raise UserError("--config is missing; for example --config=configs/emoji/decoder.py")
+    values = config_flag.read(_CONFIG, "configs/emoji/decoder.py")
     if not _WORKDIR.value:
         raise UserError("--workdir is missing; for example --workdir=runs/emoji/decoder")
     if "://" in _WORKDIR.value:  # as a path it would name a new folder here
@@ -60,11 +51,6 @@ def main(argv: list[str]) -> None:
             f"--workdir={_WORKDIR.value} is an address; it must be a folder that all hosts share, "
             "for example a mounted bucket or network file system"
         )
-    try:
-        values = _CONFIG.value.to_dict()
-    except OSError as error:  # the flag puts off its complaint until it is used
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise UserError(f"the config file cannot be loaded: {reason}") from error
     workdir = pathlib.Path(_WORKDIR.value)
     kind = values.get("kind")
     if kind not in KINDS:
