@@ -310,4 +310,5 @@ def _score(
 ) -> Float[Array, "batch"]:
     """Sum over t of weights[:, t] log p(targets[:, t] | ids[:, :t + 1])."""
     hidden = decoder(ids, positions)
-    return -chunked_cross_entropy(hidden, decoder.table[...], targets, weights).sum(axis=1)
+    _, losses = chunked_cross_entropy(hidden, decoder.table[...], targets, weights)
+    return -losses.sum(axis=1)

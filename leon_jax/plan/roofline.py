@@ -30,7 +30,6 @@ def training_flops(config: DecoderConfig, length: int) -> float:
     """Operations executed for a token of a training step, those computed again included.
 
     `DecoderConfig.flops_per_token` is what a step needs; beyond it are
-      - logits, always computed again in the backward pass (2 E V);
       - scores, computed again by flash attention's backward pass (1 of 4 products more);
       - blocks of scores on the diagonal, half of which is masked;
       - what the remat policy gives up.
@@ -42,7 +41,7 @@ def training_flops(config: DecoderConfig, length: int) -> float:
     attention = forward * (1 + 2.5 + (config.remat in ("dots", "full")))
     # The last product of a layer is never needed again: nothing but the next layer reads it.
     again = weights - config.layers * config.mlp * config.embed if _recomputes(config) else 0
-    return 2 * (3 * weights + again) + attention + 8 * config.vocab_size * config.embed
+    return 2 * (3 * weights + again) + attention + 6 * config.vocab_size * config.embed
 
 
 def training_work(
@@ -53,6 +52,7 @@ def training_work(
     fsdp: int,
     tensor: int,
     microbatches: int = 1,
+    loss_chunk: int = 2048,
 ) -> Work:
     """One device's part of a training step.
 
@@ -63,6 +63,7 @@ def training_work(
       state_bytes: parameters and optimizer state that the device holds.
       fsdp, tensor: sizes of these mesh axes.
       microbatches: each gathers and reads the weights anew.
+      loss_chunk: tokens after which the gradient of the table is read and written.
     """
     flops = training_flops(config, length) * tokens / tensor
     # Read and written by the optimizer, and gradients as large as parameters (a third of it).
@@ -76,8 +77,9 @@ def training_work(
     # of which the second is not computed again.
     once = 10 * config.embed + 2 * config.mlp
     operands = 3 * once + again * (once - config.embed - config.mlp)
-    # Logits are written and read in float32, forward and backward.
-    logits = 4 * 4 * config.vocab_size / tensor
+    # Logits are written and read in float32, their slopes in bfloat16 by two products.
+    logits = (2 * 4 + 3 * 2) * config.vocab_size / tensor
+    logits += 2 * 4 * config.vocab_size * config.embed / tensor / loss_chunk
     return Work(flops, traffic + tokens * (2 * config.layers * operands / tensor + logits))
 
 

@@ -187,6 +187,7 @@ def _roofline(config, topology, setting, state_bytes, found) -> Roofline:
         fsdp,
         tensor,
         setting.microbatches,
+        config.loss_chunk,
     )
     return Roofline.of(work, plans.sent_bytes(found), topology)
 

@@ -64,7 +64,7 @@ def update(
     gradients, metrics = _gradients(loss, state.model, batch, config.microbatches)
     updates, opt_state = transformation.update(gradients, state.opt_state, state.model)
     model = optax.apply_updates(state.model, updates)
-    metrics["gradient_norm"] = optax.global_norm(gradients)
+    metrics["gradient_norm"] = optax.tree.norm(gradients)
     metrics["learning_rate"] = optimizer.learning_rate(config.optimizer)(state.step)
     return TrainState(state.step + 1, model, opt_state, state.key), metrics
 
@@ -95,7 +95,7 @@ def batch_loss(
     batch = {name: jax.reshard(array, spec("batch", "length")) for name, array in batch.items()}
     totals = loss_totals(batch, vocabulary) if totals is None else totals
     hidden = model(batch["ids"], batch["positions"], batch["segment_ids"])
-    losses = chunked_cross_entropy(
+    total, losses = chunked_cross_entropy(
         hidden, model.table[...], batch["targets"], batch["weights"], chunk=chunk, z_loss=z_loss
     )
     metrics = {
@@ -103,7 +103,8 @@ def batch_loss(
         for name, chosen in _kinds(batch, vocabulary).items()
     }
     tokens = (batch["segment_ids"] > 0).sum().astype(jnp.float32)
-    return metrics["loss"], {**metrics, "tokens": tokens}
+    loss = total / jnp.maximum(totals["loss"], 1e-6)
+    return loss, {**metrics, "loss": loss, "tokens": tokens}
 
 
 def loss_totals(batch: dict[str, Array], vocabulary: Vocabulary) -> dict[str, Float[Array, ""]]:

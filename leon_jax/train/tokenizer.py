@@ -194,7 +194,7 @@ class TokenizerProgram:
             "adaptive_weight": scores[2],
             "score_real": scores[3],
             "score_fake": scores[4],
-            "gradient_norm": optax.global_norm((grads, judge_grads)),
+            "gradient_norm": optax.tree.norm((grads, judge_grads)),
             "pictures": jnp.float32(images.shape[0]),
         }
         state = dataclasses.replace(

@@ -59,6 +59,20 @@ def test_twenty_losses_on_a_mesh_are_those_on_one_device(losses, mesh):
     np.testing.assert_allclose(losses[mesh], alone, rtol=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["tokenizer", "encoder"])
+def test_the_other_programs_train_on_meshes_as_on_one_device(kind):
+    """The tokenizer's adversarial part included."""
+    program = "tests.end_to_end.other_programs"
+    alone, *meshes = json.loads(run(sys.executable, "-m", program, kind))
+    assert alone[-1]["loss"] < alone[0]["loss"], "it learns"
+    for mesh in meshes:
+        for step, expected in zip(mesh, alone, strict=True):
+            for name, value in expected.items():
+                assert step[name] == pytest.approx(value, rel=1e-3, abs=1e-6), name
+            assert step["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+
+
 CONFIG = """
 from tests.end_to_end import curves
 

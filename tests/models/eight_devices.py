@@ -39,8 +39,13 @@ def compute(shape):
 
         def loss(model):
             hidden = model(ids, None, segments)
-            losses = chunked_cross_entropy(hidden, model.table[...], targets, weights, chunk=5)
-            return losses.sum() / weights.sum(), (model.logits(hidden), model.logits(hidden, 4, 15))
+            table = model.table[...]
+            total, losses = chunked_cross_entropy(hidden, table, targets, weights, chunk=5)
+            return total / weights.sum(), (
+                losses,
+                model.logits(hidden),
+                model.logits(hidden, 4, 15),
+            )
 
         def decode(model):
             _, keys, values = model.prefill(ids[:, :8])

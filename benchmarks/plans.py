@@ -1,0 +1,149 @@
+"""Writes docs/plans.md: what the CM3Leon models take on TPU pods, by `leon plan`.
+
+    python benchmarks/plans.py
+
+Compiles some sixty programs, which takes the better part of an hour on two cores. Plans that were
+made before are kept in out/plans and used again; delete that folder to make them anew.
+"""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).parents[1]
+KEPT = ROOT / "out" / "plans"
+CONFIGS = {"350M": "cm3leon_350m", "760M": "cm3leon_760m", "7B": "cm3leon_7b"}
+TOPOLOGIES = ("v5e:16x16", "v5p:8x8x4", "v6e:16x16", "tpu7x:8x8x4")
+MESHES = ("1,256,1,1", "4,64,1,1", "1,64,4,1", "1,64,1,4")
+GIB = 2**30
+
+HEAD = """\
+# Plans
+
+What the models of the paper take on TPU pods at the paper's batch of 8.4 million tokens (2,048 rows
+of 4,096), compiled by the compiler for TPUs on a machine without one. Made by
+`python benchmarks/plans.py`, which runs
+
+```bash
+leon plan --config=configs/cm3leon_7b.py --topology=v5p:8x8x4 --mesh=-1,64,1,1 --search
+```
+
+for every row. The compiler comes with `pip install 'leon_jax[tpu]'`; in this repository, `make tpu`
+puts it beside the environment, for `TPU_LIBRARY_PATH=.tpu/libtpu/libtpu.so`.
+
+{best}
+
+{meshes}
+
+## What the figures are
+
+*Peak* is all that the program allocates in the memory of one device, as the compiler laid it out:
+parameters, optimizer state (both float32), and everything else. A TPU7x chip shows as two devices.
+The compiler refuses what does not fit, and its limit is a little below the chip's capacity.
+
+*Sent* is what one device sends in one step. It is read from the compiled program: the bytes of
+every collective, by the ring algorithms, times how often the loops around it run.
+
+*Bound* is the time that a step cannot be faster than: the longest of
+
+- compute: the operations that are executed, computed again ones included, at the chip's peak;
+- memory: operands and results of matrix products, gathered weights and the optimizer's state, at
+  the bandwidth of device memory;
+- links: what is sent, at the bandwidth of all links of the chip together.
+
+Operations and traffic are counted from the model's shape (`leon_jax/plan/roofline.py`), because XLA
+counts the body of a loop once. Nothing else is counted, so a run is slower: this is a bound, no
+prediction.
+
+*MFU at most* is what [MFU](training.md#goodput-and-utilisation) would be at that time. Beside it
+stands what it would be if no collective were hidden behind arithmetic. `--search` takes the setting
+with the least arithmetic and collectives, added up.
+
+*Days* are those of the paper's token budget (1.4, 1.9 and 2.4 trillion tokens) at the bound.
+"""
+
+
+def plan(name: str, *flags: str) -> dict:
+    """What `leon plan` writes, made once."""
+    folder = KEPT / name
+    if not (folder / "plan.json").exists():
+        print(name, *flags, file=sys.stderr, flush=True)
+        command = [sys.executable, "-m", "leon_jax.cli.main", "plan", *flags, f"--out={folder}"]
+        environment = {"TPU_LIBRARY_PATH": str(ROOT / ".tpu/libtpu/libtpu.so"), **os.environ}
+        done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+        if done.returncode == 3:
+            return {}
+        done.check_returncode()
+    return json.loads((folder / "plan.json").read_text())
+
+
+def row(first: list[str], found: dict, last: bool = True) -> str:
+    """One line of a table."""
+    if not found:
+        return f"| {' | '.join([*first, 'does not fit'])} |"
+    setting, memory = found["setting"], found["memory"]
+    figures, bound = found["figures"], found["rooflines"]["step"]
+    sent = {kind: each["bytes_sent"] / 1e9 for kind, each in found["collectives"].items()}
+    cells = [
+        *first,
+        f"{setting['remat']}, {setting['microbatches']}",
+        f"{memory['peak'] / GIB:.1f} of {memory['capacity'] / GIB:.0f}",
+        f"{(memory['parameters'] + memory['optimizer']) / GIB:.2f}",
+        " + ".join(f"{size:.1f} {kind}" for kind, size in sent.items() if size >= 0.05),
+        f"{bound['compute']:.3g} / {bound['memory']:.3g} / {bound['links']:.3g}",
+        f"**{100 * figures['mfu_bound']:.0f} %** ({100 * figures['mfu_serial']:.0f} %)",
+    ]
+    if last:
+        cells += [f"{figures['tokens_per_second'] / 1e6:.2f}", f"{figures['days']:.1f}"]
+    return f"| {' | '.join(cells)} |"
+
+
+def table(head: list[str], rows: list[str]) -> str:
+    """A table in Markdown."""
+    return "\n".join([f"| {' | '.join(head)} |", "|---" * len(head) + "|", *rows])
+
+
+def main() -> None:
+    best, meshes = [], []
+    for model, config in CONFIGS.items():
+        for topology in TOPOLOGIES:
+            found = plan(
+                f"{config} {topology}".replace(":", "_"),
+                f"--config=configs/{config}.py",
+                f"--topology={topology}",
+                "--mesh=-1,64,1,1",
+                "--search",
+            )
+            best.append(row([model, topology], found))
+    for mesh in MESHES:
+        found = plan(
+            f"mesh {mesh}",
+            "--config=configs/cm3leon_7b.py",
+            "--topology=v5p:8x8x4",
+            f"--mesh={mesh}",
+        )
+        meshes.append(row([mesh.replace(",", " x ")], found, last=False))
+    columns = [
+        "remat, microbatches",
+        "peak, GiB",
+        "state, GiB",
+        "sent, GB",
+        "compute / memory / links, s",
+        "MFU at most (nothing hidden)",
+    ]
+    best_table = table(["model", "topology", *columns, "million tokens/s", "days"], best)
+    meshes_table = table(["data x fsdp x context x tensor", *columns], meshes)
+    text = HEAD.format(
+        best=f"## The fastest setting that fits\n\n{best_table}",
+        meshes=f"## 7B on v5p:8x8x4 with other meshes\n\n{meshes_table}",
+    )
+    page = ROOT / "docs" / "plans.md"
+    temporary = page.with_name(page.name + ".tmp")
+    temporary.write_text(text)
+    temporary.replace(page)
+
+
+if __name__ == "__main__":
+    main()

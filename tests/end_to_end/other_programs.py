@@ -1,0 +1,77 @@
+"""Losses of the image tokenizer (with its discriminator) and the dual encoder on eight devices.
+
+`other_programs.py KIND` prints the metrics of one device, and of each mesh. Batches are
+made here: what is tested is the step.
+"""
+
+import dataclasses
+import json
+import pathlib
+import sys
+import tempfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from leon_jax import sharding
+from leon_jax.tokenizers.text import TextTokenizer
+from leon_jax.train.encoder import EncoderProgram
+from leon_jax.train.loop import compile_step
+from leon_jax.train.tokenizer import TokenizerProgram
+from tests.train.test_encoder_program import NAMES, tiny
+from tests.train.test_tokenizer_program import CONFIG
+
+STEPS = 5
+ALONE = (1, 1, 1, 1)
+# Compiling the tokenizer takes long, so it meets one mesh that splits whatever can be split.
+MESHES = {"tokenizer": [(2, 2, 1, 2)], "encoder": [(8, 1, 1, 1), (2, 4, 1, 1), (2, 2, 1, 2)]}
+
+
+def tokenizer_program(folder: pathlib.Path) -> TokenizerProgram:
+    """The discriminator works from the third step on."""
+    losses = dataclasses.replace(CONFIG.losses, adversarial_start=2)
+    return TokenizerProgram(dataclasses.replace(CONFIG, losses=losses, batch_size=8))
+
+
+def encoder_program(folder: pathlib.Path) -> EncoderProgram:
+    """Sizes that two devices divide."""
+    text = TextTokenizer.train(list(NAMES), 301)
+    text.save(folder / "text.json")
+    return EncoderProgram(tiny(folder / "text.json", text.size))
+
+
+def batches(kind: str, program, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """A batch of eight rows of noise."""
+    if kind == "tokenizer":
+        return {"images": rng.uniform(-1, 1, (8, 32, 32, 3)).astype(np.float32)}
+    text = program.config.model.text
+    ids = rng.integers(0, text.vocab_size - 3, (8, text.context_length)).astype(np.int32)
+    ids[:, -1] = text.end
+    images = rng.integers(0, 256, (8, 16, 16, 3), np.uint8)
+    return {"image": images, "text": ids, "concept": np.arange(8, dtype=np.int32) // 2}
+
+
+def curve(kind: str, shape: tuple[int, ...]) -> list[dict[str, float]]:
+    """The metrics of every step."""
+    devices = jax.devices()[: int(np.prod(shape))]
+    rng, found = np.random.default_rng(0), []
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        jax.set_mesh(sharding.make_mesh(shape, devices)),
+    ):
+        make = {"tokenizer": tokenizer_program, "encoder": encoder_program}[kind]
+        program = make(pathlib.Path(folder))
+        state = jax.jit(program.init)(jax.random.key(0))
+        step = None
+        for _ in range(STEPS):
+            batch = jax.device_put(batches(kind, program, rng), sharding.batch_sharding())
+            step = step or compile_step(program.step, state, batch)
+            state, metrics = step(state, batch)
+            found.append({name: float(jnp.asarray(value)) for name, value in metrics.items()})
+    return found
+
+
+if __name__ == "__main__":
+    kind = sys.argv[1]
+    print(json.dumps([curve(kind, mesh) for mesh in (ALONE, *MESHES[kind])]))
