@@ -12,7 +12,7 @@ PACKAGE = ROOT / "leon_jax"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 ALL_SOURCES = sorted(
     path
-    for folder in ("leon_jax", "configs", "tests", "launch", "notebooks")
+    for folder in ("leon_jax", "configs", "tests", "launch", "notebooks", "benchmarks")
     for path in (ROOT / folder).rglob("*.py")
 )
 

@@ -13,7 +13,10 @@ from leon_jax.cli.main import VERBS
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 # Folders whose files the pages name in running text; what a run makes (out/, runs/) is not there.
-KEPT = ("leon_jax/", "configs/", "docs/", "tests/", "launch/", "notebooks/", "requirements/")
+KEPT = (
+    "leon_jax/", "configs/", "docs/", "tests/", "launch/", "notebooks/", "requirements/",
+    "benchmarks/",
+)  # fmt: skip
 
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 

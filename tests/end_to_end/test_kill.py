@@ -1,90 +1,86 @@
 """`leon train` on a real decoder, killed with -9, ends with the bits of a run that was not."""
 
-import pathlib
+import json
+import re
 import subprocess
 import sys
-import time
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks import soak
+from benchmarks.compare_runs import differences
 from leon_jax import model_files
+from leon_jax.train.checkpoint import Checkpoints
+from leon_jax.train.state import TrainState
 from tests import tiny
 
-CONFIG = """
-from ml_collections import ConfigDict
 
-def get_config():
-    return ConfigDict({{
-        "kind": "decoder", "seed": 3, "batch_size": 2, "steps": {steps},
-        "vocabulary": {vocabulary},
-        "model": {{"vocab_size": {size}, "max_length": 160, "layers": 2, "embed": 16, "heads": 2,
-                  "mlp": 32, "init_std": 0.02}},
-        "optimizer": {{"learning_rate": 1e-2, "warmup_steps": 2, "total_steps": {steps}}},
-        "data": {{"folder": "{prepared}", "text": "{text}", "image_shape": (4, 4), "length": 96,
-                 "retrieved": (0.5, 0.25, 0.25)}},
-        "masking": {{"placement": "segment"}},
-        "loop": {{"log_every": 1, "save_every": 5, "sample_every": 1000}},
-    }})
-"""
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory) -> pathlib.Path:
-    from leon_jax.config import to_dict
-    from leon_jax.decode.checkpoint import Checkpoint
-
-    checkpoint, prepared = tiny.folders()
-    vocabulary = Checkpoint.open(checkpoint).documents.vocabulary
-    path = tmp_path_factory.mktemp("config") / "tiny.py"
-    path.write_text(
-        CONFIG.format(
-            steps=60, vocabulary=to_dict(vocabulary), size=vocabulary.size, prepared=prepared,
-            text=checkpoint / "text.json",
-        )
-    )  # fmt: skip
-    return path
+def test_a_killed_decoder_ends_with_the_same_bits(tmp_path):
+    """Three kills, one of them in a save; `python -m benchmarks.soak` makes twenty."""
+    command = [
+        sys.executable, "-m", "benchmarks.soak", "--kills=3", "--steps=80", "--seed=0",
+        f"--out={tmp_path / 'soak'}",
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=soak.ROOT, text=True, capture_output=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(re.findall("^kill ", done.stdout, re.MULTILINE)) == 3
+    halves = re.search(r"(\d+) left half a checkpoint", done.stdout)
+    assert halves and int(halves[1]) >= 1, done.stdout
+    assert "resumed from step" in (tmp_path / "soak" / "killed.log").read_text()
+    # The comparison has something to compare: the run has learned.
+    lines = (tmp_path / "soak" / "killed" / "metrics.jsonl").read_text().splitlines()
+    losses = [json.loads(line)["loss"] for line in lines]
+    assert len(losses) == 80 and np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
 
 
-def start(config: pathlib.Path, workdir: pathlib.Path) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "leon_jax.cli.main", "train", f"--config={config}",
-         f"--workdir={workdir}"],
-        stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+@pytest.fixture
+def finished(tmp_path):
+    """Makes the workdir of a finished run, by name, with some things other than usual."""
+
+    def make(name: str, moment: float = 0.5, loss: float = 2.0, position: str = "7"):
+        workdir = tmp_path / name
+        model = tiny.random_decoder(40, 16)
+        moments = np.zeros((32, 40), np.float32)
+        moments[3, 5] = moment
+        state = TrainState(jnp.int32(2), model, {"mu": jnp.asarray(moments)}, jax.random.key(0))
+        checkpoints = Checkpoints(workdir / "checkpoints")
+        checkpoints.save(state, {"0": position})
+        checkpoints.close()
+        # Two starts are never equally fast.
+        lines = [
+            {"step": 1, "loss": 3.0, "seconds_per_step": hash(name) % 7},
+            {"step": 2, "loss": loss, "seconds_per_step": 0.1},
+        ]
+        (workdir / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        model_files.save(workdir / "export" / "decoder.safetensors", model, "decoder", {})
+        return workdir
+
+    return make
 
 
-def lines(workdir: pathlib.Path) -> int:
-    path = workdir / "metrics.jsonl"
-    return len(path.read_text().splitlines()) if path.exists() else 0
+def test_runs_that_differ_only_in_time_are_equal(finished):
+    assert differences(finished("one"), finished("other")) == []
 
 
-def test_a_killed_decoder_ends_with_the_same_bits(config, tmp_path):
-    unbroken = start(config, tmp_path / "unbroken")
-    messages = unbroken.communicate()[1]
-    assert unbroken.returncode == 0, messages
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"moment": 0.5 + 2**-24}, "opt_state.mu differs: 1 of 1,280 numbers"),
+        ({"loss": 2.0 + 2**-51}, "what was logged of step 2 differs"),
+        ({"position": "8"}, "data position 0 differs"),
+    ],
+)
+def test_what_differs_is_named(finished, change, sentence):
+    found = differences(finished("one"), finished("other", **change))
+    assert len(found) == 1 and found[0].startswith(sentence), found
 
-    killed, kills = tmp_path / "killed", 0
-    for wanted in (9, 31):
-        process = start(config, killed)
-        until = time.monotonic() + 300
-        while lines(killed) < wanted and process.poll() is None and time.monotonic() < until:
-            time.sleep(0.005)
-        if process.poll() is None:
-            process.kill()
-            kills += 1
-        process.communicate()
-    assert kills == 2, "the run ended before it could be killed; make it longer"
-    assert not (killed / "export").exists()
 
-    process = start(config, killed)
-    messages = process.communicate()[1]
-    assert process.returncode == 0 and "resumed from step" in messages, messages
-    expected, found = (
-        model_files.load(workdir / "export" / "decoder.safetensors", "decoder")[0]
-        for workdir in (tmp_path / "unbroken", killed)
-    )
-    assert expected.keys() == found.keys()
-    for name, array in expected.items():
-        np.testing.assert_array_equal(found[name], array, err_msg=name)
-    assert lines(killed) == 60
+def test_a_run_that_ends_too_early_is_no_success(tmp_path, capfd, monkeypatch):
+    """The command is one that does nothing at all."""
+    monkeypatch.setattr(sys, "executable", "true")
+    monkeypatch.setattr(sys, "argv", ["soak", "--kills=1", f"--out={tmp_path / 'soak'}"])
+    assert soak.main() == 2
+    assert "the run ended with code 0 before it could be killed" in capfd.readouterr().err
