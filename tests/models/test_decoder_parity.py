@@ -10,9 +10,9 @@ from flax import nnx
 
 from leon_jax.models.decoder import Decoder, DecoderConfig
 from tests import peers
+from tests.models.opt_weights import to_opt
 
 CONFIG = DecoderConfig(vocab_size=96, max_length=24, layers=3, embed=32, heads=4, mlp=128)
-OFFSET = 2  # rows of OPT's position table before the first position
 
 
 def random_decoder() -> Decoder:
@@ -23,30 +23,6 @@ def random_decoder() -> Decoder:
         lambda leaf: jnp.asarray(rng.normal(0, 0.2, leaf.shape), jnp.float32, device=leaf.sharding),
         model,
     )
-
-
-def to_opt(model: Decoder) -> dict[str, np.ndarray]:
-    """The decoder's weights (or their gradients) under OPT's names and in PyTorch's layout."""
-    embed, mlp = CONFIG.embed, CONFIG.mlp
-    positions = np.zeros((OFFSET + CONFIG.max_length, embed), np.float32)
-    positions[OFFSET:] = model.positions[...]
-    weights = {"embed_tokens.weight": np.asarray(model.table[...])}
-    weights["embed_positions.weight"] = positions
-    blocks = model.blocks
-    for layer in range(CONFIG.layers):
-        # PyTorch keeps [out, in]; the decoder keeps [in, heads, head_dim] and [in, out].
-        for name, weight, shape in (
-            ("self_attn.q_proj", blocks.query, (embed, embed)),
-            ("self_attn.k_proj", blocks.key, (embed, embed)),
-            ("self_attn.v_proj", blocks.value, (embed, embed)),
-            ("self_attn.out_proj", blocks.out, (embed, embed)),
-            ("fc1", blocks.fc1, (embed, mlp)),
-            ("fc2", blocks.fc2, (mlp, embed)),
-        ):
-            weights[f"layers.{layer}.{name}.weight"] = (
-                np.asarray(weight[...][layer]).reshape(shape).T
-            )
-    return weights
 
 
 def next_token_loss(model: Decoder, ids: jax.Array) -> jax.Array:
@@ -63,7 +39,7 @@ def test_decoder_equals_opt():
     ids = np.random.default_rng(1).integers(2, CONFIG.vocab_size, (2, CONFIG.max_length))
     theirs = peers.run_peer(
         Path(__file__).with_name("opt_in_torch.py"),
-        {**to_opt(model), "ids": ids, "shape": np.array([CONFIG.layers, CONFIG.heads])},
+        {**to_opt(model), "ids": ids, "heads": np.array(CONFIG.heads)},
     )
     ours = jax.jit(lambda model, ids: model.logits(model(ids)))(model, jnp.asarray(ids))
     np.testing.assert_allclose(ours, theirs["logits"], atol=1e-4, rtol=0)

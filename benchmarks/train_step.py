@@ -1,0 +1,197 @@
+#!/usr/bin/env python3
+"""Tokens a second of a training step: our decoder beside OPT of transformers in PyTorch.
+
+    python -m benchmarks.train_step --shape=10m --shape=125m --out=out/train_step.md
+
+Both train the same model (the same weights: their losses on the same batch must agree first) with
+the same AdamW, clipping included. They are two processes on one machine that take turns, a few
+steps each; while one works the other waits. Rounds in which other programs used the CPU do not
+count (`benchmarks/quiet.py` says why).
+
+On a GPU (`--device=gpu`) both compute in bfloat16 with float32 weights, PyTorch under autocast.
+"""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import statistics
+import sys
+import tempfile
+
+from benchmarks.quiet import Watch, wait
+from benchmarks.shapes import SHAPES, Shape
+from benchmarks.turns import ROOT, Worker
+
+TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}  # of the first loss, in nats
+
+
+class Unequal(Exception):
+    """The two sides cannot be compared."""
+
+
+@dataclasses.dataclass
+class Result:
+    """What was measured for one shape.
+
+    Attributes:
+      ours, theirs: tokens a second in every round.
+      losses: of the last step, ours and theirs.
+      facts: what the two sides say of themselves.
+    """
+
+    ours: list[float]
+    theirs: list[float]
+    losses: tuple[float, float]
+    facts: tuple[dict, dict]
+
+    def row(self, name: str, shape: Shape) -> str:
+        """A line of the table."""
+        ratios = sorted(a / b for a, b in zip(self.ours, self.theirs, strict=True))
+        ours, theirs = statistics.median(self.ours), statistics.median(self.theirs)
+        mfu = ""
+        if peak := self.facts[0]["peak"]:
+            mfu = f"{100 * ours * self.facts[0]['flops_per_token'] / peak:.1f} %"
+        cells = [
+            f"{name}: {self.facts[0]['parameters'] / 1e6:.1f} M, "
+            f"{shape.layers} x {shape.embed}, {shape.heads} heads, "
+            f"vocabulary {shape.vocab:,}, batch {shape.batch} x {shape.length:,}",
+            f"{ours:,.0f}", f"{theirs:,.0f}", f"**{statistics.median(ratios):.2f}**",
+            f"{ratios[0]:.2f} to {ratios[-1]:.2f}", mfu or "-",
+        ]  # fmt: skip
+        return f"| {' | '.join(cells)} |"
+
+
+def measure(shape: Shape, arguments: argparse.Namespace) -> Result:
+    """Starts both sides, checks that they compute the same, and lets them take turns.
+
+    Raises:
+      Unequal: the first losses differ, or other programs use the machine.
+    """
+    dtype = "bfloat16" if arguments.device == "gpu" else "float32"
+    text = json.dumps(dataclasses.asdict(shape))
+    options = [flag for flag in ("compile", "biases") if getattr(arguments, flag)]
+    workers = []
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            ours = Worker(
+                [
+                    sys.executable, "-m", "benchmarks.train_step_ours", text, f"--dtype={dtype}",
+                    f"--out={folder}", f"--model={arguments.model}",
+                    f"--training={arguments.training}",
+                ],
+                {"JAX_PLATFORMS": "cuda" if arguments.device == "gpu" else "cpu"},
+            )  # fmt: skip
+            workers.append(ours)
+            first = ours.ask("loss")  # by then it has written what the other side reads
+            theirs = Worker(
+                [
+                    arguments.peer_python, "-m", "benchmarks.train_step_torch", text,
+                    f"--dtype={dtype}", f"--device={arguments.device}", f"--folder={folder}",
+                    *(f"--{flag}" for flag in options),
+                ],
+                {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"},
+            )  # fmt: skip
+            workers.append(theirs)
+            second = theirs.ask("loss")
+            if abs(first - second) > TOLERANCE[dtype]:
+                raise Unequal(f"the losses differ, {first} and {second}: not the same model")
+            say(f"first loss {first:.6f} and {second:.6f}")
+            for worker in workers:
+                worker.ask("steps", 1)  # compiles, allocates, warms up
+            speeds: tuple[list[float], list[float]] = ([], [])
+            losses, tokens = [0.0, 0.0], arguments.steps * shape.batch * shape.length
+            for number in range(1, 3 * arguments.rounds + 1):
+                if not wait(arguments.noise, arguments.patience):
+                    break
+                watch, turn = Watch(worker.pid for worker in workers), []
+                for side, worker in enumerate(workers):
+                    seconds, losses[side] = worker.ask("steps", arguments.steps)
+                    turn.append(tokens / seconds)
+                others = watch.others()
+                quiet = others <= arguments.noise
+                say(
+                    f"round {number}: {turn[0]:,.0f} and {turn[1]:,.0f} tokens/s, others used "
+                    f"{100 * others:.1f} % of the CPU" + ("" if quiet else "; not counted")
+                )
+                if quiet:
+                    speeds[0].append(turn[0])
+                    speeds[1].append(turn[1])
+                if len(speeds[0]) == arguments.rounds:
+                    break
+            if len(speeds[0]) < arguments.rounds:
+                raise Unequal("other programs use this machine; end them, or see --noise")
+            say(f"last loss {losses[0]:.6f} and {losses[1]:.6f}")
+            return Result(*speeds, (losses[0], losses[1]), (ours.ask("facts"), theirs.ask("facts")))
+        finally:
+            for worker in workers:
+                worker.end()
+
+
+def table(results: dict[str, tuple[Shape, Result]], arguments: argparse.Namespace) -> str:
+    """The page: what was measured how, and a row for each shape."""
+    ours, theirs = next(iter(results.values()))[1].facts
+    biases = (
+        "OPT has its biases and affine norms here, which the other lacks: a few per mille of the "
+        "operations."
+        if arguments.biases
+        else "OPT is built without its biases and affine norms, so both are the same model."
+    )
+    head = [
+        f"Training steps on {ours['device']} x {ours['devices']}, PyTorch with "
+        f"{theirs['threads']} threads: {ours['name']} beside {theirs['name']}. {biases} Forward, "
+        "cross-entropy of all tokens, backward, clipping, AdamW. Medians of "
+        f"{arguments.rounds} rounds in which each side made {arguments.steps} steps.",
+        "",
+        "| model | ours, tokens/s | PyTorch, tokens/s | ratio | its spread | our MFU |",
+        "|---|---|---|---|---|---|",
+    ]
+    rows = [result.row(name, shape) for name, (shape, result) in results.items()]
+    return "\n".join([*head, *rows, ""])
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--shape", action="append", choices=SHAPES, help="may be repeated")
+    parser.add_argument("--steps", type=int, default=3, help="of a turn")
+    parser.add_argument("--rounds", type=int, default=7, help="turns of each side")
+    parser.add_argument(
+        "--noise", type=float, default=0.03, help="share of the CPU that others may use"
+    )
+    parser.add_argument(
+        "--patience", type=float, default=600, help="seconds to wait for that, before a round"
+    )
+    parser.add_argument("--batch", type=int, help="rows, instead of the shape's own")
+    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
+    parser.add_argument("--compile", action="store_true", help="PyTorch under torch.compile")
+    parser.add_argument("--biases", action="store_true", help="OPT with biases and affine norms")
+    parser.add_argument("--model", default="{}", help='of ours, for example {"remat": "dots"}')
+    parser.add_argument("--training", default="{}", help='of ours, as {"loss_chunk": 1024}')
+    parser.add_argument(
+        "--peer_python", default=str(ROOT / ".venv-peers" / "bin" / "python"), help="with PyTorch"
+    )
+    parser.add_argument("--out", type=pathlib.Path, help="a file for the table")
+    arguments = parser.parse_args()
+    results = {}
+    for name in arguments.shape or ["10m", "125m"]:
+        shape = SHAPES[name]
+        if arguments.batch:
+            shape = dataclasses.replace(shape, batch=arguments.batch)
+        say(f"{name}: {shape}")
+        try:
+            results[name] = (shape, measure(shape, arguments))
+        except Unequal as error:
+            sys.exit(f"{name}: {error}")
+    page = table(results, arguments)
+    print(page, end="")
+    if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(page)
+
+
+if __name__ == "__main__":
+    main()

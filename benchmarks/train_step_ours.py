@@ -1,0 +1,139 @@
+"""Our side of `benchmarks/train_step.py`: the compiled step of `leon train`, on random tokens."""
+
+import argparse
+import json
+import pathlib
+import time
+
+import jax
+import numpy as np
+from safetensors.numpy import save_file
+
+from benchmarks.shapes import OPTIMIZER, Shape
+from benchmarks.turns import ROOT, serve
+from leon_jax import sharding
+from leon_jax.models.decoder import DecoderConfig
+from leon_jax.train import hardware
+from leon_jax.train.decoder import DecoderData, DecoderProgram, DecoderTraining
+from leon_jax.train.loop import compile_step
+from leon_jax.train.optimizer import OptimizerConfig
+from leon_jax.train.state import TrainState
+from leon_jax.vocabulary import Vocabulary
+from tests.models.opt_weights import to_opt
+
+SPECIALS, CODES, SENTINELS = 6, 64, 16
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("shape", help="JSON of a benchmarks.shapes.Shape")
+    parser.add_argument("--dtype", required=True)
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="weights, batches")
+    parser.add_argument("--model", default="{}", help="JSON of more fields of DecoderConfig")
+    parser.add_argument("--training", default="{}", help="JSON of more fields of DecoderTraining")
+    arguments = parser.parse_args()
+    shape = Shape(**json.loads(arguments.shape))
+    with jax.set_mesh(sharding.make_mesh()):
+        side = Ours(
+            shape,
+            json.loads(arguments.model) | {"dtype": arguments.dtype},
+            json.loads(arguments.training),
+        )
+        side.write(arguments.out)
+        serve({"loss": side.loss, "steps": side.steps, "facts": side.facts})
+
+
+class Ours:
+    """A `DecoderProgram` with drawn weights, and batches for it.
+
+    Args:
+      shape: of the model and a batch.
+      model: more fields of `DecoderConfig`.
+      training: more fields of `DecoderTraining`.
+    """
+
+    def __init__(self, shape: Shape, model: dict, training: dict) -> None:
+        text = shape.vocab - SPECIALS - CODES - SENTINELS
+        text_file = ROOT / "leon_jax" / "weights" / "emoji" / "text.json"
+        config = DecoderTraining(
+            model=DecoderConfig(
+                vocab_size=shape.vocab, max_length=shape.length, layers=shape.layers,
+                embed=shape.embed, heads=shape.heads, mlp=shape.mlp, **model,
+            ),
+            vocabulary=Vocabulary.compact(CODES, text, SENTINELS),
+            optimizer=OptimizerConfig(total_steps=1, schedule="constant", **OPTIMIZER),
+            batch_size=shape.batch,
+            steps=1,
+            data=DecoderData(text=str(text_file), image_shape=(8, 8), length=shape.length),
+            **training,
+        )  # fmt: skip
+        self._shape, self._program = shape, DecoderProgram(config)
+        self._state = _drawn(self._program)
+        rng = np.random.default_rng(1)
+        # Ids from 2: row 1 is OPT's padding row, which its embedding treats specially.
+        size = (4, shape.batch, shape.length + 1)
+        self._ids = rng.integers(2, shape.vocab, size, np.int32)
+        self._batches = [self._batch(ids) for ids in self._ids]
+        self._step = compile_step(self._program.step, self._state, self._batches[0])
+        self._done = 0
+
+    def write(self, folder: pathlib.Path) -> None:
+        """The weights under OPT's names, and the batches, for the other side."""
+        weights = to_opt(self._state.model)
+        contiguous = {name: np.ascontiguousarray(array) for name, array in weights.items()}
+        save_file(contiguous, folder / "weights.safetensors")
+        save_file({"ids": self._ids.astype(np.int64)}, folder / "ids.safetensors")
+
+    def steps(self, count: int) -> list[float]:
+        """Seconds that `count` steps take, and the loss of the last of them before its update."""
+        began = time.monotonic()
+        for _ in range(count):
+            batch = self._batches[self._done % len(self._batches)]
+            self._state, metrics = self._step(self._state, batch)
+            self._done += 1
+        loss = float(jax.block_until_ready((self._state, metrics))[1]["loss"])
+        return [time.monotonic() - began, loss]
+
+    def loss(self) -> float:
+        """Of the first batch; changes nothing."""
+        step = jax.jit(lambda state, batch: self._program.step(state, batch)[1]["loss"])
+        return float(step(self._state, self._batches[0]))
+
+    def facts(self) -> dict:
+        devices = jax.devices()
+        return {
+            "name": f"leon_jax (JAX {jax.__version__})",
+            "device": devices[0].device_kind,
+            "devices": len(devices),
+            "parameters": self._program.config.model.parameter_count(),
+            "flops_per_token": self._program.flops_per_token,
+            "peak": hardware.peak_flops(devices),
+        }
+
+    def _batch(self, ids: np.ndarray) -> dict[str, jax.Array]:
+        ones = np.ones(ids[:, 1:].shape, np.int32)
+        arrays = {
+            "ids": ids[:, :-1],
+            "targets": ids[:, 1:],
+            "segment_ids": ones,  # one document a row
+            "positions": ones * np.arange(self._shape.length, dtype=np.int32),
+            "weights": ones.astype(np.float32),
+        }
+        return jax.device_put(arrays, sharding.batch_sharding())
+
+
+def _drawn(program: DecoderProgram) -> TrainState:
+    """A new state with every weight normal, sd 0.02: fresh blocks would be the identity."""
+    state = jax.jit(program.init)(jax.random.key(0))
+    rng = np.random.default_rng(0)
+    leaves, structure = jax.tree.flatten(state.model)
+    drawn = [
+        jax.device_put(0.02 * rng.standard_normal(leaf.shape, np.float32), leaf.sharding)
+        for leaf in leaves
+    ]
+    state.model = jax.tree.unflatten(structure, drawn)
+    return state
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""The other side of `benchmarks/train_step.py`: OPT of transformers, in the peers' environment.
+
+The steps are as one writes them by hand: forward, cross-entropy of all tokens, backward, clipping,
+`torch.optim.AdamW`. PyTorch's own fast paths are on: SDPA, and `foreach` or `fused`, whichever is
+faster.
+"""
+
+import argparse
+import json
+import pathlib
+import time
+
+import torch
+import transformers
+from safetensors.numpy import load_file
+
+from benchmarks.shapes import OPTIMIZER, Shape
+from benchmarks.turns import serve
+from tests.models.opt_in_torch import build
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("shape", help="JSON of a benchmarks.shapes.Shape")
+    parser.add_argument("--dtype", required=True)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--folder", type=pathlib.Path, required=True, help="weights, batches")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--biases", action="store_true")
+    side = Theirs(parser.parse_args())
+    serve({"loss": side.loss, "steps": side.steps, "facts": side.facts})
+
+
+class Theirs:
+    """OPT, its optimizer and the batches."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        shape = Shape(**json.loads(arguments.shape))
+        self._device = "cuda" if arguments.device == "gpu" else "cpu"
+        self._half = arguments.dtype == "bfloat16"
+        weights = load_file(arguments.folder / "weights.safetensors")
+        model = build(weights, shape.heads, "sdpa", arguments.biases).to(self._device).train()
+        ids = load_file(arguments.folder / "ids.safetensors")["ids"]
+        self._batches = torch.from_numpy(ids).to(self._device)
+        self._model = torch.compile(model) if arguments.compile else model
+        self._parameters = list(model.parameters())
+        self._optimizer, self._kind = self._fastest()
+        self._mode = "torch.compile" if arguments.compile else "eager"
+        self._done = 0
+
+    def steps(self, count: int) -> list[float]:
+        """Seconds that `count` steps take, and the loss of the last of them before its update."""
+        began = time.monotonic()
+        for _ in range(count):
+            self._optimizer.zero_grad(set_to_none=True)
+            loss = self._forward(self._batches[self._done % len(self._batches)])
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self._parameters, OPTIMIZER["clip_norm"])
+            self._optimizer.step()
+            self._done += 1
+        last = float(loss.detach())
+        if self._device == "cuda":
+            torch.cuda.synchronize()
+        return [time.monotonic() - began, last]
+
+    def loss(self) -> float:
+        """Of the first batch; changes nothing."""
+        with torch.no_grad():
+            return float(self._forward(self._batches[0]))
+
+    def facts(self) -> dict:
+        return {
+            "name": f"transformers {transformers.__version__} OPT (PyTorch {torch.__version__}, "
+            f"{self._mode}, SDPA, {self._kind} AdamW)",
+            "threads": torch.get_num_threads(),
+        }
+
+    def _forward(self, ids: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(self._device, torch.bfloat16, enabled=self._half):
+            logits = self._model(input_ids=ids[:, :-1], use_cache=False).logits
+        targets = ids[:, 1:].flatten()
+        return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets)
+
+    def _fastest(self) -> tuple[torch.optim.AdamW, str]:
+        """AdamW by the faster of PyTorch's two fast implementations, and its name."""
+        seconds = {}
+        for parameter in self._parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        for kind in ("fused", "foreach"):
+            optimizer = self._adamw(kind, 0.0)  # changes nothing
+            optimizer.step()
+            began = time.monotonic()
+            for _ in range(3):
+                optimizer.step()
+            if self._device == "cuda":
+                torch.cuda.synchronize()
+            seconds[kind] = time.monotonic() - began
+        kind = min(seconds, key=seconds.get)
+        return self._adamw(kind, OPTIMIZER["learning_rate"]), kind
+
+    def _adamw(self, kind: str, learning_rate: float) -> torch.optim.AdamW:
+        groups = [
+            {"params": [p for p in self._parameters if p.ndim >= 2]},
+            {"params": [p for p in self._parameters if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(
+            [group for group in groups if group["params"]],
+            lr=learning_rate,
+            betas=(OPTIMIZER["beta1"], OPTIMIZER["beta2"]),
+            eps=OPTIMIZER["eps"],
+            weight_decay=OPTIMIZER["weight_decay"],
+            **{kind: True},
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,35 @@
+"""The decoder's weights as transformers' OPT names and lays them out."""
+
+import numpy as np
+
+from leon_jax.models.decoder import Decoder
+
+OFFSET = 2  # rows of OPT's position table before the first position
+
+
+def to_opt(model: Decoder) -> dict[str, np.ndarray]:
+    """The decoder's weights (or their gradients) under OPT's names, without `model.decoder.`.
+
+    Matrices are in PyTorch's layout, float32[out, in].
+    """
+    config = model.config
+    embed, mlp = config.embed, config.mlp
+    positions = np.zeros((OFFSET + config.max_length, embed), np.float32)
+    positions[OFFSET:] = model.positions[...]
+    weights = {"embed_tokens.weight": np.asarray(model.table[...])}
+    weights["embed_positions.weight"] = positions
+    blocks = model.blocks
+    for layer in range(config.layers):
+        # PyTorch keeps [out, in]; the decoder keeps [in, heads, head_dim] and [in, out].
+        for name, weight, shape in (
+            ("self_attn.q_proj", blocks.query, (embed, embed)),
+            ("self_attn.k_proj", blocks.key, (embed, embed)),
+            ("self_attn.v_proj", blocks.value, (embed, embed)),
+            ("self_attn.out_proj", blocks.out, (embed, embed)),
+            ("fc1", blocks.fc1, (embed, mlp)),
+            ("fc2", blocks.fc2, (mlp, embed)),
+        ):
+            weights[f"layers.{layer}.{name}.weight"] = (
+                np.asarray(weight[...][layer]).reshape(shape).T
+            )
+    return weights
