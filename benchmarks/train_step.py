@@ -36,13 +36,13 @@ class Result:
 
     Attributes:
       ours, theirs: tokens a second in every round.
-      losses: of the last step, ours and theirs.
+      others: the largest share of the CPU that other programs used in a round.
       facts: what the two sides say of themselves.
     """
 
     ours: list[float]
     theirs: list[float]
-    losses: tuple[float, float]
+    others: float
     facts: tuple[dict, dict]
 
     def row(self, name: str, shape: Shape) -> str:
@@ -100,6 +100,7 @@ def measure(shape: Shape, arguments: argparse.Namespace) -> Result:
             for worker in workers:
                 worker.ask("steps", 1)  # compiles, allocates, warms up
             speeds: tuple[list[float], list[float]] = ([], [])
+            most = 0.0
             losses, tokens = [0.0, 0.0], arguments.steps * shape.batch * shape.length
             for number in range(1, 3 * arguments.rounds + 1):
                 if not wait(arguments.noise, arguments.patience):
@@ -115,6 +116,7 @@ def measure(shape: Shape, arguments: argparse.Namespace) -> Result:
                     f"{100 * others:.1f} % of the CPU" + ("" if quiet else "; not counted")
                 )
                 if quiet:
+                    most = max(most, others)
                     speeds[0].append(turn[0])
                     speeds[1].append(turn[1])
                 if len(speeds[0]) == arguments.rounds:
@@ -122,7 +124,7 @@ def measure(shape: Shape, arguments: argparse.Namespace) -> Result:
             if len(speeds[0]) < arguments.rounds:
                 raise Unequal("other programs use this machine; end them, or see --noise")
             say(f"last loss {losses[0]:.6f} and {losses[1]:.6f}")
-            return Result(*speeds, (losses[0], losses[1]), (ours.ask("facts"), theirs.ask("facts")))
+            return Result(*speeds, most, (ours.ask("facts"), theirs.ask("facts")))
         finally:
             for worker in workers:
                 worker.end()
@@ -137,11 +139,13 @@ def table(results: dict[str, tuple[Shape, Result]], arguments: argparse.Namespac
         if arguments.biases
         else "OPT is built without its biases and affine norms, so both are the same model."
     )
+    most = max(result.others for _, result in results.values())
     head = [
         f"Training steps on {ours['device']} x {ours['devices']}, PyTorch with "
         f"{theirs['threads']} threads: {ours['name']} beside {theirs['name']}. {biases} Forward, "
         "cross-entropy of all tokens, backward, clipping, AdamW. Medians of "
-        f"{arguments.rounds} rounds in which each side made {arguments.steps} steps.",
+        f"{arguments.rounds} rounds in which each side made {arguments.steps} steps, and other "
+        f"programs used at most {100 * most:.1f} % of the CPU.",
         "",
         "| model | ours, tokens/s | PyTorch, tokens/s | ratio | its spread | our MFU |",
         "|---|---|---|---|---|---|",
