@@ -1,8 +1,8 @@
-"""Scaled dot-product attention: one signature, one oracle in plain XLA, and two fast kernels.
+"""Scaled dot-product attention: one signature, an oracle, and what is fast on each platform.
 
 `attention` picks by platform: splash attention on TPU (a Pallas kernel that never holds the scores
-and skips what lies above the diagonal), cuDNN's flash attention on GPU, plain XLA elsewhere. The
-tests compare each with `xla`, which is not tuned and meant to be obviously right.
+and skips what lies above the diagonal), cuDNN's flash attention on GPU, blocks of queries in plain
+XLA elsewhere. The tests compare each with `xla`, which is meant to be obviously right.
 
 Sharding (explicit mode): outputs are laid out like the queries. The axis the queries' length is
 split over is gathered for keys and values, so splitting the context is correct without a ring.
@@ -10,6 +10,7 @@ split over is gathered for keys and values, so splitting the context is correct 
 Axes: b batch, t query length, s key length, h heads, k head_dim.
 """
 
+import functools
 import math
 from typing import Literal
 
@@ -24,11 +25,13 @@ from jaxtyping import Array, Bool, Float, Int
 _HIDDEN = -1e30
 # Splash attention works on blocks of queries and keys; the largest that divides a row is taken.
 BLOCKS = (512, 256, 128)
+# Queries of a block in plain XLA.
+_QUERIES = 256
 
 # What a rematerialisation policy may keep of attention: its result (and splash's log sums).
 SAVED = "attention"
 
-Implementation = Literal["auto", "xla", "splash", "cudnn"]
+Implementation = Literal["auto", "xla", "blocked", "splash", "cudnn"]
 
 
 def attention(
@@ -57,7 +60,7 @@ def attention(
     """
     if implementation == "auto":
         implementation = choose(q)
-    run = {"xla": xla, "splash": splash, "cudnn": cudnn}[implementation]
+    run = {"xla": xla, "blocked": blocked, "splash": splash, "cudnn": cudnn}[implementation]
     attended = run(q, k, v, segment_ids=segment_ids, causal=causal)
     # Splash names what its backward pass reads; a second name here would keep it twice.
     return attended if implementation == "splash" else checkpoint_name(attended, SAVED)
@@ -71,7 +74,8 @@ def choose(q: Float[Array, "batch length heads head_dim"]) -> Implementation:
         return "splash"
     if "nvidia" in kind and q.dtype in (jnp.bfloat16, jnp.float16):
         return "cudnn"
-    return "xla"
+    split = _count(_spec(q)[1]) > 1
+    return "xla" if split or q.shape[1] <= _QUERIES else "blocked"
 
 
 def xla(
@@ -102,6 +106,58 @@ def xla(
         logits = jnp.where(same, logits, _HIDDEN)
     mixture = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
     return jnp.einsum("bhts,bshk->bthk", mixture, v, out_sharding=jax.P(batch, length, heads, None))
+
+
+def blocked(
+    q: Float[Array, "batch length heads head_dim"],
+    k: Float[Array, "batch length heads head_dim"],
+    v: Float[Array, "batch length heads head_dim"],
+    *,
+    segment_ids: Int[Array, "batch length"] | None = None,
+    causal: bool = True,
+) -> Float[Array, "batch length heads head_dim"]:
+    """`attention` in blocks of queries, each beside the keys up to its own end if causal.
+
+    What lies above the diagonal blocks is never computed, and no scores are kept: the backward pass
+    computes those of one block at a time again. The length must not be split over devices.
+    """
+    batch, length, heads, _ = _spec(q)
+    if _count(length) > 1:
+        raise ValueError("attention in blocks cannot split the length over devices; use xla")
+    size = q.shape[1]
+    segment_ids = jnp.zeros(q.shape[:2], jnp.int32) if segment_ids is None else segment_ids
+    whole, rows = jax.P(batch, length, heads, None), jax.P(batch, length)
+
+    @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=0)
+    def one(start, q, k, v, own, others):
+        scores = jnp.einsum("bhtk,bhsk->bhts", q, k, preferred_element_type=jnp.float32)
+        visible = own[:, None, :, None] == others[:, None, None, :]
+        if causal:
+            visible &= start + jnp.arange(q.shape[2])[:, None] >= jnp.arange(k.shape[2])
+        mixture = jax.nn.softmax(jnp.where(visible, scores, _HIDDEN), axis=-1)
+        return jnp.einsum("bhts,bhsk->bhtk", mixture.astype(v.dtype), v)
+
+    def local(q, k, v, segment_ids):
+        q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))
+        done = []
+        for start in range(0, size, _QUERIES):
+            stop = min(start + _QUERIES, size)
+            seen = stop if causal else size
+            done.append(
+                one(
+                    start,
+                    q[:, :, start:stop],
+                    k[:, :, :seen],
+                    v[:, :, :seen],
+                    segment_ids[:, start:stop],
+                    segment_ids[:, :seen],
+                )
+            )
+        return jnp.swapaxes(jnp.concatenate(done, axis=2), 1, 2)
+
+    return jax.shard_map(local, in_specs=(whole, whole, whole, rows), out_specs=whole)(
+        q, jax.reshard(k, whole), jax.reshard(v, whole), jax.reshard(segment_ids, rows)
+    )
 
 
 def splash(

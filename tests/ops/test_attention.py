@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from leon_jax.ops.attention import attention, cached_attention, choose, splash, xla
+from leon_jax.ops.attention import attention, blocked, cached_attention, choose, splash, xla
 
 
 def draw(*shape, seed=0):
@@ -82,25 +82,36 @@ def test_gradients_are_finite_where_nothing_is_visible_but_oneself():
 SEGMENTS = np.repeat([[1] * 100 + [2] * 90 + [3] * 60 + [0] * 6], 2, axis=0).astype(np.int32)
 
 
+def values_and_gradients(implementation, length, head_dim, packed, **options):
+    q, k, v, pull = (draw(2, length, 2, head_dim, seed=i) for i in range(4))
+    segments = np.resize(SEGMENTS, (2, length)) if packed else None
+
+    def pulled(q, k, v):
+        attended = implementation(q, k, v, segment_ids=segments, **options)
+        return (attended * pull).sum(), attended
+
+    (_, attended), gradients = jax.value_and_grad(pulled, (0, 1, 2), has_aux=True)(q, k, v)
+    return attended, *gradients
+
+
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_splash_attention_is_attention(packed, head_dim):
     """The TPU kernel's program, interpreted: values and gradients."""
-    q, k, v, pull = (draw(2, 256, 2, head_dim, seed=i) for i in range(4))
-    segments = SEGMENTS if packed else None
+    expected = values_and_gradients(xla, 256, head_dim, packed)
+    found = values_and_gradients(functools.partial(splash, interpret=True), 256, head_dim, packed)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-4)
 
-    def run(implementation, *arguments):
-        def pulled(q, k, v):
-            attended = implementation(q, k, v, segment_ids=segments)
-            return (attended * pull).sum(), attended
 
-        return jax.value_and_grad(pulled, (0, 1, 2), has_aux=True)(*arguments)
-
-    (_, expected), gradients = run(xla, q, k, v)
-    (_, found), others = run(functools.partial(splash, interpret=True), q, k, v)
-    np.testing.assert_allclose(found, expected, atol=2e-5)
-    for gradient, other in zip(gradients, others, strict=True):
-        np.testing.assert_allclose(other, gradient, atol=2e-4)
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("length", [100, 256, 600])
+def test_attention_in_blocks_is_attention(length, packed, causal):
+    expected = values_and_gradients(xla, length, 16, packed, causal=causal)
+    found = values_and_gradients(blocked, length, 16, packed, causal=causal)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
 
 
 def test_splash_attention_needs_whole_blocks():
@@ -109,8 +120,9 @@ def test_splash_attention_needs_whole_blocks():
         splash(q, q, q)
 
 
-def test_a_cpu_takes_xla():
+def test_a_cpu_takes_blocks_where_there_are_several():
     assert choose(jnp.zeros((1, 256, 1, 64))) == "xla"
+    assert choose(jnp.zeros((1, 257, 1, 64))) == "blocked"
 
 
 @pytest.mark.slow
