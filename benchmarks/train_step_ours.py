@@ -14,7 +14,8 @@ from benchmarks.turns import ROOT, serve
 from leon_jax import sharding
 from leon_jax.models.decoder import DecoderConfig
 from leon_jax.train import hardware
-from leon_jax.train.decoder import DecoderData, DecoderProgram, DecoderTraining
+from leon_jax.train.decoder import DecoderProgram
+from leon_jax.train.decoder_config import DecoderData, DecoderTraining
 from leon_jax.train.loop import compile_step
 from leon_jax.train.optimizer import OptimizerConfig
 from leon_jax.train.state import TrainState

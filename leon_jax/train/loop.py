@@ -1,5 +1,6 @@
 """The training loop, the same for every kind of model."""
 
+import contextlib
 import dataclasses
 import pathlib
 import signal
@@ -98,6 +99,28 @@ def _run(program: Program, loop: LoopConfig, workdir: pathlib.Path) -> TrainStat
     start = int(state.step)
     ledger.resumed(start)
     metrics = Metrics(workdir if main else None, start, total, program.flops_per_token)
+    with contextlib.closing(metrics):
+        state = _steps(program, loop, workdir, state, feed, checkpoints, ledger, metrics)
+    with ledger.spend("sample"):
+        program.export(state, workdir / "export")
+    ledger.report(total)
+    if main:
+        print(f"wall time {ledger.summary()}", file=sys.stderr)
+    return state
+
+
+def _steps(
+    program: Program,
+    loop: LoopConfig,
+    workdir: pathlib.Path,
+    state: TrainState,
+    feed: Feed,
+    checkpoints: Checkpoints,
+    ledger: Ledger,
+    metrics: Metrics,
+) -> TrainState:
+    """All steps from `state` on, with what happens beside them; the last one is saved."""
+    start, total = int(state.step), program.config.steps
     values: dict[str, jax.Array] = {}  # metrics of the newest step
     stop = _StopSignal()
     skipped = 0
@@ -134,7 +157,6 @@ def _run(program: Program, loop: LoopConfig, workdir: pathlib.Path) -> TrainStat
         if stopped or failed:
             with ledger.spend("checkpoint"):
                 checkpoints.close()
-            metrics.close()
             ledger.report(step)
             if failed:
                 raise UserError(
@@ -146,12 +168,6 @@ def _run(program: Program, loop: LoopConfig, workdir: pathlib.Path) -> TrainStat
             raise SystemExit(128 + stopped)
     ledger.switch("checkpoint")
     checkpoints.close()
-    metrics.close()
-    with ledger.spend("sample"):
-        program.export(state, workdir / "export")
-    ledger.report(total)
-    if main:
-        print(f"wall time {ledger.summary()}", file=sys.stderr)
     return state
 
 

@@ -352,3 +352,26 @@ def test_a_workdir_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file"):
         loop.run(ToyProgram(ToyConfig(1)), SETTINGS, tmp_path / "file" / "run")
+
+
+def compilations(caplog, workdir: pathlib.Path, steps: int) -> list[str]:
+    """What JAX says it compiles in a run that logs and saves all the time."""
+    caplog.clear()
+    with jax.log_compiles():
+        loop.run(ToyProgram(ToyConfig(steps)), loop.LoopConfig(log_every=1, save_every=2), workdir)
+    return [text for text in caplog.messages if text.startswith("Finished XLA compilation")]
+
+
+def test_nothing_is_compiled_after_the_first_steps(caplog, tmp_path):
+    compilations(caplog, tmp_path / "first", 4)  # what is compiled once a process
+    short = compilations(caplog, tmp_path / "short", 4)
+    long = compilations(caplog, tmp_path / "long", 12)
+    assert sum("guarded" in text for text in long) == 1, "the step itself, ahead of the first one"
+    assert len(long) == len(short)
+
+
+def test_the_step_takes_nothing_from_the_host(monkeypatch, tmp_path):
+    batch = {"x": np.zeros((4, 3), np.float32)}
+    monkeypatch.setattr(loop.Feed, "__next__", lambda self: batch)
+    with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+        loop.run(ToyProgram(ToyConfig(4)), loop.LoopConfig(), tmp_path)
