@@ -24,5 +24,6 @@ def environment() -> dict[str, str]:
         "PYTHONPATH": str(ROOT),
         "TPU_LIBRARY_PATH": str(library),
         "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         "JAX_PLATFORMS": "cpu",
     }

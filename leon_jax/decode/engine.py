@@ -242,6 +242,7 @@ def _fill(
     rows = seeds.shape[0]
     start, stop = span.bounds(vocabulary)
     draws = jax.vmap(jax.random.key)(seeds)
+    head = decoder.head(start, stop)
 
     hidden, keys, values = decoder.prefill(ids, positions)
     last = jax.nn.one_hot(lengths - 1, ids.shape[1], dtype=hidden.dtype)
@@ -260,7 +261,7 @@ def _fill(
 
     def advance(state: _State) -> _State:
         step = state.cache.step
-        logits = decoder.logits(state.hidden, start, stop)
+        logits = decoder.logits(state.hidden, head)
         # Every device holds all logits of a step: they are few, and rows and streams can then be
         # taken apart without regard to how the batch is split.
         logits = jax.reshard(logits, jax.P(None, None)).astype(jnp.float32)

@@ -194,24 +194,28 @@ class Decoder(nnx.Module):
         x, _ = jax.lax.scan(_remat(layer, self.config.remat), x, self.blocks)
         return _norm(x)
 
-    def logits(
-        self, hidden: Float[Array, "*lead embed"], start: int = 0, stop: int | None = None
-    ) -> Float[Array, "*lead vocab"]:
-        """Scores of the ids start..stop - 1 (all by default), in float32.
+    def head(self, start: int = 0, stop: int | None = None) -> Float[Array, "ids embed"]:
+        """The rows of the table that score the ids start..stop - 1 (all by default).
 
-        `start` and `stop` are static, so scores of image ids alone cost only their share.
+        A part of the rows is held whole by every device; a loop makes it once, before it begins.
         """
-        lead = _lead(hidden)
-        table, vocab = self.table[...].astype(hidden.dtype), RULES["vocab"]
-        if (start, stop) not in ((0, None), (0, self.config.vocab_size)):
-            # A part of a split axis need not be evenly split, so this one is replicated.
-            table, vocab = jax.reshard(table, jax.P(None, None))[start:stop], None
+        table = self.table[...].astype(self.config.dtype)
+        if (start, stop) in ((0, None), (0, self.config.vocab_size)):
+            return table
+        # A part of a split axis need not be evenly split, so this one is not split.
+        return jax.reshard(table, jax.P(None, None))[start:stop]
+
+    def logits(
+        self, hidden: Float[Array, "*lead embed"], head: Float[Array, "ids embed"] | None = None
+    ) -> Float[Array, "*lead ids"]:
+        """Scores of the ids of `head(...)`, by default of all, in float32."""
+        head = self.head() if head is None else head
         return jnp.einsum(
             "...d,vd->...v",
             hidden,
-            table,
+            head,
             preferred_element_type=jnp.float32,
-            out_sharding=jax.P(*lead, vocab),
+            out_sharding=jax.P(*_lead(hidden), jax.typeof(head).sharding.spec[0]),
         )
 
     def prefill(

@@ -92,6 +92,7 @@ def test_drawing_can_be_planned(config, tmp_path):
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "plan.json").read_text())
     assert set(found["rooflines"]) == {"prefill", "token"}
+    assert found["collectives"]["all-gather"]["runs"] < 100, "no weights are gathered for a token"
     total = found["rooflines"]["prefill"]["seconds"] + 1024 * found["rooflines"]["token"]["seconds"]
     assert found["figures"]["pictures_per_second"] == pytest.approx(4 / total)
 

@@ -44,7 +44,7 @@ def compute(shape):
             return total / weights.sum(), (
                 losses,
                 model.logits(hidden),
-                model.logits(hidden, 4, 15),
+                model.logits(hidden, model.head(4, 15)),
             )
 
         def decode(model):

@@ -121,8 +121,10 @@ def test_a_part_of_the_logits_is_the_slice_of_all(model):
     hidden = model(draw_ids())
     whole = model.logits(hidden)
     assert whole.dtype == jnp.float32 and whole.shape == (2, 12, 48)
-    np.testing.assert_allclose(model.logits(hidden, 4, 15), whole[..., 4:15], atol=1e-5)
-    np.testing.assert_allclose(model.logits(hidden[:, 3], 40), whole[:, 3, 40:], atol=1e-5)
+    np.testing.assert_allclose(model.logits(hidden, model.head(4, 15)), whole[..., 4:15], atol=1e-5)
+    np.testing.assert_allclose(
+        model.logits(hidden[:, 3], model.head(40)), whole[:, 3, 40:], atol=1e-5
+    )
 
 
 def test_decoding_step_by_step_equals_the_whole_sequence(model):
