@@ -56,9 +56,10 @@ def make_mesh(
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = list(shape)
-    if len(sizes) != len(AXES) or sizes.count(-1) > 1:
+    wrong = any(size < 1 and size != -1 for size in sizes)
+    if wrong or len(sizes) != len(AXES) or sizes.count(-1) > 1:
         raise ValueError(
-            f"mesh shape {tuple(shape)} must give {len(AXES)} sizes {AXES}, at most one -1"
+            f"mesh shape {tuple(shape)} must give {len(AXES)} positive sizes {AXES}, at most one -1"
         )
     if -1 in sizes:
         sizes[sizes.index(-1)] = len(devices) // math.prod(size for size in sizes if size != -1)

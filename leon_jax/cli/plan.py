@@ -48,7 +48,7 @@ _SEARCH = flags.DEFINE_bool(
     "search",
     False,
     "Try remat policies, microbatches and meshes: the fastest that fits, or the smallest change "
-    "that does.",
+    "that does (train).",
     flag_values=FLAGS,
 )
 _ROWS = flags.DEFINE_integer(
@@ -143,7 +143,8 @@ def _mesh(default, pod) -> tuple[int, ...]:
         wanted = default if _MESH.value is None else tuple(int(size) for size in _MESH.value)
         return tuple(sharding.make_mesh(wanted, pod.devices).shape.values())
     except ValueError as error:
-        raise UserError(f"--mesh: {error}") from error
+        name = "config.loop.mesh" if _MESH.value is None else "--mesh"
+        raise UserError(f"{name}: {error}") from error
 
 
 def _config_path() -> str:

@@ -70,12 +70,16 @@ def choose(q: Float[Array, "batch length heads head_dim"]) -> Implementation:
     """The fastest implementation for these queries on the devices of the mesh that is set."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     kind = "" if device is None else device.device_kind.lower()
-    if "tpu" in kind and (q.shape[1] // _count(_spec(q)[1])) % BLOCKS[-1] == 0:
+    parts, (_, length, _, head_dim) = _count(_spec(q)[1]), q.shape
+    if "tpu" in kind and length // parts % BLOCKS[-1] == 0:
         return "splash"
-    if "nvidia" in kind and q.dtype in (jnp.bfloat16, jnp.float16):
+    if parts > 1:
+        return "xla"
+    # What cuDNN's kernels take.
+    fits = q.dtype in (jnp.bfloat16, jnp.float16) and length % 2 == 0
+    if "nvidia" in kind and fits and head_dim % 8 == 0 and head_dim <= 128:
         return "cudnn"
-    split = _count(_spec(q)[1]) > 1
-    return "xla" if split or q.shape[1] <= _QUERIES else "blocked"
+    return "xla" if length <= _QUERIES else "blocked"
 
 
 def xla(
@@ -239,9 +243,9 @@ def cudnn(
     Segments are a mask beside the scores, [batch, 1, length, length] in the inputs' dtype.
     """
     batch, length, heads, _ = _spec(q)
-    if length is not None:
+    if _count(length) > 1:
         raise ValueError("cuDNN attention cannot split the length over devices; use xla")
-    whole = jax.P(batch, None, heads, None)
+    whole = jax.P(batch, length, heads, None)
 
     def local(q, k, v, segment_ids):
         mask = None
@@ -251,11 +255,11 @@ def cudnn(
             q, k, v, mask=mask, is_causal=causal, implementation="cudnn"
         )
 
-    rows = None if segment_ids is None else jax.P(batch, None)
+    rows = None if segment_ids is None else jax.P(batch, length)
     segment_ids = None if segment_ids is None else jax.reshard(segment_ids, rows)
     return jax.shard_map(
         local, in_specs=(whole, whole, whole, rows), out_specs=whole, check_vma=False
-    )(q, k, v, segment_ids)
+    )(q, jax.reshard(k, whole), jax.reshard(v, whole), segment_ids)
 
 
 def cached_attention(

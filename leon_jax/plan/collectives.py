@@ -5,7 +5,8 @@ stands in their condition, so what a scan over layers sends is counted for every
 the rings of permutes that XLA puts in place of an all-gather or a reduce-scatter beside a matrix
 product. A reduce-scatter that XLA makes of an all-reduce and a slice is a computation named for
 both (`all-reduce-scatter`) and counts as what it is. An asynchronous collective stands in the text
-two or three times (start, what runs meanwhile, done) under one channel id and is counted once.
+two or three times (start, what runs meanwhile, done) under one channel id, and is counted as often
+as the piece that runs least.
 """
 
 import dataclasses
@@ -46,7 +47,8 @@ def collectives(hlo: str) -> dict[str, Collective]:
     bodies, entry = _computations(hlo)
     runs: dict[str, int] = defaultdict(int)
     _walk(entry, 1, bodies, runs)
-    found: dict[tuple[str, str], tuple[int, float]] = {}  # (kind, channel) -> (runs, bytes)
+    # By what all pieces of one collective share -> (runs, bytes).
+    found: dict[tuple[str, str, str, int], tuple[int, float]] = {}
     for name, lines in bodies.items():
         for number, (shape, opcode, rest) in enumerate(lines):
             kind = opcode.removesuffix("-start")
@@ -57,9 +59,11 @@ def collectives(hlo: str) -> dict[str, Collective]:
             size = _bytes(shape, opcode.endswith("-start"))
             if name.startswith("all-reduce-scatter"):
                 kind, size = "reduce-scatter", size / group
-            key = kind, channel[1] if channel else f"{name} {number}"
-            sent = _sent(kind, size, group)
-            found[key] = max(found.get(key, (0, 0.0)), (runs[name], sent * runs[name]))
+            plain = re.sub(r"\{[^}]*\}", "", shape)  # without layouts, which differ
+            key = kind, channel[1] if channel else f"{name} {number}", plain, group
+            once = runs[name], _sent(kind, size, group) * runs[name]
+            # What runs meanwhile may be a loop, with a piece in each iteration.
+            found[key] = min(found.get(key, once), once)
     totals = {}
     for kind in KINDS:
         chosen = [value for key, value in found.items() if key[0] == kind]

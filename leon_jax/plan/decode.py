@@ -18,6 +18,7 @@ from leon_jax.plan import roofline
 from leon_jax.plan.plan import Plan, Roofline
 from leon_jax.plan.topology import Topology
 from leon_jax.train.decoder_config import DecoderTraining
+from leon_jax.train.decoder_step import uneven
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +49,8 @@ def plan(config: DecoderTraining, topology: Topology, setting: Setting) -> Plan:
     guidance = make_guidance(setting.guidance)
     data, fsdp, _, tensor = setting.mesh
     batch = setting.rows * guidance.streams
+    if problem := uneven(dataclasses.replace(config, batch_size=batch), setting.mesh, 1):
+        raise UserError(problem.replace("config.batch_size", "rows times streams"))
     if setting.rows % (data * fsdp):
         raise UserError(f"--rows={setting.rows} must be a multiple of data x fsdp, {data * fsdp}")
     if setting.prompt + span.limit > model.max_length:
@@ -85,9 +88,9 @@ def plan(config: DecoderTraining, topology: Topology, setting: Setting) -> Plan:
             topology,
         )
     rows = batch / (data * fsdp)
-    prefill = roofline.prefill_work(model, setting.prompt, rows, memory.parameters, tensor)
-    slots = setting.prompt + span.limit
-    step = roofline.decode_work(model, slots, rows, memory.parameters, tensor)
+    prefill = roofline.prefill_work(model, setting.prompt, rows, tensor)
+    slots, (start, stop) = setting.prompt + span.limit, span.bounds(config.vocabulary)
+    step = roofline.decode_work(model, slots, stop - start, rows, tensor)
     # Which collectives belong to the loop is not told apart: all but what one run of a layer scan
     # needs do, so they are booked there.
     bounds = {

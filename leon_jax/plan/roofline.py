@@ -34,7 +34,7 @@ def training_flops(config: DecoderConfig, length: int) -> float:
       - blocks of scores on the diagonal, half of which is masked;
       - what the remat policy gives up.
     """
-    weights = config.layers * (4 * config.embed**2 + 2 * config.embed * config.mlp)
+    weights = _layer_weights(config)
     block = next((size for size in BLOCKS if length % size == 0), 0)
     # Two products forward, QK^T and AV, at half of T^2 each, and what the diagonal adds.
     forward = 2 * config.layers * (length + block) * config.embed
@@ -68,11 +68,11 @@ def training_work(
     flops = training_flops(config, length) * tokens / tensor
     # Read and written by the optimizer, and gradients as large as parameters (a third of it).
     traffic = state_bytes * (2 + 2 / 3)
-    weights = config.layers * (4 * config.embed**2 + 2 * config.embed * config.mlp)
+    weights = _layer_weights(config)
     again = _recomputes(config)
-    # bfloat16 weights: written by the gather, read by each forward pass and for one of the two
-    # products backward.
-    traffic += 2 * weights / tensor * (2 + again) * (2 if fsdp > 1 else 1) * microbatches
+    # bfloat16 weights: read by each forward pass and for one of the two products backward; a gather
+    # writes them once for the forward and once for the backward pass.
+    traffic += 2 * weights / tensor * (2 + again + (2 if fsdp > 1 else 0)) * microbatches
     # Operands and results of a token: queries, keys, values and output 2 E each, MLP E + F twice,
     # of which the second is not computed again.
     once = 10 * config.embed + 2 * config.mlp
@@ -83,44 +83,48 @@ def training_work(
     return Work(flops, traffic + tokens * (2 * config.layers * operands / tensor + logits))
 
 
-def _recomputes(config: DecoderConfig) -> bool:
-    """Whether products with weights are computed again in the backward pass."""
-    return config.remat in ("attention", "full")
-
-
-def prefill_work(
-    config: DecoderConfig, length: int, rows: float, weight_bytes: float, tensor: int
-) -> Work:
+def prefill_work(config: DecoderConfig, length: int, rows: float, tensor: int) -> Work:
     """One device's part of reading prompts of `length` tokens.
 
     Args:
       config: the model.
       length: of a prompt, padding included.
       rows: of a device, streams included.
-      weight_bytes: weights that the device holds.
       tensor: size of this mesh axis.
     """
-    weights = config.layers * (4 * config.embed**2 + 2 * config.embed * config.mlp)
-    tokens = rows * length
+    weights, tokens = _layer_weights(config), rows * length
     flops = 2 * weights * tokens + 2 * config.layers * length * config.embed * tokens
-    cache = 2 * 2 * config.layers * config.embed * tokens
-    return Work(flops / tensor, weight_bytes + cache / tensor)
+    cache = 2 * config.layers * config.embed * tokens
+    return Work(flops / tensor, _width(config) * (weights + cache) / tensor)
 
 
-def decode_work(
-    config: DecoderConfig, slots: int, rows: float, weight_bytes: float, tensor: int
-) -> Work:
+def decode_work(config: DecoderConfig, slots: int, ids: int, rows: float, tensor: int) -> Work:
     """One device's part of writing one more token in each row.
 
     Args:
       config: the model.
       slots: of the cache, all of which are read.
+      ids: how many may follow; every device holds the rows of the table that score them.
       rows: of a device, streams included.
-      weight_bytes: weights that the device holds; all are read.
       tensor: size of this mesh axis.
     """
-    weights = config.layers * (4 * config.embed**2 + 2 * config.embed * config.mlp)
-    weights += config.vocab_size * config.embed
+    layers, head = _layer_weights(config), ids * config.embed
     attention = 4 * config.layers * slots * config.embed
-    cache = 2 * 2 * config.layers * config.embed * slots
-    return Work(rows * (2 * weights + attention) / tensor, weight_bytes + rows * cache / tensor)
+    cache = 2 * config.layers * config.embed * slots
+    flops = rows * ((2 * layers + attention) / tensor + 2 * head)
+    return Work(flops, _width(config) * ((layers + rows * cache) / tensor + head))
+
+
+def _layer_weights(config: DecoderConfig) -> int:
+    """Weights of all layers."""
+    return config.layers * (4 * config.embed**2 + 2 * config.embed * config.mlp)
+
+
+def _width(config: DecoderConfig) -> int:
+    """Bytes of a weight as products read it."""
+    return 2 if config.dtype == "bfloat16" else 4
+
+
+def _recomputes(config: DecoderConfig) -> bool:
+    """Whether products with weights are computed again in the backward pass."""
+    return config.remat in ("attention", "full")

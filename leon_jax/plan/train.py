@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ from leon_jax.plan.plan import DoesNotFit, Plan, Roofline
 from leon_jax.plan.topology import Topology
 from leon_jax.train import optimizer
 from leon_jax.train.decoder_config import DecoderTraining
-from leon_jax.train.decoder_step import BATCH_DTYPES, new_state, update
+from leon_jax.train.decoder_step import BATCH_DTYPES, new_state, uneven, update
 from leon_jax.train.loop import lower_step
 
 # From the one that computes nothing again to the one that keeps least.
@@ -64,13 +64,8 @@ def plan(config: DecoderTraining, topology: Topology, setting: Setting) -> Plan:
     """
     config = setting.apply(config)
     mesh = sharding.make_mesh(setting.mesh, topology.devices)
-    data, fsdp, *_ = setting.mesh
-    parts = data * fsdp * setting.microbatches
-    if config.batch_size % parts:
-        raise UserError(
-            f"config.batch_size is {config.batch_size}; it must be a multiple of data x fsdp x "
-            f"microbatches, {parts}"
-        )
+    if problem := uneven(config, setting.mesh, setting.microbatches):
+        raise UserError(problem)
     transformation = optimizer.make(config.optimizer)
     with jax.set_mesh(mesh):
         key = jax.eval_shape(jax.random.key, 0)
@@ -110,15 +105,18 @@ def search(
 ) -> Plan | None:
     """The fastest plan if `setting` fits, else that of the smallest change that does; None if none.
 
+    The fastest is that with the least arithmetic and collectives, added up: first over remat
+    policies and microbatches, then, with what was best, over how `data` and `fsdp` share the
+    devices. The smallest change is one key before two, and cheap before dear.
+
     Args:
       config, topology, setting: where to start.
       say: is told of every attempt.
       attempts: how many changes are tried at most if it does not fit; each is compiled.
-
-    The fastest is that with the least arithmetic and collectives, added up.
     """
 
-    def attempt(other: Setting, name: str) -> Plan | None:
+    def attempt(other: Setting, name: str = "") -> Plan | None:
+        name = name or other.changes(setting)
         try:
             found = plan(config, topology, other)
         except DoesNotFit as error:
@@ -128,37 +126,56 @@ def search(
         say(f"{name}: fits, {bound.seconds:.3g} to {bound.serial_seconds:.3g} s a step at least")
         return found
 
-    settings = list(_candidates(config, topology, setting))
+    def first(others: Iterable[Setting]) -> Plan | None:
+        return next((found for other in others if (found := attempt(other))), None)
+
+    def faster(one: Plan, other: Plan | None) -> Plan:
+        seconds = one.rooflines["step"].serial_seconds
+        return other if other and other.rooflines["step"].serial_seconds < seconds else one
+
     best = attempt(setting, "as configured")
     if best is None:
-        smaller = [other for other in settings if _saves(other, setting)]
-        smaller.sort(key=lambda other: _distance(other, setting))
-        tried = (attempt(other, other.changes(setting)) for other in smaller[:attempts])
-        return next((found for found in tried if found), None)
-    for remat in REMAT[: REMAT.index(setting.remat)]:
-        same = [s for s in settings if s.remat == remat and s.mesh == setting.mesh]
-        tried = (
-            attempt(other, other.changes(setting))
-            for other in sorted(same, key=lambda other: other.microbatches)
-        )
+        smaller = [o for o in candidates(config, topology, setting) if _saves(o, setting)]
+        return first(sorted(smaller, key=lambda other: _distance(other, setting))[:attempts])
+    for remat in REMAT[: REMAT.index(setting.remat) + 1]:
         # The fewest microbatches that fit gather the weights least often.
-        if (found := next((found for found in tried if found), None)) is not None:
-            best = min(best, found, key=lambda found: found.rooflines["step"].serial_seconds)
+        counts = [n for n in MICROBATCHES if remat != setting.remat or n < setting.microbatches]
+        same = (Setting(setting.mesh, remat, count) for count in counts)
+        best = faster(best, first(other for other in same if deals(config, other)))
+    chosen = Setting(**best.setting)
+    for mesh in _splits(setting.mesh):
+        other = dataclasses.replace(chosen, mesh=mesh)
+        if deals(config, other):
+            best = faster(best, attempt(other))
     return best
 
 
-def _candidates(config: DecoderTraining, topology: Topology, setting: Setting) -> Iterator[Setting]:
-    """All other settings worth a try: they deal rows, heads and tokens evenly."""
-    model, devices = config.model, len(topology.devices)
-    meshes = [setting.mesh]
+def candidates(config: DecoderTraining, topology: Topology, setting: Setting) -> Iterator[Setting]:
+    """All other settings that deal rows, weights and tokens evenly."""
+    devices = len(topology.devices)
+    meshes = [setting.mesh, *_splits(setting.mesh)]
     for tensor, context in itertools.product((1, 2, 4, 8), (1, 2, 4)):
         rest, odd = divmod(devices, tensor * context)
-        if not odd and not model.heads % tensor and not config.data.length % (128 * context):
+        if not odd:
             meshes.append((1, rest, context, tensor))
-    for mesh, remat, parts in itertools.product(dict.fromkeys(meshes), REMAT, MICROBATCHES):
+    counts = sorted({*MICROBATCHES, setting.microbatches})
+    for mesh, remat, parts in itertools.product(dict.fromkeys(meshes), REMAT, counts):
         other = Setting(mesh, remat, parts)
-        if other != setting and not config.batch_size % (mesh[0] * mesh[1] * parts):
+        if other != setting and deals(config, other):
             yield other
+
+
+def deals(config: DecoderTraining, setting: Setting) -> bool:
+    """Whether a mesh and microbatches split the batch and the model evenly."""
+    return not uneven(config, setting.mesh, setting.microbatches)
+
+
+def _splits(mesh: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """The same devices with other shares of `data` and `fsdp`."""
+    both = mesh[0] * mesh[1]
+    shares = [fsdp for fsdp in (both, 64, 32, 16) if both % fsdp == 0]
+    found = dict.fromkeys((both // fsdp, fsdp, *mesh[2:]) for fsdp in shares)
+    return [other for other in found if other != mesh]
 
 
 def _saves(other: Setting, setting: Setting) -> bool:
@@ -166,6 +183,7 @@ def _saves(other: Setting, setting: Setting) -> bool:
     return (
         REMAT.index(other.remat) >= REMAT.index(setting.remat)
         and other.microbatches >= setting.microbatches
+        and other.mesh[1:] >= setting.mesh[1:]
     )
 
 
@@ -173,7 +191,8 @@ def _distance(other: Setting, setting: Setting) -> tuple:
     """How large a change is: first how many keys, then what it costs."""
     remesh = other.mesh != setting.mesh
     keys = (other.remat != setting.remat) + (other.microbatches != setting.microbatches) + remesh
-    return keys, remesh, other.mesh[2] * other.mesh[3], other.microbatches, other.remat
+    split = other.mesh[2] * other.mesh[3]
+    return keys, remesh, split, REMAT.index(other.remat), other.microbatches
 
 
 def _roofline(config, topology, setting, state_bytes, found) -> Roofline:

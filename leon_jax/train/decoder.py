@@ -28,7 +28,7 @@ from leon_jax.tokenizers.image import ImageTokenizer, to_pixels
 from leon_jax.tokenizers.text import TextTokenizer
 from leon_jax.train import optimizer
 from leon_jax.train.decoder_config import KIND, DecoderTraining
-from leon_jax.train.decoder_step import new_state, update
+from leon_jax.train.decoder_step import new_state, uneven, update
 from leon_jax.train.state import TrainState, rows_of_shard
 
 
@@ -53,7 +53,14 @@ class DecoderProgram:
         self.flops_per_token = float(config.model.flops_per_token(config.data.length))
 
     def init(self, key: jax.Array) -> TrainState:
-        """A new model and the optimizer's state."""
+        """A new model and the optimizer's state.
+
+        Raises:
+          UserError: the mesh that is set cannot split the batch or the model evenly.
+        """
+        mesh = tuple(jax.sharding.get_abstract_mesh().shape.values())
+        if problem := uneven(self.config, mesh, self.config.microbatches):
+            raise UserError(problem)
         model_key, run_key = jax.random.split(key)
         return new_state(self.config.model, self.transformation, model_key, run_key)
 

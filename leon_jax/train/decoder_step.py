@@ -1,12 +1,13 @@
 """One update of the decoder: loss, gradient (in parts, if memory asks for it), optimizer.
 
-A function of shapes and settings alone: it reads no file, so `leon_jax.train.plan` compiles it for
+A function of shapes and settings alone: it reads no file, so `leon_jax.plan.train` compiles it for
 chips that are not there.
 
 Axes: b batch, t length, n microbatches.
 """
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +42,23 @@ def new_state(
     """A model with fresh weights and the optimizer's state for it; pure."""
     model = Decoder(config, rngs=nnx.Rngs(model_key))
     return TrainState(jnp.zeros((), jnp.int32), model, transformation.init(model), run_key)
+
+
+def uneven(config: DecoderTraining, mesh: Sequence[int], microbatches: int) -> str:
+    """What a mesh of (data, fsdp, context, tensor) cannot split evenly; "" if nothing."""
+    data, fsdp, context, tensor = mesh
+    model = config.model
+    for name, size, parts, what in (
+        ("batch_size", config.batch_size, data * fsdp * microbatches, "data x fsdp x microbatches"),
+        ("data.length", config.data.length, context, "context"),
+        ("model.embed", model.embed, fsdp, "fsdp"),
+        ("model.heads", model.heads, tensor, "tensor"),
+        ("model.mlp", model.mlp, tensor, "tensor"),
+        ("model.vocab_size", model.vocab_size, tensor, "tensor"),
+    ):
+        if size % parts:
+            return f"config.{name} is {size}; it must be a multiple of {what}, {parts}"
+    return ""
 
 
 def update(

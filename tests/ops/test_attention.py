@@ -10,8 +10,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from leon_jax.ops.attention import attention, blocked, cached_attention, choose, splash, xla
+from leon_jax.models.decoder import Decoder, DecoderConfig
+from leon_jax.ops.attention import (
+    attention,
+    blocked,
+    cached_attention,
+    choose,
+    cudnn,
+    splash,
+    xla,
+)
+from leon_jax.sharding import spec
 
 
 def draw(*shape, seed=0):
@@ -83,7 +94,11 @@ SEGMENTS = np.repeat([[1] * 100 + [2] * 90 + [3] * 60 + [0] * 6], 2, axis=0).ast
 
 
 def values_and_gradients(implementation, length, head_dim, packed, **options):
-    q, k, v, pull = (draw(2, length, 2, head_dim, seed=i) for i in range(4))
+    # Laid out as in the decoder.
+    layout = jax.NamedSharding(
+        jax.sharding.get_mesh(), spec("batch", "length", "heads", "head_dim")
+    )
+    q, k, v, pull = (jax.device_put(draw(2, length, 2, head_dim, seed=i), layout) for i in range(4))
     segments = np.resize(SEGMENTS, (2, length)) if packed else None
 
     def pulled(q, k, v):
@@ -98,10 +113,46 @@ def values_and_gradients(implementation, length, head_dim, packed, **options):
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_splash_attention_is_attention(packed, head_dim):
     """The TPU kernel's program, interpreted: values and gradients."""
-    expected = values_and_gradients(xla, 256, head_dim, packed)
-    found = values_and_gradients(functools.partial(splash, interpret=True), 256, head_dim, packed)
+    check_splash(256, head_dim, packed)
+
+
+def test_splash_attention_in_small_blocks_that_sees_everything():
+    check_splash(384, 64, True, causal=False)
+
+
+def check_splash(length, head_dim, packed, causal=True):
+    expected = values_and_gradients(xla, length, head_dim, packed, causal=causal)
+    run = functools.partial(splash, interpret=True)
+    found = values_and_gradients(run, length, head_dim, packed, causal=causal)
     for one, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(one, other, atol=2e-4)
+
+
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="there it works")
+def test_a_decoder_gets_as_far_as_cudnn():
+    """Its arrays name the axis `context` on every mesh, also where that has one device."""
+    config = DecoderConfig(48, 16, 1, 32, 4, 64, dtype="bfloat16", attention="cudnn")
+    model = Decoder(config, rngs=nnx.Rngs(0))
+    ids = np.zeros((2, 16), np.int32)
+    with pytest.raises(RuntimeError, match="cuDNN"):
+        jax.jit(lambda model: model(ids, None, ids)).trace(model).lower(
+            lowering_platforms=("cuda",)
+        )
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_cudnn_attention_is_attention(packed, head_dim):
+    def halved(implementation):
+        return lambda q, k, v, **options: implementation(
+            *(jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)), **options
+        ).astype(jnp.float32)
+
+    expected = values_and_gradients(halved(xla), 256, head_dim, packed)
+    found = values_and_gradients(halved(cudnn), 256, head_dim, packed)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=5e-2)
 
 
 @pytest.mark.parametrize("causal", [True, False])

@@ -8,8 +8,9 @@ from pathlib import Path
 from leon_jax.plan.collectives import Collective, collectives
 from tests import tpu
 
-# A loop of 5 around an asynchronous gather (three pieces, one channel) and a permute; outside a
-# reduction of two arrays and a fused reduce-scatter.
+# A loop of 5 around an asynchronous gather (three pieces, one channel) and a permute, and a piece
+# of a gather that begins outside; outside also two reductions with one channel, and a fused
+# reduce-scatter.
 HLO = """\
 HloModule example
 
@@ -31,10 +32,15 @@ HloModule example
   ROOT %slice = f32[2,16]{1,0} dynamic-slice(%all-reduce.9)
 }
 
+%meanwhile (p: bf16[4,64]) -> bf16[16,64] {
+  ROOT %gather.4 = bf16[16,64]{1,0:T(8,128)} all-gather(%p), channel_id=5, replica_groups=[1,4]<=[4]
+}
+
 %body (state: (s32[], bf16[2,64])) -> (s32[], bf16[2,64]) {
   %fusion.1 = (bf16[2,64], bf16[8,64]) fusion(%x), kind=kCustom, calls=%start
   %fusion.2 = bf16[8,64] fusion(%fusion.1), kind=kCustom, calls=%done
   %send = (bf16[2,64], bf16[2,64], u32[]) collective-permute-start(%x), channel_id=8
+  %piece = bf16[16,64] fusion(%x), kind=kCustom, calls=%meanwhile
   %sent = bf16[2,64] collective-permute-done(%send)
   ROOT %t = (s32[], bf16[2,64]) tuple(%i, %sent)
 }
@@ -46,6 +52,8 @@ HloModule example
 
 ENTRY %main (a: f32[8,16]) -> f32[] {
   %loop = (s32[], bf16[2,64]) while(%init), condition=%condition, body=%body
+  %whole = bf16[16,64]{0,1} all-gather(%b), channel_id=5, replica_groups=[1,4]<=[4]
+  %other = f32[] all-reduce(%c), channel_id=1, replica_groups=[1,4]<=[4]
   %both = (f32[10], s32[6]) all-reduce(%a), channel_id=1, replica_groups=mesh['a'=2,'b'=4] {'a'}
   %part = f32[2,16] fusion(%a), kind=kCustom, calls=%all-reduce-scatter.3
 }
@@ -54,10 +62,11 @@ ENTRY %main (a: f32[8,16]) -> f32[] {
 
 def test_loops_async_pieces_and_fusions_are_counted_once_each():
     gathered, permuted, reduced, scattered = 8 * 64 * 2, 2 * 64 * 2, 10 * 4 + 6 * 4, 8 * 16 * 4
+    once, scalar = 16 * 64 * 2, 4
     assert collectives(HLO) == {
-        "all-gather": Collective(1, 5, 5 * gathered * 3 / 4),
+        "all-gather": Collective(2, 6, (5 * gathered + once) * 3 / 4),
         "reduce-scatter": Collective(1, 1, scattered * 3 / 4),
-        "all-reduce": Collective(1, 1, 2 * reduced * 1 / 2),
+        "all-reduce": Collective(2, 2, 2 * reduced * 1 / 2 + 2 * scalar * 3 / 4),
         "all-to-all": Collective(0, 0, 0),
         "collective-permute": Collective(1, 5, 5 * permuted),
     }

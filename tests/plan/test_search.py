@@ -1,0 +1,83 @@
+"""What `leon plan --search` tries, and in which order; nothing is compiled."""
+
+import dataclasses
+import types
+
+import pytest
+
+from leon_jax.models.decoder import DecoderConfig
+from leon_jax.plan import train
+from leon_jax.plan.plan import DoesNotFit, Roofline
+from leon_jax.plan.train import REMAT, Setting
+from leon_jax.train.decoder_config import DecoderData, DecoderTraining
+from leon_jax.train.optimizer import OptimizerConfig
+from leon_jax.vocabulary import Vocabulary
+
+VOCABULARY = Vocabulary.compact(64, 1024, 66)
+CONFIG = DecoderTraining(
+    model=DecoderConfig(VOCABULARY.size, 1024, layers=2, embed=512, heads=8, mlp=1024),
+    vocabulary=VOCABULARY,
+    optimizer=OptimizerConfig(1e-3, 100),
+    batch_size=512,
+    steps=1,
+    data=DecoderData(length=1024),
+)
+POD = types.SimpleNamespace(devices=(None,) * 16)
+MESH = (1, 16, 1, 1)
+
+
+def searched(monkeypatch, setting, fits, seconds=lambda setting: 1.0):
+    """(what was chosen, what was tried) where `fits` and `seconds` stand for the compiler."""
+    tried = []
+
+    def plan(config, topology, other):
+        assert not train.uneven(config, other.mesh, other.microbatches)
+        tried.append(other)
+        if not fits(other):
+            raise DoesNotFit("too large")
+        bound = Roofline(seconds(other), 0.0, 0.0)
+        return types.SimpleNamespace(rooflines={"step": bound}, setting=dataclasses.asdict(other))
+
+    monkeypatch.setattr(train, "plan", plan)
+    found = train.search(CONFIG, POD, setting, lambda line: None)
+    return found and Setting(**found.setting), tried
+
+
+def test_the_smallest_change_keeps_the_mesh_and_computes_least_again(monkeypatch):
+    start = Setting(MESH, "none", 1)
+    chosen, tried = searched(monkeypatch, start, lambda s: s.microbatches >= 4)
+    assert chosen == Setting(MESH, "none", 4)
+    assert tried[:4] == [start, *(Setting(MESH, "none", count) for count in (2, 4))][:4]
+
+
+def test_a_policy_is_changed_where_microbatches_are_many_already(monkeypatch):
+    chosen, _ = searched(monkeypatch, Setting(MESH, "none", 16), lambda s: s.remat == "full")
+    assert chosen == Setting(MESH, "full", 16)
+
+
+def test_two_keys_are_changed_if_one_is_not_enough(monkeypatch):
+    chosen, _ = searched(
+        monkeypatch, Setting(MESH, "none", 1), lambda s: s.remat == "full" and s.microbatches > 1
+    )
+    assert chosen == Setting(MESH, "full", 2)
+
+
+def test_nothing_fits(monkeypatch):
+    chosen, tried = searched(monkeypatch, Setting(MESH, "none", 1), lambda s: False)
+    assert chosen is None and len(tried) == 16
+
+
+@pytest.mark.parametrize("remat", REMAT)
+def test_the_fastest_is_found_wherever_it_starts(monkeypatch, remat):
+    """Less recomputation and fewer microbatches are faster; `none` needs four of them."""
+
+    def fits(setting):
+        return setting.remat != "none" or setting.microbatches >= 4
+
+    def seconds(setting):
+        fast = setting.mesh == (1, 16, 1, 1)
+        return REMAT.index(setting.remat) + setting.microbatches / 100 + (0 if fast else 0.001)
+
+    start = Setting((4, 4, 1, 1), remat, 8)
+    chosen, _ = searched(monkeypatch, start, fits, seconds)
+    assert chosen == Setting((1, 16, 1, 1), "none", 4)
