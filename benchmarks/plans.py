@@ -45,18 +45,27 @@ leon plan --config=configs/cm3leon_7b.py --topology=v5p:8x8x4 --mesh=-1,64,1,1 \
   --config.model.remat=none --config.microbatches=2
 ```
 
-for every row, with a remat policy and microbatches that `--search` chose. The compiler comes with `pip install 'leon_jax[tpu]'`; in this repository, `make tpu`
-puts it beside the environment, for `TPU_LIBRARY_PATH=.tpu/libtpu/libtpu.so`.
+for every row, with a remat policy and microbatches that `--search` chose. The compiler comes with
+`pip install 'leon_jax[tpu]'`; in this repository, `make tpu` puts it beside the environment, for
+`TPU_LIBRARY_PATH=.tpu/libtpu/libtpu.so`.
 
 {best}
 
 {meshes}
 
+Splitting embeddings over more chips than give each a multiple of 128 columns makes the compiler
+gather and reduce by all-reduce, at twice the bytes (first line); `--search` tries other shares of
+`data` and `fsdp`. Context parallelism (fourth line) gathers keys and values, which at this batch is
+four times what the weights take: 2.1 GB a layer on each device. Ring attention would send the same
+bytes in pieces and keep fewer of them at once. Rows of 4,096 tokens need neither, so it is not
+built.
+
 ## What the figures are
 
-*Peak* is all that the program allocates in the memory of one device, as the compiler laid it out:
+*Peak* is the most that lives at once in the memory of one device, in the compiler's schedule:
 parameters, optimizer state (both float32), and everything else. A TPU7x chip shows as two devices.
-The compiler refuses what does not fit, and its limit is a little below the chip's capacity.
+Whether a program fits is decided by the compiler, which also needs room for packing: its limit is a
+little below the chip's capacity, and it works harder, or refuses, long before a sum says so.
 
 *Sent* is what one device sends in one step. It is read from the compiled program: the bytes of
 every collective, by the ring algorithms, times how often the loops around it run.

@@ -24,8 +24,8 @@ class Memory:
 
     Attributes:
       parameters, optimizer: of the state (a cache counts as activations).
-      activations: everything else that the program allocates.
-      peak: all of it, as the compiler laid it out.
+      activations: everything else that lives at the peak.
+      peak: the most that lives at once, in the compiler's schedule.
       capacity: what the device has.
     """
 
@@ -136,12 +136,7 @@ def compile_for(
     seconds = time.monotonic() - start
     figures, text = compiled.memory_analysis(), compiled.as_text()
     assert figures is not None and text is not None  # the compiler for TPUs gives both
-    peak = (
-        figures.argument_size_in_bytes
-        + figures.temp_size_in_bytes
-        + figures.output_size_in_bytes
-        - figures.alias_size_in_bytes
-    )
+    peak = float(figures.peak_memory_in_bytes)
     held = {name: device_bytes(tree) for name, tree in state.items()}
     parameters, optimizer = held["parameters"], held.get("optimizer", 0.0)
     memory = Memory(
