@@ -39,7 +39,10 @@ def main() -> int:
             *arguments.command, "--distributed", f"--coordinator={coordinator}",
             f"--processes={arguments.processes}", f"--process_id={number}",
         ]  # fmt: skip
-        process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+        # In sessions of their own: Ctrl-C is for this program, which passes it on once.
+        process = subprocess.Popen(
+            command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
         threading.Thread(target=relay, args=(process, number), daemon=True).start()
         running.append(process)
     for name in (signal.SIGTERM, signal.SIGINT):

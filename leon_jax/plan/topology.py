@@ -45,13 +45,13 @@ def find(name: str) -> Topology:
       UserError: there is no such chip or shape, or the compiler for TPUs is not installed.
     """
     kinds = [chip for chip in hardware.CHIPS if chip.ici_bandwidth]
-    shape = re.fullmatch(r"(\w+):(\d+(?:x\d+){1,2})", name)
+    shape = re.fullmatch(r"(\w+):([1-9]\d*(?:x[1-9]\d*)+)", name)
     chip = next((chip for chip in kinds if shape and chip.name == shape[1]), None)
-    if shape is None or chip is None:
-        known = ", ".join(chip.name for chip in kinds)
+    if shape is None or chip is None or shape[2].count("x") != chip.torus - 1:
+        known = ", ".join(f"{chip.name}:{'AxBxC'[: 2 * chip.torus - 1]}" for chip in kinds)
         raise UserError(
-            f"--topology={name} must be CHIP:AxB or CHIP:AxBxC, for example v5p:8x8x4; "
-            f"the chips are {known}"
+            f"--topology={name} must be a chip and a shape, for example v5p:8x8x4; "
+            f"there are {known}"
         )
     try:
         with _quiet():
@@ -61,8 +61,8 @@ def find(name: str) -> Topology:
         raise UserError(f"--topology={name}: {reason}") from error
     except RuntimeError as error:
         raise UserError(
-            "the compiler for TPUs is not installed: pip install 'leon_jax[tpu]', or set "
-            "TPU_LIBRARY_PATH to a libtpu.so"
+            "the compiler for TPUs is not installed: pip install 'leon_jax[tpu]', or make tpu and "
+            "TPU_LIBRARY_PATH=.tpu/libtpu/libtpu.so"
         ) from error
     chips = math.prod(int(size) for size in shape[2].split("x"))
     return Topology(name, chip, chips, tuple(found.devices))

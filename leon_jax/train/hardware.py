@@ -23,6 +23,7 @@ class Chip:
       hbm_bandwidth: bytes a second.
       ici_bandwidth: bytes a second that leave over all links to other chips; 0: unknown.
       devices: JAX devices a chip shows as.
+      torus: axes of the network of a TPU's slice.
     """
 
     name: str
@@ -32,13 +33,14 @@ class Chip:
     hbm_bandwidth: float
     ici_bandwidth: float = 0.0
     devices: int = 1
+    torus: int = 3
 
 
 CHIPS = (
     Chip("v4", ("TPU v4",), 275e12, 32 * 2**30, 1228e9, 300e9),
-    Chip("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 16 * 2**30, 819e9, 200e9),
+    Chip("v5e", ("TPU v5 lite", "TPU v5e"), 197e12, 16 * 2**30, 819e9, 200e9, torus=2),
     Chip("v5p", ("TPU v5", "TPU v5p"), 459e12, 95 * 2**30, 2765e9, 600e9),
-    Chip("v6e", ("TPU v6 lite", "TPU v6e"), 918e12, 32 * 2**30, 1600e9, 400e9),
+    Chip("v6e", ("TPU v6 lite", "TPU v6e"), 918e12, 32 * 2**30, 1600e9, 400e9, torus=2),
     Chip("tpu7x", ("TPU7x", "TPU v7x"), 2307e12, 192 * 2**30, 7380e9, 600e9, devices=2),
     Chip("A100", ("NVIDIA A100-SXM4-80GB", "NVIDIA A100-SXM4-40GB"), 312e12, 80e9, 2039e9),
     Chip("H100", ("NVIDIA H100 80GB HBM3",), 989.4e12, 80e9, 3350e9),

@@ -100,8 +100,9 @@ def test_drawing_can_be_planned(config, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--topology=v5p"], "must be CHIP:AxB or CHIP:AxBxC"),
-        (["--topology=v9z:2x2"], "the chips are v4, v5e, v5p, v6e, tpu7x"),
+        (["--topology=v5p"], "must be a chip and a shape"),
+        (["--topology=v9z:2x2"], "there are v4:AxBxC, v5e:AxB, v5p:AxBxC"),
+        (["--topology=v5e:4x4x4"], "must be a chip and a shape"),
         (["--topology=v5e:3x5"], "--topology=v5e:3x5: Topology layout"),
         (["--topology=v5e:2x2", "--mesh=3,1,1,1"], "--mesh: mesh"),
         (["--topology=v5e:2x2", "--mesh=a,1,1,1"], "--mesh: invalid literal"),

@@ -3,8 +3,10 @@
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -102,6 +104,30 @@ def test_two_processes_train_as_one_and_hand_over_to_it(folder, losses, tmp_path
     run(*pair, *train, f"--workdir={tmp_path / 'both'}", "--config.steps=10")
     run(*train, f"--workdir={tmp_path / 'both'}")
     np.testing.assert_allclose(curve(tmp_path / "both"), losses[2, 2, 1, 2], rtol=1e-5)
+
+
+def test_ctrl_c_reaches_every_process_once_and_as_sigterm(tmp_path):
+    """A terminal sends it to the whole group of processes, and a second signal would end a save."""
+    script = (
+        "import pathlib, signal, sys, time\n"
+        "def note(number, frame):\n"
+        "    with open(sys.argv[1], 'a') as file: file.write(f'{number} ')\n"
+        "signal.signal(signal.SIGINT, note)\n"
+        "signal.signal(signal.SIGTERM, note)\n"
+        "pathlib.Path(sys.argv[1]).touch()\n"
+        "time.sleep(1.5)\n"
+        "time.sleep(1.5)\n"
+    )
+    heard = tmp_path / "heard"
+    started = subprocess.Popen(
+        [*LOCAL, "--processes=1", "--", sys.executable, "-c", script, str(heard)],
+        start_new_session=True,
+    )
+    while not heard.exists():
+        time.sleep(0.05)
+    os.killpg(started.pid, signal.SIGINT)
+    assert started.wait(timeout=60) == 0
+    assert heard.read_text().split() == [str(int(signal.SIGTERM))]
 
 
 def test_a_process_that_fails_ends_the_others(tmp_path):
