@@ -14,7 +14,8 @@ import tempfile
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIGS = {"350M": "cm3leon_350m", "760M": "cm3leon_760m", "7B": "cm3leon_7b"}
-# What `leon plan --search` chose: remat policy and microbatches, by model and topology.
+# Remat policy and microbatches, by model and topology: what `leon plan --search` chose, the last
+# one by hand.
 SETTINGS = {
     ("350M", "v5e:16x16"): ("none", 4),
     ("350M", "v5p:8x8x4"): ("none", 1),
@@ -45,7 +46,8 @@ leon plan --config=configs/cm3leon_7b.py --topology=v5p:8x8x4 --mesh=-1,64,1,1 \
   --config.model.remat=none --config.microbatches=2
 ```
 
-for every row, with a remat policy and microbatches that `--search` chose. The compiler comes with
+for every row, with a remat policy and microbatches that `--search` chose (the last row: chosen by
+hand). The compiler comes with
 `pip install 'leon_jax[tpu]'`; in this repository, `make tpu` puts it beside the environment, for
 `TPU_LIBRARY_PATH=.tpu/libtpu/libtpu.so`.
 
@@ -53,8 +55,8 @@ for every row, with a remat policy and microbatches that `--search` chose. The c
 
 {meshes}
 
-Splitting embeddings over more chips than give each a multiple of 128 columns makes the compiler
-gather and reduce by all-reduce, at twice the bytes (first line); `--search` tries other shares of
+Split over all 256 chips (first line) each has 16 columns of an embedding, and the compiler gathers
+and reduces by all-reduce, at twice the bytes; with 64 it does not. `--search` tries other shares of
 `data` and `fsdp`. Context parallelism (fourth line) gathers keys and values, which at this batch is
 four times what the weights take: 2.1 GB a layer on each device. Ring attention would send the same
 bytes in pieces and keep fewer of them at once. Rows of 4,096 tokens need neither, so it is not
