@@ -53,9 +53,11 @@ def find(name: str) -> Topology:
             f"--topology={name} must be a chip and a shape, for example v5p:8x8x4; "
             f"there are {known}"
         )
+    # On v4 JAX runs both cores of a chip as one device; the compiler would describe two.
+    options = {"chip_config_name": "megacore"} if chip.name == "v4" else {}
     try:
         with _quiet():
-            found = topologies.get_topology_desc(platform="tpu", topology_name=name)
+            found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).splitlines()[0].removeprefix("INVALID_ARGUMENT: ")
         raise UserError(f"--topology={name}: {reason}") from error

@@ -97,6 +97,26 @@ def test_drawing_can_be_planned(config, tmp_path):
     assert found["figures"]["pictures_per_second"] == pytest.approx(4 / total)
 
 
+def test_every_kind_of_chip_has_its_devices_and_a_mesh():
+    program = (
+        "from leon_jax import sharding\n"
+        "from leon_jax.plan import topology\n"
+        "from leon_jax.train.hardware import CHIPS\n"
+        "for chip in (chip for chip in CHIPS if chip.ici_bandwidth):\n"
+        "    pod = topology.find(chip.name + ':' + ('2x2x2' if chip.torus == 3 else '2x4'))\n"
+        "    mesh = sharding.make_mesh((-1, 4, 1, 1), pod.devices)\n"
+        "    assert {device.device_kind for device in pod.devices} <= set(chip.kinds)\n"
+        "    print(chip.name, pod.chips, mesh.size, chip.devices * pod.chips)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=tpu.environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert [line[0] for line in lines] == ["v4", "v5e", "v5p", "v6e", "tpu7x"]
+    assert all(chips == "8" and size == devices for _, chips, size, devices in lines)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
