@@ -49,7 +49,8 @@ def plan(config: DecoderTraining, topology: Topology, setting: Setting) -> Plan:
     guidance = make_guidance(setting.guidance)
     data, fsdp, _, tensor = setting.mesh
     batch = setting.rows * guidance.streams
-    if problem := uneven(dataclasses.replace(config, batch_size=batch), setting.mesh, 1):
+    drawn = dataclasses.replace(config, batch_size=batch, microbatches=1)
+    if problem := uneven(drawn, setting.mesh, 1):
         raise UserError(problem.replace("config.batch_size", "rows times streams"))
     if setting.rows % (data * fsdp):
         raise UserError(f"--rows={setting.rows} must be a multiple of data x fsdp, {data * fsdp}")

@@ -101,13 +101,13 @@ def search(
     topology: Topology,
     setting: Setting,
     say: Callable[[str], None],
-    attempts: int = 16,
+    attempts: int = 32,
 ) -> Plan | None:
     """The fastest plan if `setting` fits, else that of the smallest change that does; None if none.
 
     The fastest is that with the least arithmetic and collectives, added up: first over remat
     policies and microbatches, then, with what was best, over how `data` and `fsdp` share the
-    devices. The smallest change is one key before two, and cheap before dear.
+    devices. The smallest change keeps the mesh if it can; one key before two, cheap before dear.
 
     Args:
       config, topology, setting: where to start.
@@ -183,16 +183,17 @@ def _saves(other: Setting, setting: Setting) -> bool:
     return (
         REMAT.index(other.remat) >= REMAT.index(setting.remat)
         and other.microbatches >= setting.microbatches
-        and other.mesh[1:] >= setting.mesh[1:]
+        # Copies along `data` save nothing.
+        and other.mesh[0] <= setting.mesh[0]
     )
 
 
 def _distance(other: Setting, setting: Setting) -> tuple:
-    """How large a change is: first how many keys, then what it costs."""
+    """How large a change is: the mesh comes last, then how many keys, then what it costs."""
     remesh = other.mesh != setting.mesh
     keys = (other.remat != setting.remat) + (other.microbatches != setting.microbatches) + remesh
     split = other.mesh[2] * other.mesh[3]
-    return keys, remesh, split, REMAT.index(other.remat), other.microbatches
+    return remesh, keys, split, REMAT.index(other.remat), other.microbatches
 
 
 def _roofline(config, topology, setting, state_bytes, found) -> Roofline:

@@ -64,7 +64,15 @@ def test_two_keys_are_changed_if_one_is_not_enough(monkeypatch):
 
 def test_nothing_fits(monkeypatch):
     chosen, tried = searched(monkeypatch, Setting(MESH, "none", 1), lambda s: False)
-    assert chosen is None and len(tried) == 16
+    assert chosen is None and len(tried) == 33
+
+
+def test_the_mesh_is_changed_if_nothing_else_is_enough(monkeypatch):
+    """From weights split over all devices to two that also share the activations."""
+    start = Setting(MESH, "none", 1)
+    chosen, tried = searched(monkeypatch, start, lambda s: s.mesh[3] == 2)
+    assert chosen == Setting((1, 8, 1, 2), "none", 1)
+    assert all(other.mesh == MESH for other in tried[:16]), "every policy and count came first"
 
 
 @pytest.mark.parametrize("remat", REMAT)
