@@ -93,7 +93,7 @@ def _chunks(rows, z_loss, hidden, table, targets, weights):
     """(sum, [c, n] terms) of this device's chunks; the vocabulary is split over the axes `rows`."""
 
     def step(total, chunk):
-        _, _, loss = _softmax(rows, z_loss, table, *chunk)
+        loss, _ = _losses_and_slopes(rows, z_loss, table, *chunk)
         return total + loss.sum(), loss
 
     return jax.lax.scan(step, _zero(weights), (hidden, targets, weights))
@@ -104,10 +104,9 @@ def _chunks_forward(rows, z_loss, hidden, table, targets, weights):
 
     def step(carry, chunk):
         total, table_gradient = carry
-        states, _, weight = chunk
-        scores, slope, loss = _softmax(rows, z_loss, table, *chunk)
-        # d loss / d logits, in the dtype of the matmuls.
-        slope = (slope(scores) * weight[:, None]).astype(states.dtype)
+        states, _, _ = chunk
+        loss, slope = _losses_and_slopes(rows, z_loss, table, *chunk)
+        slope = slope.astype(states.dtype)
         gradient = jnp.einsum(
             "nv,vd->nd", slope, table.astype(states.dtype), preferred_element_type=jnp.float32
         )
@@ -141,8 +140,8 @@ def _chunks_backward(rows, z_loss, saved, cotangents):
 _chunks.defvjp(_chunks_forward, _chunks_backward)
 
 
-def _softmax(rows, z_loss, table, hidden, targets, weights):
-    """(logits [n, v], a function from them to their slopes, weighted losses [n]) of one chunk."""
+def _losses_and_slopes(rows, z_loss, table, hidden, targets, weights):
+    """Weighted losses [n] of one chunk, and their slopes d loss / d logits [n, v], in float32."""
     logits = jnp.einsum(
         "nd,vd->nv", hidden, table.astype(hidden.dtype), preferred_element_type=jnp.float32
     )
@@ -157,12 +156,10 @@ def _softmax(rows, z_loss, table, hidden, targets, weights):
     if rows:
         total, picked = jax.lax.psum((total, picked), rows)
     log_total = jnp.log(total) + top
-
-    def slope(logits):
-        probabilities = jnp.exp(logits - log_total[:, None])
-        return probabilities * (1 + 2 * z_loss * log_total[:, None]) - here
-
-    return logits, slope, weights * (log_total - picked + z_loss * jnp.square(log_total))
+    losses = weights * (log_total - picked + z_loss * jnp.square(log_total))
+    probabilities = jnp.exp(logits - log_total[:, None])
+    slopes = probabilities * (1 + 2 * z_loss * log_total[:, None]) - here
+    return losses, slopes * weights[:, None]
 
 
 def _zero(weights):

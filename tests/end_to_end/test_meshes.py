@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tests.end_to_end import curves
-from tests.train.test_decoder_program import write_folder
+from tests.train.test_decoder_program import write_data
 
 ROOT = pathlib.Path(__file__).parents[2]
 LOCAL = [sys.executable, str(ROOT / "launch" / "local.py")]
@@ -21,12 +21,7 @@ LOCAL = [sys.executable, str(ROOT / "launch" / "local.py")]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("prepared")
-    import jax
-
-    from leon_jax import sharding
-
-    with jax.set_mesh(sharding.make_mesh((1, 1, 1, 1), jax.devices()[:1])):
-        write_folder(folder)
+    write_data(folder)
     return folder
 
 
