@@ -78,9 +78,12 @@ def augment(
 
 
 def plain(pixels: UInt8[np.ndarray, "h w 3"], size: int) -> Float32[np.ndarray, "size size 3"]:
-    """The picture resized to `size` on each side with an area-like filter, RGB in [0, 1]."""
-    height, width = pixels.shape[:2]
-    return np.clip(_resample(pixels, _resampling(height, size), _resampling(width, size)), 0, 1)
+    """The picture resized to `size` on each side with an area-like filter, RGB in [0, 1].
+
+    Summed in float64, so that the result does not depend on how a matrix product is cut up.
+    """
+    rows, columns = (_resampling(side, size).astype(np.float64) for side in pixels.shape[:2])
+    return np.clip(_resample(pixels, rows, columns), 0, 1).astype(np.float32)
 
 
 def closing(pixels: UInt8[np.ndarray, "h w 3"], radius: int) -> UInt8[np.ndarray, "h w 3"]:
@@ -138,7 +141,7 @@ def _resampling(
 
 def _resample(pixels: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
     """Applies both matrices to the picture's distance from the background, scaled to [0, 1]."""
-    ink = (BACKGROUND - pixels.astype(np.float32)) / 255
+    ink = (BACKGROUND - pixels.astype(rows.dtype)) / 255
     height, width, _ = ink.shape
     half = (rows @ ink.reshape(height, width * 3)).reshape(len(rows), width, 3)
     return BACKGROUND / 255 - np.matmul(columns[None], half)

@@ -1,10 +1,13 @@
 """The frozen encoder: texts, pictures and whole documents to unit vectors."""
 
+import functools
 import os
-from collections.abc import Iterator, Sequence
+import pathlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
+import PIL.Image
 from jaxtyping import Float32, Int32, UInt8
 
 from leon_jax import model_files, sharding
@@ -12,6 +15,8 @@ from leon_jax.config import UserError, build
 from leon_jax.data.augment import plain
 from leon_jax.documents import Document, Image, Text
 from leon_jax.models.clip import CLIP, CLIPConfig, TextConfig, create
+from leon_jax.retrieval import openai_clip
+from leon_jax.tokenizers.clip_text import CLIPTextTokenizer
 from leon_jax.tokenizers.text import TextTokenizer
 
 KIND = "encoder"
@@ -32,34 +37,63 @@ def frame(ids: Sequence[int], config: TextConfig) -> Int32[np.ndarray, "t"]:
 class Encoder:
     """A CLIP with its text tokenizer, on a fixed batch size; call it under `jax.set_mesh`.
 
-    Every method takes host values and returns float32[n, d] with rows of length 1.
+    Texts and pictures are host values; embeddings are float32[n, d] with rows of length 1.
+
+    Args:
+      model: both towers.
+      text: text to ids and back; `frame` adds start, end and padding.
+      square: any picture to uint8[size, size, 3], as the model was trained to see it.
+      batch_size: texts or pictures that are embedded at once.
     """
 
-    def __init__(self, model: CLIP, text: TextTokenizer, batch_size: int = 64):
+    def __init__(
+        self,
+        model: CLIP,
+        text: TextTokenizer | CLIPTextTokenizer,
+        square: Callable[[UInt8[np.ndarray, "h w 3"]], UInt8[np.ndarray, "size size 3"]],
+        batch_size: int = 64,
+    ):
         self.model, self.text, self.batch_size = model, text, batch_size
-        self._image = jax.jit(lambda model, images: model.embed_image(images))
+        self._square = square
+        self._image = jax.jit(lambda model, squares: model.embed_image(squares / 255))
         self._text = jax.jit(lambda model, ids: model.embed_text(ids))
 
     @classmethod
     def load(
-        cls, path: str | os.PathLike, text_tokenizer: TextTokenizer, batch_size: int = 64
+        cls,
+        path: str | os.PathLike,
+        text_tokenizer: TextTokenizer | None = None,
+        batch_size: int = 64,
     ) -> "Encoder":
-        """Reads `encoder.safetensors`.
+        """Reads an encoder of ours, or OpenAI's CLIP.
+
+        The near-copy thresholds of `SelectionConfig`, 0.9, are those of CLIP ViT-B/32; an encoder
+        of ours has its own (docs/retrieval.md).
+
+        Args:
+          path: `encoder.safetensors`; or the folder of a CLIP as transformers writes it, which
+            brings its own text tokenizer (see `leon_jax.retrieval.openai_clip`).
+          text_tokenizer: what our encoder was trained with; None: `text.json` beside it.
+          batch_size: texts or pictures that are embedded at once.
 
         Raises:
-          UserError: the file is missing, damaged, of another kind, or made for another tokenizer.
+          UserError: a file is missing, damaged, of another kind, or made for another tokenizer.
         """
+        path = pathlib.Path(path)
+        if path.is_dir():
+            return cls(*openai_clip.load(path), batch_size)
         arrays, values = model_files.load(path, KIND)
+        text = text_tokenizer or TextTokenizer.load(path.with_name("text.json"))
         config = build(CLIPConfig, values)
-        if config.text.vocab_size != text_tokenizer.size + SPECIALS:
+        if config.text.vocab_size != text.size + SPECIALS:
             raise UserError(
-                f"{os.fspath(path)} was trained with a text tokenizer of "
-                f"{config.text.vocab_size - SPECIALS} entries, not {text_tokenizer.size}"
+                f"{path} was trained with a text tokenizer of "
+                f"{config.text.vocab_size - SPECIALS} entries, not {text.size}"
             )
         abstract = jax.eval_shape(lambda: create(config, jax.random.key(0)))
-        return cls(
-            model_files.restore(abstract, arrays, os.fspath(path)), text_tokenizer, batch_size
-        )
+        model = model_files.restore(abstract, arrays, str(path))
+        square = functools.partial(plain_square, size=config.vision.image_size)
+        return cls(model, text, square, batch_size)
 
     @property
     def dimensions(self) -> int:
@@ -72,21 +106,50 @@ class Encoder:
         ids = [frame(self.text.encode(text), config) for text in texts]
         return self._run(self._text, ids)
 
-    def embed_images(
-        self, images: Sequence[UInt8[np.ndarray, "h w 3"]]
-    ) -> Float32[np.ndarray, "n d"]:
-        """Embeds sRGB pictures of any size; each is resized to the encoder's square.
+    def preprocess(self, pixels: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "size size 3"]:
+        """A picture of any size as the square that `embed_preprocessed` takes.
+
+        It needs no mesh, so that pictures can be made small where they are read.
 
         Raises:
-          UserError: a picture is not uint8[h, w, 3].
+          UserError: the picture is not uint8[h, w, 3], or has no pixels.
+        """
+        if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[-1] != 3 or not pixels.size:
+            raise UserError(
+                f"a picture must be uint8[h, w, 3], not {pixels.dtype}{list(pixels.shape)}"
+            )
+        return self._square(pixels)
+
+    def embed_preprocessed(
+        self, squares: Iterable[UInt8[np.ndarray, "size size 3"]]
+    ) -> Float32[np.ndarray, "n d"]:
+        """Embeds what `preprocess` returned, taking a batch at a time.
+
+        Raises:
+          UserError: a picture is not such a square.
         """
         size = self.model.config.vision.image_size
-        for image in images:
-            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
-                raise UserError(
-                    f"a picture must be uint8[h, w, 3], not {image.dtype}{list(image.shape)}"
-                )
-        return self._run(self._image, (plain(image, size) for image in images))
+
+        def checked() -> Iterator[np.ndarray]:
+            for square in squares:
+                if square.dtype != np.uint8 or square.shape != (size, size, 3):
+                    raise UserError(
+                        f"a preprocessed picture must be uint8[{size}, {size}, 3], "
+                        f"not {square.dtype}{list(square.shape)}"
+                    )
+                yield square
+
+        return self._run(self._image, checked())
+
+    def embed_images(
+        self, images: Iterable[UInt8[np.ndarray, "h w 3"]]
+    ) -> Float32[np.ndarray, "n d"]:
+        """Embeds sRGB pictures of any size, as they come; each goes through `preprocess`.
+
+        Raises:
+          UserError: a picture is not uint8[h, w, 3], or has no pixels.
+        """
+        return self.embed_preprocessed(map(self.preprocess, images))
 
     def embed_documents(self, documents: Sequence[Document]) -> Float32[np.ndarray, "n d"]:
         """Embeds documents: the mean of the unit vectors of all texts and pictures, renormalised.
@@ -126,6 +189,17 @@ class Encoder:
             filled = batch + [batch[0]] * (self.batch_size - len(batch))
             results.append(sharding.fetch(function(self.model, np.stack(filled)))[: len(batch)])
         return np.concatenate(results)
+
+
+def plain_square(pixels: UInt8[np.ndarray, "h w 3"], size: int) -> UInt8[np.ndarray, "size size 3"]:
+    """`leon_jax.data.augment.plain`, rounded: what our encoders see of a picture.
+
+    Pictures of eight times the size and more are first averaged over blocks, which costs less.
+    """
+    factor = min(pixels.shape[:2]) // (4 * size)
+    if factor > 1:
+        pixels = np.asarray(PIL.Image.fromarray(pixels).reduce(factor))
+    return np.rint(255 * plain(pixels, size)).astype(np.uint8)
 
 
 def normalise(rows: Float32[np.ndarray, "n d"]) -> Float32[np.ndarray, "n d"]:

@@ -1,0 +1,122 @@
+"""The text tokenizer of OpenAI's CLIP: BPE over the bytes of lower-cased text.
+
+Ids are those of transformers' CLIPTokenizer. OpenAI's own program also repairs broken encodings and
+undoes HTML escapes before it; here such text is read as it stands.
+"""
+
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Self
+
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
+
+from leon_jax.config import UserError
+
+WHOLE = "tokenizer.json"
+PARTS = ("vocab.json", "merges.txt")
+START, END = "<|startoftext|>", "<|endoftext|>"
+# Marks a word's last token: there are no spaces in this vocabulary.
+END_OF_WORD = "</w>"
+# A word is a contraction's ending, a run of letters, one digit, or a run of other signs.
+WORD = r"'(?:s|t|re|ve|m|ll|d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+
+
+class CLIPTextTokenizer:
+    """Strings to CLIP's ids and back, without start and end. Make one with `load`.
+
+    Text that spells a control token ("<|endoftext|>") becomes that token, as in transformers.
+    """
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer):
+        self._tokenizer = tokenizer
+        self.size = tokenizer.get_vocab_size()
+        self.start, self.end = tokenizer.token_to_id(START), tokenizer.token_to_id(END)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike) -> Self:
+        """Reads tokenizer.json, or where there is none vocab.json and merges.txt.
+
+        Raises:
+          UserError: the files are missing or damaged, or hold another kind of tokenizer.
+        """
+        folder = pathlib.Path(folder)
+        paths = [folder / WHOLE]
+        if not paths[0].is_file():
+            paths = [folder / name for name in PARTS]
+        if not all(path.is_file() for path in paths):
+            raise UserError(
+                f"{folder} has no text tokenizer; it is {WHOLE}, or {' and '.join(PARTS)}"
+            )
+        try:
+            if len(paths) == 1:
+                tokenizer = tokenizers.Tokenizer.from_file(str(paths[0]))
+            else:
+                tokenizer = _build(*models.BPE.read_file(*map(str, paths)))
+        except Exception as error:  # the package raises bare Exceptions
+            raise UserError(f"the text tokenizer in {folder} is damaged: {error}") from error
+        model = tokenizer.model
+        if not isinstance(model, models.BPE) or model.end_of_word_suffix != END_OF_WORD:
+            raise UserError(f"{paths[0]} is not CLIP's tokenizer: a BPE of words ending in </w>")
+        for token in (START, END):
+            if tokenizer.token_to_id(token) is None:
+                raise UserError(f"{paths[0]} is not CLIP's tokenizer: it has no token {token}")
+        # A file may bring the settings of the last call before it was saved.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        return cls(tokenizer)
+
+    def encode(self, text: str) -> list[int]:
+        """The text as ids, of any length, without start and end; the empty text has none.
+
+        Raises:
+          UserError: the text holds a lone surrogate, which is not valid unicode.
+        """
+        try:
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
+        except (UnicodeEncodeError, TypeError) as error:
+            raise UserError(f"the text is not valid unicode: {text[:40]!r}") from error
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of which `encode` makes these ids again, lower-cased, words parted by one space.
+
+        Bytes that are not UTF-8, which ids of half a character give, become U+FFFD.
+
+        Raises:
+          UserError: an id is not in 0..size-1.
+        """
+        ids = [int(token) for token in ids]
+        for token in ids:
+            if not 0 <= token < self.size:
+                raise UserError(f"text id {token} is not in 0..{self.size - 1}")
+        text = self._tokenizer.decode(ids, skip_special_tokens=False)
+        return text.replace(END_OF_WORD, " ").strip()
+
+
+def _build(vocab: dict[str, int], merges: list[tuple[str, str]]) -> tokenizers.Tokenizer:
+    """What tokenizer.json would hold, of the two files that came before it."""
+    model = models.BPE(
+        vocab, merges, unk_token=END, continuing_subword_prefix="", end_of_word_suffix=END_OF_WORD
+    )
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.normalizer = normalizers.Sequence(
+        [
+            normalizers.NFC(),
+            normalizers.Replace(tokenizers.Regex(r"\s+"), " "),
+            normalizers.Lowercase(),
+        ]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            # Everything that is no word is thrown away, which are the spaces.
+            pre_tokenizers.Split(tokenizers.Regex(WORD), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    special = [token for token in (START, END) if token in vocab]
+    tokenizer.add_special_tokens(
+        [tokenizers.AddedToken(token, normalized=False, special=True) for token in special]
+    )
+    return tokenizer

@@ -1,0 +1,316 @@
+"""OpenAI's CLIP from transformers' folders, against transformers itself."""
+
+import json
+import tempfile
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+import PIL.Image
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from leon_jax.config import UserError
+from leon_jax.retrieval import openai_clip, openai_weights
+from leon_jax.retrieval.encoder import Encoder
+from leon_jax.retrieval.openai_clip import Square, read_square
+from tests import peers
+from tests.retrieval import clip_folder
+
+SCRIPT = Path(__file__).with_name("clip_in_torch.py")
+SIZES = [(16, 16), (40, 17), (9, 31), (3, 2), (64, 64), (1, 1)]  # height, width
+
+
+def run_peer(arrays: dict[str, np.ndarray], **task) -> dict[str, np.ndarray]:
+    encoded = np.frombuffer(json.dumps(task).encode(), np.uint8)
+    return peers.run_peer(SCRIPT, {**arrays, "task": encoded})
+
+
+def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
+    """Noise on a slope of a colour: every filter and every pixel of a shift shows."""
+    rng = np.random.default_rng(seed)
+    slope = np.linspace(0, 1, height)[:, None, None] * rng.uniform(0, 127, 3)
+    return (rng.integers(0, 128, (height, width, 3)) + slope).astype(np.uint8)
+
+
+def edit(folder: Path, name: str = "config.json", **changes) -> None:
+    """Changes keys of a JSON file; `text_config__x` is the key x of the group text_config."""
+    values = json.loads((folder / name).read_text())
+    for key, value in changes.items():
+        *groups, last = key.split("__")
+        place = values
+        for group in groups:
+            place = place[group]
+        place[last] = value
+    (folder / name).write_text(json.dumps(values))
+
+
+def rewrite(folder: Path, change) -> None:
+    """Writes model.safetensors anew with what `change` makes of its tensors, by name."""
+    save_file(change(load_file(folder / "model.safetensors")), folder / "model.safetensors")
+
+
+def half(dtype):
+    return lambda tensors: {name: array.astype(dtype) for name, array in tensors.items()}
+
+
+def make_sharded(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    places = {name: f"model-0000{i % 3 + 1}.safetensors" for i, name in enumerate(sorted(tensors))}
+    for place in set(places.values()):
+        some = {name: array for name, array in tensors.items() if places[name] == place}
+        save_file(some, folder / place, {"format": "pt"})
+    index = {"metadata": {}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def make_legacy(folder: Path) -> None:
+    """As OpenAI's first folders: wrong ids, groups told twice, positions stored, older settings."""
+    values = json.loads((folder / "config.json").read_text())
+    for tower in ("text", "vision"):
+        right = values[f"{tower}_config"]
+        values[f"{tower}_config_dict"] = right
+        values[f"{tower}_config"] = right | {"num_hidden_layers": 7}
+    values["text_config_dict"] |= {"bos_token_id": 0, "eos_token_id": 2}
+    (folder / "config.json").write_text(json.dumps(values))
+
+    positions = {
+        "text_model.embeddings.position_ids": np.arange(77)[None],
+        "vision_model.embeddings.position_ids": np.arange(5)[None],
+    }
+    rewrite(folder, lambda tensors: tensors | positions)
+    size = clip_folder.SIZE
+    settings = {"feature_extractor_type": "CLIPFeatureExtractor", "size": size, "crop_size": size}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings | {"resample": 3}))
+
+
+def gelu(folder: Path) -> None:
+    edit(folder, text_config__hidden_act="gelu", vision_config__hidden_act="gelu")
+
+
+VARIANTS = {
+    "float32": lambda folder: None,
+    "float16": lambda folder: rewrite(folder, half(np.float16)),
+    "bfloat16": lambda folder: rewrite(folder, half(ml_dtypes.bfloat16)),
+    "shards": make_sharded,
+    "legacy": make_legacy,
+    "gelu": gelu,
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Every variant's folder, and what transformers makes of it."""
+    root = tmp_path_factory.mktemp("clip")
+    made = {}
+    for name, change in VARIANTS.items():
+        made[name] = clip_folder.write(root / name)
+        change(made[name])
+    pictures = {f"{i}": picture(*size, seed=i) for i, size in enumerate(SIZES)}
+    theirs = run_peer(
+        pictures,
+        do="embed",
+        folders=[str(folder) for folder in made.values()],
+        texts=clip_folder.HARD,
+    )
+    return made, list(pictures.values()), theirs
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_embeddings_equal_transformers(folders, variant):
+    """From strings and pictures to unit vectors, in float32, within 1e-5."""
+    made, pictures, theirs = folders
+    encoder = Encoder.load(made[variant], batch_size=8)
+    expected = theirs[f"{made[variant]}.text"], theirs[f"{made[variant]}.image"]
+    np.testing.assert_allclose(encoder.embed_texts(clip_folder.HARD), expected[0], atol=1e-5)
+    np.testing.assert_allclose(encoder.embed_images(pictures), expected[1], atol=1e-5)
+    # The comparison means something only if inputs are told apart.
+    for rows in expected:
+        assert np.mean(rows @ rows.T) < 0.9
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize(
+    ("sizes", "side", "width"),
+    [
+        pytest.param({}, 224, 512, id="ViT-B/32"),
+        pytest.param(
+            {
+                "projection_dim": 768,
+                "text_config": {
+                    "hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12,
+                },
+                "vision_config": {
+                    "hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16,
+                    "num_hidden_layers": 24, "patch_size": 14,
+                },
+            },
+            224,
+            768,
+            id="ViT-L/14",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)  # fmt: skip
+def test_real_sizes_equal_transformers(sizes, side, width):
+    """All layers, all widths, random weights as `save_pretrained` writes them: within 1e-5."""
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, 49_406, (3, 77))
+    ids[:, 0] = 49_406
+    for row, end in enumerate((1, 20, 76)):
+        ids[row, end:] = 49_407
+    squares = np.stack([picture(side, side), 255 - picture(side, side, seed=1)])
+    # Not a folder of pytest's, which it would keep: this one has up to 1.7 GB.
+    with tempfile.TemporaryDirectory() as folder:
+        theirs = run_peer({"ids": ids, "squares": squares}, do="save", folder=folder, sizes=sizes)
+        model = openai_weights.load(Path(folder), openai_clip.read_config(Path(folder)))
+    for name, rows in (
+        ("text", jax.jit(lambda m, x: m.embed_text(x))(model, ids.astype(np.int32))),
+        ("image", jax.jit(lambda m, x: m.embed_image(x / 255))(model, squares)),
+    ):
+        assert rows.shape == (len(theirs[name]), width)
+        np.testing.assert_allclose(rows, theirs[name], atol=1e-5)
+        assert np.abs(rows[0] - rows[1]).max() > 0.02
+
+
+@pytest.mark.peers
+def test_squares_equal_transformers_bit_for_bit():
+    settings = [
+        {},
+        {"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}},
+        {"size": {"shortest_edge": 73}, "crop_size": {"height": 64, "width": 64}, "resample": 2},
+    ]
+    sizes = [
+        *SIZES, (224, 224), (225, 224), (224, 227), (480, 640), (641, 479), (1000, 33), (17, 900),
+        (223, 222), (1, 300), (300, 2), (448, 449),
+    ]  # fmt: skip
+    pictures = {f"{height}x{width}": picture(height, width) for height, width in sizes}
+    theirs = run_peer(pictures, do="square", settings=settings)
+    for number, square in enumerate(
+        (Square(224, 224), Square(336, 336), Square(64, 73, PIL.Image.Resampling.BILINEAR))
+    ):
+        for name, pixels in pictures.items():
+            ours = square(pixels)
+            assert ours.dtype == np.uint8
+            np.testing.assert_array_equal(
+                ours, theirs[f"{number}.{name}"].transpose(1, 2, 0), err_msg=f"{number}.{name}"
+            )
+
+
+def test_of_a_sliver_only_the_middle_is_resized():
+    """One pixel by 16,384 would become a picture of 2.5 GB."""
+    sliver = picture(1, 16_384)
+    np.testing.assert_array_equal(Square(224, 224)(sliver), Square(224, 224)(sliver[:, 7692:8692]))
+    upright = np.swapaxes(sliver, 0, 1)
+    assert Square(224, 224)(upright).shape == (224, 224, 3)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return clip_folder.write(tmp_path / "clip")
+
+
+def settings(**changes):
+    return lambda folder: edit(folder, "preprocessor_config.json", **changes)
+
+
+def test_picture_settings_are_read_from_either_file_or_are_openais(folder):
+    side = clip_folder.SIZE
+    edit(folder, "preprocessor_config.json", size={"shortest_edge": 20}, resample=2)
+    expected = Square(side, 20, PIL.Image.Resampling.BILINEAR)
+    assert read_square(folder, side) == expected
+    values = json.loads((folder / "preprocessor_config.json").read_text())
+    (folder / "preprocessor_config.json").unlink()
+    (folder / "processor_config.json").write_text(json.dumps({"image_processor": values}))
+    assert read_square(folder, side) == expected
+    (folder / "processor_config.json").unlink()
+    assert read_square(folder, side) == Square(side, side, PIL.Image.Resampling.BICUBIC)
+
+
+def drop(name):
+    return lambda folder: rewrite(
+        folder, lambda tensors: {key: array for key, array in tensors.items() if key != name}
+    )
+
+
+def config(**changes):
+    return lambda folder: edit(folder, **changes)
+
+
+def replace(name, make):
+    return lambda folder: rewrite(folder, lambda tensors: tensors | {name: make(tensors.get(name))})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), r"cannot read .*config\.json"),
+        (lambda folder: (folder / "config.json").write_text("{"), r"config\.json is not JSON"),
+        (config(model_type="siglip"), "model_type 'siglip'"),
+        (config(text_config__hidden_act="relu"), r"text_config\.hidden_act is 'relu'"),
+        (config(text_config__hidden_act="gelu"), r"vision_config\.hidden_act is 'quick_gelu'"),
+        (config(vision_config__layer_norm_eps=1e-6), r"vision_config\.layer_norm_eps is 1e-06"),
+        (config(vision_config__intermediate_size=100), "is 100, and leon_jax computes only 96"),
+        (config(vision_config__num_channels=1), r"num_channels is 1"),
+        (config(text_config__eos_token_id=5), r"eos_token_id is 5"),
+        (
+            config(text_config__hidden_size="16"),
+            r"text_config\.hidden_size is '16'; it must be int",
+        ),
+        (config(text_config=[]), r"text_config is \[\]"),
+        (config(vision_config__num_attention_heads=5), "width 24 is not a multiple of heads 5"),
+        (config(projection_dim=13), r"projection.weight in .* \[12, \d+\], .* it is \[13"),
+        (drop("text_projection.weight"), r"lacks the tensor text_projection\.weight$"),
+        (config(vision_config__num_hidden_layers=3), r"lacks the tensor .* and 15 more"),
+        (
+            replace("text_model.extra.weight", lambda _: np.zeros(2)),
+            r"holds a tensor that is not CLIP's, text_model\.extra\.weight$",
+        ),
+        (
+            replace("logit_scale", lambda old: old[None]),
+            r"logit_scale in .* has the shape \[1\], but by config\.json it is \[\]",
+        ),
+        (
+            replace("visual_projection.weight", lambda old: old.astype(np.int8)),
+            r"visual_projection\.weight in .* is of type I8",
+        ),
+        (
+            lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
+            r"has no model\.safetensors, the only format",
+        ),
+        (
+            lambda folder: (folder / "model.safetensors").write_bytes(b"damaged"),
+            r"model\.safetensors is not a whole safetensors file",
+        ),
+        (
+            lambda folder: (make_sharded(folder), (folder / "model-00002.safetensors").unlink()),
+            r"there is no .*model-00002\.safetensors",
+        ),
+        (
+            lambda folder: (
+                make_sharded(folder),
+                (folder / "model.safetensors.index.json").write_text("[]"),
+            ),
+            r"index\.json does not say which files there are",
+        ),
+        (lambda folder: (folder / "vocab.json").unlink(), "has no text tokenizer"),
+        (
+            lambda folder: edit(folder, "vocab.json", **{"more": 9999}),
+            r"start and end at \d+ and \d+; the model needs",
+        ),
+        (settings(image_processor_type="ViTImageProcessor"), "is of ViTImageProcessor"),
+        (settings(do_center_crop=False), "do_center_crop is False"),
+        (settings(image_mean=[0.5, 0.5, 0.5]), r"image_mean is \[0\.5, 0\.5, 0\.5\]"),
+        (settings(crop_size=32), "crop_size is 32; the network needs 16"),
+        (settings(size={"height": 16, "width": 16}), "it must be the shorter side, 16 or more"),
+        (settings(size={"shortest_edge": 8}), "it must be the shorter side, 16 or more"),
+        (settings(resample=9), "resample is 9, no filter of Pillow"),
+    ],
+)
+def test_what_cannot_be_read_is_named(folder, change, message):
+    change(folder)
+    with pytest.raises(UserError, match=message):
+        openai_clip.load(folder)
