@@ -83,6 +83,11 @@ class EmojiSource:
         return len(self._records)
 
     def __getitem__(self, index: int) -> Document:
+        caption, png, provenance = self.stored(index)
+        return Document((Text(caption), Image(pixels=from_png(png))), provenance)
+
+    def stored(self, index: int) -> tuple[str, bytes, Provenance]:
+        """The caption, the picture as the PNG file that it is stored as, and the provenance."""
         index = int(index)
         if not -len(self) <= index < len(self):
             raise IndexError(f"document {index} of {len(self)} in {self!r}")
@@ -92,11 +97,9 @@ class EmojiSource:
             for name, value in record.items()
             if name != "picture"
         }
-        caption = Text(fields.pop("caption"))
+        caption = fields.pop("caption")
         group = family(fields["key"].partition("/")[2])
-        return Document(
-            (caption, Image(pixels=from_png(record["picture"]))), Provenance(**fields, group=group)
-        )
+        return caption, record["picture"], Provenance(**fields, group=group)
 
     def __iter__(self) -> Iterator[Document]:
         return (self[index] for index in range(len(self)))

@@ -10,51 +10,92 @@ import pathlib
 import tempfile
 import warnings
 from collections.abc import Mapping
+from typing import BinaryIO
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from leon_jax.config import UserError
+from leon_jax.data.sources.raw import Reason
 
 # Formats whose decoders are self-contained (no interpreter, no external program).
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 LARGEST_SIDE = 16_384
 LARGEST_AREA = 64 * 2**20
+_PLAIN_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")
+
+
+class PictureError(UserError):
+    """A picture that cannot be used.
+
+    Attributes:
+      reason: in a word, for counting.
+    """
+
+    def __init__(self, message: str, reason: Reason = "picture_unreadable"):
+        super().__init__(message)
+        self.reason = reason
 
 
 def read(path: str | os.PathLike) -> Image.Image:
     """The picture in a file, upright, on white where it is transparent, mode RGB.
 
     Raises:
-      UserError: the file is missing, empty, truncated, no picture in one of `FORMATS`, or larger
+      PictureError: the file is missing, empty, truncated, no picture in one of `FORMATS`, or larger
         than `LARGEST_SIDE` on a side or `LARGEST_AREA` pixels.
     """
     path = pathlib.Path(path)
     if not path.exists():
-        raise UserError(f"there is no picture at {path}")
+        raise PictureError(f"there is no picture at {path}")
     if not path.is_file():
-        raise UserError(f"{path} is not a file; give the path of a picture")
+        raise PictureError(f"{path} is not a file; give the path of a picture")
     if path.stat().st_size == 0:
-        raise UserError(f"{path} is empty; give a {' or '.join(FORMATS[:2])} picture")
+        raise PictureError(f"{path} is empty; give a {' or '.join(FORMATS[:2])} picture")
+    try:
+        with path.open("rb") as file:
+            return decode(file, str(path))
+    except PermissionError:
+        raise PictureError(f"{path} may not be read; check its permissions") from None
+
+
+def decode(file: BinaryIO, name: str, *, plain: bool = False) -> Image.Image:
+    """The picture in an open file, upright, on white where it is transparent, mode RGB.
+
+    Args:
+      file: read from its start; nothing is decoded before the size in its header is checked.
+      name: what errors call it.
+      plain: whether to refuse what has no one obvious RGB picture: animations, and colours other
+        than 8-bit RGB, grey or a palette (16-bit greys would be clipped, CMYK needs its profile).
+
+    Raises:
+      PictureError: it is damaged, too large, in another format, or refused by `plain`; its
+        `reason` is one of `leon_jax.data.sources.raw.REASONS`.
+    """
     try:
         with warnings.catch_warnings():
             # Our own limit below is lower than the one Pillow warns about.
             warnings.simplefilter("ignore")
-            with Image.open(path, formats=FORMATS) as picture:
-                _check_size(picture.size, path)
+            with Image.open(file, formats=FORMATS) as picture:
+                _check_size(picture.size, name)
+                if plain and picture.mode not in _PLAIN_MODES:
+                    raise PictureError(
+                        f"{name} has colours of the kind {picture.mode}; 8-bit RGB, grey and "
+                        "palettes are read",
+                        "picture_mode",
+                    )
+                if plain and getattr(picture, "is_animated", False):
+                    raise PictureError(f"{name} is an animation", "picture_animated")
                 picture.load()
                 return on_white(ImageOps.exif_transpose(picture))
-    except UserError:
+    except PictureError:
         raise
     except Image.DecompressionBombError:
-        raise UserError(_too_large(path)) from None
+        raise PictureError(_too_large(name), "picture_too_large") from None
     except UnidentifiedImageError:
-        raise UserError(f"{path} is not a picture in {', '.join(FORMATS)} format") from None
-    except PermissionError:
-        raise UserError(f"{path} may not be read; check its permissions") from None
+        raise PictureError(f"{name} is not a picture in {', '.join(FORMATS)} format") from None
     except Exception as error:  # decoders raise many kinds for damaged files
-        raise UserError(f"{path} is damaged or cut short: {error}") from error
+        raise PictureError(f"{name} is damaged or cut short: {error}") from error
 
 
 def on_white(picture: Image.Image) -> Image.Image:
@@ -113,14 +154,14 @@ def check_folder(path: str | os.PathLike) -> pathlib.Path:
     return path
 
 
-def _check_size(size: tuple[int, int], path: pathlib.Path) -> None:
+def _check_size(size: tuple[int, int], name: str) -> None:
     if max(size) > LARGEST_SIDE or size[0] * size[1] > LARGEST_AREA:
-        raise UserError(_too_large(path, size))
+        raise PictureError(_too_large(name, size), "picture_too_large")
 
 
-def _too_large(path: pathlib.Path, size: tuple[int, int] | None = None) -> str:
+def _too_large(name: str, size: tuple[int, int] | None = None) -> str:
     measured = f"{size[0]} x {size[1]} pixels" if size else "too many pixels"
     return (
-        f"{path} has {measured}; a picture may have {LARGEST_SIDE} on a side "
+        f"{name} has {measured}; a picture may have {LARGEST_SIDE} on a side "
         f"and {LARGEST_AREA // 2**20} million in all, so make it smaller first"
     )

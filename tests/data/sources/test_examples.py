@@ -1,0 +1,49 @@
+"""The examples of docs/data_format.md make data that is read without a refusal."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from leon_jax.cli import main
+from leon_jax.data.sources.open import open_source
+from leon_jax.data.sources.raw import Raw, SourceConfig
+from leon_jax.retrieval.prepared import Prepared
+
+PAGE = Path(__file__).resolve().parents[3] / "docs" / "data_format.md"
+# A block of Python and the line that prepares what it makes.
+EXAMPLES = re.findall(
+    r"```python\n((?:(?!```).)*)```\n\n```bash\nleon (prepare --source=(\w+):\S+ [^\n]*)\n",
+    PAGE.read_text(),
+    re.S,
+)
+
+
+def test_every_format_that_is_made_with_a_few_lines_has_an_example():
+    kinds = [kind for _, _, kind in EXAMPLES]
+    assert kinds == ["jsonl", "webdataset", "parquet", "huggingface"]
+
+
+@pytest.mark.parametrize(
+    ("program", "command", "kind"), EXAMPLES, ids=[kind for _, _, kind in EXAMPLES]
+)
+def test_an_example_is_prepared(program, command, kind, tmp_path, monkeypatch):
+    """The data are made and prepared as the page says, with the models of the package."""
+    monkeypatch.chdir(tmp_path)
+    exec(program, {})
+    assert main.run(command.split()) == 0
+    (out,) = (tmp_path / "data").iterdir()
+    prepared = Prepared(out)
+    assert prepared.manifest["splits"]["train"] >= 2
+    assert prepared.manifest["counts"]["train"]["rejected"] == {}
+    for document in prepared.records():
+        assert "cat" in document.text and document.provenance.licence.startswith("CC")
+
+
+@pytest.mark.parametrize("shape", re.findall(r"^\| `(\{.*\})` \|", PAGE.read_text(), re.M))
+def test_a_shape_of_the_table_is_read(shape, tmp_path):
+    (tmp_path / "a.jsonl").write_text(shape)
+    for name in re.findall(r"\w+\.png", shape):
+        (tmp_path / name).write_bytes(b"picture")
+    [raw] = open_source(SourceConfig("jsonl", str(tmp_path))).read("a.jsonl:1")
+    assert isinstance(raw, Raw)

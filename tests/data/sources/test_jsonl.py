@@ -1,0 +1,185 @@
+"""JSON lines: three shapes of records, and shards of lines."""
+
+import json
+import tracemalloc
+
+import pytest
+
+from leon_jax.config import UserError
+from leon_jax.data.sources.open import open_source
+from leon_jax.data.sources.raw import LARGEST_TEXT, Raw, Reject, SourceConfig
+
+
+def read(path, **config):
+    source = open_source(SourceConfig("jsonl", str(path), **config))
+    return [outcome for shard in source.shards() for outcome in source.read(shard)]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with three files that stand for pictures; sources do not look inside."""
+    (tmp_path / "more").mkdir()
+    for name in ("a.png", "b.png", "more/c.png"):
+        (tmp_path / name).write_bytes(f"picture {name}".encode())
+    return tmp_path
+
+
+def write(folder, *records):
+    (folder / "cats.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder
+
+
+class TestShapes:
+    def test_a_caption_comes_before_its_picture(self, folder):
+        write(folder, {"image": "more/c.png", "text": "a grey cat"})
+        assert read(folder) == [Raw("cats.jsonl:1", ("a grey cat", b"picture more/c.png"))]
+
+    def test_interleaved_parts_keep_their_order(self, folder):
+        parts = [{"text": "one"}, {"image": "a.png"}, {"image": "b.png"}, {"text": "two"}]
+        write(folder, {"parts": parts})
+        expected = ("one", b"picture a.png", b"picture b.png", "two")
+        assert read(folder) == [Raw("cats.jsonl:1", expected)]
+
+    def test_an_editing_pair(self, folder):
+        write(folder, {"source": "a.png", "instruction": "make it night", "target": "b.png"})
+        expected = (b"picture a.png", "make it night", b"picture b.png")
+        assert read(folder) == [Raw("cats.jsonl:1", expected)]
+
+    def test_what_a_record_says_of_itself(self, folder):
+        said = {
+            "key": "cat/1",
+            "licence": "CC-BY-4.0",
+            "attribution": "A. Person",
+            "language": "de",
+            "source": "my camera",
+            "group": "cats",
+        }
+        write(folder, {"image": "a.png", "text": "Katze", **said})
+        said["origin"] = said.pop("source")
+        assert read(folder) == [Raw(parts=("Katze", b"picture a.png"), **said)]
+
+    @pytest.mark.parametrize(
+        ("record", "attribute", "value"),
+        [
+            ({"key": 17}, "key", "17"),
+            ({"key": ""}, "key", "cats.jsonl:1"),
+            ({"group": 4}, "group", "4"),
+            ({"license": "MIT"}, "licence", "MIT"),
+            ({"licence": None, "license": "MIT"}, "licence", "MIT"),
+            ({"url": "https://example.org"}, "attribution", "https://example.org"),
+            ({"url": "https://example.org", "attribution": "A"}, "attribution", "A"),
+            ({"language": None}, "language", ""),
+        ],
+    )
+    def test_spellings_and_defaults(self, folder, record, attribute, value):
+        write(folder, {"image": "a.png", "text": "a", **record})
+        [raw] = read(folder)
+        assert getattr(raw, attribute) == value
+
+    def test_an_address_gives_way_to_the_credit_line_of_the_configuration(self, folder):
+        write(folder, {"image": "a.png", "text": "a", "url": "https://example.org"})
+        assert read(folder, attribution="A. Person")[0].attribution == ""
+
+    def test_other_names_of_the_two_fields(self, folder):
+        write(folder, {"file_name": "a.png", "title": "a cat"})
+        raw = read(folder, text="title", picture="file_name")[0]
+        assert raw.parts == ("a cat", b"picture a.png")
+
+    def test_a_refused_record_is_called_by_its_own_key(self, folder):
+        write(folder, {"key": "cat/1", "image": "a.png"})
+        assert read(folder) == [Reject("cat/1", "missing_field", "text is missing")]
+
+
+class TestShards:
+    # Blank lines, both kinds of line ends, letters of several bytes, no end of the last line.
+    LINES = (b'{"parts": [{"text": "\xc3\xa4 %d"}]}\n', b'{"parts": [{"text": "%d"}]}\r\n', b"\n")
+
+    @pytest.mark.parametrize("size", [1, 2, 3, 7, 20, 1000])
+    def test_shards_of_any_size_hold_the_same_records(self, size, tmp_path):
+        text = b"".join(self.LINES[n % 3].replace(b"%d", b"%d" % n) for n in range(20))
+        (tmp_path / "a.jsonl").write_bytes(text + b'{"parts": [{"text": "last"}]}')
+        expected = [
+            Raw(f"a.jsonl:{number}", (json.loads(line)["parts"][0]["text"],))
+            for number, line in enumerate(text.decode().splitlines(), start=1)
+            if line.strip()
+        ]
+        expected.append(Raw("a.jsonl:21", ("last",)))
+        assert read(tmp_path, shard_size=size) == expected
+        source = open_source(SourceConfig("jsonl", str(tmp_path), shard_size=size))
+        assert len(source.shards()) == -(-21 // size)
+
+    def test_lines_are_counted_over_the_blocks_that_are_read_at_a_time(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("leon_jax.data.sources.jsonl._BLOCK", 7)
+        lines = [json.dumps({"parts": [{"text": "x" * n}]}) for n in range(50)]
+        (tmp_path / "a.jsonl").write_text("\n".join(lines) + "\n")
+        source = open_source(SourceConfig("jsonl", str(tmp_path), shard_size=8))
+        read = [[raw.parts[0] for raw in source.read(shard)] for shard in source.shards()]
+        assert read == [["x" * n for n in range(at, min(at + 8, 50))] for at in range(0, 50, 8)]
+
+    def test_a_line_that_is_too_long_is_never_held(self, tmp_path):
+        with open(tmp_path / "a.jsonl", "wb") as file:
+            file.write(b'{"parts": [{"text": "a"}]}\n')
+            file.truncate(64 * 2**20)
+            file.seek(0, 2)
+            file.write(b'\n{"parts": [{"text": "b"}]}\n')
+        tracemalloc.start()
+        outcomes = read(tmp_path)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert [getattr(outcome, "reason", "") for outcome in outcomes] == [
+            "", "record_too_large", "",
+        ]  # fmt: skip
+        assert outcomes[2].key == "a.jsonl:3"
+        assert peak < 16 * 2**20
+
+    @pytest.mark.parametrize(("extra", "fits"), [(0, True), (1, False)])
+    def test_the_longest_line(self, extra, fits, tmp_path):
+        line = b'{"parts": [{"text": "a"}]}'
+        line += b" " * (LARGEST_TEXT - len(line) + extra)
+        (tmp_path / "a.jsonl").write_bytes(line + b"\n" + line)
+        assert [isinstance(outcome, Raw) for outcome in read(tmp_path)] == [fits, fits]
+
+
+class TestPaths:
+    def test_several_files_in_the_order_of_their_names(self, folder):
+        for name in ("b.jsonl", "a.jsonl"):
+            (folder / name).write_text('{"image": "a.png", "text": "x"}\n')
+        (folder / "c.json").write_text("{}")
+        assert [raw.key for raw in read(folder)] == ["a.jsonl:1", "b.jsonl:1"]
+
+    @pytest.mark.parametrize("pattern", ["?.jsonl", "*", "{0..2}.jsonl", "{0..1}.jsonl"])
+    def test_patterns(self, pattern, folder):
+        for name in range(3):
+            (folder / f"{name}.jsonl").write_text('{"image": "a.png", "text": "x"}\n')
+        for path in folder.glob("*.png"):
+            path.rename(folder / "more" / path.name)
+        keys = [outcome.key for outcome in read(folder / pattern)]
+        assert keys == [f"{n}.jsonl:1" for n in range(2 if "1}" in pattern else 3)]
+
+    def test_pictures_are_sought_beside_the_file_that_names_them(self, folder):
+        (folder / "more" / "x.jsonl").write_text('{"image": "c.png", "text": "x"}\n')
+        [raw] = read(folder / "*" / "x.jsonl")
+        assert (raw.key, raw.parts[1]) == ("more/x.jsonl:1", b"picture more/c.png")
+
+    @pytest.mark.parametrize(
+        ("path", "message"),
+        [
+            ("nothing", "there is no file or folder .*nothing"),
+            ("more", r"the folder .*more has no file ending in .jsonl"),
+            ("*.jsonl", r"there is no file .*\*.jsonl"),
+            ("{8..9}.jsonl", "there is no file .*8.jsonl"),
+            ("{9..8}.jsonl", "the range {9..8} in .* is empty"),
+        ],
+    )
+    def test_what_is_not_there(self, path, message, folder):
+        with pytest.raises(UserError, match=message):
+            read(folder / path)
+
+    def test_the_version_changes_with_the_file(self, folder):
+        write(folder, {"image": "a.png", "text": "a"})
+        source = open_source(SourceConfig("jsonl", str(folder)))
+        [shard] = source.shards()
+        before = source.version(shard)
+        assert source.version(shard) == before
+        write(folder, {"image": "a.png", "text": "another"})
+        assert source.version(shard) != before

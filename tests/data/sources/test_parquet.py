@@ -1,0 +1,95 @@
+"""Parquet tables as img2dataset writes them."""
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from leon_jax.config import UserError
+from leon_jax.data.sources.open import open_source
+from leon_jax.data.sources.raw import Raw, Reject, SourceConfig
+from tests.data.hostile_pictures import good
+
+
+def read(path, **config):
+    source = open_source(SourceConfig("parquet", str(path), **config))
+    return [outcome for shard in source.shards() for outcome in source.read(shard)]
+
+
+# The columns that img2dataset makes (ParquetSampleWriter), with the types that it gives them.
+SCHEMA = pa.schema(
+    [
+        ("caption", pa.string()), ("url", pa.string()), ("key", pa.string()),
+        ("status", pa.string()), ("error_message", pa.string()), ("width", pa.int32()),
+        ("height", pa.int32()), ("original_width", pa.int32()), ("original_height", pa.int32()),
+        ("exif", pa.string()), ("sha256", pa.string()), ("license", pa.string()),
+        ("jpg", pa.binary()),
+    ]
+)  # fmt: skip
+
+
+def row(n, **fields):
+    return {
+        "caption": f"Katze 🐈 {n}", "url": f"https://example.org/{n}", "key": f"{n:09}",
+        "status": "success", "error_message": None, "width": 64, "height": 64,
+        "original_width": 64, "original_height": 64, "exif": "{}", "sha256": "00",
+        "license": "CC-BY-4.0", "jpg": good(np.random.default_rng(n)), **fields,
+    }  # fmt: skip
+
+
+def raw(record, key=None):
+    return Raw(
+        key or record["key"], (record["caption"], record["jpg"]),
+        licence=record["license"] or "", attribution=record["url"],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("compression", ["snappy", "zstd", "none"])
+@pytest.mark.parametrize("page", ["1.0", "2.0"])
+def test_what_img2dataset_writes_is_read_back(page, compression, tmp_path):
+    rows = [row(n) for n in range(250)]
+    for name, part in (("00001", rows[100:]), ("00000", rows[:100])):
+        pq.write_table(
+            pa.Table.from_pylist(part, SCHEMA), tmp_path / f"{name}.parquet", row_group_size=40,
+            compression=compression, data_page_version=page,
+        )  # fmt: skip
+    assert read(tmp_path) == [raw(record) for record in rows]
+
+
+def test_pictures_that_could_not_be_had_are_refused(tmp_path):
+    rows = [
+        row(0),
+        row(1, status="failed_to_download", error_message="HTTP Error 404", jpg=None),
+        row(2, status=None),
+    ]
+    pq.write_table(pa.Table.from_pylist(rows, SCHEMA), tmp_path / "a.parquet")
+    assert read(tmp_path) == [
+        raw(rows[0]),
+        Reject("000000001", "missing_picture", "its status is failed_to_download: HTTP Error 404"),
+        raw(rows[2]),
+    ]
+
+
+def test_few_columns(tmp_path):
+    pq.write_table(pa.table({"text": ["a cat"], "png": [b"png"]}), tmp_path / "a.parquet")
+    assert read(tmp_path / "a.parquet") == [Raw("a.parquet:1", ("a cat", b"png"))]
+
+
+def test_other_columns(tmp_path):
+    columns = {"caption": ["no"], "alt": ["yes"], "jpg": [b"no"], "thumbnail": [b"yes"]}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    [record] = read(tmp_path, text="alt", picture="thumbnail")
+    assert record.parts == ("yes", b"yes")
+
+
+def test_a_missing_column_is_named_with_those_that_are_there(tmp_path):
+    pq.write_table(pa.table({"alt": ["a"], "jpg": [b"a"]}), tmp_path / "a.parquet")
+    [outcome] = read(tmp_path)
+    assert outcome == Reject(
+        "a.parquet", "unreadable_shard", "no column is called caption or text; it has alt, jpg"
+    )
+
+
+def test_a_folder_without_tables(tmp_path):
+    with pytest.raises(UserError, match=r"has no file ending in \.parquet"):
+        read(tmp_path)

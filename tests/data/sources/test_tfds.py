@@ -1,0 +1,259 @@
+"""TensorFlow Datasets: its own COCO and COVR builders, fed with files like theirs, read back."""
+
+import importlib.resources
+import json
+import pathlib
+import pickle
+import shutil
+import subprocess
+import sys
+import types
+from unittest import mock
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from tensorflow_datasets.object_detection import coco, coco_captions
+
+from leon_jax.config import UserError
+from leon_jax.data.records import from_png
+from leon_jax.data.sources.open import open_source
+from leon_jax.data.sources.raw import Raw, SourceConfig
+from tests.data.hostile_pictures import encoded, pixels
+
+# Making a data set needs a package that tensorflow-datasets does not install; Python has it too.
+BACKPORT = {"importlib_resources": importlib.resources}
+ONE_FILE = tfds.download.DownloadConfig(try_download_gcs=False, num_shards=1)
+
+
+def read(path, **config):
+    source = open_source(SourceConfig("tfds", str(path), **config))
+    return [outcome for shard in source.shards() for outcome in source.read(shard)]
+
+
+def made(builder, downloaded) -> str:
+    """Makes the data set from files that stand for what its builder would download."""
+    with (
+        mock.patch.object(tfds.download.DownloadManager, "download_and_extract", downloaded),
+        mock.patch.dict(sys.modules, BACKPORT),
+    ):
+        builder.download_and_prepare(download_config=ONE_FILE)
+    return str(builder.data_path)
+
+
+@pytest.fixture(scope="module")
+def captions(tmp_path_factory):
+    """`coco_captions` of five pictures, and the pictures: id -> (captions, JPEG)."""
+    rng = np.random.default_rng(0)
+    root = tmp_path_factory.mktemp("coco")
+    (root / "annotations").mkdir()
+    (root / "train2014").mkdir()
+    pictures, images, sentences = {}, [], []
+    for n in range(5):
+        name = f"COCO_train2014_{n:012}.jpg"
+        texts = tuple(f"Café {n}, caption {m}." for m in range(n))
+        pictures[n + 100] = (texts, encoded(pixels(rng), "jpeg"))
+        (root / "train2014" / name).write_bytes(pictures[n + 100][1])
+        images.append({"id": n + 100, "file_name": name, "height": 64, "width": 64})
+        raws = [{"raw": text, "sentid": 10 * n + m} for m, text in enumerate(texts)]
+        sentences.append({"split": "train", "filename": name, "sentences": raws})
+    (root / "val2014").symlink_to("train2014")
+    sentences += [{**sentences[-1], "split": split} for split in ("val", "test", "restval")]
+    categories = [{"id": n, "name": f"thing {n}"} for n in range(80)]
+    annotations = {"categories": categories, "images": images, "annotations": []}
+    for split in ("train2014", "val2014"):
+        (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(annotations))
+    (root / "annotations" / "image_info_test2014.json").write_text(json.dumps(annotations))
+    (root / "dataset_coco.json").write_text(json.dumps({"images": sentences}))
+
+    def downloaded(manager, urls):
+        return {name: str(root) for name in urls}
+
+    # The builder wants the names of types from TensorFlow, and what NumPy calls alike is the same.
+    gfile = types.SimpleNamespace(GFile=open, exists=lambda path: pathlib.Path(path).exists())
+    stand_in = types.SimpleNamespace(int64=np.int64, io=types.SimpleNamespace(gfile=gfile))
+    with mock.patch.object(coco, "tf", stand_in):
+        builder = coco_captions.CocoCaptions(
+            data_dir=tmp_path_factory.mktemp("tfds"), file_format="array_record"
+        )
+        return made(builder, downloaded), pictures
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory):
+    """`covr` of four questions, and what they are."""
+    rng = np.random.default_rng(0)
+    root = tmp_path_factory.mktemp("covr")
+    jpegs = {str(n): encoded(pixels(rng), "jpeg") for n in range(4)}
+    (root / "VG").mkdir()
+    for name, data in jpegs.items():
+        (root / "VG" / f"{name}.jpg").write_bytes(data)
+    items, expected = [], set()
+    for n in range(4):
+        answer = (True, "two", None, 3)[n]
+        scenes = [str(m) for m in range(n, 4)]
+        item = {
+            "qid": str(n), "utterance": f"Sind es {n} Bücher?", "scenes": scenes, "properties": [],
+            "pattern_name": "", "program": [],
+        }  # fmt: skip
+        items.append(item if answer is None else item | {"answer": answer})
+        end = () if answer is None else (str(answer),)
+        expected.add((item["utterance"], *(jpegs[scene] for scene in scenes), *end))
+    for split in ("train", "test", "val"):
+        (root / f"{split}.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+
+    def downloaded(manager, urls):
+        import etils.epath
+
+        return {name: etils.epath.Path(root) for name in urls}
+
+    builder = tfds.builder_cls("covr")(
+        data_dir=tmp_path_factory.mktemp("tfds"), file_format="array_record"
+    )
+    return made(builder, downloaded), expected
+
+
+class TestCocoCaptions:
+    def test_each_pair_of_picture_and_caption_is_a_record(self, captions):
+        folder, pictures = captions
+        outcomes = {outcome.key: outcome for outcome in read(folder, name="coco")}
+        expected = {
+            f"{picture}/{n}": Raw(f"{picture}/{n}", (text, jpeg), group=str(picture))
+            for picture, (texts, jpeg) in pictures.items()
+            for n, text in enumerate(texts)
+        }
+        bare = [outcome for key, outcome in outcomes.items() if key not in expected]
+        assert [outcome.reason for outcome in bare] == ["no_text"]
+        assert {key: outcomes[key] for key in expected} == expected
+        assert len(outcomes) == 4 + 3 + 2 + 1 + 1
+
+    def test_the_order_is_the_same_each_time_and_for_any_shards(self, captions):
+        folder, _ = captions
+        assert read(folder) == read(folder, shard_size=2) == read(folder, shard_size=1)
+
+    def test_splits_can_be_cut_and_joined_as_tfds_does(self, captions):
+        folder, _ = captions
+        whole = read(folder)
+        parts = read(folder, read_split="train[:40%]") + read(folder, read_split="train[40%:]")
+        keys = [outcome.key for outcome in parts if isinstance(outcome, Raw)]
+        assert keys == [outcome.key for outcome in whole if isinstance(outcome, Raw)]
+
+    def test_a_pickled_source_needs_nothing_but_the_folder(self, captions):
+        source = open_source(SourceConfig("tfds", captions[0], shard_size=2))
+        again = pickle.loads(pickle.dumps(source))
+        assert again.shards() == source.shards() == ["train/0", "train/2", "train/4"]
+        assert list(again.read("train/2")) == list(source.read("train/2"))
+        assert again.version("train/2") == source.version("train/2")
+
+    def test_a_name_is_found_among_what_was_made_before(self, captions, monkeypatch):
+        """In a fresh process: the code of this data set needs TensorFlow, its files do not."""
+        program = (
+            "import sys; from leon_jax.data.sources.open import open_source;"
+            "from leon_jax.data.sources.raw import SourceConfig;"
+            "source = open_source(SourceConfig('tfds', 'coco_captions'));"
+            "print(sum(1 for shard in source.shards() for _ in source.read(shard)));"
+            "assert not {'tensorflow', 'torch', 'cv2'} & set(sys.modules)"
+        )
+        root = pathlib.Path(captions[0]).parents[2]
+        monkeypatch.setenv("TFDS_DATA_DIR", str(root))
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (0, "11\n"), done.stderr
+
+
+def test_covr_asks_shows_and_answers(questions):
+    folder, expected = questions
+    outcomes = read(folder, split="test")
+    assert {outcome.parts for outcome in outcomes} == expected
+    assert [outcome.key for outcome in outcomes] == [f"test/{n}" for n in range(4)]
+
+
+class MyCats(tfds.core.GeneratorBasedBuilder):
+    """A data set that no adapter knows."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    url_infos = None
+
+    def _info(self):
+        texts = dict.fromkeys(("caption", "title", "license", "url"), tfds.features.Text())
+        pictures = dict.fromkeys(("image", "thumbnail"), tfds.features.Image(encoding_format="png"))
+        return tfds.core.DatasetInfo(
+            builder=self,
+            features=tfds.features.FeaturesDict({**texts, **pictures}),
+            disable_shuffling=True,
+        )
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples("a cat"), "test": self._generate_examples("")}
+
+    def _generate_examples(self, caption):
+        rng = np.random.default_rng(0)
+        for n in range(3):
+            yield n, {
+                "caption": caption, "title": f"Katze {n}", "license": "CC0-1.0",
+                "url": "https://example.org",
+                "image": encoded(pixels(rng), "png"),
+                "thumbnail": encoded(pixels(rng, 8, 8), "png"),
+            }  # fmt: skip
+
+
+class TestOtherDataSets:
+    @pytest.fixture
+    def folder(self, tmp_path):
+        return made(MyCats(data_dir=tmp_path / "tfds", file_format="array_record"), None)
+
+    def test_the_usual_features_are_found(self, folder):
+        rng = np.random.default_rng(0)
+        for n, raw in enumerate(read(folder)):
+            assert (raw.key, raw.parts[0]) == (f"train/{n}", "a cat")
+            assert np.array_equal(from_png(raw.parts[1]), pixels(rng))
+            pixels(rng, 8, 8)
+            assert (raw.licence, raw.attribution) == ("CC0-1.0", "https://example.org")
+
+    def test_others_are_named(self, folder):
+        raws = read(folder, text="title", picture="thumbnail")
+        assert [raw.parts[0] for raw in raws] == ["Katze 0", "Katze 1", "Katze 2"]
+        assert {from_png(raw.parts[1]).shape for raw in raws} == {(8, 8, 3)}
+        reasons = [outcome.reason for outcome in read(folder, text="titel")]
+        assert reasons == ["missing_field"] * 3
+
+    def test_an_empty_text_is_not_a_missing_one(self, folder):
+        assert [raw.parts[0] for raw in read(folder, read_split="test")] == [""] * 3
+
+    def test_damaged_records_are_refused(self, folder, tmp_path):
+        copy = pathlib.Path(shutil.copytree(folder, tmp_path / "copy"))
+        [file] = copy.glob("*train*")
+        data = file.read_bytes()
+        position = data.index(b"Katze 1")
+        file.write_bytes(data[:position] + b"Katzen!" + data[position + 7 :])
+        outcomes = read(copy)
+        assert [isinstance(outcome, Raw) for outcome in outcomes] == [True, False, True]
+        assert outcomes[1].reason == "unreadable_record"
+
+
+class TestErrors:
+    def test_a_folder_that_holds_none(self, tmp_path):
+        with pytest.raises(UserError, match=r"has no dataset_info.json; give the folder of one"):
+            read(tmp_path)
+
+    def test_a_split_that_is_not_there(self, captions):
+        with pytest.raises(UserError, match=r"split 'valid' .*: Unknown split 'valid'.*train"):
+            read(captions[0], split="valid")
+
+    def test_a_format_without_random_access(self, captions, tmp_path):
+        copy = pathlib.Path(shutil.copytree(captions[0], tmp_path / "copy"))
+        info = copy / "dataset_info.json"
+        info.write_text(info.read_text().replace("array_record", "tfrecord"))
+        with pytest.raises(UserError, match=r"not in ArrayRecord format; convert it with"):
+            read(copy)
+
+    def test_a_name_that_is_not_there(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+        with pytest.raises(UserError, match="there is no data set and no folder called my_catz"):
+            read("my_catz")
+
+    def test_a_data_set_that_tensorflow_must_make(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+        with pytest.raises(
+            UserError, match=r"No module named 'tensorflow'.*tfds build coco_captions --file_format"
+        ):
+            read("coco_captions")
