@@ -1,30 +1,29 @@
 """Which documents a training example or a prompt is given to read (CM3Leon, section 2.1).
 
 Relevance: the score of the encoder decides the order. Modality: documents hold text and a picture,
-and two are found through each part of the query. Diversity: a candidate that scores above the
+and as many are found through each part of the query. Diversity: a candidate that scores above the
 encoder's near-copy threshold against the query or against a document already chosen is skipped; and
 sources can be made to take turns.
 Query dropout: in training, a fifth of the query's tokens is dropped before it is embedded.
 Of the candidates found, up to three are drawn at random for each training example.
 
-Offline, `build_neighbours` writes a table; while training, `sample_neighbours` draws from one of
-its rows; while answering, `select` asks the index.
+Offline, `find_neighbours` fills a table; while training, `sample_neighbours` draws from one of its
+rows; while answering, `select` searches the bank.
 """
 
 import dataclasses
-import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
-from jaxtyping import Float32, Int32
-from tqdm import tqdm
+from jaxtyping import Bool, Float32, Int, Int32
 
 from leon_jax.config import UserError
-from leon_jax.documents import Document, Image, Source, Text
-from leon_jax.retrieval.encoder import Encoder, normalise
-from leon_jax.retrieval.index import NONE, Index, Views, load_arrays, save_arrays
+from leon_jax.documents import Document, Image, Text
+from leon_jax.retrieval import greedy
+from leon_jax.retrieval.bank import Bank
+from leon_jax.retrieval.mining import NONE
 
 # Cosine above which CLIP ViT-B/32 calls two documents copies of each other (CM3Leon, RA-CM3).
 CLIP_NEAR_COPY = 0.9
@@ -35,8 +34,11 @@ class SelectionConfig:
     """How neighbours are found.
 
     Attributes:
-      per_modality: how many are kept for the query's text, and how many for its picture.
+      per_modality: how many a table of neighbours holds for the query's text, and how many for its
+        picture. Training draws from the first few of them (`data.per_modality`).
       candidates: how many of the best documents are looked at before giving up.
+      through_parts: whether documents are found through the query's text and through its picture,
+        each by itself; otherwise through the mean of both.
       near_copy_text, near_copy_image, near_copy_document: an encoder's near-copy thresholds: for a
         query's text against documents, for its picture against documents, and for a document
         against a document already chosen. They depend on the encoder: see docs/retrieval.md.
@@ -44,16 +46,20 @@ class SelectionConfig:
         fewest so far, among those that candidates are left of.
       query_dropout: the fraction of query tokens dropped in training.
       seed: of the dropout.
+      recall: 1: the candidates of `find_neighbours` are the best of all documents. Below: an
+        approximate search finds this part of them on average (see `Bank.search`).
     """
 
-    per_modality: int = 2
-    candidates: int = 64
+    per_modality: int = 20
+    candidates: int = 128
+    through_parts: bool = True
     near_copy_text: float = CLIP_NEAR_COPY
     near_copy_image: float = CLIP_NEAR_COPY
     near_copy_document: float = CLIP_NEAR_COPY
     alternate_sources: bool = False
     query_dropout: float = 0.2
     seed: int = 0
+    recall: float = 1.0
 
     def __post_init__(self):
         if self.per_modality < 1 or self.candidates < self.per_modality:
@@ -61,6 +67,8 @@ class SelectionConfig:
                 f"per_modality is {self.per_modality} and candidates {self.candidates}; "
                 "1 <= per_modality <= candidates is needed"
             )
+        if not 0 < self.recall <= 1:
+            raise ValueError(f"recall is {self.recall}; it must be above 0 and at most 1")
         if not 0 <= self.query_dropout < 1:
             raise ValueError(f"query_dropout is {self.query_dropout}; it must be in [0, 1)")
 
@@ -90,7 +98,7 @@ def drop_tokens(text: str, tokenizer: Codec, fraction: float, rng: np.random.Gen
 def diverse(
     scores: Float32[np.ndarray, "c"],
     ids: Int32[np.ndarray, "c"],
-    embeddings: Float32[np.ndarray, "n d"],
+    rows: Float32[np.ndarray, "c d"],
     k: int,
     near_copy_query: float,
     near_copy_chosen: float,
@@ -101,7 +109,7 @@ def diverse(
 
     Args:
       scores, ids: candidates, best first; an id of -1 is no candidate.
-      embeddings: the documents' unit rows, for comparing candidates with each other.
+      rows: the candidates' unit rows, for comparing them with each other.
       k: how many to choose at most.
       near_copy_query: a candidate that scores above this against the query is skipped.
       near_copy_chosen: so is one that scores above this against a chosen document.
@@ -121,7 +129,7 @@ def diverse(
         best = next(place for place in left if taken[sources[place]] == fewest)
         chosen.append(best)
         taken[sources[best]] += 1
-        alike = embeddings[ids[left]] @ embeddings[ids[best]] > near_copy_chosen
+        alike = rows[left] @ rows[best] > near_copy_chosen
         left = [
             place for place, copy in zip(left, alike, strict=True) if not copy and place != best
         ]
@@ -130,7 +138,7 @@ def diverse(
 
 def select(
     query_embedding: Float32[np.ndarray, "d"],
-    index: Index,
+    bank: Bank,
     k: int,
     config: SelectionConfig | None = None,
     *,
@@ -142,7 +150,7 @@ def select(
 
     Args:
       query_embedding: unit vector of the prompt.
-      index: of the documents.
+      bank: the documents.
       k: how many at most; there may be fewer.
       config: thresholds; CLIP's by default.
       near_copy_query: the threshold against the query, `near_copy_document` by default.
@@ -150,18 +158,18 @@ def select(
       source_of: the source of a document, for `config.alternate_sources`.
 
     Raises:
-      UserError: the query does not fit the index.
+      UserError: the query does not fit the bank.
     """
     config = config or SelectionConfig()
     if k < 1:
         return []
-    width = min(len(index), max(config.candidates, k) + len(exclude))
-    scores, ids = index.search(np.asarray(query_embedding)[None], width)
+    wide = max(config.candidates, k) + len(exclude)
+    scores, ids = bank.search(np.asarray(query_embedding)[None], wide)
     limit = config.near_copy_document if near_copy_query is None else near_copy_query
     chosen = diverse(
         scores[0],
         ids[0],
-        index.embeddings,
+        bank.take(ids[0]),
         k,
         limit,
         config.near_copy_document,
@@ -176,147 +184,79 @@ def sample_neighbours(
     by_text_ids: Int32[np.ndarray, "k"],
     by_image_ids: Int32[np.ndarray, "k"],
     max_docs: int,
+    per_modality: int | None = None,
 ) -> list[int]:
     """Up to `max_docs` distinct neighbours of a row of the table, in random order.
 
-    Both lists are joined, each document counted once, shuffled, and the first `max_docs` kept.
+    Both lists are joined, each document counted once, shuffled, and the first `max_docs` kept. Only
+    the best `per_modality` of each list take part: the table may hold more, and its first ones are
+    what a table of so many would hold (see `find_neighbours`). None: all take part.
     """
-    both = np.unique(np.concatenate([by_text_ids, by_image_ids]))
+    lists = by_text_ids[:per_modality], by_image_ids[:per_modality]
+    both = np.unique(np.concatenate(lists))
     both = both[both != NONE]
     return [int(name) for name in rng.permutation(both)[:max_docs]]
 
 
-@dataclasses.dataclass(frozen=True)
-class Neighbours:
-    """The table of a split; row i is record i, best first, -1 and -inf where there is none.
-
-    Attributes:
-      by_text_ids, by_image_ids: int32[n, k], train rows found through the query's text or picture.
-      by_text_scores, by_image_scores: float32[n, k], the query part against those documents.
-    """
-
-    by_text_ids: Int32[np.ndarray, "n k"]
-    by_image_ids: Int32[np.ndarray, "n k"]
-    by_text_scores: Float32[np.ndarray, "n k"]
-    by_image_scores: Float32[np.ndarray, "n k"]
-
-    def save(self, path: str | os.PathLike) -> None:
-        """Writes `neighbours_{split}.safetensors`, whole or not at all."""
-        save_arrays(path, {f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
-
-    @classmethod
-    def load(cls, path: str | os.PathLike) -> "Neighbours":
-        """Reads what `save` wrote.
-
-        Raises:
-          UserError: there is no such file, or it is not a table of neighbours.
-        """
-        return cls(**load_arrays(path, [field.name for field in dataclasses.fields(cls)]))
-
-
-def build_neighbours(
-    documents: Source,
-    encoder: Encoder,
-    views: Views,
-    config: SelectionConfig,
-    *,
-    own_rows: bool,
-    sources: Sequence[str] = (),
-    progress: str | None = None,
-) -> Neighbours:
-    """Finds every document's neighbours among the indexed ones.
-
-    The text finds by its (token-dropped) embedding, the picture by its own; both are compared with
-    whole documents, so what is found is multi-modal. A picture is a query as it is: what takes the
-    place of dropout there is the near-copy threshold.
-
-    Args:
-      documents: each with a caption and a picture with pixels.
-      encoder: the frozen encoder of the index.
-      views: the train documents' index.
-      config: how many, thresholds, dropout.
-      own_rows: document i *is* row i of the index (the train split), so it is never its own
-        neighbour; without it no query dropout is done either, as at answering time.
-      sources: the source of every indexed document, which `config.alternate_sources` needs.
-      progress: the label of a progress bar on standard error; None for no bar.
-
-    Raises:
-      UserError: a document lacks a caption or pixels, or `own_rows` does not fit.
-    """
-    if own_rows and len(documents) != len(views):
-        raise UserError(f"{len(documents)} documents cannot be the {len(views)} rows of the index")
-    if config.alternate_sources and len(sources) != len(views):
-        raise UserError(f"{len(sources)} sources were given for the {len(views)} rows of the index")
-    source_of = sources.__getitem__ if config.alternate_sources else None
-    rng = np.random.default_rng(config.seed)
-    tables: dict[str, list[np.ndarray]] = {
-        field.name: [] for field in dataclasses.fields(Neighbours)
-    }
-    block = 256
-    bar = tqdm(total=len(documents), desc=progress, unit="doc", disable=progress is None)
-    for start in range(0, len(documents), block):
-        some = [documents[i] for i in range(start, min(start + block, len(documents)))]
-        texts, images = zip(*map(parts, some), strict=True)
-        if own_rows and config.query_dropout:
-            texts = [drop_tokens(t, encoder.text, config.query_dropout, rng) for t in texts]
-        own = np.arange(start, start + len(some)) if own_rows else np.full(len(some), NONE)
-        for part, queries, limit in (
-            ("text", encoder.embed_texts(texts), config.near_copy_text),
-            ("image", encoder.embed_images(images), config.near_copy_image),
-        ):
-            ids, scores = _neighbours(queries, own, views, config, limit, source_of)
-            tables[f"by_{part}_ids"].append(ids)
-            tables[f"by_{part}_scores"].append(scores)
-        bar.update(len(some))
-    bar.close()
-    return Neighbours(**{name: np.concatenate(rows) for name, rows in tables.items()})
-
-
-def _neighbours(
-    queries: np.ndarray,
-    own: np.ndarray,
-    views: Views,
+def find_neighbours(
+    queries: Float32[np.ndarray, "q d"],
+    bank: Bank,
     config: SelectionConfig,
     near_copy: float,
-    source_of: Callable[[int], str] | None,
-) -> tuple[np.ndarray, np.ndarray]:
-    found, names = views.document.search(queries, min(config.candidates, len(views)), own)
-    ids = np.full((len(queries), config.per_modality), NONE, np.int32)
-    scores = np.full(ids.shape, -np.inf, np.float32)
-    for row in range(len(queries)):
-        chosen = diverse(
-            found[row],
-            names[row],
-            views.document.embeddings,
-            config.per_modality,
-            near_copy,
-            config.near_copy_document,
-            exclude=(own[row],),
-            source_of=source_of,
-        )
-        ids[row, : len(chosen)] = names[row][chosen]
-        scores[row, : len(chosen)] = found[row][chosen]
-    return ids, scores
+    *,
+    own: Int32[np.ndarray, "q"] | None = None,
+    sources: Int[np.ndarray, "n"] | None = None,
+    keep: Bool[np.ndarray, "n"] | None = None,
+) -> tuple[Int32[np.ndarray, "q k"], Float32[np.ndarray, "q k"]]:
+    """The neighbours of many queries: `diverse` for each, on the devices of the mesh that is set.
 
+    The choice is greedy, so of `config.per_modality` neighbours the first two are those that would
+    have been found if two had been asked for with as many `candidates`. With several processes all
+    must call it with the same arguments.
 
-def embed_views(documents: Source, encoder: Encoder, progress: str | None = None) -> Views:
-    """The index of documents that each have a caption and a picture with pixels.
+    Args:
+      queries: unit rows; a row of zeros stands for a part that a document lacks and finds nothing.
+      bank: the documents.
+      config: how many, among how many, and the near-copy threshold between documents.
+      near_copy: the threshold against the query.
+      own: for each query the document that it is a part of, which is never its neighbour; -1: none.
+      sources: a number for the source of each document, which `config.alternate_sources` needs.
+      keep: documents with False are never chosen.
+
+    Returns:
+      Ids int32[q, k] and scores float32[q, k], as chosen; -1 and -inf where there are fewer.
 
     Raises:
-      UserError: one lacks either.
+      UserError: the arguments do not fit each other, or a row of the bank is not finite.
     """
-    text, image = [], []
-    block = 256
-    bar = tqdm(total=len(documents), desc=progress, unit="doc", disable=progress is None)
-    for start in range(0, len(documents), block):
-        some = [documents[i] for i in range(start, min(start + block, len(documents)))]
-        texts, images = zip(*map(parts, some), strict=True)
-        text.append(encoder.embed_texts(texts))
-        image.append(encoder.embed_images(images))
-        bar.update(len(some))
-    bar.close()
-    texts_all, images_all = np.concatenate(text), np.concatenate(image)
-    return Views(texts_all, images_all, normalise(texts_all + images_all))
+    queries = np.asarray(queries, np.float32)
+    if own is not None and np.shape(own) != (len(queries),):
+        raise UserError(f"own is {list(np.shape(own))}; {len(queries)} queries need one id each")
+    if config.alternate_sources and (sources is None or len(sources) != len(bank)):
+        given = "no" if sources is None else len(sources)
+        raise UserError(
+            f"{given} sources were given for the {len(bank)} documents, and "
+            "selection.alternate_sources is set"
+        )
+    ids = np.full((len(queries), config.per_modality), NONE, np.int32)
+    scores = np.full(ids.shape, -np.inf, np.float32)
+    rows = np.flatnonzero(queries.any(axis=-1))
+    found, names = bank.search(
+        queries[rows],
+        config.candidates,
+        exclude=None if own is None else np.asarray(own)[rows],
+        keep=keep,
+        approximate=config.recall if config.recall < 1 else False,
+    )
+    # That of no candidate, -1, does not matter.
+    origins = np.asarray(sources, np.int32)[names] if config.alternate_sources else None
+    places = greedy.choose(
+        found, names, bank, config.per_modality, near_copy, config.near_copy_document, origins
+    )
+    chosen = places != NONE
+    ids[rows] = np.where(chosen, np.take_along_axis(names, places, axis=1), NONE)
+    scores[rows] = np.where(chosen, np.take_along_axis(found, places, axis=1), -np.inf)
+    return ids, scores
 
 
 def origin(document: Document) -> str:

@@ -9,7 +9,6 @@ skin tones of one concept, and strangers. docs/retrieval.md shows the result and
 
 import io
 import itertools
-import pathlib
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -25,11 +24,11 @@ from leon_jax.config import UserError
 from leon_jax.data.emoji import EmojiSource
 from leon_jax.documents import Document
 from leon_jax.retrieval.encoder import Encoder, normalise
-from leon_jax.retrieval.index import Views
-from leon_jax.retrieval.selection import embed_views, parts
-from leon_jax.tokenizers.text import TextTokenizer
+from leon_jax.retrieval.selection import parts
 
-_ENCODER = flags.DEFINE_string("encoder", None, "encoder.safetensors; text.json lies beside it.")
+_ENCODER = flags.DEFINE_string(
+    "encoder", None, "encoder.safetensors, with text.json beside it; or the folder of a CLIP."
+)
 _DATA = flags.DEFINE_string("data", "data/emoji", "The emoji dataset.")
 _PAIRS = flags.DEFINE_integer("pairs", 1000, "How many pairs of each kind are scored at most.")
 
@@ -115,28 +114,34 @@ def distributions(
     "text-document" and "image-document" are what a query part scores against a candidate, and
     "document-document" is what candidates score against each other (see `SelectionConfig`).
     """
-    views = embed_views(documents, encoder)
+    texts, images = zip(*map(parts, documents), strict=True)
+    views = {"text": encoder.embed_texts(texts), "image": encoder.embed_images(images)}
+    views["document"] = normalise(views["text"] + views["image"])
     result: dict[str, dict[str, np.ndarray]] = {
         name: {} for name in ("text-document", "image-document", "document-document")
     }
     for kind, pairs in kinships(documents, limit, seed).items():
         left, right = np.array(pairs, np.int64).reshape(-1, 2).T
-        _compare(result, kind, views, left, views.document.embeddings[right])
+        _compare(result, kind, views, left, views["document"][right])
     rng = np.random.default_rng(seed)
     rows = rng.permutation(len(documents))[: max(1, limit // 4)]
     pictures = [renderings(parts(documents[row])[1]) for row in rows]
     for place in range(len(pictures[0])):
         image = encoder.embed_images([pictured[place] for pictured in pictures])
-        copies = normalise(image + views.text.embeddings[rows])
+        copies = normalise(image + views["text"][rows])
         _compare(result, "renderings", views, rows, copies)
     return result
 
 
 def _compare(
-    result: dict, kind: str, views: Views, left: np.ndarray, right: Float32[np.ndarray, "n d"]
+    result: dict,
+    kind: str,
+    views: dict[str, Float32[np.ndarray, "n d"]],
+    left: np.ndarray,
+    right: Float32[np.ndarray, "pairs d"],
 ) -> None:
-    for name in ("text", "image", "document"):
-        scores = (getattr(views, name).embeddings[left] * right).sum(1)
+    for name, rows in views.items():
+        scores = (rows[left] * right).sum(1)
         known = result[f"{name}-document"].get(kind, np.zeros(0, np.float32))
         result[f"{name}-document"][kind] = np.concatenate([known, scores])
 
@@ -169,10 +174,9 @@ def main(argv: list[str]) -> None:
     """
     del argv
     if _ENCODER.value is None:
-        raise UserError("--encoder is missing; it names an encoder.safetensors")
-    path = pathlib.Path(_ENCODER.value)
+        raise UserError("--encoder is missing; it names an encoder.safetensors or a CLIP's folder")
     with jax.set_mesh(sharding.make_mesh()):
-        encoder = Encoder.load(path, TextTokenizer.load(path.with_name("text.json")))
+        encoder = Encoder.load(_ENCODER.value)
         for split in ("unseen_design", "unseen_concept"):
             source = EmojiSource(split, _DATA.value)
             for way, groups in accuracy(encoder, list(source)).items():

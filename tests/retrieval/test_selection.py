@@ -4,18 +4,19 @@ import dataclasses
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from leon_jax.config import UserError
-from leon_jax.documents import Document, Image, Text
-from leon_jax.retrieval.encoder import normalise
-from leon_jax.retrieval.index import Index, Views
+from leon_jax.documents import Document, Image, Provenance, Text
+from leon_jax.retrieval.bank import Bank
 from leon_jax.retrieval.selection import (
-    Neighbours,
     SelectionConfig,
-    build_neighbours,
     diverse,
     drop_tokens,
-    embed_views,
+    find_neighbours,
+    origin,
+    parts,
     sample_neighbours,
     select,
 )
@@ -37,116 +38,199 @@ class Words:
         return " ".join(self.words[i] for i in ids)
 
 
-class Planar:
-    """An encoder to the plane: a text is its angle in degrees; a picture's first byte is its."""
-
-    def __init__(self):
-        self.text, self.texts_seen = Words(), []
-
-    def embed_texts(self, texts):
-        self.texts_seen += texts
-        return self._unit([sum(float(word) for word in text.split()) for text in texts])
-
-    def embed_images(self, images):
-        return self._unit([float(image[0, 0, 0]) for image in images])
-
-    @staticmethod
-    def _unit(angles):
-        radians = np.deg2rad(np.array(angles))
-        return np.stack([np.cos(radians), np.sin(radians)], 1).astype(np.float32)
-
-
-def document(text, angle):
-    return Document((Text(str(text)), Image(pixels=np.full((2, 2, 3), angle, np.uint8))))
-
-
 def at(*degrees):
-    return Planar._unit(degrees)
+    """Unit vectors of the plane, one a row."""
+    radians = np.deg2rad(np.array(degrees))
+    return np.stack([np.cos(radians), np.sin(radians)], 1).astype(np.float32)
+
+
+def one(rows):
+    return Bank([rows])
 
 
 NO_LIMIT = SelectionConfig(
-    near_copy_text=2, near_copy_image=2, near_copy_document=2, query_dropout=0
+    per_modality=2, near_copy_text=2, near_copy_image=2, near_copy_document=2, query_dropout=0
 )
 
 
 def test_relevance_the_best_scoring_documents_are_selected_in_order():
-    index = Index(at(50, 10, 90, 30))
-    assert select(at(0)[0], index, 3, NO_LIMIT) == [1, 3, 0]
+    bank = one(at(50, 10, 90, 30))
+    assert select(at(0)[0], bank, 3, NO_LIMIT) == [1, 3, 0]
 
 
 def test_diversity_a_near_copy_of_the_query_is_skipped():
-    index = Index(at(1, 40, 60))
-    config = SelectionConfig(near_copy_document=0.99)
-    assert select(at(0)[0], index, 1, config) == [1]
-    assert select(at(0)[0], index, 1, NO_LIMIT) == [0]
+    bank = one(at(1, 40, 60))
+    config = SelectionConfig(per_modality=2, near_copy_document=0.99)
+    assert select(at(0)[0], bank, 1, config) == [1]
+    assert select(at(0)[0], bank, 1, NO_LIMIT) == [0]
 
 
 def test_diversity_a_near_copy_of_a_chosen_document_is_skipped():
-    index = Index(at(30, 31, -60))
-    config = SelectionConfig(near_copy_document=0.99)
-    assert select(at(0)[0], index, 2, config) == [0, 2]
-    assert select(at(0)[0], index, 2, NO_LIMIT) == [0, 1]
+    bank = one(at(30, 31, -60))
+    config = SelectionConfig(per_modality=2, near_copy_document=0.99)
+    assert select(at(0)[0], bank, 2, config) == [0, 2]
+    assert select(at(0)[0], bank, 2, NO_LIMIT) == [0, 1]
 
 
 def test_the_threshold_is_clips_by_default_and_the_query_may_have_its_own():
-    index = Index(at(20, 30))  # cosines 0.94 and 0.87 with the query, 0.98 with each other
-    assert select(at(0)[0], index, 2) == [1]
-    assert select(at(0)[0], index, 2, near_copy_query=0.95) == [0]
+    bank = one(at(20, 30))  # cosines 0.94 and 0.87 with the query, 0.98 with each other
+    assert select(at(0)[0], bank, 2) == [1]
+    assert select(at(0)[0], bank, 2, near_copy_query=0.95) == [0]
 
 
 def test_excluded_ids_and_missing_candidates_are_never_chosen():
     embeddings = at(10, 20, 30)
-    assert select(at(0)[0], Index(embeddings), 3, NO_LIMIT, exclude=[1]) == [0, 2]
+    assert select(at(0)[0], one(embeddings), 3, NO_LIMIT, exclude=[1]) == [0, 2]
     scores = np.array([0.9, -np.inf], np.float32)
     ids = np.array([2, -1], np.int32)
-    assert diverse(scores, ids, embeddings, 2, 2, 2) == [0]
+    assert diverse(scores, ids, embeddings[ids], 2, 2, 2) == [0]
 
 
 def test_no_documents_are_selected_where_none_are_wanted():
-    assert select(at(0)[0], Index(at(10)), 0) == []
+    assert select(at(0)[0], one(at(10)), 0) == []
 
 
-def test_modality_two_by_text_and_two_by_picture_compared_with_whole_documents():
-    # Texts say 0..40, pictures 90..130, so documents lie at 45..85.
-    documents = [document(a, a + 90) for a in (0, 10, 20, 30, 40)]
-    encoder = Planar()
-    views = embed_views(documents, encoder)
-    np.testing.assert_allclose(views.document.embeddings, at(45, 55, 65, 75, 85), atol=1e-6)
-    query = [document(45, 85)]
-    table = build_neighbours(query, encoder, views, NO_LIMIT, own_rows=False)
-    assert table.by_text_ids.tolist() == [[0, 1]]
-    assert table.by_image_ids.tolist() == [[4, 3]]
-    np.testing.assert_allclose(table.by_text_scores, np.cos(np.deg2rad([[0, 10]])), atol=1e-6)
-    np.testing.assert_allclose(table.by_image_scores, np.cos(np.deg2rad([[0, 10]])), atol=1e-6)
+def neighbours(queries, rows, config, near_copy=2.0, **arguments):
+    return find_neighbours(queries, one(rows), config, near_copy, **arguments)
+
+
+def test_a_table_has_the_best_of_each_query_and_their_scores():
+    ids, scores = neighbours(at(45, 85), at(45, 55, 65, 75, 85), NO_LIMIT)
+    assert ids.tolist() == [[0, 1], [4, 3]]
+    assert ids.dtype == np.int32 and scores.dtype == np.float32
+    np.testing.assert_allclose(scores, np.cos(np.deg2rad([[0, 10], [0, 10]])), atol=1e-6)
 
 
 def test_a_document_is_never_its_own_neighbour():
-    documents = [document(a, a) for a in (10, 20, 30)]
-    encoder = Planar()
-    views = embed_views(documents, encoder)
-    table = build_neighbours(documents, encoder, views, NO_LIMIT, own_rows=True)
-    for row in range(3):
-        assert row not in table.by_text_ids[row] and row not in table.by_image_ids[row]
-    strangers = build_neighbours(documents, encoder, views, NO_LIMIT, own_rows=False)
-    assert strangers.by_text_ids[:, 0].tolist() == [0, 1, 2]
+    rows = at(10, 20, 30)
+    ids, _ = neighbours(rows, rows, NO_LIMIT, own=np.arange(3))
+    assert (ids != np.arange(3)[:, None]).all() and (ids >= 0).all()
+    ids, _ = neighbours(rows, rows, NO_LIMIT, own=np.array([-1, 1, -1]))
+    assert ids[:, 0].tolist() == [0, 0, 2]
 
 
-def test_each_modality_has_its_threshold_against_the_query():
-    documents = [document(10, 10), document(40, 40)]
-    encoder = Planar()
-    views = embed_views(documents, encoder)
-    config = SelectionConfig(1, 2, 0.9, 2, 2, 0)
-    table = build_neighbours([document(5, 5)], encoder, views, config, own_rows=False)
-    assert table.by_text_ids.tolist() == [[1]] and table.by_image_ids.tolist() == [[0]]
+def test_a_document_that_is_not_kept_is_never_a_neighbour():
+    ids, _ = neighbours(at(0), at(0, 10, 20, 30), NO_LIMIT, keep=np.array([0, 1, 0, 1], bool))
+    assert ids.tolist() == [[1, 3]]
+
+
+def test_near_copies_of_the_query_are_skipped_by_the_threshold_that_is_given():
+    rows = at(10, 40)
+    assert neighbours(at(5), rows, NO_LIMIT, 0.9)[0].tolist() == [[1, -1]]
+    assert neighbours(at(5), rows, NO_LIMIT, 2)[0].tolist() == [[0, 1]]
 
 
 def test_where_too_few_differ_the_row_ends_in_minus_one():
-    documents = [document(10, 10), document(11, 11)]
-    views = embed_views(documents, Planar())
-    config = SelectionConfig(near_copy_text=2, near_copy_image=2, near_copy_document=0.99)
-    table = build_neighbours([document(50, 50)], Planar(), views, config, own_rows=False)
-    assert table.by_text_ids.tolist() == [[1, -1]]
-    assert np.isneginf(table.by_text_scores[0, 1])
+    config = dataclasses.replace(NO_LIMIT, near_copy_document=0.99)
+    ids, scores = neighbours(at(50), at(10, 11), config)
+    assert ids.tolist() == [[1, -1]]
+    assert np.isneginf(scores[0, 1])
+
+
+def test_a_query_of_zeros_finds_nothing():
+    queries = np.concatenate([at(0), np.zeros((1, 2), np.float32), at(90)])
+    ids, scores = neighbours(queries, at(0, 90), NO_LIMIT, own=np.array([0, 1, 1]))
+    assert ids.tolist() == [[1, -1], [-1, -1], [0, -1]]
+    assert np.isneginf(scores[1]).all()
+    ids, _ = neighbours(np.zeros((2, 2), np.float32), at(0, 90), NO_LIMIT)
+    assert (ids == -1).all()
+
+
+@st.composite
+def collections(draw):
+    """Rows in bundles, some twice, with sources; and how neighbours are chosen among them."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    centres = rng.normal(size=(6, 8))
+    rows = centres[rng.integers(0, 6, 60)] + rng.normal(
+        0, draw(st.sampled_from([0.1, 0.5])), (60, 8)
+    )
+    rows = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    rows[rng.integers(0, 60, 20)] = rows[rng.integers(0, 60, 20)]
+    config = SelectionConfig(
+        per_modality=draw(st.sampled_from([2, 20])),
+        candidates=draw(st.sampled_from([20, 64])),
+        near_copy_document=draw(st.sampled_from([0.5, 0.9, 2.0])),
+        alternate_sources=draw(st.booleans()),
+    )
+    near_copy = draw(st.sampled_from([0.6, 0.95, 2.0]))
+    own = rng.integers(-1, 60, 9).astype(np.int32)
+    return (
+        rows.astype(np.float16),
+        config,
+        near_copy,
+        own,
+        rng.integers(0, 3, 60),
+        rng.random(60) < 0.8,
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(collections())
+def test_many_queries_are_answered_as_each_would_be_alone(case):
+    rows, config, near_copy, own, sources, keep = case
+    bank, queries = one(rows), rows[:9].astype(np.float32)
+    ids, scores = find_neighbours(
+        queries, bank, config, near_copy, own=own, sources=sources, keep=keep
+    )
+    found, names = bank.search(queries, config.candidates, exclude=own, keep=keep)
+    for row in range(9):
+        chosen = diverse(
+            found[row], names[row], bank.take(names[row]), config.per_modality, near_copy,
+            config.near_copy_document,
+            source_of=(lambda name: str(sources[name])) if config.alternate_sources else None,
+        )  # fmt: skip
+        missing = config.per_modality - len(chosen)
+        assert ids[row].tolist() == [*names[row][chosen], *[-1] * missing]
+        np.testing.assert_array_equal(scores[row], [*found[row][chosen], *[-np.inf] * missing])
+    there = ids >= 0
+    assert keep[ids[there]].all() and (ids != own[:, None])[there].all()
+    assert (scores[there] <= near_copy).all()
+    alike = np.einsum("qad,qbd->qab", bank.take(ids), bank.take(ids))
+    alike[:, np.arange(config.per_modality), np.arange(config.per_modality)] = 0
+    assert (alike <= config.near_copy_document + 1e-6).all()
+
+
+@settings(max_examples=30, deadline=None)
+@given(collections())
+def test_the_choice_of_twenty_begins_with_the_choice_of_two(case):
+    rows, config, near_copy, own, sources, keep = case
+    queries = rows[:9].astype(np.float32)
+    twenty, two = (
+        neighbours(
+            queries, rows, dataclasses.replace(config, per_modality=number), near_copy,
+            own=own, sources=sources, keep=keep,
+        )
+        for number in (20, 2)
+    )  # fmt: skip
+    np.testing.assert_array_equal(twenty[0][:, :2], two[0])
+    np.testing.assert_array_equal(twenty[1][:, :2], two[1])
+
+
+def test_an_approximate_search_may_look_for_the_candidates():
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(500, 16))
+    rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float16)
+    queries, found = rows[:50].astype(np.float32), {}
+    for recall in (1.0, 0.95):
+        config = dataclasses.replace(NO_LIMIT, per_modality=20, recall=recall)
+        found[recall] = neighbours(queries, rows, config)[0]
+    same = [len(set(a) & set(b)) for a, b in zip(*found.values(), strict=True)]
+    assert np.mean(same) > 19
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"own": np.arange(2)}, r"own is \[2\]; 3 queries need one id each"),
+        ({"sources": np.arange(2)}, "2 sources were given for the 4 documents"),
+        ({}, "no sources were given for the 4 documents"),
+        ({"sources": np.zeros(4), "keep": np.ones(3, bool)}, r"keep is bool\[3\]"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused(arguments, message):
+    config = dataclasses.replace(NO_LIMIT, alternate_sources=True)
+    with pytest.raises(UserError, match=message):
+        neighbours(at(1, 2, 3), at(1, 2, 3, 4), config, **arguments)
 
 
 def test_query_dropout_drops_a_fifth_of_the_tokens_but_never_all():
@@ -158,18 +242,6 @@ def test_query_dropout_drops_a_fifth_of_the_tokens_but_never_all():
     assert all(drop_tokens("1 2", words, 0.99, rng) in ("1", "2", "1 2") for _ in range(50))
     assert drop_tokens("", words, 0.5, rng) == ""
     assert drop_tokens("1 2 3", words, 0.0, rng) == "1 2 3"
-
-
-def test_query_dropout_applies_to_training_queries_and_to_no_others():
-    documents = [document("1 " * 40, 10), document("2 " * 40, 20)]
-    config = SelectionConfig(near_copy_text=2, near_copy_image=2, near_copy_document=2)
-    for own_rows in (True, False):
-        encoder = Planar()
-        views = embed_views(documents, encoder)
-        encoder.texts_seen.clear()
-        build_neighbours(documents, encoder, views, config, own_rows=own_rows)
-        lengths = [len(text.split()) for text in encoder.texts_seen]
-        assert (max(lengths) < 40) == own_rows
 
 
 def test_up_to_three_distinct_neighbours_are_drawn_in_random_order():
@@ -186,26 +258,32 @@ def test_up_to_three_distinct_neighbours_are_drawn_in_random_order():
     assert sample_neighbours(np.random.default_rng(0), by_text, nothing, 0) == []
 
 
-def test_a_table_comes_back_from_its_file(tmp_path):
-    ids = np.array([[1, -1]], np.int32)
-    scores = np.array([[0.5, -np.inf]], np.float32)
-    table = Neighbours(ids, ids + 1, scores, scores / 2)
-    table.save(tmp_path / "neighbours_train.safetensors")
-    loaded = Neighbours.load(tmp_path / "neighbours_train.safetensors")
-    for name in vars(table):
-        np.testing.assert_array_equal(getattr(loaded, name), getattr(table, name))
+def test_only_the_best_of_a_longer_table_are_drawn():
+    long, short = np.arange(20, dtype=np.int32), np.arange(2, dtype=np.int32)
+    for seed in range(5):
+        drawn, expected = (
+            sample_neighbours(np.random.default_rng(seed), ids, ids + 20, 3, per_modality)
+            for ids, per_modality in ((long, 2), (short, None))
+        )
+        assert drawn == expected
+    everything = sample_neighbours(np.random.default_rng(0), long, long + 20, 40)
+    assert sorted(everything) == list(range(40))
 
 
-def test_documents_without_text_or_pixels_cannot_be_queries():
-    views = Views(*[normalise(np.ones((1, 2), np.float32))] * 3)
+def test_a_documents_parts_and_origin():
+    pixels = np.zeros((2, 2, 3), np.uint8)
+    document = Document(
+        (Text("a"), Image(pixels=pixels), Text("b")), Provenance("key", "there", "CC0-1.0", "me")
+    )
+    text, picture = parts(document)
+    assert text == "a b" and picture.shape == pixels.shape
+    assert origin(document) == "there" and origin(Document((Text("a"),))) == ""
     with pytest.raises(UserError, match="needs both text and a picture"):
-        build_neighbours([Document((Text("1"),))], Planar(), views, NO_LIMIT, own_rows=False)
-    with pytest.raises(UserError, match="2 documents cannot be the 1 rows"):
-        build_neighbours([document(1, 1)] * 2, Planar(), views, NO_LIMIT, own_rows=True)
+        parts(Document((Text("1"),)))
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"per_modality": 0}, {"candidates": 1}, {"query_dropout": 1.0}]
+    "arguments", [{"per_modality": 0}, {"candidates": 1}, {"query_dropout": 1.0}, {"recall": 0.0}]
 )
 def test_settings_that_make_no_sense_are_refused(arguments):
     with pytest.raises(ValueError, match=next(iter(arguments))):
@@ -213,15 +291,15 @@ def test_settings_that_make_no_sense_are_refused(arguments):
 
 
 def test_sources_take_turns():
-    index = Index(at(0, 10, 20, 30, 40, 50))
+    bank = one(at(0, 10, 20, 30, 40, 50))
     source_of = "AAAABC".__getitem__
     config = SelectionConfig(
         near_copy_text=2, near_copy_image=2, near_copy_document=2, alternate_sources=True
     )
     query = at(0)[0]
-    assert select(query, index, 5, config, source_of=source_of) == [0, 4, 5, 1, 2]
-    assert select(query, index, 3, NO_LIMIT, source_of=source_of) == [0, 1, 2]
+    assert select(query, bank, 5, config, source_of=source_of) == [0, 4, 5, 1, 2]
+    assert select(query, bank, 3, NO_LIMIT, source_of=source_of) == [0, 1, 2]
     # A near copy of what was chosen is no turn of its source.
     config = dataclasses.replace(config, near_copy_document=0.98)  # 10 degrees are 0.985
-    chosen = select(query, index, 5, config, near_copy_query=2, source_of=source_of)
+    chosen = select(query, bank, 5, config, near_copy_query=2, source_of=source_of)
     assert chosen == [0, 4, 2]

@@ -1,0 +1,105 @@
+"""What the miner takes on a TPU pod that is not there: its program, compiled by the real compiler.
+
+    TPU_LIBRARY_PATH=.tpu/libtpu/libtpu.so python -m benchmarks.mining_plan --topology=v5e:16x16
+
+prints a line of JSON. `benchmarks/mining.py --plan` puts it into docs/mining.md.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+
+# As in `leon plan`: nothing is run here.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from leon_jax import sharding
+from leon_jax.plan import topology as topologies
+from leon_jax.plan.collectives import collectives
+from leon_jax.plan.plan import Roofline, sent_bytes
+from leon_jax.plan.roofline import Work
+from leon_jax.retrieval import blocks, mining
+
+# bfloat16 products that one of float32 takes at `Precision.HIGHEST`.
+PASSES = 6
+
+
+def plan(topology: str, documents: int, dimensions: int, k: int, recall: float) -> dict:
+    """Compiles the search of one batch of queries in a bank of float16 that is on the devices.
+
+    Returns:
+      Bytes of a device: `held` from batch to batch (the bank, above all), `working` beside it, and
+      its `capacity`; its `collectives`; the seconds that a `batch`, and batches for `all` documents
+      as queries, take at least for compute, memory and links.
+
+    Raises:
+      UserError: there is no such topology, or the compiler for TPUs is not installed.
+      ValueError: the bank is more than one block.
+      JaxRuntimeError: the program does not fit.
+    """
+    pod = topologies.find(topology)
+    mesh = sharding.make_mesh((-1, 1, 1, 1), pod.devices)
+    size, tile = blocks.block_size(documents, mesh.size, 2 * dimensions, blocks.CHIP)
+    if size < documents:
+        raise ValueError(f"{documents} documents are more than one block on {topology}")
+    exact = recall == 1
+    queries = blocks.CHIP.queries_exact if exact else blocks.CHIP.queries
+    queries = -(-queries // mesh.size) * mesh.size
+    layout = jax.NamedSharding(mesh, jax.P(mesh.axis_names))
+
+    def array(shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=layout)
+
+    with jax.set_mesh(mesh):
+        compiled = mining.step.lower(
+            array((queries, k), jnp.float32),
+            array((queries, k), jnp.int32),
+            array((queries, dimensions), jnp.float32),
+            array((size, dimensions), jnp.float16),
+            array((size,), jnp.bool_),
+            np.int32(0),
+            tile=tile,
+            recall=recall,
+        ).compile()
+    memory, found = compiled.memory_analysis(), collectives(compiled.as_text())
+    rows = size // mesh.size
+    # Scores are not counted: `working` shows that they are never in device memory.
+    work = Work(
+        flops=(PASSES if exact else 1) * 2.0 * queries * rows * dimensions,
+        hbm_bytes=float(memory.argument_size_in_bytes),
+    )
+    bound = dataclasses.asdict(Roofline.of(work, sent_bytes(found), pod))
+    batches = -(-documents // queries)
+    return {
+        "recall": recall,
+        "devices": mesh.size,
+        "queries": queries,
+        "rows": rows,
+        "tile": tile,
+        "held": memory.argument_size_in_bytes,
+        "working": memory.temp_size_in_bytes,
+        "capacity": pod.chip.hbm * pod.share,
+        "collectives": {kind: dataclasses.asdict(each) for kind, each in found.items()},
+        "batch": bound,
+        "all": {name: batches * seconds for name, seconds in bound.items()},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--topology", default="v5e:16x16")
+    parser.add_argument("--documents", type=int, default=340_000_000)
+    parser.add_argument("--dimensions", type=int, default=512)
+    parser.add_argument("--k", type=int, default=128)
+    parser.add_argument("--recall", type=float, default=1.0)
+    print(json.dumps(plan(**vars(parser.parse_args()))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""Run by test_mining.py in processes of their own: a bank on meshes of eight devices.
+
+One process has all eight, or each of several has some (`launch/local.py` says which flags they are
+given).
+"""
+
+import argparse
+import os
+
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax
+import numpy as np
+
+from leon_jax import sharding
+from leon_jax.retrieval import blocks
+from leon_jax.retrieval.bank import Bank
+from leon_jax.retrieval.selection import SelectionConfig, diverse, find_neighbours
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--distributed", action="store_true")
+parser.add_argument("--coordinator")
+parser.add_argument("--processes", type=int)
+parser.add_argument("--process_id", type=int, default=0)
+arguments = parser.parse_args()
+if arguments.distributed:
+    jax.distributed.initialize(arguments.coordinator, arguments.processes, arguments.process_id)
+
+blocks.CPU = blocks.Sizes(tile=128, queries=16, queries_exact=16, block=256 * 8 * 2)
+MESHES = [(8, 1, 1, 1), (2, 2, 1, 2)]
+
+rng = np.random.default_rng(0)
+rows = rng.integers(-2, 3, (5000, 8)).astype(np.float16)
+queries = rng.integers(-2, 3, (37, 8)).astype(np.float32)
+keep = rng.random(5000) < 0.7
+exclude = rng.integers(-1, 5000, 37).astype(np.int32)
+exact = queries.astype(np.float64) @ rows.astype(np.float64).T
+exact[:, ~keep] = -np.inf
+exact[exclude >= 0, exclude[exclude >= 0]] = -np.inf
+best = np.argsort(-exact, axis=1, kind="stable")[:, :30]
+
+unit = rng.normal(size=(900, 8)) * [4, 4, 1, 1, 1, 1, 1, 1]  # so that near copies are found
+unit = (unit / np.linalg.norm(unit, axis=1, keepdims=True)).astype(np.float16)
+asked = unit[:37].astype(np.float32)
+config = SelectionConfig(5, 40, near_copy_document=0.9, alternate_sources=True)
+sources = rng.integers(0, 3, 900)
+
+for shape in MESHES:
+    with jax.set_mesh(sharding.make_mesh(shape)):
+        read = []
+
+        class Watched(Bank):
+            def rows(self, start, stop, read=read):
+                read.append(stop - start)
+                return super().rows(start, stop)
+
+        scores, ids = Watched([rows[:1000], rows[1000:]]).search(
+            queries, 30, exclude=exclude, keep=keep
+        )
+        np.testing.assert_array_equal(ids, best)
+        np.testing.assert_array_equal(scores, np.take_along_axis(exact, best, axis=1))
+        # The processes share the reading.
+        assert sum(read) * jax.process_count() <= 5000 + 2 * 8 * 256, sum(read)
+        assert len(read) > jax.local_device_count(), "one block is no test"
+
+        own, bank = np.arange(37), Bank([unit])
+        found, _ = find_neighbours(asked, bank, config, 0.98, own=own, sources=sources)
+        scores, names = bank.search(asked, 40, exclude=own)
+        for row in range(37):
+            chosen = diverse(
+                scores[row], names[row], bank.take(names[row]), 5, 0.98, 0.9,
+                source_of=sources.__getitem__,
+            )  # fmt: skip
+            expected = [*names[row][chosen], -1, -1, -1, -1, -1][:5]
+            assert found[row].tolist() == expected, (row, found[row], expected)
+    if arguments.process_id == 0:
+        print(shape, "equal", flush=True)

@@ -1,0 +1,55 @@
+"""A prepared folder as it is read: rows through shards, and files that are none of it."""
+
+import numpy as np
+import pytest
+
+from leon_jax.config import UserError
+from leon_jax.retrieval.bank import save_rows
+from leon_jax.retrieval.neighbours import FIELDS, Neighbours, row_type
+from leon_jax.retrieval.prepared import Prepared
+from tests import tiny
+
+
+def table(count, k=3, seed=0):
+    rng = np.random.default_rng(seed)
+    rows = np.zeros(count, row_type(k))
+    for name in FIELDS:
+        rows[name] = rng.integers(-1, 50, (count, k))
+    return rows
+
+
+def test_rows_are_numbered_through_all_files(tmp_path):
+    shards = [table(count, seed=count) for count in (4, 0, 1, 7)]
+    paths = [tmp_path / f"{number}.npy" for number in range(4)]
+    for path, shard in zip(paths, shards, strict=True):
+        save_rows(path, shard)
+    opened, together = Neighbours.open(paths), np.concatenate(shards)
+    assert len(opened) == 12
+    for row in range(12):
+        for name in FIELDS:
+            np.testing.assert_array_equal(opened[row][name], together[row][name])
+    for name in FIELDS:
+        np.testing.assert_array_equal(opened.column(name), together[name])
+    for row in (-1, 12):
+        with pytest.raises(IndexError, match="of a table with 12"):
+            opened[row]
+
+
+def test_a_file_that_is_no_table_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"there is no file .*none\.npy"):
+        Neighbours.open([tmp_path / "none.npy"])
+    save_rows(tmp_path / "other.npy", np.zeros((2, 3), np.float32))
+    with pytest.raises(UserError, match=r"other\.npy is no table of neighbours"):
+        Neighbours.open([tmp_path / "other.npy"])
+    save_rows(tmp_path / "cut.npy", table(9))
+    (tmp_path / "cut.npy").write_bytes((tmp_path / "cut.npy").read_bytes()[:-5])
+    with pytest.raises(UserError, match=r"cut\.npy is damaged"):
+        Neighbours.open([tmp_path / "cut.npy"])
+
+
+def test_what_a_folder_does_not_have_is_named():
+    prepared = Prepared(tiny.folders()[1])
+    with pytest.raises(UserError, match="no split 'exam'; its splits are train, unseen_design"):
+        prepared.records("exam")
+    with pytest.raises(UserError, match="holds no variants of train; prepare it with --variants"):
+        prepared.variants(prepared.records())
