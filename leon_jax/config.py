@@ -61,15 +61,13 @@ def build[T](cls: type[T], values: Mapping[str, Any], path: str = "config") -> T
 
 def to_dict(config: Any) -> dict[str, Any]:
     """The configuration as nested plain values that JSON can hold (tuples become lists)."""
-    result = {}
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            value = to_dict(value)
-        elif isinstance(value, tuple):
-            value = list(value)
-        result[field.name] = value
-    return result
+    return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return to_dict(value)
+    return list(map(_plain, value)) if isinstance(value, tuple) else value
 
 
 def _convert(value: Any, hint: Any, path: str) -> Any:

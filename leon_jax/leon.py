@@ -22,7 +22,7 @@ from tqdm import tqdm
 from leon_jax import __version__, model_files, sharding
 from leon_jax.config import UserError, to_dict
 from leon_jax.data import pictures
-from leon_jax.decode.checkpoint import CAPTION_TOKENS, FILES, Checkpoint, model_folder
+from leon_jax.decode.checkpoint import CAPTION_TOKENS, FILES, Checkpoint, encoder_path, model_folder
 from leon_jax.decode.complete import Request, Settings, complete
 from leon_jax.decode.engine import Engine
 from leon_jax.decode.guidance import make_guidance
@@ -73,8 +73,9 @@ class Leon:
         """Reads a model folder.
 
         Args:
-          checkpoint: decoder.safetensors, tokenizer.safetensors, encoder.safetensors and
-            text.json; None: the model that comes with the package.
+          checkpoint: decoder.safetensors, tokenizer.safetensors, text.json, and
+            encoder.safetensors or a folder `encoder` with OpenAI's CLIP; None: the model that
+            comes with the package.
           index: the prepared folder to retrieve from; None: one is found, or made when it is first
             needed (see `leon_jax.decode.library.find`).
 
@@ -92,7 +93,7 @@ class Leon:
             decoder = model_files.restore(abstract, arrays, str(path))
             tokenizer = ImageTokenizer.load(found.folder / "tokenizer.safetensors")
             text = found.documents.text
-            encoder = Encoder.load(found.folder / "encoder.safetensors", text, batch_size=8)
+            encoder = Encoder.load(encoder_path(found.folder), text, batch_size=8)
         return cls(found, decoder, tokenizer, encoder, index, mesh)
 
     @property
@@ -310,10 +311,15 @@ class Leon:
         }
         model_files.save(folder / "decoder.safetensors", self.decoder, "decoder", header)
         # The other files as they are: a prepared folder knows them by their digests.
-        for name in (*FILES[1:], "selection.json"):
-            if (self.checkpoint.folder / name).is_file():
-                temporary = folder / f"{name}.tmp"
-                shutil.copyfile(self.checkpoint.folder / name, temporary)
+        for name in (*FILES[1:], "selection.json", encoder_path(self.checkpoint.folder).name):
+            path, temporary = self.checkpoint.folder / name, folder / f"{name}.tmp"
+            if path.is_file():
+                shutil.copyfile(path, temporary)
+                os.replace(temporary, folder / name)
+            elif path.is_dir():
+                shutil.rmtree(temporary, ignore_errors=True)
+                shutil.rmtree(folder / name, ignore_errors=True)
+                shutil.copytree(path, temporary)
                 os.replace(temporary, folder / name)
 
     def _fitting(self, document: Document, num_docs: int, answer: int) -> list[Document]:

@@ -30,11 +30,12 @@ MAY_IMPORT = {
     "models": {"ops", "sharding", "config", "vocabulary"},
     "model_files": {"config", "sharding"},
     "tokenizers": FOUNDATION | {"models", "model_files"},
-    # Neighbours are found while records are prepared, and what is searched for are records, so
-    # these two may meet; that no file is in a circle is tested below.
-    "data": BELOW_DATA | {"retrieval"},
+    "data": BELOW_DATA,
+    # What is retrieved are records.
     "retrieval": BELOW_DATA | {"data"},
-    "decode": BELOW_TRAINING,
+    "prepare": BELOW_TRAINING,
+    # A model that has nothing to retrieve from prepares it first.
+    "decode": BELOW_TRAINING | {"prepare"},
     # A training run draws sample pictures, with the same engine as everyone else.
     "train": BELOW_TRAINING | {"decode"},
     # A plan compiles what training and decoding would run.

@@ -1,6 +1,7 @@
 """Configuration: what is built, and how a wrong key or value is reported."""
 
 import dataclasses
+import json
 from typing import Literal
 
 import pytest
@@ -26,6 +27,7 @@ class Outer:
     kind: Literal["a", "b"] = "a"
     name: str | None = None
     flag: bool = False
+    several: tuple[Inner, ...] = ()
 
 
 def test_a_config_dict_becomes_nested_dataclasses_and_back():
@@ -34,6 +36,13 @@ def test_a_config_dict_becomes_nested_dataclasses_and_back():
     assert built == Outer(Inner(3, 1.0), (4, 5), "a", "x", False)
     assert isinstance(built.inner.rate, float)
     assert build(Outer, to_dict(built)) == built
+
+
+def test_a_list_of_groups_becomes_a_tuple_of_dataclasses_and_back():
+    values = {"inner": {"width": 3}, "several": ({"width": 1}, {"width": 2, "rate": 0.25})}
+    built = build(Outer, ConfigDict(values))
+    assert built.several == (Inner(1), Inner(2, 0.25))
+    assert build(Outer, json.loads(json.dumps(to_dict(built)))) == built
 
 
 @pytest.mark.parametrize(
@@ -49,6 +58,10 @@ def test_a_config_dict_becomes_nested_dataclasses_and_back():
         ({"inner": {"width": 1}, "sizes": 3}, r"config\.sizes is 3; it must be a list"),
         ({"inner": {"width": 1}, "sizes": [1, "a"]}, r"config\.sizes\[1\] is 'a'"),
         ({"inner": {"width": 1}, "kind": "c"}, r"config\.kind is 'c'; it must be one of"),
+        (
+            {"inner": {"width": 1}, "several": [{"width": 1}, {"wdth": 2}]},
+            r"unknown key config\.several\[1\]\.wdth; did you mean config\.several\[1\]\.width",
+        ),
         ({"inner": {"width": 0}}, r"config\.inner: width is 0; it must be at least 1"),
     ],
 )

@@ -10,7 +10,9 @@ from leon_jax.config import UserError
 from leon_jax.decode import library
 from leon_jax.documents import Document, Hole, Image, Text
 from leon_jax.leon import Leon
+from leon_jax.prepare import prepare
 from tests import tiny
+from tests.retrieval import clip_folder
 
 PROMPT = tiny.PROMPT
 
@@ -222,3 +224,24 @@ def test_without_a_prepared_folder_one_is_made_in_the_cache(monkeypatch, tmp_pat
     assert folder.parent == tmp_path
     assert made == [tmp_path / "emoji", folder]
     assert "once" in capsys.readouterr().err
+
+
+def test_a_model_folder_may_hold_openais_clip_as_its_encoder(leon, tmp_path):
+    model, index = tmp_path / "model", tmp_path / "prepared"
+    leon.save(model)
+    (model / "encoder.safetensors").unlink()
+    with pytest.raises(UserError, match=r"has no encoder\.safetensors"):
+        Leon.load(model, index)
+    clip_folder.write(model / "encoder")
+    config, sources = tiny.preparation(
+        model, {"train": tiny.documents()}, encoder=str(model / "encoder")
+    )
+    prepare.prepare(config, index, sources=sources, progress=False)
+    with_clip = Leon.load(model, index)
+    (drawn,) = with_clip.generate(PROMPT)
+    assert len(drawn.retrieved) == 2
+    with_clip.save(tmp_path / "copy")
+    (again,) = Leon.load(tmp_path / "copy", index).generate(PROMPT)
+    np.testing.assert_array_equal(np.asarray(drawn.image), np.asarray(again.image))
+    with pytest.raises(UserError, match="prepared with another encoder"):
+        leon.load(tiny.folders()[0], index)

@@ -1,6 +1,7 @@
 """A complete Leon with tiny random weights: everything that the answering side reads."""
 
 import atexit
+import dataclasses
 import functools
 import pathlib
 import shutil
@@ -12,11 +13,14 @@ from flax import nnx
 
 from leon_jax import model_files, sharding
 from leon_jax.config import to_dict
-from leon_jax.data import prepare
+from leon_jax.data.sources.listed import Listed
+from leon_jax.data.sources.raw import SourceConfig
 from leon_jax.documents import Document, Image, Provenance, Text
 from leon_jax.models.clip import CLIPConfig, TextConfig, VisionConfig, create
 from leon_jax.models.decoder import Decoder, DecoderConfig
 from leon_jax.models.vqgan import VQGAN, VQGANConfig
+from leon_jax.prepare import prepare
+from leon_jax.prepare.config import DuplicatesConfig, PrepareConfig
 from leon_jax.retrieval.selection import SelectionConfig
 from leon_jax.tokenizers.text import TextTokenizer
 from leon_jax.vocabulary import Vocabulary
@@ -76,6 +80,16 @@ def documents() -> list[Document]:
     return made
 
 
+def held_out() -> list[Document]:
+    """Four more, of which `documents` holds neither the keys nor the pictures."""
+    made = []
+    for number, document in enumerate(documents()[:4]):
+        provenance = dataclasses.replace(document.provenance, key=f"held_out/{number}")
+        caption, picture = document.parts
+        made.append(Document((caption, Image(pixels=255 - picture.pixels)), provenance))
+    return made
+
+
 def write_checkpoint(folder: pathlib.Path) -> pathlib.Path:
     """Writes the four files of a model folder. Needs a mesh to be set."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -107,17 +121,27 @@ def write_checkpoint(folder: pathlib.Path) -> pathlib.Path:
 
 def write_prepared(folder: pathlib.Path, checkpoint: pathlib.Path) -> pathlib.Path:
     """Prepares `documents` with the files of a model folder. Needs a mesh to be set."""
-    prepare.prepare(
-        folder.parent,
-        folder,
-        checkpoint / "tokenizer.safetensors",
-        checkpoint / "encoder.safetensors",
-        checkpoint / "text.json",
+    config, sources = preparation(checkpoint, {"train": documents(), "unseen_design": held_out()})
+    prepare.prepare(config, folder, sources=sources, progress=False)
+    return folder
+
+
+def preparation(
+    checkpoint: pathlib.Path, splits: dict[str, list[Document]], shard_size: int = 5, **changes
+) -> tuple[PrepareConfig, prepare.Sources]:
+    """What `prepare` takes: a configuration, and documents of memory as its sources."""
+    values = {
+        "sources": tuple(SourceConfig("emoji", "tiny", split) for split in splits),
+        "tokenizer": str(checkpoint / "tokenizer.safetensors"),
+        "encoder": str(checkpoint / "encoder.safetensors"),
+        "text": str(checkpoint / "text.json"),
+        "min_side": 1,
+        "duplicates": DuplicatesConfig(exact=False),
         # A random encoder finds everything alike.
-        selection=SelectionConfig(
+        "selection": SelectionConfig(
             near_copy_text=2.0, near_copy_image=2.0, near_copy_document=0.999
         ),
-        sources={"train": documents(), "unseen_design": documents()[:4]},
-        progress=False,
-    )
-    return folder
+    }
+    config = PrepareConfig(**values | changes)
+    sources = [Listed(documents, shard_size) for documents in splits.values()]
+    return config, list(zip(config.sources, sources, strict=False))

@@ -58,34 +58,23 @@ def main(argv: list[str]) -> None:
         raise UserError(f"the folder {out} cannot be made: {error.strerror}") from error
 
     from leon_jax.data import emoji
-    from leon_jax.data import prepare as preparing
-    from leon_jax.data.records import RecordSource
-    from leon_jax.decode.library import selection
+    from leon_jax.decode.library import files
     from leon_jax.evaluate import demo, page
     from leon_jax.leon import Leon, model_folder
+    from leon_jax.prepare import prepare as preparing
+    from leon_jax.prepare.config import emoji_config
+    from leon_jax.retrieval.prepared import Prepared
 
     model = model_folder(_CHECKPOINT.value)
     prepared = data / "emoji_prepared"
     _say("1/5 the dataset: drawing 7,900 emoji")
     emoji.prepare(data / "emoji")
     _say("2/5 picture codes, embeddings, index and neighbours")
-    import jax
-
-    from leon_jax import sharding
-
-    with jax.set_mesh(sharding.make_mesh()):
-        preparing.prepare(
-            data / "emoji",
-            prepared,
-            model / "tokenizer.safetensors",
-            model / "encoder.safetensors",
-            model / "text.json",
-            selection=selection(model),
-        )
+    preparing.prepare(emoji_config(str(data / "emoji"), **files(model)), prepared)
 
     _say("3/5 pictures and captions for what training never saw")
     leon = Leon.load(_CHECKPOINT.value, prepared)
-    held_out = RecordSource(prepared / "unseen_design.array_record")
+    held_out = Prepared(prepared).records("unseen_design")
     documents = [held_out[i] for i in range(_MEASURED)]
     rebuilt = demo.reconstruct(leon, [held_out[i] for i in range(len(held_out))])
     drawn = {n: demo.draw(leon, documents, n, guidance=_GUIDANCE, top_p=_TOP_P) for n in (0, 2)}

@@ -6,7 +6,6 @@ Without --checkpoint it measures the shipped model. What each number is: docs/re
 """
 
 import json
-import pathlib
 import sys
 from statistics import fmean
 
@@ -34,12 +33,12 @@ def main(argv: list[str]) -> None:
       UserError: a file is missing, or a number is out of range.
     """
     del argv
-    from leon_jax.data.records import RecordSource
     from leon_jax.evaluate import demo
     from leon_jax.leon import Leon
+    from leon_jax.retrieval.prepared import Prepared
 
     leon = Leon.load(_CHECKPOINT.value, _INDEX.value)
-    source = RecordSource(pathlib.Path(_INDEX.value) / f"{_SPLIT.value}.array_record")
+    source = Prepared(_INDEX.value).records(_SPLIT.value)
     count, groups = _CANDIDATES.value, _GROUPS.value
     if not 2 <= count <= len(source):
         raise UserError(f"--candidates is {count}; it must be 2 to {len(source)}")

@@ -22,7 +22,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 VERBS = {
     "generate": "draw pictures for a prompt, or write a caption for a picture",
-    "prepare": "make the demonstration data set, and the folder that training and retrieval read",
+    "prepare": "make of pictures and texts the folder that training and retrieval read",
     "train": "train a tokenizer, an encoder or a decoder from a config file",
     "plan": "check a config against a TPU pod that is not there",
     "evaluate": "measure a trained model",
@@ -77,7 +77,7 @@ def run_verb(verb: str, arguments: Sequence[str]) -> int:
         print(describe(module, verb))
         return 0
     try:
-        rest = _parse(module, [name, *arguments])
+        rest = _parse(module, [name, *map(_with_underscores, arguments)])
         if len(rest) > 1:
             raise UserError(f"{rest[1]!r} is not a flag; flags are written --name=value")
         module.main(rest)
@@ -99,12 +99,24 @@ def _parse(module: types.ModuleType, argv: list[str]) -> list[str]:
         for flag in values:
             values[flag].unparse()
         flags.FLAGS.mark_as_parsed()
+    # The overrides of a config's keys are looked for in there.
+    previous, sys.argv = sys.argv, argv
     try:
         return values(argv)
     except (OSError, AttributeError, TypeError, KeyError) as error:
         # What a config file raises when it is read, or when a key is set that it does not have.
         wrong = str(error).strip("\"'")
         raise app.UsageError(f"a flag or its config file cannot be read: {wrong}") from error
+    finally:
+        sys.argv = previous
+
+
+def _with_underscores(argument: str) -> str:
+    """`--remove-keys=a-b` as `--remove_keys=a-b`: both spellings of a flag are understood."""
+    if not argument.startswith("--"):
+        return argument
+    name, equals, value = argument.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value
 
 
 def usage() -> str:

@@ -11,11 +11,13 @@ A file is an ArrayRecord with one document a record (group size 1), so that a re
 costs one read. It is written under a temporary name and appears complete or not at all.
 """
 
+import bisect
 import io
+import itertools
 import os
 import pathlib
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import msgpack
@@ -94,6 +96,16 @@ def write(path: str | os.PathLike, documents: Iterable[Document]) -> int:
     Raises:
       UserError: the folder does not exist or cannot be written.
     """
+    return _write(path, map(to_bytes, documents))
+
+
+def copy(source: str | os.PathLike, path: str | os.PathLike, rows: Iterable[int]) -> int:
+    """Writes some records of one file to another as they are, like `write`."""
+    reader = array_record_data_source.ArrayRecordDataSource([os.fspath(source)])
+    return _write(path, (reader[int(row)] for row in rows))
+
+
+def _write(path: str | os.PathLike, data: Iterable[bytes]) -> int:
     path = pathlib.Path(path)
     try:
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -104,11 +116,11 @@ def write(path: str | os.PathLike, documents: Iterable[Document]) -> int:
         writer = array_record_module.ArrayRecordWriter(temporary, "group_size:1")
         count = 0
         try:
-            for document in documents:
-                writer.write(to_bytes(document))
+            for record in data:
+                _now(path, writer.write, record)
                 count += 1
         finally:
-            writer.close()
+            _now(path, writer.close)
         os.chmod(temporary, 0o644)  # mkstemp makes a file that only its owner can read
         os.replace(temporary, path)
     except BaseException:
@@ -117,63 +129,84 @@ def write(path: str | os.PathLike, documents: Iterable[Document]) -> int:
     return count
 
 
+def _now(path: pathlib.Path, action: Callable[..., None], *arguments: bytes) -> None:
+    """Writes or closes. The writer says with bare RuntimeErrors what the disk said."""
+    try:
+        action(*arguments)
+    except RuntimeError as error:
+        raise UserError(f"cannot write {path}: {str(error).partition(';')[0]}") from error
+
+
 class RecordSource:
-    """The documents of one file, with random access; a Grain data source.
+    """The documents of one or more files, with random access; a Grain data source.
 
     Args:
-      path: a file made by `write`.
+      paths: a file made by `write`, or several, whose documents are numbered through.
       pixels: whether to decode the pictures that also have codes.
 
-    A source can be pickled: another process opens the file anew.
+    A source can be pickled: another process opens the files anew.
 
     Raises:
-      UserError: the file is missing, incomplete, or holds something else.
+      UserError: a file is missing, incomplete, or holds something else.
     """
 
-    def __init__(self, path: str | os.PathLike, *, pixels: bool = True):
-        self.path = os.fspath(path)
+    def __init__(
+        self, paths: str | os.PathLike | Sequence[str | os.PathLike], *, pixels: bool = True
+    ):
+        several = [paths] if isinstance(paths, str | os.PathLike) else paths
+        self.paths = tuple(os.fspath(path) for path in several)
         self.pixels = pixels
-        self._reader = self._open()
+        self._open()
 
     def __len__(self) -> int:
-        return len(self._reader)
+        return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, index: int) -> Document:
         index = int(index)
         if not -len(self) <= index < len(self):
-            raise IndexError(f"record {index} of {len(self)} in {self.path}")
+            raise IndexError(f"record {index} of {len(self)} in {self!r}")
+        index %= len(self)
+        file = bisect.bisect_right(self._ends, index)
+        row = index - (self._ends[file - 1] if file else 0)
         try:
-            return from_bytes(self._reader[index % len(self)], pixels=self.pixels)
+            return from_bytes(self._readers[file][row], pixels=self.pixels)
         except (UserError, RuntimeError, ValueError) as error:
-            raise UserError(f"record {index} of {self.path} is damaged ({error})") from error
+            raise UserError(f"record {row} of {self.paths[file]} is damaged ({error})") from error
 
     def __iter__(self) -> Iterator[Document]:
         return (self[index] for index in range(len(self)))
 
     def __repr__(self) -> str:
-        return f"RecordSource({self.path!r}, pixels={self.pixels})"
+        # Grain names a source by this; the same files give the same name.
+        shown = self.paths[0] if len(self.paths) == 1 else list(self.paths)
+        return f"RecordSource({shown!r}, pixels={self.pixels})"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "pixels": self.pixels}
+        return {"paths": self.paths, "pixels": self.pixels}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._reader = self._open()
+        self._open()
 
-    def _open(self) -> array_record_data_source.ArrayRecordDataSource:
-        if not os.path.isfile(self.path):
-            raise UserError(f"there is no file {self.path}; run: leon prepare")
-        if os.path.getsize(self.path) < _SMALLEST_FILE:
-            raise UserError(f"{self.path} is too short to be an ArrayRecord file")
-        try:
-            reader = array_record_data_source.ArrayRecordDataSource([self.path])
-            if len(reader):
-                from_bytes(reader[0], pixels=False)
-        except (UserError, RuntimeError, ValueError) as error:
-            raise UserError(
-                f"{self.path} is not a complete ArrayRecord file of documents ({error})"
-            ) from error
-        return reader
+    def _open(self) -> None:
+        self._readers = [_reader(path) for path in self.paths]
+        self._ends = list(itertools.accumulate(map(len, self._readers)))
+
+
+def _reader(path: str) -> array_record_data_source.ArrayRecordDataSource:
+    if not os.path.isfile(path):
+        raise UserError(f"there is no file {path}; run: leon prepare")
+    if os.path.getsize(path) < _SMALLEST_FILE:
+        raise UserError(f"{path} is too short to be an ArrayRecord file")
+    try:
+        reader = array_record_data_source.ArrayRecordDataSource([path])
+        if len(reader):
+            from_bytes(reader[0], pixels=False)
+    except (UserError, RuntimeError, ValueError) as error:
+        raise UserError(
+            f"{path} is not a complete ArrayRecord file of documents ({error})"
+        ) from error
+    return reader
 
 
 def _pack(part: Part) -> list[Any]:

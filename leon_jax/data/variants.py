@@ -7,8 +7,9 @@ nothing, the first half change no colours and mirror nothing, and variant v is t
 everywhere.
 """
 
-import os
-import pathlib
+import bisect
+import itertools
+from collections.abc import Sequence
 
 import numpy as np
 import PIL.Image
@@ -18,10 +19,7 @@ from tqdm import tqdm
 
 from leon_jax.config import UserError
 from leon_jax.documents import Document, Image, Source
-from leon_jax.retrieval.index import load_arrays, save_arrays
 from leon_jax.tokenizers.image import ImageTokenizer
-
-NAME = "variants_{split}.safetensors"
 
 # How far a variant goes, either way: scale and aspect (natural logarithms), turn (radians), and
 # shift (a fraction of the side).
@@ -88,39 +86,33 @@ def encode(
 
 
 class Variants:
-    """The documents of a prepared split as their variants show them.
+    """Documents as their variants show them.
 
     Args:
-      folder: a prepared folder.
-      split: which split of it.
-      source: its documents.
+      shards: the codes of the documents, in their order; uint16[n, count, rows, cols] each.
+      source: the documents.
 
     Raises:
-      UserError: the folder was prepared without variants, or with others.
+      UserError: the codes are of other documents.
     """
 
-    def __init__(self, folder: str | os.PathLike, split: str, source: Source):
-        path = pathlib.Path(folder) / NAME.format(split=split)
-        if not path.is_file():
-            raise UserError(f"{folder} holds no variants; prepare it with --variants")
-        self.codes = load_arrays(path, ["codes"])["codes"]
-        self.source = source
-        if len(self.codes) != len(source):
-            raise UserError(f"{path} holds {len(self.codes)} documents, not {len(source)}")
+    def __init__(self, shards: Sequence[UInt16[np.ndarray, "n count rows cols"]], source: Source):
+        self.shards, self.source = list(shards), source
+        self._ends = list(itertools.accumulate(map(len, self.shards)))
+        if not self._ends or self._ends[-1] != len(source):
+            found = self._ends[-1] if self._ends else 0
+            raise UserError(f"there are variants of {found} documents, not of {len(source)}")
 
     @property
     def count(self) -> int:
         """How many variants there are, the plain picture among them."""
-        return self.codes.shape[1]
+        return self.shards[0].shape[1]
 
     def __call__(self, index: int, variant: int) -> Document:
         """The document with the codes of its first picture replaced by those of the variant."""
         document = self.source[index]
         place = next(i for i, part in enumerate(document.parts) if isinstance(part, Image))
-        codes = self.codes[index, variant].astype(np.int32)
+        shard = bisect.bisect_right(self._ends, index)
+        row = index - (self._ends[shard - 1] if shard else 0)
+        codes = self.shards[shard][row, variant].astype(np.int32)
         return document.replace(place, Image(codes=codes))
-
-
-def save(path: pathlib.Path, codes: np.ndarray) -> None:
-    """Writes the variants of a split, whole or not at all."""
-    save_arrays(path, {"codes": codes})

@@ -20,12 +20,30 @@ from leon_jax.vocabulary import Vocabulary
 # Where a caption is cut unless another limit is given.
 CAPTION_TOKENS = 32
 
-FILES = ("decoder.safetensors", "tokenizer.safetensors", "encoder.safetensors", "text.json")
+FILES = ("decoder.safetensors", "tokenizer.safetensors", "text.json")
+# The retrieval encoder: our own, or a folder with OpenAI's CLIP as transformers lays it out.
+ENCODERS = ("encoder.safetensors", "encoder")
+
+
+def encoder_path(folder: pathlib.Path) -> pathlib.Path:
+    """The retrieval encoder of a model folder, for `leon_jax.retrieval.encoder.Encoder.load`.
+
+    Raises:
+      UserError: there is none.
+    """
+    for name in ENCODERS:
+        path = folder / name
+        if path.is_dir() or (path.is_file() and path.stat().st_size):
+            return path
+    raise UserError(
+        f"the model folder {folder} has no {ENCODERS[0]} or it is empty, and no folder "
+        f"{ENCODERS[1]} with a CLIP"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A folder with `FILES`; open one with `Checkpoint.open`.
+    """A folder with `FILES` and one of `ENCODERS`; open one with `Checkpoint.open`.
 
     Attributes:
       folder: where the files are.
@@ -42,13 +60,15 @@ class Checkpoint:
         """Reads the text tokenizer and the decoder's header; no weights.
 
         Raises:
-          UserError: the folder or one of `FILES` is missing, empty or damaged.
+          UserError: the folder, one of `FILES` or the encoder is missing, empty or damaged.
         """
         if not folder.is_dir():
-            raise UserError(f"there is no model folder {folder}; it would hold {', '.join(FILES)}")
+            expected = ", ".join((*FILES, ENCODERS[0]))
+            raise UserError(f"there is no model folder {folder}; it would hold {expected}")
         for name in FILES:
             if not (folder / name).is_file() or not (folder / name).stat().st_size:
                 raise UserError(f"the model folder {folder} has no {name}, or it is empty")
+        encoder_path(folder)
         path = folder / "decoder.safetensors"
         header = _header(path)
         try:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from leon_jax.data.pipeline import join
+from leon_jax.data.examples import join
 from leon_jax.decode.engine import Answer, Engine, Prompt
 from leon_jax.decode.grammar import ImageSpan, Span, TextSpan
 from leon_jax.decode.guidance import Guidance, Plain

@@ -11,11 +11,13 @@ import numpy as np
 
 from leon_jax.config import UserError, build
 from leon_jax.data import emoji
-from leon_jax.data import prepare as preparing
-from leon_jax.data.records import RecordSource
+from leon_jax.decode.checkpoint import encoder_path
 from leon_jax.documents import Document, Image, Text
+from leon_jax.prepare import prepare as preparing
+from leon_jax.prepare.config import emoji_config
+from leon_jax.prepare.models import digest
 from leon_jax.retrieval.encoder import Encoder, normalise
-from leon_jax.retrieval.index import Views
+from leon_jax.retrieval.prepared import Prepared, read_manifest
 from leon_jax.retrieval.selection import SelectionConfig, origin, select
 
 # Where `leon prepare` puts its folder by default.
@@ -35,15 +37,16 @@ class Library:
 
     def __init__(self, folder: pathlib.Path, encoder: Encoder):
         self.folder, self.encoder = folder, encoder
-        self.config = build(SelectionConfig, read_manifest(folder)["selection"], "selection")
-        self.views = Views.load(folder / "index.safetensors")
-        self.records = RecordSource(folder / "train.array_record")
-        self._captions = RecordSource(folder / "train.array_record", pixels=False)
+        prepared = Prepared(folder)
+        self.config = prepared.selection
+        self.bank = prepared.bank()
+        self.records = prepared.records()
+        self._captions = prepared.records(pixels=False)
         self._sources: dict[int, str] = {}
-        if len(self.records) != len(self.views):
+        if len(self.records) != len(self.bank):
             raise UserError(
                 f"{folder} has {len(self.records)} documents, but its index has "
-                f"{len(self.views)} rows; run leon prepare again"
+                f"{len(self.bank)} rows; run leon prepare again"
             )
 
     def select(self, document: Document, k: int) -> list[Document]:
@@ -73,7 +76,7 @@ class Library:
             near_copy = config.near_copy_text if texts else config.near_copy_image
         found = select(
             query,
-            self.views.document,
+            self.bank,
             k,
             config,
             near_copy_query=near_copy,
@@ -102,12 +105,12 @@ def find(model: pathlib.Path, index: str | os.PathLike | None) -> pathlib.Path:
     if index is not None:
         check(pathlib.Path(index), model)
         return pathlib.Path(index)
-    if (HERE / preparing.MANIFEST).is_file() and not _disagreement(HERE, model):
+    if _serves(HERE, model):
         return HERE
-    digests = _digests(model)
-    name = hashlib.sha256("".join(digests.values()).encode()).hexdigest()[:12]
-    folder = cache() / f"emoji-{name}"
-    if not (folder / preparing.MANIFEST).is_file():
+    paths = files(model)
+    digests = [digest(paths[kind]) for kind in ("tokenizer", "encoder", "text")]
+    folder = cache() / f"emoji-{hashlib.sha256(''.join(digests).encode()).hexdigest()[:12]}"
+    if not _serves(folder, model):
         print(
             f"Making the documents to retrieve from in {folder}; this happens once and takes "
             "about three minutes on a CPU.",
@@ -118,14 +121,7 @@ def find(model: pathlib.Path, index: str | os.PathLike | None) -> pathlib.Path:
         except OSError as error:
             raise UserError(f"cannot make the cache {folder.parent}: {error.strerror}") from error
         emoji.prepare(cache() / "emoji")
-        preparing.prepare(
-            cache() / "emoji",
-            folder,
-            model / "tokenizer.safetensors",
-            model / "encoder.safetensors",
-            model / "text.json",
-            selection=selection(model),
-        )
+        preparing.prepare(emoji_config(str(cache() / "emoji"), **paths), folder)
     return folder
 
 
@@ -166,35 +162,28 @@ def cache() -> pathlib.Path:
     return pathlib.Path(os.environ.get("LEON_CACHE") or "~/.cache/leon_jax").expanduser()
 
 
-def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
-    """The manifest of a prepared folder.
-
-    Raises:
-      UserError: there is none.
-    """
-    try:
-        manifest = json.loads((folder / preparing.MANIFEST).read_text())
-        manifest["sha256"], manifest["selection"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{folder} is not a prepared folder (it has no {preparing.MANIFEST} that can be read); "
-            "make one with leon prepare"
-        ) from error
-    return manifest
-
-
-def _digests(model: pathlib.Path) -> dict[str, str]:
-    names = {"tokenizer": "tokenizer.safetensors", "encoder": "encoder.safetensors"}
-    names["text"] = "text.json"
+def files(model: pathlib.Path) -> dict[str, Any]:
+    """The model files of a folder and how its encoder selects, as `PrepareConfig` takes them."""
     return {
-        kind: hashlib.sha256((model / name).read_bytes()).hexdigest()
-        for kind, name in names.items()
+        "tokenizer": str(model / "tokenizer.safetensors"),
+        "encoder": str(encoder_path(model)),
+        "text": str(model / "text.json"),
+        "selection": selection(model),
     }
+
+
+def _serves(folder: pathlib.Path, model: pathlib.Path) -> bool:
+    """Whether there is a prepared folder, of this version, made with these model files."""
+    try:
+        return _disagreement(folder, model) is None
+    except UserError:
+        return False
 
 
 def _disagreement(index: pathlib.Path, model: pathlib.Path) -> str | None:
     """The kind of file that index and model disagree about, if any."""
-    recorded = read_manifest(index)["sha256"]
+    recorded, paths = read_manifest(index)["sha256"], files(model)
     return next(
-        (kind for kind, digest in _digests(model).items() if recorded.get(kind) != digest), None
+        (kind for kind, expected in recorded.items() if digest(paths[kind]) != expected),
+        None,
     )

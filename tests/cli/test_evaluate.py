@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from leon_jax.cli import main
-from leon_jax.data.records import RecordSource
 from leon_jax.evaluate import demo
 from leon_jax.leon import Leon
+from leon_jax.retrieval.prepared import Prepared
 from tests import tiny
 
 
@@ -33,7 +33,7 @@ def test_what_is_ranked_and_drawn_is_averaged_over_the_groups(run):
     assert code == 0
     metrics = json.loads(printed)
     leon, prepared = Leon.load(*tiny.folders()), tiny.folders()[1]
-    source = RecordSource(prepared / "unseen_design.array_record")
+    source = Prepared(prepared).records("unseen_design")
     groups = [[source[0], source[1]], [source[2], source[3]]]
     assert metrics["tokenizer_psnr_db"] == pytest.approx(
         demo.reconstruct(leon, [*groups[0], *groups[1]]).psnr_db

@@ -64,18 +64,19 @@ def tokenizer():
     return ImageTokenizer(VQGAN(config, rngs=nnx.Rngs(0)), batch_size=2)
 
 
-def test_encoded_variants_are_the_codes_of_changed_pictures(tokenizer, tmp_path):
+def test_encoded_variants_are_the_codes_of_changed_pictures(tokenizer):
     colours = [(200, 30, 30), (30, 200, 30), (30, 30, 200)]
     source = [Document((Text(str(c)), Image(pixels=disc(c)))) for c in colours]
     codes = variants.encode(source, tokenizer, COUNT)
-    variants.save(tmp_path / variants.NAME.format(split="train"), codes)
-    read = variants.Variants(tmp_path, "train", source)
+    read = variants.Variants([codes[:1], codes[1:]], source)
     assert read.count == COUNT
     changed = tokenizer.preprocess(variants.change(source[2].pixels, 6, COUNT))
     np.testing.assert_array_equal(read(2, 6).codes, tokenizer.encode(changed[None])[0])
     assert read(2, 6).text == source[2].text
 
 
-def test_a_folder_without_variants_says_what_to_do(tmp_path):
-    with pytest.raises(UserError, match="prepare it with --variants"):
-        variants.Variants(tmp_path, "train", [])
+def test_variants_of_other_documents_are_refused(tokenizer):
+    source = [Document((Text("red"), Image(pixels=disc((200, 30, 30)))))]
+    codes = variants.encode(source, tokenizer, 2)
+    with pytest.raises(UserError, match="variants of 1 documents, not of 2"):
+        variants.Variants([codes], source * 2)

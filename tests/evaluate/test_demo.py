@@ -7,10 +7,10 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from leon_jax.data.records import RecordSource
 from leon_jax.documents import Document, Hole, Text
 from leon_jax.evaluate import demo, page
 from leon_jax.leon import Generation, Leon
+from leon_jax.retrieval.prepared import Prepared
 from tests import tiny
 
 
@@ -21,7 +21,7 @@ def leon() -> Leon:
 
 @pytest.fixture(scope="module")
 def documents(leon) -> list[Document]:
-    source = RecordSource(tiny.folders()[1] / "train.array_record")
+    source = Prepared(tiny.folders()[1]).records()
     return [source[i] for i in range(4)]
 
 

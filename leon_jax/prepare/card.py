@@ -1,0 +1,197 @@
+"""The data card of a prepared folder: what is in it, under which licences, and what was left out.
+
+Two files say the same: card.md for people and programs, card.html with charts for a browser.
+"""
+
+import base64
+import collections
+import html
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from leon_jax.data.records import to_png
+from leon_jax.documents import Document
+from leon_jax.retrieval.prepared import Prepared
+
+_HEADINGS = {
+    "licence": "Licences",
+    "source": "Sources",
+    "language": "Languages",
+    "size": "Shorter side of the pictures as they came, pixels",
+    "rejected": "Records that are not used",
+}
+
+_MEANINGS = {
+    "unreadable_shard": "the rest of a file could not be read",
+    "unreadable_record": "the record could not be read",
+    "unsafe_name": "a name that points out of its folder",
+    "missing_field": "a field is missing, or of a wrong kind",
+    "missing_picture": "the picture's file is not there",
+    "not_utf8": "text that is not valid unicode",
+    "record_too_large": "more bytes than are read into memory",
+    "no_text": "no text",
+    "no_picture": "no picture",
+    "text_too_long": "more text than is allowed",
+    "too_many_tokens": "more token ids than are allowed",
+    "picture_unreadable": "a damaged picture, or an unknown format",
+    "picture_too_large": "a picture of too many pixels",
+    "picture_too_small": "a picture of too few pixels",
+    "picture_too_narrow": "one side much longer than the other",
+    "picture_animated": "an animation",
+    "picture_mode": "colours other than 8-bit RGB, grey or a palette",
+    "licence_unknown": "no licence, or none that SPDX knows",
+    "licence_not_allowed": "a licence that is not on the list",
+    "key_repeated": "a key that an earlier document has",
+    "copy_exact": "the same text and pictures as an earlier document",
+    "copy_near": "a near copy of an earlier document",
+    "copy_of_evaluation": "a near copy of a held-out document",
+    "removed_by_request": "removed with --remove-keys",
+}
+
+_STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; padding: 0 1rem;
+  color: #1c1c1c; background: #fff }
+h2 { margin-top: 2.5rem } h3 { margin-bottom: .25rem }
+table { border-collapse: collapse; width: 100% }
+td, th { border-bottom: 1px solid #ddd; padding: .35rem .75rem; text-align: left;
+  vertical-align: middle; overflow-wrap: anywhere }
+.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; width: 1% }
+.bar { width: 40% } .bar div { background: #3d6ea5; height: .9rem; min-width: 1px }
+figure { display: inline-block; width: 11rem; margin: 0 1rem 1rem 0; vertical-align: top;
+  overflow-wrap: anywhere; font-size: .85rem; line-height: 1.35 }
+figure img { width: 100%; border: 1px solid #eee }
+small { color: #555 }
+"""
+
+_SAMPLES, _CAPTION = 12, 160
+
+
+def write_card(folder: pathlib.Path) -> None:
+    """Writes card.md and card.html into a prepared folder, each whole or not at all."""
+    prepared = Prepared(folder)
+    for name, text in (("card.md", markdown(prepared)), ("card.html", page(prepared))):
+        temporary = folder / f"{name}.tmp"
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, folder / name)
+
+
+def markdown(prepared: Prepared) -> str:
+    """The card as Markdown."""
+    lines = ["# Data card", "", *_facts(prepared)]
+    for split, tables in _tables(prepared).items():
+        lines += ["", f"## {split}"]
+        for name, table in tables.items():
+            head = "reason | records" if name == "rejected" else f"{name} | documents"
+            lines += ["", f"### {_HEADINGS[name]}", "", f"| {head} |", "|---|---:|"]
+            lines += [
+                f"| {_escaped(_label(name, key))} | {count:,} |" for key, count in table.items()
+            ]
+    credits = [f"- {_escaped(line)}" for line in attributions(prepared)]
+    return "\n".join([*lines, "", "## Credits", "", *credits, ""])
+
+
+def page(prepared: Prepared) -> str:
+    """The card as one HTML file with a bar for each count."""
+    body = ["<h1>Data card</h1>"]
+    body += [f"<p>{html.escape(line)}</p>" for line in _facts(prepared) if line]
+    for split, tables in _tables(prepared).items():
+        body.append(f"<h2>{html.escape(split)}</h2>")
+        for name, table in tables.items():
+            most = max(table.values(), default=1)
+            rows = "".join(
+                f"<tr><td>{html.escape(_label(name, key))}</td>"
+                f'<td class="number">{count:,}</td>'
+                f'<td class="bar"><div style="width:{100 * count / most:.1f}%"></div></td></tr>'
+                for key, count in table.items()
+            )
+            body.append(f"<h3>{_HEADINGS[name]}</h3><table>{rows}</table>")
+    body.append("<h2>Some of the documents of train</h2>")
+    body += map(_figure, samples(prepared))
+    body.append("<h2>Credits</h2><ul>")
+    body += [f"<li>{html.escape(line)}</li>" for line in attributions(prepared)]
+    body.append("</ul>")
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Data card</title>'
+        f"<style>{_STYLE}</style></head><body>{''.join(body)}</body></html>\n"
+    )
+
+
+def samples(prepared: Prepared) -> list[Document]:
+    """Some documents of train, evenly spaced."""
+    records = prepared.records()
+    step = max(1, len(records) // _SAMPLES)
+    return [records[row] for row in range(0, len(records), step)[:_SAMPLES]]
+
+
+def _figure(document: Document) -> str:
+    """The first stored picture of a document, its text, and where it comes from."""
+    data = base64.b64encode(to_png(document.pixels)).decode()
+    text, provenance = document.text, document.provenance
+    shown = html.escape(text if len(text) <= _CAPTION else f"{text[:_CAPTION]}...")
+    origin = f"{provenance.key}, {provenance.licence}" if provenance else ""
+    return (
+        f'<figure><img alt="{shown}" src="data:image/png;base64,{data}">'
+        f"<figcaption>{shown}<br><small>{html.escape(origin)}</small></figcaption></figure>"
+    )
+
+
+def attributions(prepared: Prepared, most: int = 1000) -> list[str]:
+    """The credit lines that the documents ask for, by how many ask for them; at most so many."""
+    found: collections.Counter[str] = collections.Counter()
+    for split in prepared.manifest["splits"]:
+        for document in prepared.listing(split):
+            found[document["attribution"] or f"{document['source']} (no credit line)"] += 1
+    ordered = sorted(found.items(), key=lambda item: (-item[1], item[0]))
+    lines = [f"{name} ({count:,} documents)" for name, count in ordered[:most]]
+    if len(ordered) > most:
+        lines.append(
+            f"and {len(ordered) - most:,} more, each beside its document in *.documents.jsonl"
+        )
+    return lines
+
+
+def _facts(prepared: Prepared) -> list[str]:
+    manifest = prepared.manifest
+    config, rules = manifest["config"], manifest["config"]["duplicates"]
+    splits = ", ".join(f"{count:,} {split}" for split, count in manifest["splits"].items())
+    similar = "the inner product of the pictures' embeddings"
+    near = f"above {rules['near']} by {similar}" if rules["near"] else "not looked for"
+    evaluation = f"above {rules['evaluation']}" if rules["evaluation"] else "not looked for"
+    held_out = ", ".join(split for split in manifest["splits"] if split != "train") or "none"
+    return [
+        f"Documents: {splits}.",
+        "",
+        f"Accepted licences: {', '.join(config['licences'])}.",
+        "",
+        f"Exact copies: {'dropped' if rules['exact'] else 'kept'}. Near copies in train: {near}. "
+        f"Train documents near to held-out ones (splits: {held_out}): {evaluation}.",
+        "",
+        "Made with "
+        + ", ".join(f"{name} {sum_[:12]}" for name, sum_ in manifest["sha256"].items())
+        + " (SHA-256).",
+    ]
+
+
+def _tables(prepared: Prepared) -> Mapping[str, dict[str, dict[str, int]]]:
+    counts = prepared.manifest["counts"]
+    return {
+        split: {name: _sorted(name, tables[name]) for name in _HEADINGS if tables.get(name)}
+        for split, tables in counts.items()
+    }
+
+
+def _sorted(name: str, table: dict[str, Any]) -> dict[str, int]:
+    """Largest counts first; sizes by size."""
+    if name == "size":
+        return dict(sorted(table.items(), key=lambda item: int(item[0].split()[0])))
+    return dict(sorted(table.items(), key=lambda item: (-item[1], item[0])))
+
+
+def _label(name: str, key: str) -> str:
+    return f"{key}: {_MEANINGS[key]}" if name == "rejected" else key
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")

@@ -1,0 +1,211 @@
+"""Encoded shards become the files of a prepared folder, without what repeats.
+
+Documents that are held out come first where two repeat each other: what is dropped is dropped from
+train.
+"""
+
+import collections
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from leon_jax.config import UserError
+from leon_jax.data import records
+from leon_jax.prepare import duplicates
+from leon_jax.prepare.config import TRAIN, PrepareConfig
+from leon_jax.prepare.shard import DOCUMENTS, RECORDS, REJECTS, Shard, count_lines, line
+from leon_jax.retrieval.bank import Bank, save_rows
+from leon_jax.retrieval.prepared import Prepared
+
+_KEEP = "keep.npy"
+
+
+def gather(
+    config: PrepareConfig, parts: pathlib.Path, shards: Sequence[Shard], final: pathlib.Path
+) -> dict[str, Any]:
+    """Writes the records, listings, rejects and vectors of all shards that have documents.
+
+    Args:
+      config: what counts as a repetition.
+      parts: the folder of the shards' folders, all done.
+      shards: in the order of `plan`.
+      final: where the files go; those that are there are left as they are.
+
+    Returns:
+      `splits`, `shards` and `counts` of the manifest.
+
+    Raises:
+      UserError: nothing is left of train.
+    """
+    by_split = {
+        split: [shard.name for shard in shards if shard.name.rpartition("-")[0] == split]
+        for split in config.splits
+    }
+    ordered = [name for split in config.splits[1:] for name in by_split[split]]
+    held_out = len(ordered)
+    ordered += by_split[TRAIN]
+    lengths = [count_lines(parts / name / DOCUMENTS) for name in ordered]
+    fate = judge(config, parts, ordered, lengths, sum(lengths[:held_out]))
+    starts = np.cumsum([0, *lengths])
+    names = _repeated_keys(parts, ordered, starts, fate)
+    kept: dict[str, int] = {}
+    for name, start, length in zip(ordered, starts, lengths, strict=False):
+        mask = fate.keep[start : start + length]
+        save_rows(parts / name / _KEEP, mask)
+        _write_shard(parts / name, final, mask, int(start), fate, names)
+        kept[name] = int(mask.sum())
+    if not any(kept[name] for name in by_split[TRAIN]):
+        reasons = _reasons(final / f"{name}.rejects.jsonl" for name in by_split[TRAIN])
+        why = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+        raise UserError(f"no document of {TRAIN} can be used ({why or 'its sources are empty'})")
+    return {
+        "splits": {split: sum(kept[n] for n in by_split[split]) for split in config.splits},
+        "shards": {
+            split: {n: kept[n] for n in by_split[split] if kept[n]} for split in config.splits
+        },
+        "counts": {split: count(final, by_split[split]) for split in config.splits},
+    }
+
+
+def judge(
+    config: PrepareConfig,
+    parts: pathlib.Path,
+    shards: Sequence[str],
+    lengths: Sequence[int],
+    held_out: int,
+) -> duplicates.Fate:
+    """Which documents are kept; the first `held_out` of them are of other splits than train."""
+    rules = config.duplicates
+    fate = duplicates.Fate(sum(lengths))
+
+    def load(name: str) -> np.ndarray:
+        return np.concatenate([np.load(parts / shard / f"{name}.npy") for shard in shards])
+
+    duplicates.drop_repeated(fate, load("key"), "key_repeated")
+    if rules.exact:
+        duplicates.drop_repeated(fate, load("content"), "copy_exact")
+    images = Bank.open([parts / shard / "image.npy" for shard in shards])
+    if rules.evaluation is not None and held_out:
+        duplicates.drop_evaluation(fate, images, held_out, rules.evaluation)
+    if rules.near is not None:
+        duplicates.drop_near(fate, images, held_out, rules.near)
+    return fate
+
+
+def queries(folder: pathlib.Path, parts: pathlib.Path, shard: str) -> dict[str, np.ndarray]:
+    """The vectors by which the documents of a finished shard search, float16[n, d] a view."""
+    keep = np.load(parts / shard / _KEEP)
+    return {
+        name: np.load(parts / shard / f"{name}.npy", mmap_mode="r")[keep]
+        for name in ("text", "image", "document")
+    }
+
+
+def source_numbers(prepared: Prepared) -> np.ndarray:
+    """A number for the source of every train document, int32[n]."""
+    numbers: dict[str, int] = {}
+    return np.array(
+        [
+            numbers.setdefault(document["source"], len(numbers))
+            for document in prepared.listing(TRAIN)
+        ],
+        np.int32,
+    )
+
+
+def count(folder: pathlib.Path, shards: Sequence[str]) -> dict[str, dict[str, int]]:
+    """How many documents of a split have each licence, source, language and size; and rejects."""
+    counts: dict[str, collections.Counter[str]] = {
+        name: collections.Counter() for name in ("licence", "source", "language", "size")
+    }
+    for shard in shards:
+        for document in read_lines(folder / f"{shard}.{DOCUMENTS}"):
+            for name in ("licence", "source", "language"):
+                counts[name][document[name]] += 1
+            counts["size"][size_class(min(document["size"]))] += 1
+    rejected = _reasons(folder / f"{shard}.{REJECTS}" for shard in shards)
+    ordered = {name: dict(sorted(counter.items())) for name, counter in counts.items()}
+    return ordered | {"rejected": dict(sorted(rejected.items()))}
+
+
+def size_class(side: int) -> str:
+    """A picture's class by its shorter side in pixels: from one power of two up to the next."""
+    low = 1 << (side.bit_length() - 1)
+    return f"{low} to {2 * low - 1}"
+
+
+def read_lines(path: pathlib.Path) -> Iterator[dict[str, Any]]:
+    """The objects of a JSONL file of ours."""
+    with path.open(encoding="utf-8") as file:
+        for text in file:
+            yield json.loads(text)
+
+
+def _write_shard(
+    part: pathlib.Path,
+    final: pathlib.Path,
+    keep: np.ndarray,
+    start: int,
+    fate: duplicates.Fate,
+    names: dict[int, str],
+) -> None:
+    """The files of one shard; the records are written last, so their presence says it is done."""
+    path = final / f"{part.name}.array_record"
+    rows = np.flatnonzero(keep)
+    if path.exists():
+        return
+    with (part / DOCUMENTS).open(encoding="utf-8") as file:
+        lines = list(file)
+    _write_text(final / f"{part.name}.{DOCUMENTS}", "".join(lines[row] for row in rows))
+    rejects = (part / REJECTS).read_text(encoding="utf-8")
+    for row in np.flatnonzero(~keep).tolist():
+        because = fate.because[start + row]
+        rejects += line(
+            {
+                "key": json.loads(lines[row])["key"],
+                "reason": fate.reason[start + row],
+                "detail": f"it repeats {names[because]}" if because >= 0 else "",
+            }
+        )
+    _write_text(final / f"{part.name}.{REJECTS}", rejects)
+    if not len(rows):
+        return
+    if part.name.rpartition("-")[0] == TRAIN:
+        vectors = np.load(part / "document.npy", mmap_mode="r")
+        save_rows(final / f"{part.name}.vectors.npy", vectors[rows])
+    if keep.all():
+        shutil.copyfile(part / RECORDS, path.with_name(path.name + ".tmp"))
+        os.replace(path.with_name(path.name + ".tmp"), path)
+    else:
+        records.copy(part / RECORDS, path, rows)
+
+
+def _repeated_keys(
+    parts: pathlib.Path, shards: Sequence[str], starts: np.ndarray, fate: duplicates.Fate
+) -> dict[int, str]:
+    """The keys of the documents that others repeat, by row."""
+    rows = np.unique(np.array([row for row in fate.because.values() if row >= 0], np.int64))
+    keys: dict[int, str] = {}
+    for shard, start, stop in zip(shards, starts, starts[1:], strict=False):
+        here = rows[(rows >= start) & (rows < stop)]
+        if len(here):
+            lines = (parts / shard / DOCUMENTS).read_text(encoding="utf-8").splitlines()
+            keys |= {int(row): json.loads(lines[row - start])["key"] for row in here}
+    return keys
+
+
+def _reasons(paths: Iterable[pathlib.Path]) -> collections.Counter[str]:
+    return collections.Counter(
+        reject["reason"] for path in paths if path.exists() for reject in read_lines(path)
+    )
+
+
+def _write_text(path: pathlib.Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,302 @@
+"""`leon prepare`: from sources to the folder that training and retrieval read.
+
+    plan      the shards of all sources
+    shards    each becomes a folder of encoded documents (`shard.py`): anywhere, in any order
+    gather    what repeats is dropped, the rest is numbered and put in its final place
+    mine      every document's neighbours are found among those of train
+    finish    manifest and data card; the folder appears under its name
+
+Everything is made in `.NAME.preparing` beside the folder NAME and moved there at the end, so NAME
+is complete or not there. Each step leaves files that are whole, and what is there is not made
+again: a run that was killed goes on where it stopped, and ends with the same bytes.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import pathlib
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from leon_jax import sharding
+from leon_jax.config import UserError, to_dict
+from leon_jax.data import variants
+from leon_jax.data.records import RecordSource
+from leon_jax.data.sources.open import open_source
+from leon_jax.data.sources.raw import Shards, SourceConfig
+from leon_jax.prepare import gather, licences
+from leon_jax.prepare.card import write_card
+from leon_jax.prepare.config import TRAIN, PrepareConfig
+from leon_jax.prepare.models import digest, load_models
+from leon_jax.prepare.shard import Shard, Worker, plan
+from leon_jax.retrieval.bank import Bank, save_rows
+from leon_jax.retrieval.neighbours import row_type
+from leon_jax.retrieval.prepared import FORMAT, MANIFEST, Prepared
+from leon_jax.retrieval.selection import SelectionConfig, find_neighbours
+
+Sources = list[tuple[SourceConfig, Shards]]
+# Does `Worker(config, sources, folder)(shard)` for every shard, somewhere.
+Runner = Callable[[PrepareConfig, Sources, str, Sequence[Shard]], None]
+
+_SETTINGS = "settings.json"
+_QUERIES = 4096
+
+
+def prepare(
+    config: PrepareConfig,
+    out_dir: str | os.PathLike,
+    *,
+    sources: Sources | None = None,
+    run: Runner | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Prepares a folder, unless it is there and made from the same things.
+
+    Args:
+      config: what to do.
+      out_dir: the folder; an older one with other inputs is replaced in the end.
+      sources: opened ones instead of those that `config.sources` names, in that order.
+      run: does the shards; by default here, one after the other.
+      progress: whether to show progress bars.
+
+    Returns:
+      The manifest.
+
+    Raises:
+      UserError: a source or a model file is missing, `out_dir` is in the way, another process
+        prepares it, or nothing is left of train.
+    """
+    out = pathlib.Path(out_dir)
+    licences.check_list(config.licences)
+    if sources is None:
+        sources = [(source, open_source(source)) for source in config.sources]
+    shards = plan(sources)
+    wanted = settings(config, sources, shards)
+    work = out.parent / f".{out.name}.preparing"
+    made = _made(out)
+    if made and serves(made, wanted) and not work.exists():
+        return made
+    if out.exists() and made is None and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} is in the way: it is not a prepared folder")
+    with _lock(work):
+        made = _made(out)
+        if made and serves(made, wanted):  # by a process that had the lock before
+            shutil.rmtree(work)
+            return made
+        try:
+            _begin(work, wanted)
+            return _fill(config, out, work, wanted, sources, shards, run, progress)
+        except OSError as error:
+            raise UserError(
+                f"preparing {out} stopped: {error.strerror or error} ({error.filename or work}); "
+                "what is done is kept, so give the same command again"
+            ) from error
+
+
+def _fill(
+    config: PrepareConfig,
+    out: pathlib.Path,
+    work: pathlib.Path,
+    wanted: dict[str, Any],
+    sources: Sources,
+    shards: Sequence[Shard],
+    run: Runner | None,
+    progress: bool,
+) -> dict[str, Any]:
+    """Does what is not done yet, and puts the folder in place."""
+    parts, final = work / "shards", work / "prepared"
+    parts.mkdir(exist_ok=True)
+    final.mkdir(exist_ok=True)
+    todo = [shard for shard in shards if not (parts / shard.name).is_dir()]
+    if todo:
+        (run or in_process(progress))(config, sources, str(parts), todo)
+    manifest = wanted | gather.gather(config, parts, shards, final)
+    _write(final / MANIFEST, manifest)
+    _mine(config, Prepared(final), parts, progress)
+    if config.variants > 1:
+        _encode_variants(config, Prepared(final), progress)
+    write_card(final)
+    if out.exists():
+        shutil.rmtree(out)
+    os.rename(final, out)
+    shutil.rmtree(work)
+    return manifest
+
+
+def in_process(progress: bool = True) -> Runner:
+    """Does the shards here, one after the other; each uses all cores and devices."""
+
+    def run(config: PrepareConfig, sources: Sources, folder: str, shards: Sequence[Shard]) -> None:
+        worker = Worker(config, sources, folder)
+        bar = tqdm(shards, desc="shards", unit="shard", disable=not progress)
+        documents = rejects = 0
+        for shard in bar:
+            counts = worker(shard)
+            documents, rejects = documents + counts["documents"], rejects + counts["rejects"]
+            bar.set_postfix(documents=documents, rejects=rejects)
+
+    return run
+
+
+def settings(config: PrepareConfig, sources: Sources, shards: Iterable[Shard]) -> dict[str, Any]:
+    """What decides the folder's content: the beginning of its manifest."""
+    paths = {"tokenizer": config.tokenizer, "encoder": config.encoder, "text": config.text}
+    values = to_dict(config)
+    # Where files lie says nothing; the digests do.
+    for name in paths:
+        del values[name]
+    return {
+        "format": FORMAT,
+        "config": json.loads(json.dumps(values)),
+        "sha256": {name: digest(path) for name, path in paths.items()},
+        "inputs": {
+            shard.name: {
+                "source": shard.source,
+                "shard": shard.shard,
+                "version": sources[shard.source][1].version(shard.shard),
+            }
+            for shard in shards
+        },
+    }
+
+
+def serves(made: dict[str, Any], wanted: dict[str, Any]) -> bool:
+    """Whether a prepared folder is what is wanted, or that and more variants."""
+    if made.get("format") != FORMAT:
+        return False
+    have, want = made["config"]["variants"], wanted["config"]["variants"]
+    same = {**made, "config": {**made["config"], "variants": want}}
+    return have >= want and all(same.get(name) == value for name, value in wanted.items())
+
+
+def _mine(config: PrepareConfig, prepared: Prepared, parts: pathlib.Path, progress: bool) -> None:
+    """Writes the neighbour tables of all splits."""
+    bank = prepared.bank()
+    selection = config.selection
+    sources = gather.source_numbers(prepared) if selection.alternate_sources else None
+    total = sum(prepared.manifest["splits"].values())
+    with (
+        tqdm(total=total, desc="neighbours", unit="doc", disable=not progress) as bar,
+        jax.set_mesh(sharding.make_mesh()),
+    ):
+        for split in prepared.manifest["splits"]:
+            start = 0
+            for shard, count in prepared.shards(split).items():
+                path = prepared.folder / f"{shard}.neighbours.npy"
+                if not path.exists():
+                    queries = gather.queries(prepared.folder, parts, shard)
+                    own = np.arange(start, start + count, dtype=np.int32)
+                    table = neighbour_rows(
+                        queries, bank, selection, own if split == TRAIN else None, sources
+                    )
+                    save_rows(path, table)
+                start += count
+                bar.update(count)
+
+
+def _encode_variants(config: PrepareConfig, prepared: Prepared, progress: bool) -> None:
+    """Writes the codes of all train pictures in every variant."""
+    models = load_models(config.tokenizer, config.encoder, config.text)
+    with jax.set_mesh(models.mesh):
+        for shard in tqdm(prepared.shards(TRAIN), desc="variants", disable=not progress):
+            path = prepared.folder / f"{shard}.variants.npy"
+            if not path.exists():
+                documents = RecordSource(prepared.folder / f"{shard}.array_record")
+                label = f"variants of {shard}" if progress else None
+                save_rows(
+                    path, variants.encode(documents, models.tokenizer, config.variants, label)
+                )
+
+
+def neighbour_rows(
+    queries: dict[str, np.ndarray],
+    bank: Bank,
+    selection: SelectionConfig,
+    own: np.ndarray | None,
+    sources: np.ndarray | None,
+) -> np.ndarray:
+    """The table of one shard: what its queries, by modality, find in the bank."""
+    count = len(queries["text"])
+    table = np.zeros(count, row_type(selection.per_modality))
+    limits = {"text": selection.near_copy_text, "image": selection.near_copy_image}
+    if not selection.through_parts:
+        limits = {"document": selection.near_copy_document}
+        selection = dataclasses.replace(selection, per_modality=2 * selection.per_modality)
+    for start in range(0, count, _QUERIES):
+        rows = slice(start, start + _QUERIES)
+        for view, near_copy in limits.items():
+            ids, scores = find_neighbours(
+                queries[view][rows],
+                bank,
+                selection,
+                near_copy,
+                own=None if own is None else own[rows],
+                sources=sources,
+            )
+            # What the whole document finds is dealt out to both halves of the table in turn.
+            halves = (view,) if view != "document" else ("text", "image")
+            for offset, half in enumerate(halves):
+                table[f"by_{half}_ids"][rows] = ids[:, offset :: len(halves)]
+                table[f"by_{half}_scores"][rows] = scores[:, offset :: len(halves)]
+    return table
+
+
+def _begin(work: pathlib.Path, wanted: dict[str, Any]) -> None:
+    """Makes the working folder ready; what was begun with other settings is thrown away."""
+    path = work / _SETTINGS
+    try:
+        begun = json.loads(path.read_text())
+    except (OSError, ValueError):
+        begun = None
+    if begun == wanted:
+        return
+    for entry in work.iterdir():
+        if entry.name == _LOCK:
+            continue
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    _write(path, wanted)
+
+
+_LOCK = ".lock"
+
+
+@contextlib.contextmanager
+def _lock(work: pathlib.Path) -> Iterator[None]:
+    """Holds the working folder, which is made if need be, against other processes."""
+    while True:
+        try:
+            work.mkdir(parents=True, exist_ok=True)
+            file = (work / _LOCK).open("w")
+        except OSError as error:
+            raise UserError(f"cannot write into {work.parent}: {error.strerror}") from error
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"waiting for another process that prepares in {work}", file=sys.stderr)
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if not (work / _LOCK).exists():
+                continue  # that process has finished and removed the folder
+            yield
+            return
+
+
+def _made(out: pathlib.Path) -> dict[str, Any] | None:
+    try:
+        return json.loads((out / MANIFEST).read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _write(path: pathlib.Path, value: Any) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(temporary, path)

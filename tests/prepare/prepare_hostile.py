@@ -1,0 +1,33 @@
+"""Prepares hostile corpora, of which a few records are sound; prints what came of it as JSON.
+
+python prepare_hostile.py OUT KIND=PATH ...: with tiny models, in a process of its own. `most` is
+the peak of its memory in MiB, `before` the peak when the models had been loaded and used.
+"""
+
+import json
+import resource
+import sys
+
+from leon_jax.data.sources.raw import SourceConfig
+from leon_jax.prepare import prepare as preparing
+from tests import tiny
+
+
+def peak() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def main(out: str, *sources: str) -> None:
+    checkpoint, _ = tiny.folders()
+    before = peak()
+    configs = tuple(
+        SourceConfig(kind, path, licence="CC0-1.0", shard_size=500)
+        for kind, _, path in (source.partition("=") for source in sources)
+    )
+    config, _ = tiny.preparation(checkpoint, {}, sources=configs, min_side=32, max_aspect=4.0)
+    manifest = preparing.prepare(config, out, progress=False)
+    print(json.dumps({"manifest": manifest, "most": peak(), "before": before}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

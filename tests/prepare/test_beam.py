@@ -1,0 +1,57 @@
+"""The work on Apache Beam's local runner, against the work done here."""
+
+import pathlib
+
+import pytest
+
+from leon_jax.config import UserError
+from leon_jax.data.sources.listed import Listed
+from leon_jax.prepare import prepare as preparing
+from leon_jax.prepare.beam import on_beam
+from tests import tiny
+from tests.prepare.made import files_of
+
+
+def make(out, run, source=None):
+    config, sources = tiny.preparation(
+        tiny.folders()[0], {"train": tiny.documents(), "exam": tiny.held_out()}, shard_size=3
+    )
+    if source is not None:
+        sources[0] = (sources[0][0], source)
+    return preparing.prepare(config, out, sources=sources, run=run, progress=False)
+
+
+def test_the_output_of_beam_is_the_same_bytes(tmp_path):
+    assert make(tmp_path / "here", None) == make(tmp_path / "beam", on_beam("DirectRunner"))
+    assert files_of(tmp_path / "here") == files_of(tmp_path / "beam")
+
+
+class Broken(Listed):
+    """A source that breaks its promise never to raise."""
+
+    def read(self, shard):
+        if shard == "6-9":
+            raise RuntimeError("the disk is on fire")
+        yield from super().read(shard)
+
+
+def test_a_pipeline_that_failed_is_named_and_goes_on_where_it_stopped(tmp_path):
+    out, runner = tmp_path / "out" / "prepared", on_beam("DirectRunner")
+    with pytest.raises(UserError, match=r"pipeline on DirectRunner failed: .*the disk is on fire"):
+        make(out, runner, Broken(tiny.documents(), 3))
+    assert not out.exists()
+    (done,) = pathlib.Path(out.parent).glob(".prepared.preparing/shards")
+    finished = {path.name for path in done.iterdir() if not path.name.startswith(".")}
+
+    def rest(config, sources, folder, shards):
+        assert finished.isdisjoint(shard.name for shard in shards)
+        runner(config, sources, folder, shards)
+
+    make(out, rest)
+    make(tmp_path / "whole", None)
+    assert files_of(out) == files_of(tmp_path / "whole")
+
+
+def test_an_unknown_runner_is_named(tmp_path):
+    with pytest.raises(UserError, match="pipeline on SlowRunner failed"):
+        make(tmp_path / "out", on_beam("SlowRunner"))

@@ -1,0 +1,90 @@
+"""The data card: its counts are those of the documents, and nothing in it is taken for markup."""
+
+import dataclasses
+import html.parser
+import re
+
+import pytest
+
+from leon_jax.data.sources.raw import REASONS
+from leon_jax.prepare import card
+from leon_jax.prepare import prepare as preparing
+from leon_jax.prepare.config import DuplicatesConfig
+from leon_jax.retrieval.prepared import Prepared
+from tests import tiny
+
+HOSTILE = "<script>alert(1)</script> | **bold**\nnext"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    documents = tiny.documents()
+    for row, changes in ((0, {"attribution": HOSTILE}), (1, {"source": HOSTILE}),
+                         (2, {"licence": "GPL-3.0-only"}), (3, {"licence": "none at all"}),
+                         (4, {"language": "de"})):  # fmt: skip
+        provenance = dataclasses.replace(documents[row].provenance, **changes)
+        documents[row] = dataclasses.replace(documents[row], provenance=provenance)
+    config, sources = tiny.preparation(
+        tiny.folders()[0],
+        {"train": documents, "exam": tiny.held_out()},
+        duplicates=DuplicatesConfig(near=0.995, evaluation=0.999),
+    )
+    folder = tmp_path_factory.mktemp("card") / "prepared"
+    preparing.prepare(config, folder, sources=sources, progress=False)
+    return folder
+
+
+class Page(html.parser.HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.text = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def tables(markdown):
+    """{split: {heading: {label: count}}} of the card's Markdown."""
+    found, split, heading = {}, None, None
+    for line in markdown.splitlines():
+        if line.startswith("## "):
+            split = line[3:]
+        elif line.startswith("### "):
+            heading = line[4:]
+        elif (row := re.fullmatch(r"\| (.*) \| ([\d,]+) \|", line)) is not None:
+            found.setdefault(split, {}).setdefault(heading, {})[row[1]] = int(row[2])
+    return found
+
+
+def test_counts_are_those_of_the_documents(folder):
+    text = (folder / "card.md").read_text()
+    found, listed = tables(text), list(Prepared(folder).listing())
+    assert sum(found["train"]["Languages"].values()) == len(listed)
+    assert found["train"]["Languages"]["de"] == 1
+    rejected = found["train"]["Records that are not used"]
+    assert rejected["licence_not_allowed: a licence that is not on the list"] == 1
+    assert rejected["licence_unknown: no licence, or none that SPDX knows"] == 1
+    assert sum(rejected.values()) + len(listed) == len(tiny.documents())
+    assert "above 0.995" in text and "above 0.999" in text and "CC-BY-4.0" in text
+
+
+def test_both_cards_say_the_same_and_take_nothing_for_markup(folder):
+    page = Page((folder / "card.html").read_text())
+    shown = " ".join(page.text)
+    for split in tables((folder / "card.md").read_text()).values():
+        for table in split.values():
+            for label, count in table.items():
+                assert label.replace("\\|", "|").split(" | ")[0] in " ".join(shown.split())
+                assert f"{count:,}" in shown
+    assert "script" not in {tag for tag, _ in page.tags} and "<script>" in shown
+    assert len([tag for tag, _ in page.tags if tag == "img"]) == len(card.samples(Prepared(folder)))
+    bars = [a["style"] for tag, a in page.tags if tag == "div"]
+    assert bars and all(0 < float(re.search(r"width:([\d.]+)%", b)[1]) <= 100 for b in bars)
+
+
+def test_every_reason_is_explained():
+    assert set(card._MEANINGS) == set(REASONS)

@@ -1,0 +1,116 @@
+"""Raw records to documents: what is refused and why, and what a picture becomes."""
+
+import io
+import zlib
+
+import numpy as np
+import PIL.Image
+import pytest
+
+from leon_jax.data.sources.raw import REASONS, Raw, Reject, SourceConfig
+from leon_jax.prepare.config import PrepareConfig
+from leon_jax.prepare.documents import Reader
+
+SOURCE = SourceConfig("jsonl", "cats", name="cats", licence="CC-BY-4.0", attribution="me")
+
+
+def encoded(picture, kind="PNG", **options):
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def gradient(width=50, height=40, mode="RGB"):
+    rng = np.random.default_rng(0)
+    return PIL.Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)).convert(mode)
+
+
+GOOD = encoded(gradient())
+
+
+def claiming(width, height):
+    """A small PNG file whose header says that it is so large."""
+    header = b"IHDR" + width.to_bytes(4, "big") + height.to_bytes(4, "big") + GOOD[24:29]
+    return GOOD[:12] + header + zlib.crc32(header).to_bytes(4, "big") + GOOD[33:]
+
+
+def read(*parts, source=SOURCE, config=None, key="cat", **fields):
+    settings = {"min_side": 8, "max_aspect": 2.0, "max_text": 100, "max_tokens": 40}
+    config = PrepareConfig((source,), "t", "e", "x", **settings | (config or {}))
+    reader = Reader(
+        config, source, resolution=16, codes=4, preprocess=lambda pixels: pixels[:9, :9],
+        count_tokens=len,
+    )  # fmt: skip
+    return reader(Raw(key, parts, **fields))
+
+
+def test_a_picture_is_upright_on_white_cropped_and_fitted_for_every_model():
+    left_red = PIL.Image.new("RGBA", (40, 20), (0, 0, 0, 0))
+    left_red.paste((255, 0, 0, 255), (0, 0, 20, 20))
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6  # turned a quarter to the right when it is shown
+    ready = read("a flag", encoded(left_red, exif=exif), config={"picture_side": 20})
+    assert ready.size == (20, 40)
+    picture = ready.document.pixels
+    assert picture.shape == (20, 20, 3)
+    assert (picture[:10] == (255, 0, 0)).all() and (picture[10:] == 255).all()
+    assert [square.shape for square in ready.squares] == [(16, 16, 3)]
+    assert [view.shape for view in ready.views] == [(9, 9, 3)]
+
+
+def test_provenance_comes_from_the_record_before_the_source():
+    plain = read("a cat", GOOD).document.provenance
+    assert (plain.source, plain.licence, plain.attribution) == ("cats", "CC-BY-4.0", "me")
+    stated = {"licence": "mit", "attribution": "you", "origin": "web", "language": "de"}
+    own = read("a cat", GOOD, **stated).document.provenance
+    assert (own.source, own.licence, own.attribution, own.language) == ("web", "MIT", "you", "de")
+
+
+@pytest.mark.parametrize(
+    ("reason", "arguments"),
+    [
+        ("no_picture", {"parts": ("a cat",)}),
+        ("no_text", {"parts": (" ", GOOD)}),
+        ("no_text", {"parts": (GOOD,)}),
+        ("text_too_long", {"parts": ("a" * 101, GOOD)}),
+        ("too_many_tokens", {"parts": ("a" * 34, GOOD)}),
+        ("not_utf8", {"parts": ("a \ud800", GOOD)}),
+        ("not_utf8", {"parts": ("a cat", GOOD), "attribution": "\udfff"}),
+        ("missing_field", {"parts": ("a cat", GOOD), "key": ""}),
+        ("licence_unknown", {"parts": ("a cat", GOOD), "licence": "?"}),
+        ("licence_unknown", {"parts": ("a cat", GOOD), "source": SourceConfig("jsonl", "x")}),
+        ("licence_not_allowed", {"parts": ("a cat", GOOD), "licence": "CC-BY-NC-4.0"}),
+        ("picture_unreadable", {"parts": ("a cat", b"")}),
+        ("picture_unreadable", {"parts": ("a cat", GOOD[:-200])}),
+        ("picture_unreadable", {"parts": ("a cat", b"<svg/>")}),
+        ("picture_too_small", {"parts": ("a cat", encoded(gradient(7, 9)))}),
+        ("picture_too_narrow", {"parts": ("a cat", encoded(gradient(81, 40)))}),
+        ("picture_mode", {"parts": ("a cat", encoded(gradient(mode="CMYK"), "JPEG"))}),
+        ("picture_mode", {"parts": ("a cat", encoded(PIL.Image.new("I;16", (20, 20))))}),
+        (
+            "picture_animated",
+            {"parts": ("a cat", encoded(gradient(), "GIF", save_all=True,
+                                        append_images=[PIL.Image.new("RGB", (50, 40))]))},
+        ),
+        ("picture_too_large", {"parts": ("a cat", claiming(60_000, 60_000))}),
+        ("picture_too_large", {"parts": ("a cat", claiming(16_385, 20))}),
+    ],
+)  # fmt: skip
+def test_what_is_refused(reason, arguments):
+    parts = arguments.pop("parts")
+    found = read(*parts, **arguments)
+    assert isinstance(found, Reject) and found.reason == reason, found
+    assert found.reason in REASONS and found.key == arguments.get("key", "cat")
+    assert len(found.detail) <= 300
+
+
+def test_a_document_of_exactly_the_allowed_number_of_ids_is_taken():
+    # </s> 32 letters <break> 4 codes <break> 0 letters </s>
+    assert not isinstance(read("a" * 32, GOOD, ""), Reject)
+    assert read("a" * 33, GOOD, "").reason == "too_many_tokens"
+
+
+def test_what_a_source_rejected_passes_through():
+    reject = Reject("shard 3", "unreadable_shard", "the tar ends early")
+    config = PrepareConfig((SOURCE,), "t", "e", "x")
+    assert Reader(config, SOURCE, 16, 4, lambda p: p, len)(reject) is reject

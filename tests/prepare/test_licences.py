@@ -1,0 +1,52 @@
+"""Licences: what is understood, and what a list allows."""
+
+import pytest
+
+from leon_jax.config import UserError
+from leon_jax.prepare import licences
+from leon_jax.prepare.config import LICENCES
+
+
+@pytest.mark.parametrize(
+    ("stated", "spdx"),
+    [
+        ("CC-BY-4.0", "CC-BY-4.0"),
+        (" cc-by-sa-3.0 ", "CC-BY-SA-3.0"),
+        ("mit or apache-2.0", "MIT OR Apache-2.0"),
+        ("https://creativecommons.org/licenses/by/2.0/", "CC-BY-2.0"),
+        ("http://creativecommons.org/licenses/by-nc-sa/4.0/deed.de", "CC-BY-NC-SA-4.0"),
+        ("https://creativecommons.org/publicdomain/zero/1.0/", "CC0-1.0"),
+        ("LicenseRef-Shutterstock", "LicenseRef-Shutterstock"),
+    ],
+)
+def test_what_names_a_licence(stated, spdx):
+    assert licences.normal(stated) == spdx
+
+
+@pytest.mark.parametrize(
+    "stated",
+    ["", "?", "unknown", "free to use", "CC-BY", "(((", "MIT AND", "MIT " * 5000, "\0", "©"],
+)
+def test_what_names_none(stated):
+    assert licences.normal(stated) is None
+
+
+@pytest.mark.parametrize(
+    ("expression", "allowed"),
+    [
+        ("MIT", True),
+        ("GPL-3.0-only", False),
+        ("GPL-3.0-only OR MIT", True),
+        ("GPL-3.0-only AND MIT", False),
+        ("MIT AND (GPL-3.0-only OR CC0-1.0)", True),
+        ("GPL-2.0-only WITH Classpath-exception-2.0", False),
+    ],
+)
+def test_what_a_list_allows(expression, allowed):
+    assert licences.allows(("MIT", "CC0-1.0", "GPL-2.0-only"), expression) is allowed
+
+
+def test_the_default_list_is_of_spdx_identifiers_and_wrong_ones_are_named():
+    licences.check_list(LICENCES)
+    with pytest.raises(UserError, match=r"'cc-by-4\.0', .* did you mean 'CC-BY-4\.0'"):
+        licences.check_list(("cc-by-4.0",))

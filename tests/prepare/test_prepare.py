@@ -1,0 +1,284 @@
+"""The prepared folder: what it holds, what never reaches the index, when it is made anew."""
+
+import contextlib
+import dataclasses
+import errno
+import json
+import os
+import threading
+
+import jax
+import numpy as np
+import pytest
+
+from leon_jax.config import UserError
+from leon_jax.documents import Image
+from leon_jax.prepare import prepare as preparing
+from leon_jax.prepare.config import DuplicatesConfig
+from leon_jax.retrieval.encoder import Encoder
+from leon_jax.retrieval.prepared import Prepared
+from leon_jax.retrieval.selection import SelectionConfig
+from leon_jax.tokenizers.image import ImageTokenizer, fit_picture, normalize
+from leon_jax.tokenizers.text import TextTokenizer
+from tests import tiny
+from tests.prepare.made import files_of
+
+NEVER_NEAR = SelectionConfig(near_copy_text=2, near_copy_image=2, near_copy_document=2)
+
+
+@pytest.fixture(scope="module")
+def checkpoint():
+    return tiny.folders()[0]
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "prepared"
+
+
+def splits():
+    documents = tiny.documents()
+    return {"train": documents[:8], "unseen": documents[8:]}
+
+
+def make(checkpoint, out, sources=None, run=None, **changes):
+    changes = {"selection": NEVER_NEAR, **changes}
+    config, opened = tiny.preparation(checkpoint, sources or splits(), shard_size=3, **changes)
+    return preparing.prepare(config, out, sources=opened, run=run, progress=False)
+
+
+def test_records_keep_their_order_and_gain_codes(checkpoint, out):
+    make(checkpoint, out)
+    prepared = Prepared(out)
+    with jax.set_mesh(tiny.sharding.make_mesh()):
+        tokenizer = ImageTokenizer.load(checkpoint / "tokenizer.safetensors")
+        for split, documents in splits().items():
+            records = prepared.records(split)
+            assert len(records) == len(documents) == prepared.manifest["splits"][split]
+            pictures = np.stack([fit_picture(d.pixels, tiny.RESOLUTION) for d in documents])
+            codes = tokenizer.encode(normalize(pictures))
+            for record, document, expected in zip(records, documents, codes, strict=True):
+                assert record.parts[0] == document.parts[0]
+                assert record.provenance == document.provenance
+                np.testing.assert_array_equal(record.pixels, document.pixels)
+                np.testing.assert_array_equal(record.codes, expected)
+
+
+def test_listings_say_where_every_record_comes_from(checkpoint, out):
+    make(checkpoint, out)
+    for split, documents in splits().items():
+        listed = list(Prepared(out).listing(split))
+        expected = [vars(d.provenance) | {"size": [16, 16]} for d in documents]
+        assert listed == expected
+
+
+def test_nothing_held_out_reaches_the_index_or_the_neighbours(checkpoint, out):
+    make(checkpoint, out)
+    prepared, train = Prepared(out), splits()["train"]
+    assert len(prepared.bank()) == len(train)
+    seen = set()
+    for split, documents in splits().items():
+        table = prepared.neighbours(split)
+        assert len(table) == len(documents)
+        for name in ("by_text_ids", "by_image_ids"):
+            ids = table.column(name)
+            assert ids.max() < len(train)
+            seen |= set(ids.ravel().tolist())
+    assert len(seen - {-1}) > 1
+    # Other held-out documents leave the index as it is.
+    before = prepared.bank().rows(0, len(train))
+    make(checkpoint, out, {**splits(), "unseen": tiny.documents()[9:]})
+    np.testing.assert_array_equal(before, Prepared(out).bank().rows(0, len(train)))
+
+
+def test_row_i_of_the_index_is_record_i_and_no_record_is_its_own_neighbour(checkpoint, out):
+    make(checkpoint, out)
+    prepared = Prepared(out)
+    with jax.set_mesh(tiny.sharding.make_mesh()):
+        text = TextTokenizer.load(checkpoint / "text.json")
+        encoder = Encoder.load(checkpoint / "encoder.safetensors", text)
+        expected = encoder.embed_documents(list(prepared.records()))
+    rows = prepared.bank().rows(0, 8)
+    np.testing.assert_allclose(rows.astype(np.float32), expected, atol=1e-3)
+    table = prepared.neighbours()
+    for row in range(8):
+        assert row not in table[row]["by_text_ids"] and row not in table[row]["by_image_ids"]
+
+
+def test_the_manifest_says_what_was_used_and_preparing_again_does_nothing(checkpoint, out):
+    manifest = make(checkpoint, out)
+    assert json.loads((out / "manifest.json").read_text()) == manifest
+    assert manifest["splits"] == {"train": 8, "unseen": 4}
+    assert manifest["shards"]["train"] == {"train-00000": 3, "train-00001": 3, "train-00002": 2}
+    assert set(manifest["sha256"]) == {"tokenizer", "encoder", "text"}
+    assert manifest["config"]["selection"]["near_copy_text"] == 2
+    assert manifest["counts"]["train"]["licence"] == {"CC-BY-4.0": 6, "CC-BY-SA-4.0": 2}
+    assert make(checkpoint, out, run=lambda *_: pytest.fail("prepared again")) == manifest
+
+
+@pytest.mark.parametrize("change", ["selection", "documents", "licences"])
+def test_other_inputs_make_the_folder_anew(checkpoint, out, change):
+    make(checkpoint, out)
+    if change == "selection":
+        made = make(checkpoint, out, selection=dataclasses.replace(NEVER_NEAR, per_modality=1))
+        assert Prepared(out).neighbours().column("by_text_ids").shape == (8, 1)
+    elif change == "documents":
+        swapped = splits()["train"][::-1]
+        made = make(checkpoint, out, {"train": swapped})
+        assert Prepared(out).records()[0].parts[0] == swapped[0].parts[0]
+    else:
+        made = make(checkpoint, out, licences=("CC-BY-4.0",))
+        assert made["splits"] == {"train": 6, "unseen": 0}
+        assert made["counts"]["train"]["rejected"] == {"licence_not_allowed": 2}
+    assert json.loads((out / "manifest.json").read_text()) == made
+    assert [path.name for path in out.parent.iterdir()] == ["prepared"]
+
+
+def test_more_variants_than_asked_for_serve_and_fewer_do_not(checkpoint, out):
+    made = make(checkpoint, out, variants=3)
+    assert make(checkpoint, out, variants=2, run=lambda *_: pytest.fail("again")) == made
+    codes = np.concatenate([np.load(p) for p in Prepared(out).paths("train", "variants.npy")])
+    assert codes.shape == (8, 3, tiny.GRID, tiny.GRID)
+    for record, variants in zip(Prepared(out).records(), codes, strict=True):
+        np.testing.assert_array_equal(record.codes, variants[0])
+    assert make(checkpoint, out, variants=4)["config"]["variants"] == 4
+
+
+class Unplugged(BaseException):
+    """What ends a program that nothing catches."""
+
+
+def unplugged_at(monkeypatch, number):
+    """The machine is unplugged when a file or a folder is put in place for the n-th time."""
+    counter = iter(range(10_000))
+
+    def wrap(function):
+        def wrapped(*arguments, **options):
+            if next(counter) == number:
+                raise Unplugged
+            return function(*arguments, **options)
+
+        return wrapped
+
+    monkeypatch.setattr(os, "replace", wrap(os.replace))
+    monkeypatch.setattr(os, "rename", wrap(os.rename))
+
+
+def test_a_run_stopped_anywhere_goes_on_and_ends_with_the_same_bytes(
+    checkpoint, tmp_path, monkeypatch
+):
+    make(checkpoint, tmp_path / "whole", variants=2)
+    expected = files_of(tmp_path / "whole")
+    out, stops = tmp_path / "out" / "prepared", 0
+    make(checkpoint, out, {"train": splits()["train"][::-1]})
+    older = files_of(out)
+    while True:
+        with monkeypatch.context() as patch, contextlib.suppress(Unplugged):
+            unplugged_at(patch, 8 + stops % 5)
+            make(checkpoint, out, variants=2)
+            break
+        stops += 1
+        assert stops < 50, "no run gets further than the one before"
+        assert not out.exists() or files_of(out) in (older, expected)
+    assert stops > 4
+    assert files_of(out) == expected
+    assert [path.name for path in out.parent.iterdir()] == ["prepared"]
+
+
+def test_a_full_disk_is_one_sentence_and_what_is_done_is_kept(checkpoint, out, monkeypatch):
+    def full(*arguments, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "train-00001.neighbours.npy")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(preparing, "save_rows", full)
+        with pytest.raises(UserError, match=r"stopped: No space left on device \(train-00001"):
+            make(checkpoint, out)
+    assert not out.exists()
+    make(checkpoint, out, run=lambda *_: pytest.fail("the shards were done"))
+
+
+def test_two_processes_prepare_one_folder_once(checkpoint, out):
+    """The second one waits for the first, and takes what that one made."""
+    started, results = threading.Event(), []
+
+    def slow(config, sources, folder, shards):
+        started.set()
+        preparing.in_process(False)(config, sources, folder, shards)
+
+    first = threading.Thread(target=lambda: results.append(make(checkpoint, out, run=slow)))
+    first.start()
+    assert started.wait(60)
+    second = make(checkpoint, out, run=lambda *_: pytest.fail("prepared twice"))
+    first.join()
+    assert results == [second]
+
+
+def test_a_folder_of_something_else_is_not_replaced(checkpoint, out):
+    out.mkdir()
+    (out / "letters.txt").write_text("keep me")
+    with pytest.raises(UserError, match="not a prepared folder"):
+        make(checkpoint, out)
+    assert (out / "letters.txt").read_text() == "keep me"
+
+
+def test_missing_files_and_splits_are_named(checkpoint, out):
+    with pytest.raises(UserError, match=r"cannot read .*none\.json"):
+        make(checkpoint, out, text=str(checkpoint / "none.json"))
+    with pytest.raises(UserError, match="becomes the split 'train', only unseen"):
+        make(checkpoint, out, {"unseen": splits()["unseen"]})
+    with pytest.raises(UserError, match="'CC-BY', which is no SPDX licence identifier"):
+        make(checkpoint, out, licences=("CC-BY",))
+    with pytest.raises(UserError, match=r"no document of train can be used \(8 licence_not_allo"):
+        make(checkpoint, out, licences=("MIT",))
+
+
+def test_an_older_version_of_the_folder_is_named(checkpoint, out):
+    make(checkpoint, out)
+    manifest = json.loads((out / "manifest.json").read_text())
+    (out / "manifest.json").write_text(json.dumps(manifest | {"format": 1}))
+    with pytest.raises(UserError, match="prepared by another version"):
+        Prepared(out)
+
+
+def test_a_large_picture_is_cropped_to_the_stored_side(checkpoint, out):
+    rng = np.random.default_rng(0)
+    documents = [
+        dataclasses.replace(
+            document,
+            parts=(document.parts[0], Image(pixels=rng.integers(0, 255, (40, 60, 3), np.uint8))),
+        )
+        for document in splits()["train"]
+    ]
+    make(checkpoint, out, {"train": documents}, picture_side=20)
+    for record, document in zip(Prepared(out).records(), documents, strict=True):
+        np.testing.assert_array_equal(record.pixels, fit_picture(document.pixels, 20))
+    assert next(Prepared(out).listing())["size"] == [60, 40]
+
+
+def test_copies_are_dropped_where_they_repeat_and_the_rejects_say_what(checkpoint, out):
+    documents = tiny.documents()
+    copy = dataclasses.replace(
+        documents[0], provenance=dataclasses.replace(documents[0].provenance, key="copy")
+    )
+    held_out = dataclasses.replace(
+        documents[1], provenance=dataclasses.replace(documents[1].provenance, key="exam")
+    )
+    sources = {"train": [*documents[:6], documents[2], copy], "exam": [held_out]}
+    rules = DuplicatesConfig(exact=True)
+    made = make(checkpoint, out, sources, duplicates=rules)
+    kept = [document["key"] for document in Prepared(out).listing()]
+    assert kept == [documents[i].provenance.key for i in (0, 2, 3, 4, 5)]
+    rejects = [
+        json.loads(line)
+        for path in sorted(out.glob("train-*.rejects.jsonl"))
+        for line in path.read_text().splitlines()
+    ]
+    key = [document.provenance.key for document in documents]
+    assert sorted((r["key"], r["reason"], r["detail"]) for r in rejects) == sorted(
+        [
+            (key[1], "copy_exact", "it repeats exam"),
+            (key[2], "key_repeated", f"it repeats {key[2]}"),
+            ("copy", "copy_exact", f"it repeats {key[0]}"),
+        ]
+    )
+    assert made["counts"]["train"]["rejected"] == {"copy_exact": 2, "key_repeated": 1}
