@@ -8,8 +8,9 @@ Where each number comes from:
             AdamW (0.9, 0.95), eps 1e-8, weight decay 0.1, clipping at 1.0, linear decay to a tenth,
             Poisson(1) spans clamped at 0, 512 sentinels, ids 0..3.
   ours      bfloat16 compute with float32 weights; whole documents in a row instead of blocks cut
-            from a stream, so that K = 2 pictures and the query's fit 4,096 tokens; K uniform over
-            0..2; half of the masked documents lose whole segments (the paper gives no number).
+            from a stream (`data.packing`), so that K = 2 pictures and the query's fit 4,096 tokens;
+            K uniform over 0..2; half of the masked documents lose whole segments (the paper gives
+            no number).
 """
 
 from ml_collections import ConfigDict

@@ -75,18 +75,20 @@ class DocumentTokenizer:
             if neighbour.holes:
                 raise UserError(f"retrieved document {index} has a hole; only the query may")
         parts = [part for neighbour in retrieved for part in neighbour.parts] + list(query.parts)
-        ids, holes = [self.vocabulary.eos], 0
+        pieces: list[Sequence[int] | Ids] = [[self.vocabulary.eos]]
+        holes = 0
         for index, part in enumerate(parts):
             if index:
-                ids.append(self.vocabulary.break_id)
-            if isinstance(part, Hole):
-                if index == len(parts) - 1:
-                    return np.array(ids, np.int32)
-                ids.append(self._sentinel(holes))
+                pieces.append([self.vocabulary.break_id])
+            if not isinstance(part, Hole):
+                pieces.append(self._encode_part(part))
+            elif index < len(parts) - 1:
+                pieces.append([self._sentinel(holes)])
                 holes += 1
-            else:
-                ids.extend(self._encode_part(part))
-        return np.array([*ids, self.vocabulary.eos], np.int32)
+        if not _open(query):
+            pieces.append([self.vocabulary.eos])
+        # Unsafe, because an empty list of ids becomes floats.
+        return np.concatenate(pieces, dtype=np.int32, casting="unsafe")
 
     def prompt(self, document: Document | Sequence[Document]) -> Ids:
         """The ids after which a model writes the content of the first hole to be filled.
@@ -209,7 +211,7 @@ class DocumentTokenizer:
             )
         )
 
-    def _encode_part(self, part: Part) -> list[int]:
+    def _encode_part(self, part: Part) -> list[int] | Ids:
         if isinstance(part, Text):
             start = self.vocabulary.text_start
             return [start + token for token in self.text.encode(part.text)]
@@ -229,7 +231,7 @@ class DocumentTokenizer:
                 f"the picture has code {part.codes.max()}; the vocabulary has "
                 f"{self.vocabulary.image_codes} image codes"
             )
-        return (self.vocabulary.image_start + part.codes.ravel()).tolist()
+        return self.vocabulary.image_start + part.codes.ravel()
 
     def _decode_part(self, ids: Ids, modality: str | None = None) -> Part:
         """One part; `modality` is what it must be (None: whatever the ids are)."""

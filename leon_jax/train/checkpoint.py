@@ -27,8 +27,8 @@ from leon_jax import model_files
 from leon_jax.config import UserError
 from leon_jax.train.state import TrainState
 
-# Where a run ends, and so the end of its learning-rate schedule.
-MAY_CHANGE = ("steps", "optimizer.total_steps")
+# Where a run ends, and so the end of its learning-rate schedule; and what no result depends on.
+MAY_CHANGE = ("steps", "optimizer.total_steps", "data.threads")
 
 
 class Checkpoints:

@@ -10,23 +10,20 @@ from typing import Any
 import grain
 import jax
 import numpy as np
-from jaxtyping import Array, Float64
+from jaxtyping import Array
 
 from leon_jax import config as configuration
 from leon_jax import model_files
 from leon_jax.config import UserError
-from leon_jax.data import pipeline, variants
-from leon_jax.data.records import RecordSource
-from leon_jax.data.variants import Variants
+from leon_jax.data import pipeline
 from leon_jax.decode.engine import Engine, Prompt
 from leon_jax.decode.grammar import ImageSpan
 from leon_jax.decode.guidance import make_guidance
-from leon_jax.documents import Document, Hole, Source, Text
-from leon_jax.retrieval.selection import Neighbours, sample_neighbours
+from leon_jax.documents import Document, Hole, Text
 from leon_jax.tokenizers.documents import DocumentTokenizer
 from leon_jax.tokenizers.image import ImageTokenizer, to_pixels
 from leon_jax.tokenizers.text import TextTokenizer
-from leon_jax.train import optimizer
+from leon_jax.train import decoder_data, optimizer
 from leon_jax.train.decoder_config import KIND, DecoderTraining
 from leon_jax.train.decoder_step import new_state, uneven, update
 from leon_jax.train.state import TrainState, rows_of_shard
@@ -72,41 +69,20 @@ class DecoderProgram:
 
     def batches(self, shard: int = 0, shards: int = 1) -> grain.IterDataset:
         """Endless packed batches, or one of their equal parts, seeded by `config.seed`."""
-        config = self.config
-        rows = rows_of_shard(config.batch_size, shards)
-        folder = pathlib.Path(config.data.folder)
-        retrieves = any(config.data.retrieved[1:])
-        data, split = config.data, config.data.split
-        source = RecordSource(folder / f"{split}.array_record", pixels=False)
-        shown = Variants(folder, split, source) if data.variants > 1 else None
-        if shown is not None and shown.count < data.variants:
-            raise UserError(
-                f"config.data.variants is {data.variants}, but {folder} holds {shown.count}"
-            )
+        config, data = self.config, self.config.data
         settings = pipeline.PipelineConfig(
-            length=config.data.length,
-            batch_size=rows,
+            length=data.length,
+            batch_size=rows_of_shard(config.batch_size, shards),
             seed=config.seed,
-            retrieved=config.data.retrieved,
-            spare_spans=config.data.spare_spans,
-            packing_bins=config.data.packing_bins,
-            threads=config.data.threads,
-            variants=data.variants,
-            unchanged=data.unchanged,
+            packing=data.packing,
+            packing_bins=data.packing_bins,
+            spare_spans=data.spare_spans,
+            threads=data.threads,
             max_positions=config.model.max_length,
             part_step=config.model.part_step,
-            plain_variants=min(variants.plain(shown.count), data.variants) if shown else 1,
         )
-        return pipeline.make(
-            source,
-            self.documents,
-            settings,
-            config.masking,
-            neighbours=neighbours(folder, config.data.split) if retrieves else None,
-            weights=balanced(source, data.balance) if data.balance else None,
-            variant=shown,
-            shard=(shard, shards),
-        )
+        parts = decoder_data.parts(data)
+        return pipeline.make(parts, self.documents, settings, config.masking, shard=(shard, shards))
 
     def samples(self, state: TrainState) -> dict[str, np.ndarray]:
         """One row of pictures, one for each of `config.samples.captions`.
@@ -149,30 +125,3 @@ class DecoderProgram:
         model_files.save(directory / "decoder.safetensors", state.model, KIND, header)
         if jax.process_index() == 0:
             self.text.save(directory / "text.json")
-
-
-def balanced(source: Source, exponent: float) -> Float64[np.ndarray, "documents"]:
-    """A weight for each document: (documents of its provenance's group) ** -exponent.
-
-    Half of an emoji set are people in five skin tones; without weights a model learns little else.
-    """
-    groups = []
-    for index in range(len(source)):
-        provenance = source[index].provenance
-        groups.append(provenance.group if provenance and provenance.group else f"alone {index}")
-    _, inverse, counts = np.unique(groups, return_inverse=True, return_counts=True)
-    return counts[inverse].astype(np.float64) ** -exponent
-
-
-def neighbours(folder: pathlib.Path, split: str) -> pipeline.Neighbours:
-    """Draws the documents to put before a query from the folder's neighbour table.
-
-    Raises:
-      UserError: the table is missing or is none.
-    """
-    table = Neighbours.load(folder / f"neighbours_{split}.safetensors")
-
-    def draw(rng: np.random.Generator, index: int, number: int) -> list[int]:
-        return sample_neighbours(rng, table.by_text_ids[index], table.by_image_ids[index], number)
-
-    return draw

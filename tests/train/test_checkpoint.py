@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from leon_jax.config import UserError
-from leon_jax.train.checkpoint import Checkpoints
+from leon_jax.train.checkpoint import Checkpoints, check_config
 from leon_jax.train.state import TrainState
 
 
@@ -62,3 +62,12 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"checkpoints cannot be kept in .*file"):
         Checkpoints(tmp_path / "file" / "checkpoints")
+
+
+def test_a_run_goes_on_with_other_threads_but_not_with_other_data(tmp_path):
+    kept = {"steps": 10, "data": {"threads": 2, "mixture": [{"folder": "a", "weight": 1.0}]}}
+    check_config(tmp_path / "config.json", kept)
+    check_config(tmp_path / "config.json", kept | {"data": kept["data"] | {"threads": 16}})
+    other = [{"folder": "a", "weight": 2.0}]
+    with pytest.raises(UserError, match=r"a run with data\.mixture = .*weight.*put the value back"):
+        check_config(tmp_path / "config.json", kept | {"data": {"threads": 2, "mixture": other}})

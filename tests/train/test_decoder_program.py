@@ -13,11 +13,10 @@ from ml_collections import ConfigDict
 from leon_jax import config as configuration
 from leon_jax import model_files, sharding
 from leon_jax.config import ConfigError, UserError
-from leon_jax.data import records
 from leon_jax.documents import Document, Image, Text
 from leon_jax.models.decoder import Decoder, DecoderConfig
 from leon_jax.models.vqgan import VQGAN, VQGANConfig
-from leon_jax.retrieval.selection import Neighbours
+from leon_jax.retrieval.prepared import write_split
 from leon_jax.tokenizers.text import TextTokenizer
 from leon_jax.train.decoder import DecoderProgram
 from leon_jax.train.decoder_config import DecoderTraining
@@ -35,10 +34,8 @@ def write_data(folder: pathlib.Path) -> None:
         Document((Text(name), Image(codes=rng.integers(0, 16, (2, 2)).astype(np.int32))))
         for name in NAMES
     ]
-    records.write(folder / "train.array_record", documents)
     ids = np.array([[(i + 1) % 4] for i in range(4)], np.int32)
-    scores = np.ones((4, 1), np.float32)
-    Neighbours(ids, ids, scores, scores).save(folder / "neighbours_train.safetensors")
+    write_split(folder, "train", documents, np.stack([ids, ids]))
     TextTokenizer.train(NAMES, 270).save(folder / "text.json")
 
 

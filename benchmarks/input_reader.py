@@ -1,0 +1,161 @@
+"""Reads the decoder's training data as the loop does: how fast, and where the time goes (Linux)."""
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+import runpy
+import time
+
+import numpy as np
+
+from benchmarks.stopwatch import Stopwatch
+from leon_jax import config as configuration
+from leon_jax.data import examples, records
+from leon_jax.documents import Document
+from leon_jax.retrieval import prepared
+from leon_jax.retrieval.prepared import Prepared
+from leon_jax.tokenizers.documents import DocumentTokenizer
+from leon_jax.tokenizers.text import TextTokenizer
+from leon_jax.train import decoder_data
+from leon_jax.train.decoder import DecoderProgram
+from leon_jax.train.decoder_config import DecoderTraining
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+ALLOWED = sorted(os.sched_getaffinity(0))
+HOSTS = 64  # one of them reads 32 of the 2,048 rows of a batch
+STAGES = {
+    "read record": "ArrayRecord, from memory",
+    "unpack": "msgpack to a `Document`",
+    "encode text": "byte-level BPE of the caption",
+    "to ids": "caption and codes to one array",
+    "neighbours": "two of the best two of each modality",
+    "join": "retrieved documents before the query",
+    "mask": "spans, sentinels, tail",
+    "example": "other draws, positions, targets",
+    "order": "shuffling, mixture, random state",
+    "pack": "best fit into 128 rows",
+    "batch": "32 rows to one array",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What is read, and how.
+
+    Attributes:
+      records: "codes", or "pictures": the same with a PNG beside the codes.
+      retrieved: documents retrieved for every query.
+      packing, threads: as in `leon_jax.train.decoder_config.DecoderData`.
+      cores: that the process may use.
+      delay: seconds that every record takes to come, on top.
+      cold: when a measurement begins, the records are on the disk only.
+    """
+
+    records: str = "codes"
+    retrieved: int = 2
+    packing: str = "whole"
+    threads: int = 0
+    cores: int = 1
+    delay: float = 0.0
+    cold: bool = False
+
+
+class DelayedRecords(records.RecordSource):
+    """Records that take a while to come, as from storage far away."""
+
+    delay = 0.0
+
+    def __getitem__(self, index: int) -> Document:
+        if self.delay:
+            time.sleep(self.delay)
+        return super().__getitem__(index)
+
+
+class Reader:
+    """Batches of a case.
+
+    Args:
+      folder: what `benchmarks.input_data.write` wrote.
+      case: what to read from it.
+    """
+
+    def __init__(self, folder: pathlib.Path, case: Case) -> None:
+        self.case, self._folder = case, folder
+        config = runpy.run_path(str(ROOT / "configs" / "cm3leon_350m.py"))["get_config"]().to_dict()
+        del config["loop"]
+        config["data"] |= {
+            "folder": str(folder / case.records),
+            "text": str(folder / "text.json"),
+            "retrieved": (0.0,) * case.retrieved + (1.0,),
+            "packing": case.packing,
+            "threads": case.threads,
+        }
+        self.program = DecoderProgram(configuration.build(DecoderTraining, config))
+        pin(case.cores)
+        prepared.RecordSource = DelayedRecords  # type: ignore[misc]
+        DelayedRecords.delay = case.delay
+        self._batches = iter(self.program.batches(0, HOSTS))
+        # So many batches are filled side by side, so only whole turns are timed.
+        self._turn = self.program.config.data.packing_bins
+        self._read()
+
+    def close(self) -> None:
+        """Ends the reading threads."""
+        self._batches.close()
+
+    def file(self, name: str) -> pathlib.Path:
+        """The records of "codes" or "pictures"."""
+        (path,) = Prepared(self._folder / name).paths("train", "array_record")
+        return path
+
+    @property
+    def tokens(self) -> float:
+        """Of a document, on average."""
+        source = records.RecordSource(self.file("codes"))
+        return float(np.mean([len(self.program.documents.encode(source[i])) for i in range(500)]))
+
+    def speed(self, seconds: float) -> tuple[float, float, float]:
+        """Tokens a second, the share of padding, and the number of cores that were busy."""
+        if self.case.cold:
+            with open(self.file(self.case.records), "rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        tokens = places = 0
+        began, used = time.perf_counter(), time.process_time()
+        while (elapsed := time.perf_counter() - began) < seconds:
+            segments = self._read()
+            tokens, places = tokens + int((segments > 0).sum()), places + segments.size
+        busy = (time.process_time() - used) / elapsed
+        return tokens / elapsed, 1 - tokens / places, busy
+
+    def stages(self, turns: int) -> dict[str, float]:
+        """Microseconds an example, by stage; for whole examples, made without threads."""
+        with Stopwatch() as watch:
+            chain = [self._batches]
+            while chain[-1]._parents:  # Grain has no other way to see who packs
+                chain.append(chain[-1]._parents[0])
+            for iterator in chain:
+                stage = "batch" if iterator is chain[0] else "pack"
+                stage = "order" if iterator is chain[-1] else stage
+                watch.time(type(iterator), "__next__", stage)
+            watch.time(examples.MakeExample, "__call__", "example")
+            watch.time(records.RecordSource, "__getitem__", "read record")
+            watch.time(records, "from_bytes", "unpack")
+            watch.time(TextTokenizer, "encode", "encode text")
+            watch.time(DocumentTokenizer, "encode", "to ids")
+            watch.time(decoder_data, "sample_neighbours", "neighbours")
+            watch.time(examples, "join", "join")
+            watch.time(examples, "mask", "mask")
+            count = sum(int(self._read().max(axis=1).sum()) for _ in range(turns))
+        return {stage: 1e6 * watch.seconds[stage] / count for stage in STAGES}
+
+    def _read(self) -> np.ndarray:
+        """The segment ids of some batches."""
+        return np.concatenate([next(self._batches)["segment_ids"] for _ in range(self._turn)])
+
+
+def pin(cores: int) -> None:
+    """Keeps all threads of this process, and those it will start, on its last so many cores."""
+    for thread in os.listdir("/proc/self/task"):
+        with contextlib.suppress(ProcessLookupError):  # it may have ended by now
+            os.sched_setaffinity(int(thread), ALLOWED[-cores:])

@@ -1,0 +1,75 @@
+"""Twenty-three captions with pictures of six codes, and batches of them, for the tests here."""
+
+import numpy as np
+
+from leon_jax.data import pipeline
+from leon_jax.data.examples import Part
+from leon_jax.data.masking import MaskingConfig
+from leon_jax.data.pipeline import PipelineConfig
+from leon_jax.documents import Document, Image, Text
+from leon_jax.tokenizers.documents import DocumentTokenizer
+from leon_jax.tokenizers.text import TextTokenizer
+from leon_jax.vocabulary import Vocabulary
+
+PICTURE = (2, 3)
+WORDS = ("red", "green", "blue", "heart", "star", "cat")
+NEVER = MaskingConfig(spans="fixed", count=0)
+
+
+def make_documents(count, first=0):
+    """Captions begin with the document's number, counted from `first`."""
+    rng = np.random.default_rng(first)
+    return [
+        Document(
+            (
+                Text(f"{i} {' '.join(rng.choice(WORDS, 1 + i % 3))}"),
+                Image(codes=rng.integers(0, 16, PICTURE).astype(np.int32)),
+            )
+        )
+        for i in range(first, first + count)
+    ]
+
+
+def make_tokenizer():
+    text = TextTokenizer.train(WORDS, 280)
+    vocabulary = Vocabulary.compact(image_codes=16, text_tokens=text.size, sentinels=8)
+    return DocumentTokenizer(vocabulary, text, PICTURE)
+
+
+DOCUMENTS = make_documents(23)
+CONFIG = PipelineConfig(length=80, batch_size=4, threads=1)
+
+
+def ring(rng, index, number):
+    """A stub of retrieval: the documents after this one."""
+    return [(index + 1 + i) % len(DOCUMENTS) for i in range(number)]
+
+
+def part(documents=DOCUMENTS, **others):
+    """A part whose examples have 0, 1 or 2 retrieved documents, unless `others` say otherwise."""
+    return Part(documents, **{"retrieved": (0.4, 0.3, 0.3), "neighbours": ring, **others})
+
+
+def make(tokenizer, config=CONFIG, masking=None, parts=None, shard=(0, 1), **others):
+    """Batches of `parts`, or of one `part(**others)`."""
+    masking = masking or MaskingConfig()
+    return pipeline.make(parts or [part(**others)], tokenizer, config, masking, shard=shard)
+
+
+def take(iterator, count):
+    return [next(iterator) for _ in range(count)]
+
+
+def unpack(batch, eos, gaps=False):
+    """(ids, weights) of every example of a batch of whole ones: inputs plus the last target."""
+    for row in range(len(batch["ids"])):
+        segments = batch["segment_ids"][row]
+        for segment in range(1, segments.max() + 1):
+            here = np.flatnonzero(segments == segment)
+            assert (np.diff(here) == 1).all()
+            ids, targets = batch["ids"][row, here], batch["targets"][row, here]
+            np.testing.assert_array_equal(ids[1:], targets[:-1])
+            if not gaps:
+                np.testing.assert_array_equal(batch["positions"][row, here], np.arange(len(here)))
+            assert ids[0] == eos
+            yield np.append(ids, targets[-1]), batch["weights"][row, here]

@@ -1,0 +1,124 @@
+"""One example: the layout, what is drawn for it, and errors that name the document."""
+
+import numpy as np
+import pytest
+
+from leon_jax.config import UserError
+from leon_jax.data.examples import MakeExample, Part, join
+from leon_jax.documents import Document, Image, Text
+from tests.data.little import (
+    CONFIG,
+    DOCUMENTS,
+    NEVER,
+    PICTURE,
+    make,
+    make_tokenizer,
+    part,
+    take,
+    unpack,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer()
+
+
+def test_join_is_the_tokenizers_own_layout(tokenizer):
+    encoded = [tokenizer.encode(document) for document in DOCUMENTS[:3]]
+    ids, query_start = join(encoded[2], encoded[:2], tokenizer.vocabulary)
+    np.testing.assert_array_equal(ids, tokenizer.encode(DOCUMENTS[:3]))
+    np.testing.assert_array_equal(ids[query_start:], encoded[2][1:])
+
+
+def shaded(index, variant):
+    """A document whose picture tells the variant: all its codes are that number."""
+    return Document((DOCUMENTS[index].parts[0], Image(codes=np.full(PICTURE, variant, np.int32))))
+
+
+def test_an_example_shows_all_its_pictures_in_one_variant(tokenizer):
+    batches = make(tokenizer, CONFIG, NEVER, variant=shaded, variants=6, plain_variants=2)
+    start, pictures = tokenizer.vocabulary.image_start, PICTURE[0] * PICTURE[1]
+    seen = {True: set(), False: set()}
+    for batch in take(iter(batches), 40):
+        for ids, _ in unpack(batch, tokenizer.vocabulary.eos):
+            codes = ids[tokenizer.vocabulary.is_image(ids)] - start
+            assert len(set(codes.tolist())) == 1, "a picture of another variant"
+            seen[len(codes) > pictures].add(int(codes[0]))
+    assert seen[True] == set(range(6)), "retrieved documents come in every variant"
+    assert seen[False] == {0, 1}, "without any, only plain ones"
+
+
+def test_some_examples_take_their_pictures_unchanged(tokenizer):
+    others = {"retrieved": (0.0, 1.0), "variant": shaded, "variants": 6, "unchanged": 0.5}
+    start, counts = tokenizer.vocabulary.image_start, np.zeros(6)
+    for batch in take(iter(make(tokenizer, CONFIG, NEVER, **others)), 40):
+        for ids, _ in unpack(batch, tokenizer.vocabulary.eos):
+            codes = ids[tokenizer.vocabulary.is_image(ids)] - start
+            counts[int(codes[0])] += 1
+    share, expected = counts[0] / counts.sum(), 0.5 + 0.5 / 6
+    assert abs(share - expected) < 4 * np.sqrt(expected * (1 - expected) / counts.sum())
+
+
+def test_balance_decides_how_often_a_document_is_a_query(tokenizer):
+    balance = np.ones(len(DOCUMENTS))
+    balance[5], balance[7] = 12.0, 0.0
+    counts = np.zeros(len(DOCUMENTS))
+    for batch in take(iter(make(tokenizer, CONFIG, NEVER, retrieved=(1.0,), balance=balance)), 60):
+        for ids, _ in unpack(batch, tokenizer.vocabulary.eos):
+            counts[int(tokenizer.decode(ids).text.split()[0])] += 1
+    expected = balance / balance.sum() * counts.sum()
+    assert counts[7] == 0
+    others = np.delete(np.arange(len(DOCUMENTS)), 7)
+    statistic = ((counts[others] - expected[others]) ** 2 / expected[others]).sum()
+    assert statistic < 50, "chi-square with 21 degrees of freedom; 0.04 % of samples exceed 50"
+
+
+@pytest.mark.parametrize(
+    ("others", "message"),
+    [
+        ({"source": []}, "training data is empty"),
+        ({"weight": 0.0}, r"weight is 0\.0; it must be above 0"),
+        ({"retrieved": (0.5, 0.6)}, "probabilities must sum to 1"),
+        ({"variants": 4}, "variants is 4, but the data holds none"),
+        ({"variants": 2, "plain_variants": 3, "variant": shaded}, "plain_variants is 3"),
+        ({"unchanged": 1.5}, r"unchanged is 1\.5"),
+        ({"balance": np.ones(3)}, "3 weights were given for 23 documents"),
+    ],
+)
+def test_settings_that_do_not_fit_are_named(others, message):
+    with pytest.raises(UserError, match=message):
+        Part(**{"source": DOCUMENTS, **others})
+
+
+def example(tokenizer, part, index=4):
+    return MakeExample(part, tokenizer, NEVER)(index, np.random.default_rng(0))
+
+
+def test_a_document_that_cannot_be_encoded_is_named_be_it_query_or_neighbour(tokenizer):
+    documents = list(DOCUMENTS)
+    documents[5] = Document((Text("no codes"), Image(pixels=np.zeros((4, 4, 3), np.uint8))))
+    for index, retrieved in ((5, (1.0,)), (4, (0.0, 1.0))):
+        broken = part(documents, retrieved=retrieved, name="data/web (train)")
+        with pytest.raises(UserError, match=r"^document 5 of data/web \(train\): the picture has"):
+            example(tokenizer, broken, index)
+
+
+class Failing:
+    """Fails where the data do not, as a broken disk does."""
+
+    def __len__(self):
+        return len(DOCUMENTS)
+
+    def __getitem__(self, index):
+        if index == 5:
+            raise OSError("the disk is gone")
+        return DOCUMENTS[index]
+
+
+def test_other_errors_keep_their_kind_and_say_where_they_were_met(tokenizer):
+    with pytest.raises(OSError, match="the disk is gone") as error:
+        example(tokenizer, part(Failing(), retrieved=(0.0, 1.0)))
+    assert error.value.__notes__ == [
+        "while reading document 5", "while making an example of document 4",
+    ]  # fmt: skip

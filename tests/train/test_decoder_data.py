@@ -1,0 +1,199 @@
+"""Prepared folders as parts of a mixture: whose settings count, mistakes, exact resumption."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from leon_jax import sharding
+from leon_jax.config import ConfigError, UserError, build
+from leon_jax.documents import Document, Image, Provenance, Text
+from leon_jax.retrieval.prepared import Prepared, write_split
+from leon_jax.tokenizers.text import TextTokenizer
+from leon_jax.train.checkpoint import Checkpoints
+from leon_jax.train.decoder import DecoderProgram
+from leon_jax.train.decoder_config import DecoderData, MixturePart
+from leon_jax.train.decoder_data import neighbours, parts
+from leon_jax.train.feed import Feed
+from leon_jax.train.state import TrainState
+from leon_jax.vocabulary import Vocabulary
+
+WORDS = ("red", "green", "blue", "heart", "star", "cat")
+
+
+def write(folder, count, columns=0, split="train"):
+    """A prepared folder of so many documents; with columns, two groups and neighbours."""
+    rng = np.random.default_rng(count)
+    documents = [
+        Document(
+            (
+                Text(f"{folder.name} {WORDS[i % 6]} {i}"),
+                Image(codes=rng.integers(0, 16, (2, 2)).astype(np.int32)),
+            ),
+            Provenance(str(i), folder.name, "CC0-1.0", "", group="heart" if i % 4 else "star"),
+        )
+        for i in range(count)
+    ]
+    ids = None
+    if columns:
+        by_text = (np.arange(count)[:, None] + np.arange(1, columns + 1)) % count
+        ids = np.stack([by_text, (by_text + columns) % count]).astype(np.int32)
+    write_split(folder, split, documents, ids)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    write(folder / "web", 20, columns=5)
+    write(folder / "art", 9)
+    TextTokenizer.train(WORDS, 270).save(folder / "text.json")
+    return folder
+
+
+def make_program(root, **data):
+    text = TextTokenizer.load(root / "text.json")
+    vocabulary = Vocabulary.compact(image_codes=16, text_tokens=text.size, sentinels=4)
+    return DecoderProgram(
+        {
+            "batch_size": 4,
+            "steps": 1,
+            "seed": 5,
+            "vocabulary": dataclasses.asdict(vocabulary),
+            "model": {
+                "vocab_size": vocabulary.size, "max_length": 96, "layers": 1, "embed": 8,
+                "heads": 1, "mlp": 8,
+            },
+            "optimizer": {"learning_rate": 1e-2, "warmup_steps": 1, "total_steps": 2},
+            "data": {
+                "text": str(root / "text.json"), "image_shape": (2, 2), "length": 96,
+                "threads": 0, **data,
+            },
+        }
+    )  # fmt: skip
+
+
+def mixture(folder):
+    return (
+        {"folder": str(folder / "web"), "weight": 3.0, "retrieved": (0.2, 0.4, 0.4)},
+        {"folder": str(folder / "art"), "balance": 0.5},
+    )
+
+
+def test_one_folder_is_a_mixture_of_one(folder):
+    web = str(folder / "web")
+    one = iter(make_program(folder, folder=web, retrieved=(0.5, 0.5)).batches())
+    other = iter(make_program(folder, mixture=({"folder": web},), retrieved=(0.5, 0.5)).batches())
+    for _ in range(4):
+        first, second = next(one), next(other)
+        for name in first:
+            np.testing.assert_array_equal(first[name], second[name])
+
+
+def test_a_part_has_its_own_settings_and_those_of_data_where_it_has_none(folder):
+    data = DecoderData(
+        mixture=(
+            MixturePart(str(folder / "web"), weight=3.0, retrieved=(0.5, 0.5), balance=0.0),
+            MixturePart(str(folder / "art")),
+        ),
+        balance=1.0,
+    )
+    web, art = parts(data)
+    assert (web.weight, web.retrieved, web.balance) == (3.0, (0.5, 0.5), None)
+    assert (art.weight, art.retrieved, art.neighbours) == (1.0, (1.0,), None)
+    # Documents 0, 4 and 8 are one group, the other six the other.
+    np.testing.assert_allclose(art.balance, [1 / 3, *[1 / 6] * 3] * 2 + [1 / 3])
+    assert (len(web.source), len(art.source)) == (20, 9)
+    assert web.name == f"{folder / 'web'} (train)"
+
+
+@pytest.mark.parametrize(("per_modality", "expected"), [(1, {4, 9}), (2, {4, 5, 9, 10})])
+def test_neighbours_are_drawn_from_the_best_of_each_modality(folder, per_modality, expected):
+    """Document 3's neighbours are 4 to 8 by its text, best first, and 9 to 13 by its picture."""
+    draw = neighbours(Prepared(folder / "web"), "train", per_modality)
+    rng = np.random.default_rng(0)
+    drawn = [draw(rng, 3, 2) for _ in range(60)]
+    assert {int(i) for found in drawn for i in found} == expected
+    assert all(len(set(found)) == 2 for found in drawn)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({}, r"config\.data\.folder is empty; name a prepared folder, or give data\.mixture"),
+        ({"folder": "nowhere"}, r"config\.data: nowhere is not a prepared folder"),
+        ({"mixture": [{"folder": "{web}"}, {"folder": "nowhere"}]},
+         r"config\.data\.mixture\[1\]: nowhere is not a prepared folder"),
+        ({"mixture": [{"folder": "{web}", "weight": 0.0}]}, r"mixture\[0\]: weight is 0\.0; it"),
+        ({"mixture": [{"folder": "{web}"}, {"folder": "{art}", "variants": 4}]},
+         r"mixture\[1\]: .*art holds no variants of train; prepare it with --variants"),
+        ({"mixture": [{"folder": "{art}"}], "retrieved": (0.5, 0.5)},
+         r"mixture\[0\]: there is no file .*train-00000\.neighbours\.npy"),
+        ({"mixture": [{"folder": "{art}", "retrieved": (0.5,)}]},
+         r"mixture\[0\]: retrieved is \(0\.5,\); probabilities must sum to 1"),
+        ({"mixture": [{"folder": "{web}", "split": "unseen"}], "retrieved": (0.5, 0.5)},
+         r"mixture\[0\]: split is unseen, but neighbours are documents of train"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_named_by_their_key(folder, data, message):
+    places = {"{web}": str(folder / "web"), "{art}": str(folder / "art")}
+    for part in data.get("mixture", ()):
+        part["folder"] = places.get(part["folder"], part["folder"])
+    write(folder / "web", 20, split="unseen")
+    with pytest.raises(UserError, match=message):
+        parts(build(DecoderData, data))
+
+
+def test_contradictions_are_refused_when_the_configuration_is_built():
+    with pytest.raises(ConfigError, match=r"config: folder is 'a', but there is a mixture too"):
+        build(DecoderData, {"folder": "a", "mixture": [{"folder": "b"}]})
+    with pytest.raises(ConfigError, match=r"config\.mixture\[0\]\.folder is missing"):
+        build(DecoderData, {"mixture": [{"weight": 2.0}]})
+    with pytest.raises(ConfigError, match=r"unknown key config\.mixture\[0\]\.wieght; .*weight"):
+        build(DecoderData, {"mixture": [{"folder": "b", "wieght": 2.0}]})
+    with pytest.raises(ConfigError, match="per_modality is 0"):
+        build(DecoderData, {"per_modality": 0})
+
+
+def test_a_table_of_other_documents_is_refused(tmp_path):
+    write(tmp_path / "a", 20, columns=2)
+    write(tmp_path / "b", 7, columns=2)
+    name = "train-00000.neighbours.npy"
+    (tmp_path / "b" / name).write_bytes((tmp_path / "a" / name).read_bytes())
+    with pytest.raises(UserError, match=r"b are of 20 documents, not 7"):
+        neighbours(Prepared(tmp_path / "b"), "train", 2)
+
+
+class Weight(nnx.Module):
+    def __init__(self):
+        self.weight = nnx.Param(jnp.ones(3))
+
+
+@pytest.mark.parametrize("packing", ["whole", "stream"])
+def test_a_mixture_goes_on_from_a_checkpoint_with_other_threads(folder, tmp_path, packing):
+    """As the training loop saves it, in two data shards."""
+
+    def feed(threads):
+        program = make_program(folder, mixture=mixture(folder), packing=packing, threads=threads)
+        return Feed(program.batches, 2)
+
+    with jax.set_mesh(sharding.make_mesh((1, 1, 1, 1), jax.devices()[:1])):
+        state = TrainState(jnp.int32(3), Weight(), {}, jax.random.key(0))
+        first = feed(threads=4)
+        for _ in range(3):
+            next(first)
+        checkpoints = Checkpoints(tmp_path / "checkpoints")
+        checkpoints.save(state, first.get_state())
+        then = [jax.device_get(next(first)) for _ in range(6)]
+        checkpoints.close()
+        abstract = jax.eval_shape(lambda: state)
+        _, _, position = Checkpoints(tmp_path / "checkpoints").restore(abstract)
+        for threads in (0, 1):
+            again = feed(threads)
+            again.set_state(position)
+            for expected in then:
+                found = jax.device_get(next(again))
+                for name in expected:
+                    np.testing.assert_array_equal(found[name], expected[name])
