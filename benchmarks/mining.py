@@ -278,7 +278,9 @@ rows.
 
 ## Memory and the size of the bank
 
-The exact search of {growth_queries:,} queries, by a fresh process for each bank:
+The exact search of {growth_queries:,} queries, by a fresh process for each bank. What it holds does
+not grow with the bank: it goes up and down with every block (128 MiB), and of more blocks the
+highest is a little higher.
 
 {memory}
 """
