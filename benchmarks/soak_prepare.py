@@ -68,8 +68,8 @@ def main(argv: list[str]) -> None:
     while True:
         process, starts = start("killed"), starts + 1
         try:
-            # Late kills must come too, though each start does only what is left.
-            code = process.wait(rng.uniform(0.02, 0.3) * whole if killed < _KILLS.value else None)
+            # Starting takes a while; each start then does only what is left.
+            code = process.wait(rng.uniform(0.1, 0.5) * whole if killed < _KILLS.value else None)
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             process.wait()
