@@ -27,7 +27,7 @@ install: $(INSTALLED) ## Make .venv with everything that use, training and devel
 $(INSTALLED): requirements/dev.txt setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] < (3, 12))' || \
 	  { echo "leon_jax needs Python 3.12 or newer: make PYTHON=/path/to/python3.12" >&2; exit 1; }
-	@echo "Installing into .venv: about 450 MB to download, a minute or two"
+	@echo "Installing into .venv: about 500 MB to download, a minute or two"
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --require-hashes --requirement requirements/dev.txt
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
