@@ -33,7 +33,7 @@ from leon_jax.data import emoji, pictures
 from leon_jax.data.sources.raw import SourceConfig
 from leon_jax.decode import library
 from leon_jax.decode.checkpoint import model_folder
-from leon_jax.prepare import edit
+from leon_jax.prepare import edit, licences
 from leon_jax.prepare import prepare as preparing
 from leon_jax.prepare.config import LICENCES, TRAIN, PrepareConfig, emoji_config
 
@@ -108,6 +108,13 @@ def main(argv: list[str]) -> None:
             _remove(_OUT.value, _REMOVE_KEYS.value)
         return
     emojis = _CONFIG.value is None and not _SOURCE.value
+    if (_LICENCE.value or _ATTRIBUTION.value) and not _SOURCE.value:
+        raise UserError(
+            "--licence and --attribution say what holds for the sources of --source, which is "
+            "missing; in a config file every source says it for itself"
+        )
+    if _LICENCE.value and licences.normal(_LICENCE.value) is None:
+        raise UserError(f"--licence={_LICENCE.value} is no SPDX licence expression")
     out = _OUT.value or (str(library.HERE) if emojis else None)
     if out is None:
         raise UserError("--out is missing; for example --out=data/mine")

@@ -104,6 +104,21 @@ class PrepareConfig:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least {least}")
 
     @property
+    def titles(self) -> tuple[str, ...]:
+        """What `provenance.source` says of each source's records where they do not say it.
+
+        The source's title, or its path where sources of other paths have the same title: keys are
+        unique within a source only.
+        """
+        paths: dict[str, set[str]] = {}
+        for source in self.sources:
+            paths.setdefault(source.title, set()).add(source.path)
+        return tuple(
+            source.title if len(paths[source.title]) == 1 else source.path
+            for source in self.sources
+        )
+
+    @property
     def splits(self) -> tuple[str, ...]:
         """Train first, then the others in the order of the sources."""
         found = dict.fromkeys(source.split for source in self.sources)

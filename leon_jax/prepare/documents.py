@@ -101,13 +101,18 @@ class Reader:
         stated = raw.licence or source.licence
         licence = licences.normal(stated)
         if licence is None:
-            raise Refused("licence_unknown", f"its licence is {stated!r}, no SPDX expression")
+            said = (
+                f"its licence is {stated!r}, no SPDX expression"
+                if stated
+                else ("neither it nor its source states a licence")
+            )
+            raise Refused("licence_unknown", said)
         if not licences.allows(self.config.licences, licence):
             raise Refused("licence_not_allowed", f"its licence is {licence}")
         try:
             return Provenance(
                 key=raw.key,
-                source=raw.origin or source.title,
+                source=raw.origin or source.name,
                 licence=licence,
                 attribution=raw.attribution or source.attribution,
                 language=raw.language or source.language,

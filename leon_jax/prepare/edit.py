@@ -4,14 +4,13 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from leon_jax.config import UserError
 from leon_jax.data import records
-from leon_jax.prepare import gather
+from leon_jax.prepare import gather, place
 from leon_jax.prepare.card import write_card
 from leon_jax.prepare.shard import line
 from leon_jax.retrieval.bank import save_rows
@@ -109,10 +108,20 @@ def remove(folder: str | os.PathLike, keys: set[tuple[str, str]]) -> tuple[int, 
     Raises:
       UserError: the folder is not a prepared one, or nothing would be left of train.
     """
-    folder = pathlib.Path(folder)
-    new, old = (folder.parent / f".{folder.name}.{name}" for name in ("removing", "removed"))
-    if old.exists() and not folder.exists():  # killed between the two renames below
-        os.rename(old, folder)
+    folder = pathlib.Path(folder).resolve()
+    if not folder.parent.is_dir():
+        raise UserError(f"there is no folder {folder}")
+    with place.hold(folder):
+        try:
+            return _remove(folder, keys)
+        except OSError as error:
+            raise UserError(
+                f"removing from {folder} stopped: {error.strerror or error}; it is as it was"
+            ) from error
+
+
+def _remove(folder: pathlib.Path, keys: set[tuple[str, str]]) -> tuple[int, list[str]]:
+    new = place.beside(folder, "removing")
     prepared = Prepared(folder)
     masks, seen = _masks(prepared, keys)
     unknown = sorted(key for source, key in keys if (source, key) not in seen)
@@ -123,7 +132,6 @@ def remove(folder: str | os.PathLike, keys: set[tuple[str, str]]) -> tuple[int, 
     if not kept.any():
         raise UserError(f"no document of {TRAIN} would be left; remove the folder instead")
     shutil.rmtree(new, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
     new.mkdir()
     # Old row to new row; what is gone, and NONE at the end, to NONE.
     rows = np.append(np.where(kept, np.cumsum(kept) - 1, NONE), NONE).astype(np.int32)
@@ -139,13 +147,12 @@ def remove(folder: str | os.PathLike, keys: set[tuple[str, str]]) -> tuple[int, 
     }
     manifest["splits"] = {s: sum(shards.values()) for s, shards in manifest["shards"].items()}
     manifest["counts"] = {
-        split: gather.count(new, _all_shards(new, split)) for split in manifest["splits"]
+        split: gather.count(new, [s for s in manifest["inputs"] if s.rpartition("-")[0] == split])
+        for split in manifest["splits"]
     }
     (new / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     write_card(new)
-    os.rename(folder, old)
-    os.rename(new, folder)
-    shutil.rmtree(old)
+    place.replace(folder, new)
     return gone, unknown
 
 
@@ -222,8 +229,3 @@ def _link(source: pathlib.Path, target: pathlib.Path) -> None:
         os.link(source, target)
     except OSError:  # a file system without links
         shutil.copyfile(source, target)
-
-
-def _all_shards(folder: pathlib.Path, split: str) -> Sequence[str]:
-    names = sorted(path.name for path in folder.glob(f"{split}-*.documents.jsonl"))
-    return [name.removesuffix(".documents.jsonl") for name in names]

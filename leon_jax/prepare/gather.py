@@ -82,6 +82,8 @@ def judge(
     """Which documents are kept; the first `held_out` of them are of other splits than train."""
     rules = config.duplicates
     fate = duplicates.Fate(sum(lengths))
+    if not len(fate.keep):
+        return fate
 
     def load(name: str) -> np.ndarray:
         return np.concatenate([np.load(parts / shard / f"{name}.npy") for shard in shards])

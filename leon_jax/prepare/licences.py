@@ -14,6 +14,9 @@ _CREATIVE_COMMONS = re.compile(
 )
 
 
+_LONGEST = 400
+
+
 def normal(licence: str) -> str | None:
     """The SPDX expression that a licence field names; None if it names none.
 
@@ -23,7 +26,8 @@ def normal(licence: str) -> str | None:
     Raises:
       UserError: the package license-expression is missing.
     """
-    return _normal(licence.strip()[:400])
+    licence = licence.strip()
+    return _normal(licence) if len(licence) <= _LONGEST else None
 
 
 @functools.lru_cache(4096)

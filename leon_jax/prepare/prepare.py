@@ -11,15 +11,13 @@ is complete or not there. Each step leaves files that are whole, and what is the
 again: a run that was killed goes on where it stopped, and ends with the same bytes.
 """
 
-import contextlib
 import dataclasses
-import fcntl
+import hashlib
 import json
 import os
 import pathlib
 import shutil
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -32,7 +30,7 @@ from leon_jax.data import variants
 from leon_jax.data.records import RecordSource
 from leon_jax.data.sources.open import open_source
 from leon_jax.data.sources.raw import Shards, SourceConfig
-from leon_jax.prepare import gather, licences
+from leon_jax.prepare import gather, licences, place
 from leon_jax.prepare.card import write_card
 from leon_jax.prepare.config import TRAIN, PrepareConfig
 from leon_jax.prepare.models import digest, load_models
@@ -71,26 +69,26 @@ def prepare(
       The manifest.
 
     Raises:
-      UserError: a source or a model file is missing, `out_dir` is in the way, another process
-        prepares it, or nothing is left of train.
+      UserError: a source or a model file is missing, `out_dir` is in the way, the disk is full, or
+        nothing is left of train.
     """
-    out = pathlib.Path(out_dir)
+    out = pathlib.Path(out_dir).resolve()
     licences.check_list(config.licences)
     if sources is None:
         sources = [(source, open_source(source)) for source in config.sources]
     shards = plan(sources)
     wanted = settings(config, sources, shards)
-    work = out.parent / f".{out.name}.preparing"
+    work = place.beside(out, "preparing")
     made = _made(out)
     if made and serves(made, wanted) and not work.exists():
         return made
-    if out.exists() and made is None and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} is in the way: it is not a prepared folder")
-    with _lock(work):
+    with place.hold(out):
         made = _made(out)
-        if made and serves(made, wanted):  # by a process that had the lock before
-            shutil.rmtree(work)
+        if made and serves(made, wanted):  # by a process that held it before
+            _clear(work)
             return made
+        if out.exists() and made is None and (not out.is_dir() or any(out.iterdir())):
+            raise UserError(f"{out} is in the way: it is not a prepared folder")
         try:
             _begin(work, wanted)
             return _fill(config, out, work, wanted, sources, shards, run, progress)
@@ -112,9 +110,13 @@ def _fill(
     progress: bool,
 ) -> dict[str, Any]:
     """Does what is not done yet, and puts the folder in place."""
-    parts, final = work / "shards", work / "prepared"
-    parts.mkdir(exist_ok=True)
-    final.mkdir(exist_ok=True)
+    # A worker that outlived a killed run with other settings writes into a folder of its own.
+    name = hashlib.sha256(json.dumps(wanted).encode()).hexdigest()[:16]
+    parts, final = work / f"shards-{name}", work / "prepared"
+    for folder in (parts, final):
+        folder.mkdir(exist_ok=True)
+        for path in folder.glob(".*"):  # half-written by a run that was killed
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     todo = [shard for shard in shards if not (parts / shard.name).is_dir()]
     if todo:
         (run or in_process(progress))(config, sources, str(parts), todo)
@@ -124,10 +126,8 @@ def _fill(
     if config.variants > 1:
         _encode_variants(config, Prepared(final), progress)
     write_card(final)
-    if out.exists():
-        shutil.rmtree(out)
-    os.rename(final, out)
-    shutil.rmtree(work)
+    place.replace(out, final)
+    _clear(work)
     return manifest
 
 
@@ -256,44 +256,27 @@ def _begin(work: pathlib.Path, wanted: dict[str, Any]) -> None:
         begun = json.loads(path.read_text())
     except (OSError, ValueError):
         begun = None
-    if begun == wanted:
-        return
-    for entry in work.iterdir():
-        if entry.name == _LOCK:
-            continue
-        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-    _write(path, wanted)
+    if begun != wanted:
+        _clear(work)
+        work.mkdir()
+        _write(path, wanted)
 
 
-_LOCK = ".lock"
-
-
-@contextlib.contextmanager
-def _lock(work: pathlib.Path) -> Iterator[None]:
-    """Holds the working folder, which is made if need be, against other processes."""
-    while True:
-        try:
-            work.mkdir(parents=True, exist_ok=True)
-            file = (work / _LOCK).open("w")
-        except OSError as error:
-            raise UserError(f"cannot write into {work.parent}: {error.strerror}") from error
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print(f"waiting for another process that prepares in {work}", file=sys.stderr)
-                fcntl.flock(file, fcntl.LOCK_EX)
-            if not (work / _LOCK).exists():
-                continue  # that process has finished and removed the folder
-            yield
-            return
+def _clear(work: pathlib.Path) -> None:
+    """Removes the working folder, its settings first: no run goes on with what is half removed."""
+    (work / _SETTINGS).unlink(missing_ok=True)
+    if work.exists():
+        shutil.rmtree(work)
 
 
 def _made(out: pathlib.Path) -> dict[str, Any] | None:
+    """The manifest of a prepared folder of any version; None if there is none."""
     try:
-        return json.loads((out / MANIFEST).read_text())
+        manifest = json.loads((out / MANIFEST).read_text())
     except (OSError, ValueError):
         return None
+    ours = isinstance(manifest, dict) and {"format", "splits", "sha256"} <= set(manifest)
+    return manifest if ours else None
 
 
 def _write(path: pathlib.Path, value: Any) -> None:

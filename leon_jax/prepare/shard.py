@@ -110,6 +110,7 @@ class Worker:
 
     def _write(self, shard: Shard, folder: pathlib.Path) -> None:
         config, source = self.sources[shard.source]
+        config = dataclasses.replace(config, name=self.config.titles[shard.source])
         models = self.models
         reader = Reader(
             self.config,

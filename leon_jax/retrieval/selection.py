@@ -67,6 +67,11 @@ class SelectionConfig:
                 f"per_modality is {self.per_modality} and candidates {self.candidates}; "
                 "1 <= per_modality <= candidates is needed"
             )
+        if not self.through_parts and self.candidates < 2 * self.per_modality:
+            raise ValueError(
+                f"per_modality is {self.per_modality} and candidates {self.candidates}; without "
+                "through_parts twice per_modality must be at most candidates"
+            )
         if not 0 < self.recall <= 1:
             raise ValueError(f"recall is {self.recall}; it must be above 0 and at most 1")
         if not 0 <= self.query_dropout < 1:

@@ -84,6 +84,8 @@ def get_config():
         (["--source=jsonl:nowhere"], "nowhere"),
         (["--source=test=jsonl:nowhere"], "no source becomes the split 'train', only test"),
         (["--audit=x", "--out=nowhere"], "nowhere is not a prepared folder"),
+        (["--licence=MIT"], "--licence and --attribution say what holds for the sources of"),
+        (["--source=jsonl:{}", "--licence=GPL-9"], "--licence=GPL-9 is no SPDX licence"),
         (["--beam=--x", "--source=jsonl:{}"], "--beam gives options to --runner"),
     ],
 )

@@ -10,3 +10,9 @@ def files_of(folder: pathlib.Path) -> dict[str, bytes]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
+
+
+def left_beside(folder: pathlib.Path) -> list[str]:
+    """What there is beside a prepared folder, but for its lock."""
+    known = (folder.name, f".{folder.name}.lock")
+    return sorted(path.name for path in folder.parent.iterdir() if path.name not in known)

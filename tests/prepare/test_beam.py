@@ -40,7 +40,7 @@ def test_a_pipeline_that_failed_is_named_and_goes_on_where_it_stopped(tmp_path):
     with pytest.raises(UserError, match=r"pipeline on DirectRunner failed: .*the disk is on fire"):
         make(out, runner, Broken(tiny.documents(), 3))
     assert not out.exists()
-    (done,) = pathlib.Path(out.parent).glob(".prepared.preparing/shards")
+    (done,) = pathlib.Path(out.parent).glob(".prepared.preparing/shards-*")
     finished = {path.name for path in done.iterdir() if not path.name.startswith(".")}
 
     def rest(config, sources, folder, shards):

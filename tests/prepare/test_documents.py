@@ -12,6 +12,7 @@ from leon_jax.prepare.config import PrepareConfig
 from leon_jax.prepare.documents import Reader
 
 SOURCE = SourceConfig("jsonl", "cats", name="cats", licence="CC-BY-4.0", attribution="me")
+SILENT = SourceConfig("jsonl", "cats", name="cats")
 
 
 def encoded(picture, kind="PNG", **options):
@@ -78,7 +79,7 @@ def test_provenance_comes_from_the_record_before_the_source():
         ("not_utf8", {"parts": ("a cat", GOOD), "attribution": "\udfff"}),
         ("missing_field", {"parts": ("a cat", GOOD), "key": ""}),
         ("licence_unknown", {"parts": ("a cat", GOOD), "licence": "?"}),
-        ("licence_unknown", {"parts": ("a cat", GOOD), "source": SourceConfig("jsonl", "x")}),
+        ("licence_unknown", {"parts": ("a cat", GOOD), "source": SILENT}),
         ("licence_not_allowed", {"parts": ("a cat", GOOD), "licence": "CC-BY-NC-4.0"}),
         ("picture_unreadable", {"parts": ("a cat", b"")}),
         ("picture_unreadable", {"parts": ("a cat", GOOD[:-200])}),

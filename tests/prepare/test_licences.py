@@ -25,7 +25,19 @@ def test_what_names_a_licence(stated, spdx):
 
 @pytest.mark.parametrize(
     "stated",
-    ["", "?", "unknown", "free to use", "CC-BY", "(((", "MIT AND", "MIT " * 5000, "\0", "©"],
+    [
+        "",
+        "?",
+        "unknown",
+        "free to use",
+        "CC-BY",
+        "(((",
+        "MIT AND",
+        "MIT " * 5000,
+        "MIT" + " " * 400 + "AND GPL-3.0-only",
+        "\0",
+        "©",
+    ],
 )
 def test_what_names_none(stated):
     assert licences.normal(stated) is None

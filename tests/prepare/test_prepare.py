@@ -12,7 +12,10 @@ import numpy as np
 import pytest
 
 from leon_jax.config import UserError
+from leon_jax.data.sources.listed import Listed
+from leon_jax.data.sources.raw import SourceConfig
 from leon_jax.documents import Image
+from leon_jax.prepare import place
 from leon_jax.prepare import prepare as preparing
 from leon_jax.prepare.config import DuplicatesConfig
 from leon_jax.retrieval.encoder import Encoder
@@ -21,7 +24,7 @@ from leon_jax.retrieval.selection import SelectionConfig
 from leon_jax.tokenizers.image import ImageTokenizer, fit_picture, normalize
 from leon_jax.tokenizers.text import TextTokenizer
 from tests import tiny
-from tests.prepare.made import files_of
+from tests.prepare.made import files_of, left_beside
 
 NEVER_NEAR = SelectionConfig(near_copy_text=2, near_copy_image=2, near_copy_document=2)
 
@@ -131,7 +134,7 @@ def test_other_inputs_make_the_folder_anew(checkpoint, out, change):
         assert made["splits"] == {"train": 6, "unseen": 0}
         assert made["counts"]["train"]["rejected"] == {"licence_not_allowed": 2}
     assert json.loads((out / "manifest.json").read_text()) == made
-    assert [path.name for path in out.parent.iterdir()] == ["prepared"]
+    assert not left_beside(out)
 
 
 def test_more_variants_than_asked_for_serve_and_fewer_do_not(checkpoint, out):
@@ -182,7 +185,7 @@ def test_a_run_stopped_anywhere_goes_on_and_ends_with_the_same_bytes(
         assert not out.exists() or files_of(out) in (older, expected)
     assert stops > 4
     assert files_of(out) == expected
-    assert [path.name for path in out.parent.iterdir()] == ["prepared"]
+    assert not left_beside(out)
 
 
 def test_a_full_disk_is_one_sentence_and_what_is_done_is_kept(checkpoint, out, monkeypatch):
@@ -221,6 +224,55 @@ def test_a_folder_of_something_else_is_not_replaced(checkpoint, out):
     assert (out / "letters.txt").read_text() == "keep me"
 
 
+def test_another_programs_manifest_is_not_taken_for_ours(checkpoint, out):
+    out.mkdir()
+    (out / "manifest.json").write_text('{"name": "my web page"}')
+    (out / "letters.txt").write_text("keep me")
+    with pytest.raises(UserError, match="not a prepared folder"):
+        make(checkpoint, out)
+    assert (out / "letters.txt").read_text() == "keep me"
+
+
+@pytest.mark.parametrize("call", [0, 1])
+def test_a_folder_killed_while_it_is_replaced_is_put_back(checkpoint, out, monkeypatch, call):
+    older = make(checkpoint, out)
+    calls, rename = iter(range(2)), os.rename
+
+    def stop(*arguments):
+        if next(calls) == call:
+            raise Unplugged
+        rename(*arguments)
+
+    with pytest.raises(Unplugged), monkeypatch.context() as patch, place.hold(out):
+        (out.parent / "new").mkdir()
+        patch.setattr(os, "rename", stop)
+        place.replace(out, out.parent / "new")
+    (out.parent / ".prepared.preparing").mkdir()
+    assert make(checkpoint, out, run=lambda *_: pytest.fail("made again")) == older
+    assert left_beside(out) == ["new"]
+
+
+def test_sources_whose_files_are_called_alike_are_told_apart(checkpoint, out):
+    documents = tiny.documents()
+    keyed = [
+        dataclasses.replace(d, provenance=dataclasses.replace(d.provenance, key=f"line {n % 4}"))
+        for n, d in enumerate(documents)
+    ]
+    config, sources = tiny.preparation(checkpoint, {"train": keyed[:4], "exam": keyed[4:8]})
+    named = [SourceConfig("jsonl", f"{c.split}/metadata.jsonl", c.split) for c in config.sources]
+    config = dataclasses.replace(config, sources=tuple(named))
+
+    class Unsaid(Listed):
+        def read(self, shard):
+            for raw in super().read(shard):
+                yield dataclasses.replace(raw, origin="")
+
+    opened = [(c, Unsaid(s.documents)) for c, (_, s) in zip(named, sources, strict=True)]
+    made = preparing.prepare(config, out, sources=opened, progress=False)
+    assert made["splits"] == {"train": 4, "exam": 4}
+    assert {d["source"] for d in Prepared(out).listing()} == {"train/metadata.jsonl"}
+
+
 def test_missing_files_and_splits_are_named(checkpoint, out):
     with pytest.raises(UserError, match=r"cannot read .*none\.json"):
         make(checkpoint, out, text=str(checkpoint / "none.json"))
@@ -228,6 +280,8 @@ def test_missing_files_and_splits_are_named(checkpoint, out):
         make(checkpoint, out, {"unseen": splits()["unseen"]})
     with pytest.raises(UserError, match="'CC-BY', which is no SPDX licence identifier"):
         make(checkpoint, out, licences=("CC-BY",))
+    with pytest.raises(UserError, match=r"train can be used \(its sources are empty\)"):
+        make(checkpoint, out, {"train": []})
     with pytest.raises(UserError, match=r"no document of train can be used \(8 licence_not_allo"):
         make(checkpoint, out, licences=("MIT",))
 
