@@ -32,7 +32,7 @@ def test_an_example_is_prepared(program, command, kind, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec(program, {})
     assert main.run(command.split()) == 0
-    (out,) = (tmp_path / "data").iterdir()
+    (out,) = (tmp_path / "data").glob("[!.]*")
     prepared = Prepared(out)
     assert prepared.manifest["splits"]["train"] >= 2
     assert prepared.manifest["counts"]["train"]["rejected"] == {}
