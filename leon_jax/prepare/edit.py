@@ -78,15 +78,16 @@ def read_keys(path: str | os.PathLike) -> set[tuple[str, str]]:
       UserError: the file cannot be read, or names nothing.
     """
     try:
-        lines = pathlib.Path(path).read_text(encoding="utf-8").splitlines()
+        # Not `splitlines`, which cuts at characters that a key may hold.
+        lines = pathlib.Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise UserError(f"cannot read the keys in {os.fspath(path)}: {reason}") from error
     keys = set()
     for text in lines:
-        source, _, key = text.rpartition("\t")
+        source, _, key = text.removesuffix("\r").rpartition("\t")
         if key.strip():
-            keys.add((source.strip(), key.strip()))
+            keys.add((source, key))
     if not keys:
         raise UserError(f"{os.fspath(path)} names no keys; write one a line")
     return keys

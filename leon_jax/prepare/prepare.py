@@ -135,13 +135,17 @@ def in_process(progress: bool = True) -> Runner:
     """Does the shards here, one after the other; each uses all cores and devices."""
 
     def run(config: PrepareConfig, sources: Sources, folder: str, shards: Sequence[Shard]) -> None:
-        worker = Worker(config, sources, folder)
         bar = tqdm(shards, desc="shards", unit="shard", disable=not progress)
-        documents = rejects = 0
+        counts = {"documents": 0, "rejects": 0}
+
+        def report(documents: int, rejects: int) -> None:
+            counts["documents"] += documents
+            counts["rejects"] += rejects
+            bar.set_postfix(counts)
+
+        worker = Worker(config, sources, folder, report)
         for shard in bar:
-            counts = worker(shard)
-            documents, rejects = documents + counts["documents"], rejects + counts["rejects"]
-            bar.set_postfix(documents=documents, rejects=rejects)
+            worker(shard)
 
     return run
 

@@ -22,7 +22,7 @@ import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -80,15 +80,21 @@ class Worker:
       config: what to do.
       sources: each with its configuration, in the order of `Shard.source`.
       folder: where the shards' folders go; it exists.
+      report: told after every block how many documents and rejects it had.
 
     Raises:
       UserError: a model file is missing or damaged.
     """
 
     def __init__(
-        self, config: PrepareConfig, sources: list[tuple[SourceConfig, Shards]], folder: str
+        self,
+        config: PrepareConfig,
+        sources: list[tuple[SourceConfig, Shards]],
+        folder: str,
+        report: Callable[[int, int], None] = lambda documents, rejects: None,
     ):
         self.config, self.sources, self.folder = config, sources, pathlib.Path(folder)
+        self.report = report
         self.models = load_models(config.tokenizer, config.encoder, config.text)
 
     def __call__(self, shard: Shard) -> dict[str, int]:
@@ -138,6 +144,7 @@ class Worker:
                             rejects.write(line(dataclasses.asdict(result)))
                         else:
                             ready.append(result)
+                    self.report(len(ready), len(block) - len(ready))
                     if not ready:
                         continue
                     encoded = self._codes(ready)

@@ -138,6 +138,8 @@ def test_a_list_of_keys_is_read_and_wrong_ones_are_named(folder, tmp_path):
     path = tmp_path / "keys.txt"
     path.write_text("twemoji/1\n\nOpenMoji\topenmoji/2\n")
     assert edit.read_keys(path) == {("", "twemoji/1"), ("OpenMoji", "openmoji/2")}
+    path.write_bytes("\ufeffa b\r\n c\u2028d\r\n".encode())
+    assert edit.read_keys(path) == {("", "a b"), ("", " c\u2028d")}
     path.write_text("\n")
     with pytest.raises(UserError, match="names no keys"):
         edit.read_keys(path)
