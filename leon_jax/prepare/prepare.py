@@ -17,6 +17,7 @@ import json
 import os
 import pathlib
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -89,6 +90,8 @@ def prepare(
             return made
         if out.exists() and made is None and (not out.is_dir() or any(out.iterdir())):
             raise UserError(f"{out} is in the way: it is not a prepared folder")
+        if made and progress:
+            print(f"{out} was made from other things; this will replace it", file=sys.stderr)
         try:
             _begin(work, wanted)
             return _fill(config, out, work, wanted, sources, shards, run, progress)
