@@ -7,7 +7,7 @@ version, so a file says by itself what it is and whether it fits.
 import json
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -120,37 +120,6 @@ def restore[M: nnx.Module](module: M, arrays: Mapping[str, np.ndarray], source: 
         layout = jax.NamedSharding(mesh, leaf.sharding.spec)
         restored.append(jax.device_put(array.astype(leaf.dtype), layout))
     return jax.tree_util.tree_unflatten(structure, restored)
-
-
-def save_arrays(path: str | os.PathLike, arrays: dict[str, np.ndarray]) -> None:
-    """Writes arrays as safetensors to a temporary name, then puts the file in place."""
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    # Not `save_file`, which makes files that only their owner can read.
-    temporary.write_bytes(safetensors.numpy.save(arrays))
-    os.replace(temporary, path)
-
-
-def load_arrays(path: str | os.PathLike, names: Sequence[str]) -> dict[str, np.ndarray]:
-    """Reads exactly these arrays from a safetensors file.
-
-    Raises:
-      UserError: there is no such file, it is damaged, or it holds other arrays.
-    """
-    if not pathlib.Path(path).is_file():
-        raise UserError(f"there is no file {os.fspath(path)}; run: leon prepare")
-    try:
-        arrays = safetensors.numpy.load_file(path)
-    except safetensors.SafetensorError as error:
-        raise UserError(f"{os.fspath(path)} is not a whole safetensors file: {error}") from error
-    if set(arrays) != set(names):
-        raise UserError(
-            f"{os.fspath(path)} holds {', '.join(sorted(arrays))}; "
-            f"{', '.join(sorted(names))} are needed"
-        )
-    return arrays
 
 
 def _name(path: tuple[Any, ...]) -> str:

@@ -5,7 +5,7 @@ One record is a msgpack map (all keys always there):
     leon        1, the version of this layout
     parts       list of ["text", str], ["image", png or nil, codes or nil] or ["hole", modality];
                 png is a PNG file, codes is [rows, cols, little-endian int32 bytes]
-    provenance  nil or a map of strings: key, source, licence, attribution, language
+    provenance  nil or a map of strings: key, source, licence, attribution, language, group
 
 A file is an ArrayRecord with one document a record (group size 1), so that a retrieved neighbour
 costs one read. It is written under a temporary name and appears complete or not at all.

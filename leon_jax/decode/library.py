@@ -28,7 +28,7 @@ class Library:
     """Documents with their index, and the rules by which some are selected.
 
     Args:
-      folder: a prepared folder (see `leon_jax.data.prepare`).
+      folder: a prepared folder (see `leon_jax.retrieval.prepared`).
       encoder: the encoder its index was made with.
 
     Raises:

@@ -1,8 +1,8 @@
 """The same work on a cluster engine: Apache Beam calls the function of `shard.py` for each shard.
 
 Every worker loads the models once. Sources, model files and the output must be at the same paths
-on all workers and on the machine that starts the pipeline (a network file system, a mounted
-bucket), because a shard's folder is put in place by renaming it.
+on all workers and on the machine that starts the pipeline, on a file system that renames folders,
+because that is how a shard's folder is put in place.
 """
 
 import logging

@@ -99,7 +99,7 @@ def judge(
     return fate
 
 
-def queries(folder: pathlib.Path, parts: pathlib.Path, shard: str) -> dict[str, np.ndarray]:
+def queries(parts: pathlib.Path, shard: str) -> dict[str, np.ndarray]:
     """The vectors by which the documents of a finished shard search, float16[n, d] a view."""
     keep = np.load(parts / shard / _KEEP)
     return {

@@ -199,7 +199,7 @@ def _mine(config: PrepareConfig, prepared: Prepared, parts: pathlib.Path, progre
             for shard, count in prepared.shards(split).items():
                 path = prepared.folder / f"{shard}.neighbours.npy"
                 if not path.exists():
-                    queries = gather.queries(prepared.folder, parts, shard)
+                    queries = gather.queries(parts, shard)
                     own = np.arange(start, start + count, dtype=np.int32)
                     table = neighbour_rows(
                         queries, bank, selection, own if split == TRAIN else None, sources

@@ -172,7 +172,7 @@ class Worker:
         return documents
 
     def _rows(self, ready: list[Ready], train: bool) -> dict[str, np.ndarray]:
-        """What `vectors.safetensors` holds of these documents.
+        """The arrays of these documents, by the names of their files.
 
         In training a fifth of the query's tokens is dropped (CM3Leon, section 2.1), drawn anew for
         every document from its key.
