@@ -35,8 +35,7 @@ def rules(full: dict) -> dict[str, dict]:
     """The settings of selection, each with one rule more, up to those of the model folder."""
     bare = full | {
         "through_parts": False,
-        "near_copy_text": NEVER,
-        "near_copy_image": NEVER,
+        "near_copy_query": NEVER,
         "near_copy_document": NEVER,
         "alternate_sources": False,
         "query_dropout": 0.0,

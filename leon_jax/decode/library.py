@@ -53,7 +53,7 @@ class Library:
         """At most `k` documents for a prompt, most relevant first.
 
         They are found through the prompt's texts and pictures (with pixels), whichever there are;
-        near copies of the prompt and of each other are skipped.
+        near copies of each other are skipped, and of a prompt that has both.
         """
         texts = [part.text for part in document.parts if isinstance(part, Text)]
         pictures = [
@@ -63,23 +63,18 @@ class Library:
         ]
         if k < 1 or not (texts or pictures):
             return []
-        config = self.config
         vectors = []
         if texts:
             vectors.append(self.encoder.embed_texts([" ".join(texts)]))
         if pictures:
             vectors.append(self.encoder.embed_images(pictures[:1]))
         query = normalise(np.sum(vectors, axis=0))[0]
-        if texts and pictures:
-            near_copy = config.near_copy_document
-        else:
-            near_copy = config.near_copy_text if texts else config.near_copy_image
         found = select(
             query,
             self.bank,
             k,
-            config,
-            near_copy_query=near_copy,
+            self.config,
+            document=query if texts and pictures else None,
             source_of=self._source,
         )
         return [self.records[index] for index in found]

@@ -233,18 +233,18 @@ def neighbour_rows(
     """The table of one shard: what its queries, by modality, find in the bank."""
     count = len(queries["text"])
     table = np.zeros(count, row_type(selection.per_modality))
-    limits = {"text": selection.near_copy_text, "image": selection.near_copy_image}
+    views: tuple[str, ...] = ("text", "image")
     if not selection.through_parts:
-        limits = {"document": selection.near_copy_document}
+        views = ("document",)
         selection = dataclasses.replace(selection, per_modality=2 * selection.per_modality)
     for start in range(0, count, _QUERIES):
         rows = slice(start, start + _QUERIES)
-        for view, near_copy in limits.items():
+        for view in views:
             ids, scores = find_neighbours(
                 queries[view][rows],
                 bank,
                 selection,
-                near_copy,
+                documents=queries["document"][rows],
                 own=None if own is None else own[rows],
                 sources=sources,
             )

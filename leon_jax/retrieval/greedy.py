@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float32, Int, Int32
+from jaxtyping import Array, Bool, Float, Int, Int32
 
 from leon_jax import sharding
 from leon_jax.retrieval.bank import Bank
@@ -22,22 +22,23 @@ QUERIES = 256
 
 
 def choose(
-    scores: Float32[np.ndarray, "q c"],
     ids: Int32[np.ndarray, "q c"],
     bank: Bank,
     k: int,
-    near_copy_query: float,
     near_copy_chosen: float,
+    documents: Float[np.ndarray, "q d"] | None = None,
+    near_copy_query: float = 0.0,
     sources: Int32[np.ndarray, "q c"] | None = None,
 ) -> Int32[np.ndarray, "q k"]:
     """Positions (into `ids`) of the best k candidates of each query, none of them near copies.
 
     Args:
-      scores, ids: candidates of each query, best first; an id of -1 is no candidate.
+      ids: candidates of each query, best first; -1 is none.
       bank: has their unit rows.
       k: how many to choose at most.
-      near_copy_query: a candidate that scores above this against the query is skipped.
-      near_copy_chosen: so is one that scores above this against a chosen document.
+      near_copy_chosen: a candidate that scores above this against a chosen document is skipped.
+      documents: unit rows of the whole documents that ask.
+      near_copy_query: a candidate that scores above this against them is skipped too.
       sources: a number for the source of each candidate; sources then take turns.
 
     Returns:
@@ -46,6 +47,8 @@ def choose(
     mesh = current_mesh()
     layout = jax.NamedSharding(mesh, jax.P(mesh.axis_names))
     sources = np.zeros(ids.shape, np.int32) if sources is None else sources
+    if documents is None:
+        documents, near_copy_query = np.zeros((len(ids), bank.dimensions), np.float32), np.inf
     limits = np.float32(near_copy_query), np.float32(near_copy_chosen)
     size = min(QUERIES, next_power(-(-len(ids) // mesh.size))) * mesh.size
     places = np.full((len(ids), k), NONE, np.int32)
@@ -53,9 +56,11 @@ def choose(
         for start in range(0, len(ids), size):
             some = slice(start, start + size)
             # Candidates that are added to fill the array up are none.
-            arrays = [put(layout, size, array[some], NONE) for array in (scores, ids, sources)]
+            arrays = [put(layout, size, array[some], NONE) for array in (ids, sources)]
+            asking = put(layout, size, documents[some].astype(np.float32), 0)
             rows = _rows(bank, layout, size, ids[some])
-            places[some] = sharding.fetch(_choose(*arrays, rows, limits, k=k))[: len(ids[some])]
+            chosen = _choose(*arrays, rows, asking, limits, k=k)
+            places[some] = sharding.fetch(chosen)[: len(ids[some])]
     return places
 
 
@@ -73,21 +78,20 @@ def _rows(bank: Bank, layout: jax.NamedSharding, size: int, ids: np.ndarray) -> 
 
 
 @functools.partial(jax.jit, static_argnames="k")
-def _choose(scores, ids, sources, rows, limits, *, k):
+def _choose(ids, sources, rows, documents, limits, *, k):
     split = jax.P(jax.sharding.get_abstract_mesh().axis_names)
     return jax.shard_map(
         functools.partial(_greedy, k=k),
         in_specs=(split, split, split, split, jax.P()),
         out_specs=split,
-    )(scores, ids, sources, rows, limits)
+    )(ids, sources, rows, documents, limits)
 
 
-def _greedy(scores, ids, sources, rows, limits, *, k):
+def _greedy(ids, sources, rows, documents, limits, *, k):
     """One device's queries; every step of the scan chooses one candidate of each."""
     near_query, near_chosen = limits
-    alike = (
-        jnp.einsum("qcd,qed->qce", rows, rows, precision=jax.lax.Precision.HIGHEST) > near_chosen
-    )
+    compare = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+    alike = compare("qcd,qed->qce", rows, rows) > near_chosen
 
     def step(state: tuple[Bool[Array, "q c"], Int[Array, "q c"]], _):
         left, taken = state  # candidates; how many were chosen from the source of each
@@ -99,6 +103,6 @@ def _greedy(scores, ids, sources, rows, limits, *, k):
         taken += sources == jnp.take_along_axis(sources, best[:, None], axis=1)
         return (left & ~copies & ~itself, taken), place
 
-    left = (ids != NONE) & (scores <= near_query)
+    left = (ids != NONE) & (compare("qcd,qd->qc", rows, documents) <= near_query)
     _, places = jax.lax.scan(step, (left, jnp.zeros_like(sources)), length=k)
     return places.T.astype(jnp.int32)

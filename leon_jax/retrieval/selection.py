@@ -1,9 +1,9 @@
 """Which documents a training example or a prompt is given to read (CM3Leon, section 2.1).
 
 Relevance: the score of the encoder decides the order. Modality: documents hold text and a picture,
-and as many are found through each part of the query. Diversity: a candidate that scores above the
-encoder's near-copy threshold against the query or against a document already chosen is skipped; and
-sources can be made to take turns.
+and as many are found through each part of the query. Diversity: a near copy of the document that
+asks, or of one already chosen, is skipped; and sources can be made to take turns. Near copies are
+told by comparing whole documents: a part and a whole stay far from 1, however alike they are.
 Query dropout: in training, a fifth of the query's tokens is dropped before it is embedded.
 Of the candidates found, up to three are drawn at random for each training example.
 
@@ -39,9 +39,9 @@ class SelectionConfig:
       candidates: how many of the best documents are looked at before giving up.
       through_parts: whether documents are found through the query's text and through its picture,
         each by itself; otherwise through the mean of both.
-      near_copy_text, near_copy_image, near_copy_document: an encoder's near-copy thresholds: for a
-        query's text against documents, for its picture against documents, and for a document
-        against a document already chosen. They depend on the encoder: see docs/retrieval.md.
+      near_copy_query: a document that scores above this against the whole document that asks is
+        skipped. Both thresholds depend on the encoder: see docs/retrieval.md.
+      near_copy_document: so is one that scores above this against a document already chosen.
       alternate_sources: every document comes from the source (see `Provenance`) that has given the
         fewest so far, among those that candidates are left of.
       query_dropout: the fraction of query tokens dropped in training.
@@ -53,8 +53,7 @@ class SelectionConfig:
     per_modality: int = 20
     candidates: int = 128
     through_parts: bool = True
-    near_copy_text: float = CLIP_NEAR_COPY
-    near_copy_image: float = CLIP_NEAR_COPY
+    near_copy_query: float = CLIP_NEAR_COPY
     near_copy_document: float = CLIP_NEAR_COPY
     alternate_sources: bool = False
     query_dropout: float = 0.2
@@ -101,40 +100,43 @@ def drop_tokens(text: str, tokenizer: Codec, fraction: float, rng: np.random.Gen
 
 
 def diverse(
-    scores: Float32[np.ndarray, "c"],
     ids: Int32[np.ndarray, "c"],
     rows: Float32[np.ndarray, "c d"],
     k: int,
-    near_copy_query: float,
-    near_copy_chosen: float,
+    config: SelectionConfig,
+    document: Float32[np.ndarray, "d"] | None = None,
     exclude: Sequence[int] = (),
     source_of: Callable[[int], str] | None = None,
 ) -> list[int]:
     """Positions (into `ids`) of the best k candidates that are near copies of nothing.
 
     Args:
-      scores, ids: candidates, best first; an id of -1 is no candidate.
-      rows: the candidates' unit rows, for comparing them with each other.
+      ids: candidates, best first; -1 is none.
+      rows: the candidates' unit rows.
       k: how many to choose at most.
-      near_copy_query: a candidate that scores above this against the query is skipped.
-      near_copy_chosen: so is one that scores above this against a chosen document.
+      config: thresholds, and whether sources take turns.
+      document: unit row of the whole document that asks; None: what asks is no document.
       exclude: ids never to choose, for example the query's own.
-      source_of: the source of a document; sources then take turns (see `SelectionConfig`).
+      source_of: the source of a document, for `config.alternate_sources`.
     """
+    copies = np.zeros(len(ids), bool)
+    if document is not None:
+        copies = rows @ document > config.near_copy_query
     left = [
         place
-        for place, (score, name) in enumerate(zip(scores, ids, strict=True))
-        if name != NONE and name not in exclude and score <= near_copy_query
+        for place, name in enumerate(ids)
+        if name != NONE and name not in exclude and not copies[place]
     ]
     chosen: list[int] = []
     taken: Counter[str] = Counter()
-    sources = {place: source_of(int(ids[place])) if source_of else "" for place in left}
+    turns = source_of if config.alternate_sources else None
+    sources = {place: turns(int(ids[place])) if turns else "" for place in left}
     while left and len(chosen) < k:
         fewest = min(taken[sources[place]] for place in left)
         best = next(place for place in left if taken[sources[place]] == fewest)
         chosen.append(best)
         taken[sources[best]] += 1
-        alike = rows[left] @ rows[best] > near_copy_chosen
+        alike = rows[left] @ rows[best] > config.near_copy_document
         left = [
             place for place, copy in zip(left, alike, strict=True) if not copy and place != best
         ]
@@ -147,7 +149,7 @@ def select(
     k: int,
     config: SelectionConfig | None = None,
     *,
-    near_copy_query: float | None = None,
+    document: Float32[np.ndarray, "d"] | None = None,
     exclude: Sequence[int] = (),
     source_of: Callable[[int], str] | None = None,
 ) -> list[int]:
@@ -158,7 +160,7 @@ def select(
       bank: the documents.
       k: how many at most; there may be fewer.
       config: thresholds; CLIP's by default.
-      near_copy_query: the threshold against the query, `near_copy_document` by default.
+      document: unit vector of the whole document if the prompt is one with text and picture.
       exclude: ids never to choose.
       source_of: the source of a document, for `config.alternate_sources`.
 
@@ -169,18 +171,9 @@ def select(
     if k < 1:
         return []
     wide = max(config.candidates, k) + len(exclude)
-    scores, ids = bank.search(np.asarray(query_embedding)[None], wide)
-    limit = config.near_copy_document if near_copy_query is None else near_copy_query
-    chosen = diverse(
-        scores[0],
-        ids[0],
-        bank.take(ids[0]),
-        k,
-        limit,
-        config.near_copy_document,
-        exclude,
-        source_of if config.alternate_sources else None,
-    )
+    _, ids = bank.search(np.asarray(query_embedding)[None], wide)
+    rows = bank.take(ids[0])
+    chosen = diverse(ids[0], rows, k, config, document, exclude, source_of)
     return [int(name) for name in ids[0][chosen]]
 
 
@@ -207,8 +200,8 @@ def find_neighbours(
     queries: Float32[np.ndarray, "q d"],
     bank: Bank,
     config: SelectionConfig,
-    near_copy: float,
     *,
+    documents: Float32[np.ndarray, "q d"] | None = None,
     own: Int32[np.ndarray, "q"] | None = None,
     sources: Int[np.ndarray, "n"] | None = None,
     keep: Bool[np.ndarray, "n"] | None = None,
@@ -222,8 +215,9 @@ def find_neighbours(
     Args:
       queries: unit rows; a row of zeros stands for a part that a document lacks and finds nothing.
       bank: the documents.
-      config: how many, among how many, and the near-copy threshold between documents.
-      near_copy: the threshold against the query.
+      config: how many, among how many, and the near-copy thresholds.
+      documents: unit rows of the whole documents that the queries are parts of, none of whose near
+        copies are their neighbours; None: the queries are no parts of documents.
       own: for each query the document that it is a part of, which is never its neighbour; -1: none.
       sources: a number for the source of each document, which `config.alternate_sources` needs.
       keep: documents with False are never chosen.
@@ -256,7 +250,13 @@ def find_neighbours(
     # That of no candidate, -1, does not matter.
     origins = np.asarray(sources, np.int32)[names] if config.alternate_sources else None
     places = greedy.choose(
-        found, names, bank, config.per_modality, near_copy, config.near_copy_document, origins
+        names,
+        bank,
+        config.per_modality,
+        config.near_copy_document,
+        None if documents is None else np.asarray(documents)[rows],
+        config.near_copy_query,
+        origins,
     )
     chosen = places != NONE
     ids[rows] = np.where(chosen, np.take_along_axis(names, places, axis=1), NONE)

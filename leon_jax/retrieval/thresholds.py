@@ -2,9 +2,9 @@
 
     python -m leon_jax.retrieval.thresholds --encoder=runs/emoji/encoder/export/encoder.safetensors
 
-prints how well it matches held-out pictures to captions, and a table of percentiles and histograms
-of cosines for pairs of training documents: renderings of one picture, two designs of one concept,
-skin tones of one concept, and strangers. docs/retrieval.md shows the result and what follows.
+prints how well it matches held-out pictures to captions, and how pairs of training documents score:
+renderings of one picture, two designs of one concept, skin tones of one concept, and strangers.
+docs/retrieval.md shows the result and what follows.
 """
 
 import io
@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import PIL.Image
 from absl import app, flags
-from jaxtyping import Float, Float32, UInt8
+from jaxtyping import Float, UInt8
 
 from leon_jax import sharding
 from leon_jax.config import UserError
@@ -33,7 +33,7 @@ _DATA = flags.DEFINE_string("data", "data/emoji", "The emoji dataset.")
 _PAIRS = flags.DEFINE_integer("pairs", 1000, "How many pairs of each kind are scored at most.")
 
 PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
-BINS = np.linspace(-0.2, 1.0, 13)
+ABOVE = (0.9, 0.95, 0.96, 0.97, 0.98, 0.99, 0.995)
 _TONE = re.compile(r"-1F3F[B-F]")  # the five skin tone modifiers inside a concept
 
 
@@ -109,61 +109,45 @@ def kinships(
 def distributions(
     encoder: Encoder, documents: Sequence[Document], limit: int, seed: int = 0
 ) -> dict[str, dict[str, Float[np.ndarray, "pairs"]]]:
-    """Cosines by what is compared ("document-document", ...) and kind of pair.
+    """Cosines by what is compared and kind of pair.
 
-    "text-document" and "image-document" are what a query part scores against a candidate, and
-    "document-document" is what candidates score against each other (see `SelectionConfig`).
+    "documents" are compared for the near-copy thresholds of `SelectionConfig`, and "pictures" for
+    those of `leon_jax.prepare.config.DuplicatesConfig`.
     """
     texts, images = zip(*map(parts, documents), strict=True)
-    views = {"text": encoder.embed_texts(texts), "image": encoder.embed_images(images)}
-    views["document"] = normalise(views["text"] + views["image"])
-    result: dict[str, dict[str, np.ndarray]] = {
-        name: {} for name in ("text-document", "image-document", "document-document")
-    }
+    text = encoder.embed_texts(texts)
+    pictures = encoder.embed_images(images)
+    whole = normalise(text + pictures)
+    result: dict[str, dict[str, np.ndarray]] = {"documents": {}, "pictures": {}}
     for kind, pairs in kinships(documents, limit, seed).items():
         left, right = np.array(pairs, np.int64).reshape(-1, 2).T
-        _compare(result, kind, views, left, views["document"][right])
-    rng = np.random.default_rng(seed)
-    rows = rng.permutation(len(documents))[: max(1, limit // 4)]
-    pictures = [renderings(parts(documents[row])[1]) for row in rows]
-    for place in range(len(pictures[0])):
-        image = encoder.embed_images([pictured[place] for pictured in pictures])
-        copies = normalise(image + views["text"][rows])
-        _compare(result, "renderings", views, rows, copies)
+        for name, rows in (("documents", whole), ("pictures", pictures)):
+            result[name][kind] = (rows[left] * rows[right]).sum(1)
+    chosen = np.random.default_rng(seed).permutation(len(documents))[: max(1, limit // 4)]
+    shown = [renderings(parts(documents[row])[1]) for row in chosen]
+    copies = [encoder.embed_images(list(same)) for same in zip(*shown, strict=True)]
+    result["documents"]["renderings"] = np.concatenate(
+        [(whole[chosen] * normalise(copy + text[chosen])).sum(1) for copy in copies]
+    )
+    result["pictures"]["renderings"] = np.concatenate(
+        [(pictures[chosen] * copy).sum(1) for copy in copies]
+    )
     return result
-
-
-def _compare(
-    result: dict,
-    kind: str,
-    views: dict[str, Float32[np.ndarray, "n d"]],
-    left: np.ndarray,
-    right: Float32[np.ndarray, "pairs d"],
-) -> None:
-    for name, rows in views.items():
-        scores = (rows[left] * right).sum(1)
-        known = result[f"{name}-document"].get(kind, np.zeros(0, np.float32))
-        result[f"{name}-document"][kind] = np.concatenate([known, scores])
 
 
 def report(
     scores: dict[str, dict[str, np.ndarray]], write: Callable[[str], object] = print
 ) -> None:
-    """Writes percentiles and histograms as Markdown tables."""
+    """Writes percentiles, and the shares above some thresholds, as Markdown tables."""
     for name, kinds in scores.items():
         write(f"\n{name}\n")
-        write("| pairs | n | " + " | ".join(f"p{p}" for p in PERCENTILES) + " |")
-        write("|---" * (len(PERCENTILES) + 2) + "|")
+        above = " | ".join(f"above {limit}, %" for limit in ABOVE)
+        write("| pairs | n | " + " | ".join(f"p{p}" for p in PERCENTILES) + f" | {above} |")
+        write("|---" * (len(PERCENTILES) + len(ABOVE) + 2) + "|")
         for kind, values in kinds.items():
-            shown = " | ".join(f"{v:.2f}" for v in np.percentile(values, PERCENTILES))
-            write(f"| {kind} | {len(values)} | {shown} |")
-        write("\n| pairs, % | " + " | ".join(f"{low:.1f}" for low in BINS[:-1]) + " |")
-        write("|---" * len(BINS) + "|")
-        for kind, values in kinds.items():
-            counts, _ = np.histogram(np.clip(values, BINS[0], BINS[-1]), BINS)
-            write(
-                f"| {kind} | " + " | ".join(f"{c:.0f}" for c in 100 * counts / len(values)) + " |"
-            )
+            shown = [f"{v:.2f}" for v in np.percentile(values, PERCENTILES)]
+            shown += [f"{100 * (values > limit).mean():.1f}" for limit in ABOVE]
+            write(f"| {kind} | {len(values)} | {' | '.join(shown)} |")
 
 
 def main(argv: list[str]) -> None:

@@ -26,7 +26,7 @@ from leon_jax.tokenizers.text import TextTokenizer
 from tests import tiny
 from tests.prepare.made import files_of, left_beside
 
-NEVER_NEAR = SelectionConfig(near_copy_text=2, near_copy_image=2, near_copy_document=2)
+NEVER_NEAR = SelectionConfig(near_copy_query=2, near_copy_document=2)
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def test_the_manifest_says_what_was_used_and_preparing_again_does_nothing(checkp
     assert manifest["splits"] == {"train": 8, "unseen": 4}
     assert manifest["shards"]["train"] == {"train-00000": 3, "train-00001": 3, "train-00002": 2}
     assert set(manifest["sha256"]) == {"tokenizer", "encoder", "text"}
-    assert manifest["config"]["selection"]["near_copy_text"] == 2
+    assert manifest["config"]["selection"]["near_copy_query"] == 2
     assert manifest["counts"]["train"]["licence"] == {"CC-BY-4.0": 6, "CC-BY-SA-4.0": 2}
     assert make(checkpoint, out, run=lambda *_: pytest.fail("prepared again")) == manifest
 

@@ -43,7 +43,9 @@ best = np.argsort(-exact, axis=1, kind="stable")[:, :30]
 unit = rng.normal(size=(900, 8)) * [4, 4, 1, 1, 1, 1, 1, 1]  # so that near copies are found
 unit = (unit / np.linalg.norm(unit, axis=1, keepdims=True)).astype(np.float16)
 asked = unit[:37].astype(np.float32)
-config = SelectionConfig(5, 40, near_copy_document=0.9, alternate_sources=True)
+config = SelectionConfig(
+    5, 40, near_copy_query=0.98, near_copy_document=0.9, alternate_sources=True
+)
 sources = rng.integers(0, 3, 900)
 
 for shape in MESHES:
@@ -65,11 +67,11 @@ for shape in MESHES:
         assert len(read) > jax.local_device_count(), "one block is no test"
 
         own, bank = np.arange(37), Bank([unit])
-        found, _ = find_neighbours(asked, bank, config, 0.98, own=own, sources=sources)
-        scores, names = bank.search(asked, 40, exclude=own)
+        found, _ = find_neighbours(asked, bank, config, documents=asked, own=own, sources=sources)
+        _, names = bank.search(asked, 40, exclude=own)
         for row in range(37):
             chosen = diverse(
-                scores[row], names[row], bank.take(names[row]), 5, 0.98, 0.9,
+                names[row], bank.take(names[row]), 5, config, asked[row],
                 source_of=sources.__getitem__,
             )  # fmt: skip
             expected = [*names[row][chosen], -1, -1, -1, -1, -1][:5]

@@ -48,9 +48,7 @@ def one(rows):
     return Bank([rows])
 
 
-NO_LIMIT = SelectionConfig(
-    per_modality=2, near_copy_text=2, near_copy_image=2, near_copy_document=2, query_dropout=0
-)
+NO_LIMIT = SelectionConfig(per_modality=2, near_copy_query=2, near_copy_document=2, query_dropout=0)
 
 
 def test_relevance_the_best_scoring_documents_are_selected_in_order():
@@ -59,10 +57,13 @@ def test_relevance_the_best_scoring_documents_are_selected_in_order():
 
 
 def test_diversity_a_near_copy_of_the_query_is_skipped():
-    bank = one(at(1, 40, 60))
-    config = SelectionConfig(per_modality=2, near_copy_document=0.99)
-    assert select(at(0)[0], bank, 1, config) == [1]
-    assert select(at(0)[0], bank, 1, NO_LIMIT) == [0]
+    bank, query = one(at(1, 40, 60)), at(0)[0]
+    config = dataclasses.replace(NO_LIMIT, near_copy_query=0.99)
+    assert select(query, bank, 1, config, document=query) == [1]
+    assert select(query, bank, 1, NO_LIMIT, document=query) == [0]
+    # What asks may be a part, which is near to the document that it is a part of or to none.
+    assert select(at(40)[0], bank, 2, config, document=query) == [1, 2]
+    assert select(query, bank, 1, config) == [0]
 
 
 def test_diversity_a_near_copy_of_a_chosen_document_is_skipped():
@@ -72,26 +73,25 @@ def test_diversity_a_near_copy_of_a_chosen_document_is_skipped():
     assert select(at(0)[0], bank, 2, NO_LIMIT) == [0, 1]
 
 
-def test_the_threshold_is_clips_by_default_and_the_query_may_have_its_own():
-    bank = one(at(20, 30))  # cosines 0.94 and 0.87 with the query, 0.98 with each other
-    assert select(at(0)[0], bank, 2) == [1]
-    assert select(at(0)[0], bank, 2, near_copy_query=0.95) == [0]
+def test_the_thresholds_are_clips_by_default():
+    bank, query = one(at(20, 30)), at(0)[0]  # cosines 0.94 and 0.87, 0.98 with each other
+    assert select(query, bank, 2, document=query) == [1]
+    assert select(query, bank, 2) == [0]
 
 
 def test_excluded_ids_and_missing_candidates_are_never_chosen():
     embeddings = at(10, 20, 30)
     assert select(at(0)[0], one(embeddings), 3, NO_LIMIT, exclude=[1]) == [0, 2]
-    scores = np.array([0.9, -np.inf], np.float32)
     ids = np.array([2, -1], np.int32)
-    assert diverse(scores, ids, embeddings[ids], 2, 2, 2) == [0]
+    assert diverse(ids, embeddings[ids], 2, NO_LIMIT) == [0]
 
 
 def test_no_documents_are_selected_where_none_are_wanted():
     assert select(at(0)[0], one(at(10)), 0) == []
 
 
-def neighbours(queries, rows, config, near_copy=2.0, **arguments):
-    return find_neighbours(queries, one(rows), config, near_copy, **arguments)
+def neighbours(queries, rows, config, **arguments):
+    return find_neighbours(queries, one(rows), config, **arguments)
 
 
 def test_a_table_has_the_best_of_each_query_and_their_scores():
@@ -114,10 +114,31 @@ def test_a_document_that_is_not_kept_is_never_a_neighbour():
     assert ids.tolist() == [[1, 3]]
 
 
-def test_near_copies_of_the_query_are_skipped_by_the_threshold_that_is_given():
-    rows = at(10, 40)
-    assert neighbours(at(5), rows, NO_LIMIT, 0.9)[0].tolist() == [[1, -1]]
-    assert neighbours(at(5), rows, NO_LIMIT, 2)[0].tolist() == [[0, 1]]
+def test_near_copies_of_the_document_that_asks_are_skipped_though_its_part_is_far_from_them():
+    rows, config = at(10, 70), dataclasses.replace(NO_LIMIT, near_copy_query=0.9)
+    ids, _ = neighbours(at(50, 50), rows, config, documents=at(5, 40))
+    assert ids.tolist() == [[1, -1], [1, 0]]
+    assert neighbours(at(50), rows, config)[0].tolist() == [[1, 0]]
+    assert neighbours(at(50), rows, NO_LIMIT, documents=at(5))[0].tolist() == [[1, 0]]
+
+
+def test_clip_finds_neither_the_picture_nor_another_caption_of_it():
+    # As CLIP places them: parts of one document score about 0.3, captions of one picture 0.8.
+    picture, caption = np.array([1, 0, 0, 0.0]), np.array([0.3, 0.954, 0, 0])
+    other = np.array([0.3, 0.749, 0.59, 0])
+    stranger = np.array([0.6, 0.1, 0, 0.79])
+
+    def document(text, image):
+        return ((text + image) / np.linalg.norm(text + image)).astype(np.float32)
+
+    bank = np.stack([document(caption, picture), document(other, picture), stranger])
+    assert bank[0] @ bank[1] > 0.9 > (bank @ np.stack([picture, caption], 1)).max()
+    bank = bank.astype(np.float32)
+    for part in (picture, caption):
+        ids, _ = neighbours(
+            part[None], bank, SelectionConfig(2), documents=bank[:1], own=np.array([0])
+        )
+        assert ids.tolist() == [[2, -1]]
 
 
 def test_where_too_few_differ_the_row_ends_in_minus_one():
@@ -149,15 +170,15 @@ def collections(draw):
     config = SelectionConfig(
         per_modality=draw(st.sampled_from([2, 20])),
         candidates=draw(st.sampled_from([20, 64])),
+        near_copy_query=draw(st.sampled_from([0.6, 0.95, 2.0])),
         near_copy_document=draw(st.sampled_from([0.5, 0.9, 2.0])),
         alternate_sources=draw(st.booleans()),
     )
-    near_copy = draw(st.sampled_from([0.6, 0.95, 2.0]))
     own = rng.integers(-1, 60, 9).astype(np.int32)
     return (
         rows.astype(np.float16),
         config,
-        near_copy,
+        rows[rng.integers(0, 60, 9)].astype(np.float32),
         own,
         rng.integers(0, 3, 60),
         rng.random(60) < 0.8,
@@ -167,24 +188,24 @@ def collections(draw):
 @settings(max_examples=60, deadline=None)
 @given(collections())
 def test_many_queries_are_answered_as_each_would_be_alone(case):
-    rows, config, near_copy, own, sources, keep = case
+    rows, config, documents, own, sources, keep = case
     bank, queries = one(rows), rows[:9].astype(np.float32)
     ids, scores = find_neighbours(
-        queries, bank, config, near_copy, own=own, sources=sources, keep=keep
+        queries, bank, config, documents=documents, own=own, sources=sources, keep=keep
     )
     found, names = bank.search(queries, config.candidates, exclude=own, keep=keep)
     for row in range(9):
         chosen = diverse(
-            found[row], names[row], bank.take(names[row]), config.per_modality, near_copy,
-            config.near_copy_document,
-            source_of=(lambda name: str(sources[name])) if config.alternate_sources else None,
+            names[row], bank.take(names[row]), config.per_modality, config, documents[row],
+            source_of=lambda name: str(sources[name]),
         )  # fmt: skip
         missing = config.per_modality - len(chosen)
         assert ids[row].tolist() == [*names[row][chosen], *[-1] * missing]
         np.testing.assert_array_equal(scores[row], [*found[row][chosen], *[-np.inf] * missing])
     there = ids >= 0
     assert keep[ids[there]].all() and (ids != own[:, None])[there].all()
-    assert (scores[there] <= near_copy).all()
+    copies = np.einsum("qad,qd->qa", bank.take(ids), documents)
+    assert (copies[there] <= config.near_copy_query + 1e-6).all()
     alike = np.einsum("qad,qbd->qab", bank.take(ids), bank.take(ids))
     alike[:, np.arange(config.per_modality), np.arange(config.per_modality)] = 0
     assert (alike <= config.near_copy_document + 1e-6).all()
@@ -193,12 +214,12 @@ def test_many_queries_are_answered_as_each_would_be_alone(case):
 @settings(max_examples=30, deadline=None)
 @given(collections())
 def test_the_choice_of_twenty_begins_with_the_choice_of_two(case):
-    rows, config, near_copy, own, sources, keep = case
+    rows, config, documents, own, sources, keep = case
     queries = rows[:9].astype(np.float32)
     twenty, two = (
         neighbours(
-            queries, rows, dataclasses.replace(config, per_modality=number), near_copy,
-            own=own, sources=sources, keep=keep,
+            queries, rows, dataclasses.replace(config, per_modality=number),
+            documents=documents, own=own, sources=sources, keep=keep,
         )
         for number in (20, 2)
     )  # fmt: skip
@@ -293,13 +314,10 @@ def test_settings_that_make_no_sense_are_refused(arguments):
 def test_sources_take_turns():
     bank = one(at(0, 10, 20, 30, 40, 50))
     source_of = "AAAABC".__getitem__
-    config = SelectionConfig(
-        near_copy_text=2, near_copy_image=2, near_copy_document=2, alternate_sources=True
-    )
+    config = dataclasses.replace(NO_LIMIT, alternate_sources=True)
     query = at(0)[0]
     assert select(query, bank, 5, config, source_of=source_of) == [0, 4, 5, 1, 2]
     assert select(query, bank, 3, NO_LIMIT, source_of=source_of) == [0, 1, 2]
     # A near copy of what was chosen is no turn of its source.
     config = dataclasses.replace(config, near_copy_document=0.98)  # 10 degrees are 0.985
-    chosen = select(query, bank, 5, config, near_copy_query=2, source_of=source_of)
-    assert chosen == [0, 4, 2]
+    assert select(query, bank, 5, config, source_of=source_of) == [0, 4, 2]
