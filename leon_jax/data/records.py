@@ -12,6 +12,7 @@ costs one read. It is written under a temporary name and appears complete or not
 """
 
 import bisect
+import functools
 import io
 import itertools
 import os
@@ -32,6 +33,8 @@ from leon_jax.documents import Document, Hole, Image, Part, Provenance, Text
 _VERSION = 1
 # An empty ArrayRecord is 64 KiB of header and footer; no file of ours is shorter.
 _SMALLEST_FILE = 64 * 1024
+# Each open file of 10,000 documents takes 0.2 MB for its index.
+_OPEN = 512
 
 
 def to_bytes(document: Document) -> bytes:
@@ -143,19 +146,27 @@ class RecordSource:
     Args:
       paths: a file made by `write`, or several, whose documents are numbered through.
       pixels: whether to decode the pictures that also have codes.
+      lengths: how many documents each file holds; a file is then opened when it is first read from.
+        None: all are opened now to see.
 
-    A source can be pickled: another process opens the files anew.
+    A source can be pickled: another process opens the files anew. Of many files only the last
+    `_OPEN` that were read from are open.
 
     Raises:
-      UserError: a file is missing, incomplete, or holds something else.
+      UserError: a file is missing, incomplete, holds something else, or not so many documents.
     """
 
     def __init__(
-        self, paths: str | os.PathLike | Sequence[str | os.PathLike], *, pixels: bool = True
+        self,
+        paths: str | os.PathLike | Sequence[str | os.PathLike],
+        *,
+        pixels: bool = True,
+        lengths: Sequence[int] | None = None,
     ):
         several = [paths] if isinstance(paths, str | os.PathLike) else paths
         self.paths = tuple(os.fspath(path) for path in several)
         self.pixels = pixels
+        self.lengths = None if lengths is None else tuple(lengths)
         self._open()
 
     def __len__(self) -> int:
@@ -168,8 +179,9 @@ class RecordSource:
         index %= len(self)
         file = bisect.bisect_right(self._ends, index)
         row = index - (self._ends[file - 1] if file else 0)
+        reader = self._reader(file)
         try:
-            return from_bytes(self._readers[file][row], pixels=self.pixels)
+            return from_bytes(reader[row], pixels=self.pixels)
         except (UserError, RuntimeError, ValueError) as error:
             raise UserError(f"record {row} of {self.paths[file]} is damaged ({error})") from error
 
@@ -182,22 +194,35 @@ class RecordSource:
         return f"RecordSource({shown!r}, pixels={self.pixels})"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"paths": self.paths, "pixels": self.pixels}
+        return {"paths": self.paths, "pixels": self.pixels, "lengths": self.lengths}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._open()
 
     def _open(self) -> None:
-        self._readers = [_reader(path) for path in self.paths]
-        self._ends = list(itertools.accumulate(map(len, self._readers)))
+        for path in self.paths:
+            if not os.path.isfile(path):
+                raise UserError(f"there is no file {path}; run: leon prepare")
+            if os.path.getsize(path) < _SMALLEST_FILE:
+                raise UserError(f"{path} is too short to be an ArrayRecord file")
+        self._reader = functools.lru_cache(_OPEN)(self._open_file)
+        lengths = self.lengths
+        if lengths is None:
+            lengths = tuple(len(_reader(path)) for path in self.paths)
+        self._ends = list(itertools.accumulate(lengths))
+
+    def _open_file(self, number: int) -> array_record_data_source.ArrayRecordDataSource:
+        path, reader = self.paths[number], _reader(self.paths[number])
+        if self.lengths is not None and len(reader) != self.lengths[number]:
+            raise UserError(
+                f"{path} holds {len(reader)} documents, not the {self.lengths[number]} that its "
+                "folder's manifest says; run: leon prepare"
+            )
+        return reader
 
 
 def _reader(path: str) -> array_record_data_source.ArrayRecordDataSource:
-    if not os.path.isfile(path):
-        raise UserError(f"there is no file {path}; run: leon prepare")
-    if os.path.getsize(path) < _SMALLEST_FILE:
-        raise UserError(f"{path} is too short to be an ArrayRecord file")
     try:
         reader = array_record_data_source.ArrayRecordDataSource([path])
         if len(reader):

@@ -179,6 +179,10 @@ def _disagreement(index: pathlib.Path, model: pathlib.Path) -> str | None:
     """The kind of file that index and model disagree about, if any."""
     recorded, paths = read_manifest(index)["sha256"], files(model)
     return next(
-        (kind for kind, expected in recorded.items() if digest(paths[kind]) != expected),
+        (
+            kind
+            for kind in ("tokenizer", "encoder", "text")
+            if digest(paths[kind]) != recorded.get(kind)
+        ),
         None,
     )

@@ -13,6 +13,7 @@ from typing import Any
 
 from leon_jax.data.records import to_png
 from leon_jax.documents import Document
+from leon_jax.prepare.gather import OTHERS
 from leon_jax.retrieval.prepared import Prepared
 
 _HEADINGS = {
@@ -88,7 +89,7 @@ def markdown(prepared: Prepared) -> str:
             lines += [
                 f"| {_escaped(_label(name, key))} | {count:,} |" for key, count in table.items()
             ]
-    credits = [f"- {_escaped(line)}" for line in attributions(prepared)]
+    credits = [f"- {_escaped(line)}" for line in attributions(prepared.manifest)]
     return "\n".join([*lines, "", "## Credits", "", *credits, ""])
 
 
@@ -110,7 +111,7 @@ def page(prepared: Prepared) -> str:
     body.append("<h2>Some of the documents of train</h2>")
     body += map(_figure, samples(prepared))
     body.append("<h2>Credits</h2><ul>")
-    body += [f"<li>{html.escape(line)}</li>" for line in attributions(prepared)]
+    body += [f"<li>{html.escape(line)}</li>" for line in attributions(prepared.manifest)]
     body.append("</ul>")
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Data card</title>'
@@ -137,18 +138,16 @@ def _figure(document: Document) -> str:
     )
 
 
-def attributions(prepared: Prepared, most: int = 1000) -> list[str]:
-    """The credit lines that the documents ask for, by how many ask for them; at most so many."""
+def attributions(manifest: Mapping[str, Any]) -> list[str]:
+    """The credit lines that the documents ask for, by how many ask for them."""
     found: collections.Counter[str] = collections.Counter()
-    for split in prepared.manifest["splits"]:
-        for document in prepared.listing(split):
-            found[document["attribution"] or f"{document['source']} (no credit line)"] += 1
+    for tables in manifest["counts"].values():
+        found.update(tables["credit"])
+    others = found.pop(OTHERS, 0)
     ordered = sorted(found.items(), key=lambda item: (-item[1], item[0]))
-    lines = [f"{name} ({count:,} documents)" for name, count in ordered[:most]]
-    if len(ordered) > most:
-        lines.append(
-            f"and {len(ordered) - most:,} more, each beside its document in *.documents.jsonl"
-        )
+    lines = [f"{name} ({count:,} document{'s' * (count > 1)})" for name, count in ordered]
+    if others:
+        lines.append(f"{others:,} documents more, each with its own in *.documents.jsonl")
     return lines
 
 

@@ -3,33 +3,63 @@
 Everything is decided by the order of the documents, so the result depends on nothing else.
 """
 
+import os
+import pathlib
+
 import numpy as np
-from jaxtyping import Bool, UInt8
+from jaxtyping import Bool, Float32, Int, UInt8
 
-from leon_jax.data.sources.raw import Reason
-from leon_jax.retrieval.bank import Bank
+from leon_jax.data.sources.raw import REASONS, Reason
+from leon_jax.retrieval.bank import Bank, save_rows
+from leon_jax.retrieval.mining import NONE, PASS
 
-_QUERIES = 4096
+_BLOCK = 4096  # documents that are compared with each other, all pairs at once
 
 
 class Fate:
     """Which documents are kept, and why and because of which other document one is not.
 
     Attributes:
-      keep: bool[n].
-      reason: for each document that is not kept, its reason.
-      because: for such a document, the row of the one it repeats, or -1.
+      rows: for each document `reason`, 0 if it is kept and else 1 + its place in `REASONS`;
+        `because`, the row of the document it repeats, or -1; and how much it is like that, `score`.
     """
 
     def __init__(self, count: int):
-        self.keep = np.ones(count, bool)
-        self.reason: dict[int, Reason] = {}
-        self.because: dict[int, int] = {}
+        fields = [("reason", np.uint8), ("because", np.int32), ("score", np.float32)]
+        self.rows = np.zeros(count, fields)
+        self.rows["because"] = NONE
 
-    def drop(self, row: int, reason: Reason, because: int = -1) -> None:
-        """Drops a document that is still kept."""
-        self.keep[row] = False
-        self.reason[row], self.because[row] = reason, because
+    @classmethod
+    def open(cls, path: pathlib.Path) -> "Fate":
+        """What `save` wrote."""
+        fate = cls(0)
+        fate.rows = np.load(path, allow_pickle=False)
+        return fate
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes a file, which appears complete or not at all."""
+        save_rows(path, self.rows)
+
+    @property
+    def keep(self) -> Bool[np.ndarray, "n"]:
+        """Which documents are kept."""
+        return self.rows["reason"] == 0
+
+    def drop(
+        self,
+        rows: int | Int[np.ndarray, "m"],
+        reason: Reason,
+        because: int | Int[np.ndarray, "m"] = NONE,
+        score: float | Float32[np.ndarray, "m"] = 1.0,
+    ) -> None:
+        """Drops documents that are still kept."""
+        self.rows["reason"][rows] = 1 + REASONS.index(reason)
+        self.rows["because"][rows] = because
+        self.rows["score"][rows] = score
+
+    def reason(self, row: int) -> str:
+        """Why a document is dropped."""
+        return REASONS[int(self.rows["reason"][row]) - 1]
 
 
 def repeated(digests: UInt8[np.ndarray, "n 16"], among: Bool[np.ndarray, "n"]) -> np.ndarray:
@@ -48,8 +78,8 @@ def repeated(digests: UInt8[np.ndarray, "n 16"], among: Bool[np.ndarray, "n"]) -
 def drop_repeated(fate: Fate, digests: UInt8[np.ndarray, "n 16"], reason: Reason) -> None:
     """Drops every kept document whose digest an earlier kept one has."""
     first = repeated(digests, fate.keep)
-    for row in np.flatnonzero(first != np.arange(len(first))):
-        fate.drop(int(row), reason, int(first[row]))
+    rows = np.flatnonzero(first != np.arange(len(first)))
+    fate.drop(rows, reason, first[rows])
 
 
 def drop_near(fate: Fate, images: Bank, held_out: int, threshold: float) -> None:
@@ -63,25 +93,40 @@ def drop_near(fate: Fate, images: Bank, held_out: int, threshold: float) -> None
       held_out: how many documents stand before those of train.
       threshold: inner product, positive.
     """
+    train = fate.keep
+    train[:held_out] = False
+    # A document far from all others is neither dropped nor a reason to drop one: few are left.
+    suspects = [np.zeros(0, np.int64)]
+    for rows in _passes(np.flatnonzero(train)):
+        scores, _ = images.search(images.take(rows), 1, exclude=rows, keep=train)
+        suspects.append(rows[scores[:, 0] > threshold])
+    rows = np.concatenate(suspects)
+    if len(rows):
+        among = Bank([images.take(rows).astype(images.dtype)])
+        because, score = _near(among, threshold)
+        copies = np.flatnonzero(because != NONE)
+        fate.drop(rows[copies], "copy_near", rows[because[copies]], score[copies])
+
+
+def _near(images: Bank, threshold: float) -> tuple[Int[np.ndarray, "n"], Float32[np.ndarray, "n"]]:
+    """For each row an earlier kept one above the threshold, or -1 if it is kept; and the score."""
+    because, score = np.full(len(images), NONE, np.int64), np.zeros(len(images), np.float32)
     places = np.arange(len(images))
-    for start in range(held_out, len(images), _QUERIES):
-        rows = np.flatnonzero(fate.keep[start : start + _QUERIES]) + start
-        if not len(rows):
-            continue
-        vectors = images.take(rows)
-        if start > held_out:
-            before = fate.keep & (places >= held_out) & (places < start)
+    for start in range(0, len(images), _BLOCK):
+        vectors = images.rows(start, min(start + _BLOCK, len(images))).astype(np.float32)
+        if start:
+            before = (because == NONE) & (places < start)
             scores, ids = images.search(vectors, 1, keep=before)
-            for place in np.flatnonzero(scores[:, 0] > threshold):
-                fate.drop(int(rows[place]), "copy_near", int(ids[place, 0]))
+            because[start : start + _BLOCK] = np.where(scores > threshold, ids, NONE)[:, 0]
+            score[start : start + _BLOCK] = scores[:, 0]
         # Within the block one after the other, for what is kept depends on what came before.
-        alike = vectors @ vectors.T > threshold
-        for number, row in enumerate(rows.tolist()):
-            if not fate.keep[row]:
-                continue
-            for copy in rows[number + 1 :][alike[number, number + 1 :]].tolist():
-                if fate.keep[copy]:
-                    fate.drop(copy, "copy_near", row)
+        alike = vectors @ vectors.T
+        for place in range(len(vectors)):
+            if because[start + place] == NONE:
+                copies = place + 1 + np.flatnonzero(alike[place, place + 1 :] > threshold)
+                copies = copies[because[start + copies] == NONE]
+                because[start + copies], score[start + copies] = start + place, alike[place, copies]
+    return because, score
 
 
 def drop_evaluation(fate: Fate, images: Bank, held_out: int, threshold: float) -> None:
@@ -91,9 +136,12 @@ def drop_evaluation(fate: Fate, images: Bank, held_out: int, threshold: float) -
     it repeats something that is there.
     """
     others = np.arange(len(images)) < held_out
-    kept = np.flatnonzero(fate.keep & ~others)
-    for start in range(0, len(kept), _QUERIES):
-        rows = kept[start : start + _QUERIES]
+    for rows in _passes(np.flatnonzero(fate.keep & ~others)):
         scores, ids = images.search(images.take(rows), 1, keep=others)
-        for place in np.flatnonzero(scores[:, 0] > threshold):
-            fate.drop(int(rows[place]), "copy_of_evaluation", int(ids[place, 0]))
+        copies = scores[:, 0] > threshold
+        fate.drop(rows[copies], "copy_of_evaluation", ids[copies, 0], scores[copies, 0])
+
+
+def _passes(rows: Int[np.ndarray, "n"]) -> list[np.ndarray]:
+    """As many rows at a time as a search answers in one pass over the bank."""
+    return [rows[start : start + PASS] for start in range(0, len(rows), PASS)]

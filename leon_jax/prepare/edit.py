@@ -36,10 +36,12 @@ def audit(folder: str | os.PathLike, key: str) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for split in prepared.manifest["splits"]:
         table = prepared.neighbours(split)
-        shards = [n for n, count in prepared.shards(split).items() for _ in range(count)]
+        shards = prepared.shards(split)
+        ends = np.cumsum([*shards.values()])
         for row, document in enumerate(prepared.listing(split)):
             if document["key"] == key:
-                place = {"split": split, "row": row, "shard": shards[row]}
+                shard = [*shards][int(np.searchsorted(ends, row, side="right"))]
+                place = {"split": split, "row": row, "shard": shard}
                 found.append(document | place | {"neighbours": table[row]})
     wanted = {
         int(row)
@@ -166,8 +168,7 @@ def _masks(
         listing = prepared.listing(split)
         for shard, count in prepared.shards(split).items():
             mask = np.ones(count, bool)
-            for row in range(count):
-                document = next(listing)
+            for row, document in zip(range(count), listing, strict=False):
                 named = {("", document["key"]), (document["source"], document["key"])} & keys
                 seen |= named
                 mask[row] = not named

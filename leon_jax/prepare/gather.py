@@ -20,9 +20,13 @@ from leon_jax.prepare import duplicates
 from leon_jax.prepare.config import TRAIN, PrepareConfig
 from leon_jax.prepare.shard import DOCUMENTS, RECORDS, REJECTS, Shard, count_lines, line
 from leon_jax.retrieval.bank import Bank, save_rows
+from leon_jax.retrieval.mining import NONE
 from leon_jax.retrieval.prepared import Prepared
 
-_KEEP = "keep.npy"
+_KEEP, _FATE = "keep.npy", "fate.npy"
+# Of each kind of count, so many different keys are told apart, and so many go into the manifest.
+_MOST, _LISTED = 100_000, 1000
+OTHERS = "(others)"
 
 
 def gather(
@@ -50,12 +54,18 @@ def gather(
     held_out = len(ordered)
     ordered += by_split[TRAIN]
     lengths = [count_lines(parts / name / DOCUMENTS) for name in ordered]
-    fate = judge(config, parts, ordered, lengths, sum(lengths[:held_out]))
+    # Judged once: files that a killed run left behind follow the first judgement.
+    if (parts / _FATE).exists():
+        fate = duplicates.Fate.open(parts / _FATE)
+    else:
+        fate = judge(config, parts, ordered, lengths, sum(lengths[:held_out]))
+        fate.save(parts / _FATE)
     starts = np.cumsum([0, *lengths])
     names = _repeated_keys(parts, ordered, starts, fate)
     kept: dict[str, int] = {}
+    keep = fate.keep
     for name, start, length in zip(ordered, starts, lengths, strict=False):
-        mask = fate.keep[start : start + length]
+        mask = keep[start : start + length]
         save_rows(parts / name / _KEEP, mask)
         _write_shard(parts / name, final, mask, int(start), fate, names)
         kept[name] = int(mask.sum())
@@ -82,7 +92,7 @@ def judge(
     """Which documents are kept; the first `held_out` of them are of other splits than train."""
     rules = config.duplicates
     fate = duplicates.Fate(sum(lengths))
-    if not len(fate.keep):
+    if not len(fate.rows):
         return fate
 
     def load(name: str) -> np.ndarray:
@@ -111,28 +121,38 @@ def queries(parts: pathlib.Path, shard: str) -> dict[str, np.ndarray]:
 def source_numbers(prepared: Prepared) -> np.ndarray:
     """A number for the source of every train document, int32[n]."""
     numbers: dict[str, int] = {}
-    return np.array(
-        [
-            numbers.setdefault(document["source"], len(numbers))
-            for document in prepared.listing(TRAIN)
-        ],
-        np.int32,
-    )
+    sources = (document["source"] for document in prepared.listing(TRAIN))
+    return np.fromiter((numbers.setdefault(name, len(numbers)) for name in sources), np.int32)
 
 
 def count(folder: pathlib.Path, shards: Sequence[str]) -> dict[str, dict[str, int]]:
-    """How many documents of a split have each licence, source, language and size; and rejects."""
+    """How many documents of a split have each licence, source, language, size and credit line.
+
+    And why how many records are not used. What is rare counts as `OTHERS` where there is too much.
+    """
     counts: dict[str, collections.Counter[str]] = {
-        name: collections.Counter() for name in ("licence", "source", "language", "size")
+        name: collections.Counter() for name in ("licence", "source", "language", "size", "credit")
     }
     for shard in shards:
         for document in read_lines(folder / f"{shard}.{DOCUMENTS}"):
-            for name in ("licence", "source", "language"):
-                counts[name][document[name]] += 1
-            counts["size"][size_class(min(document["size"]))] += 1
+            found = document | {
+                "size": size_class(min(document["size"])),
+                "credit": document["attribution"] or f"{document['source']} (no credit line)",
+            }
+            for name, counter in counts.items():
+                value = found[name]
+                counter[value if value in counter or len(counter) < _MOST else OTHERS] += 1
     rejected = _reasons(folder / f"{shard}.{REJECTS}" for shard in shards)
-    ordered = {name: dict(sorted(counter.items())) for name, counter in counts.items()}
+    ordered = {name: _largest(counter) for name, counter in counts.items()}
     return ordered | {"rejected": dict(sorted(rejected.items()))}
+
+
+def _largest(counter: collections.Counter[str]) -> dict[str, int]:
+    """The largest counts by name, the others in one."""
+    others = counter.pop(OTHERS, 0)
+    listed = sorted(counter.items(), key=lambda item: (-item[1], item[0]))
+    others += sum(count for _, count in listed[_LISTED:])
+    return dict(sorted(listed[:_LISTED])) | ({OTHERS: others} if others else {})
 
 
 def size_class(side: int) -> str:
@@ -166,12 +186,15 @@ def _write_shard(
     _write_text(final / f"{part.name}.{DOCUMENTS}", "".join(lines[row] for row in rows))
     rejects = (part / REJECTS).read_text(encoding="utf-8")
     for row in np.flatnonzero(~keep).tolist():
-        because = fate.because[start + row]
+        because, reason = int(fate.rows["because"][start + row]), fate.reason(start + row)
+        detail = f"it repeats {names[because]}" if because >= 0 else ""
+        if reason in ("copy_near", "copy_of_evaluation"):
+            detail += f", similarity {fate.rows['score'][start + row]:.3f}"
         rejects += line(
             {
                 "key": json.loads(lines[row])["key"],
-                "reason": fate.reason[start + row],
-                "detail": f"it repeats {names[because]}" if because >= 0 else "",
+                "reason": reason,
+                "detail": detail,
             }
         )
     _write_text(final / f"{part.name}.{REJECTS}", rejects)
@@ -190,14 +213,17 @@ def _write_shard(
 def _repeated_keys(
     parts: pathlib.Path, shards: Sequence[str], starts: np.ndarray, fate: duplicates.Fate
 ) -> dict[int, str]:
-    """The keys of the documents that others repeat, by row."""
-    rows = np.unique(np.array([row for row in fate.because.values() if row >= 0], np.int64))
+    """The keys and sources of the documents that others repeat, by row."""
+    rows = np.unique(fate.rows["because"])
+    rows = rows[rows != NONE]
     keys: dict[int, str] = {}
     for shard, start, stop in zip(shards, starts, starts[1:], strict=False):
         here = rows[(rows >= start) & (rows < stop)]
         if len(here):
             lines = (parts / shard / DOCUMENTS).read_text(encoding="utf-8").splitlines()
-            keys |= {int(row): json.loads(lines[row - start])["key"] for row in here}
+            for row in here.tolist():
+                document = json.loads(lines[row - start])
+                keys[row] = f"{document['key']} of {document['source']}"
     return keys
 
 

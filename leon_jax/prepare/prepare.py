@@ -18,7 +18,7 @@ import os
 import pathlib
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -37,6 +37,7 @@ from leon_jax.prepare.config import TRAIN, PrepareConfig
 from leon_jax.prepare.models import digest, load_models
 from leon_jax.prepare.shard import Shard, Worker, plan
 from leon_jax.retrieval.bank import Bank, save_rows
+from leon_jax.retrieval.mining import PASS
 from leon_jax.retrieval.neighbours import row_type
 from leon_jax.retrieval.prepared import FORMAT, MANIFEST, Prepared
 from leon_jax.retrieval.selection import SelectionConfig, find_neighbours
@@ -46,7 +47,6 @@ Sources = list[tuple[SourceConfig, Shards]]
 Runner = Callable[[PrepareConfig, Sources, str, Sequence[Shard]], None]
 
 _SETTINGS = "settings.json"
-_QUERIES = 4096
 
 
 def prepare(
@@ -179,7 +179,7 @@ def serves(made: dict[str, Any], wanted: dict[str, Any]) -> bool:
     """Whether a prepared folder is what is wanted, or that and more variants."""
     if made.get("format") != FORMAT:
         return False
-    have, want = made["config"]["variants"], wanted["config"]["variants"]
+    have, want = made["config"].get("variants", 0), wanted["config"]["variants"]
     same = {**made, "config": {**made["config"], "variants": want}}
     return have >= want and all(same.get(name) == value for name, value in wanted.items())
 
@@ -196,17 +196,33 @@ def _mine(config: PrepareConfig, prepared: Prepared, parts: pathlib.Path, progre
     ):
         for split in prepared.manifest["splits"]:
             start = 0
-            for shard, count in prepared.shards(split).items():
-                path = prepared.folder / f"{shard}.neighbours.npy"
-                if not path.exists():
-                    queries = gather.queries(parts, shard)
+            for group in _groups(prepared.shards(split)):
+                paths = {name: prepared.folder / f"{name}.neighbours.npy" for name in group}
+                count = sum(group.values())
+                if not all(path.exists() for path in paths.values()):
+                    each = [gather.queries(parts, name) for name in group]
+                    queries = {view: np.concatenate([q[view] for q in each]) for view in each[0]}
                     own = np.arange(start, start + count, dtype=np.int32)
                     table = neighbour_rows(
                         queries, bank, selection, own if split == TRAIN else None, sources
                     )
-                    save_rows(path, table)
+                    ends = np.cumsum([0, *group.values()])
+                    for path, low, high in zip(paths.values(), ends, ends[1:], strict=False):
+                        save_rows(path, table[low:high])
                 start += count
                 bar.update(count)
+
+
+def _groups(shards: dict[str, int]) -> Iterator[dict[str, int]]:
+    """Shards, and how many documents each has, that search while the bank passes by once."""
+    group: dict[str, int] = {}
+    for name, count in shards.items():
+        if group and sum(group.values()) + count > PASS:
+            yield group
+            group = {}
+        group[name] = count
+    if group:
+        yield group
 
 
 def _encode_variants(config: PrepareConfig, prepared: Prepared, progress: bool) -> None:
@@ -230,15 +246,15 @@ def neighbour_rows(
     own: np.ndarray | None,
     sources: np.ndarray | None,
 ) -> np.ndarray:
-    """The table of one shard: what its queries, by modality, find in the bank."""
+    """The table of some queries: what each finds, by modality, in the bank."""
     count = len(queries["text"])
     table = np.zeros(count, row_type(selection.per_modality))
     views: tuple[str, ...] = ("text", "image")
     if not selection.through_parts:
         views = ("document",)
         selection = dataclasses.replace(selection, per_modality=2 * selection.per_modality)
-    for start in range(0, count, _QUERIES):
-        rows = slice(start, start + _QUERIES)
+    for start in range(0, count, PASS):
+        rows = slice(start, start + PASS)
         for view in views:
             ids, scores = find_neighbours(
                 queries[view][rows],

@@ -51,7 +51,9 @@ class Bank:
                 arrays.append(np.load(name, mmap_mode="r", allow_pickle=False))
             except FileNotFoundError:
                 raise UserError(f"there is no file {name}; run: leon prepare") from None
-            except (OSError, ValueError, EOFError) as error:
+            except OSError as error:
+                raise UserError(f"cannot read {name}: {error.strerror or error}") from error
+            except (ValueError, EOFError) as error:
                 raise UserError(f"{name} is not a whole .npy file: {error}") from error
         bank = cls.__new__(cls)
         bank._setup(arrays, names)

@@ -48,7 +48,11 @@ class Neighbours:
                 shard = np.load(path, mmap_mode="r", allow_pickle=False)
             except FileNotFoundError:
                 raise UserError(f"there is no file {os.fspath(path)}; run: leon prepare") from None
-            except (OSError, ValueError, EOFError) as error:
+            except OSError as error:
+                raise UserError(
+                    f"cannot read {os.fspath(path)}: {error.strerror or error}"
+                ) from error
+            except (ValueError, EOFError) as error:
                 raise UserError(f"{os.fspath(path)} is damaged: {error}") from error
             if shard.dtype.names != FIELDS or shard.ndim != 1:
                 raise UserError(f"{os.fspath(path)} is no table of neighbours")

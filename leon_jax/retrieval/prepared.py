@@ -33,6 +33,7 @@ from leon_jax.retrieval.selection import SelectionConfig
 FORMAT = 2
 MANIFEST = "manifest.json"
 TRAIN = "train"
+_KEYS = ("splits", "shards", "config", "sha256", "inputs", "counts")
 
 
 class Prepared:
@@ -53,7 +54,13 @@ class Prepared:
 
     @property
     def selection(self) -> SelectionConfig:
-        """How its neighbours were found."""
+        """How its neighbours were found.
+
+        Raises:
+          UserError: they were not found by leon prepare.
+        """
+        if not self.manifest["config"]:
+            raise UserError(f"{self.folder} was not made by leon prepare, so it cannot be searched")
         return build(SelectionConfig, self.manifest["config"]["selection"], "selection")
 
     def shards(self, split: str) -> dict[str, int]:
@@ -76,12 +83,17 @@ class Prepared:
     def listing(self, split: str = TRAIN) -> Iterator[dict[str, Any]]:
         """What `.documents.jsonl` says of the documents of a split, in their order."""
         for path in self.paths(split, "documents.jsonl"):
-            with path.open(encoding="utf-8") as file:
+            try:
+                file = path.open(encoding="utf-8")
+            except OSError as error:
+                raise UserError(f"cannot read {path}: {error.strerror}") from error
+            with file:
                 yield from map(json.loads, file)
 
     def records(self, split: str = TRAIN, *, pixels: bool = True) -> RecordSource:
         """The documents of a split."""
-        return RecordSource(self.paths(split, "array_record"), pixels=pixels)
+        lengths = self.shards(split).values()
+        return RecordSource(self.paths(split, "array_record"), pixels=pixels, lengths=[*lengths])
 
     def bank(self) -> Bank:
         """What is searched: row i is record i of `train`."""
@@ -135,7 +147,8 @@ def write_split(
 ) -> None:
     """Adds a split of documents that have codes already to a prepared folder, in one shard.
 
-    For data that another program made: nothing is checked, embedded or said of it.
+    For data that another program made: nothing is checked, embedded or said of it, so it can be
+    trained on, but not retrieved from.
 
     Args:
       folder: made if missing.
@@ -147,12 +160,20 @@ def write_split(
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     shard = f"{split}-00000"
-    count = records.write(folder / f"{shard}.array_record", documents)
+    with (folder / f"{shard}.documents.jsonl").open("w", encoding="utf-8") as listing:
+
+        def listed() -> Iterator[Document]:
+            for document in documents:
+                said = vars(document.provenance) if document.provenance else {}
+                listing.write(json.dumps(said) + "\n")
+                yield document
+
+        count = records.write(folder / f"{shard}.array_record", listed())
     if ids is not None:
         table = np.zeros(count, row_type(ids.shape[-1]))
         table["by_text_ids"], table["by_image_ids"] = ids
         save_rows(folder / f"{shard}.neighbours.npy", table)
-    manifest: dict[str, Any] = {"format": FORMAT, "splits": {}, "shards": {}}
+    manifest: dict[str, Any] = {name: {} for name in _KEYS} | {"format": FORMAT}
     if (folder / MANIFEST).exists():
         manifest = read_manifest(folder)
     manifest["splits"][split], manifest["shards"][split] = count, {shard: count}

@@ -1,13 +1,14 @@
 """The prepared folders that a decoder's configuration names, as parts of a mixture."""
 
 import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float64
 
 from leon_jax.config import UserError
 from leon_jax.data import examples, variants
-from leon_jax.documents import Source
 from leon_jax.retrieval.prepared import TRAIN, Prepared
 from leon_jax.retrieval.selection import sample_neighbours
 from leon_jax.train.decoder_config import DecoderData, MixturePart
@@ -59,7 +60,7 @@ def _part(key: str, part: MixturePart, per_modality: int) -> examples.Part:
             weight=part.weight,
             retrieved=part.retrieved,
             neighbours=draw,
-            balance=balanced(source, part.balance) if part.balance else None,
+            balance=balanced(folder.listing(part.split), part.balance) if part.balance else None,
             variant=shown,
             variants=part.variants,
             plain_variants=min(variants.plain(shown.count), part.variants) if shown else 1,
@@ -69,17 +70,21 @@ def _part(key: str, part: MixturePart, per_modality: int) -> examples.Part:
         raise UserError(f"{key}: {error}") from error
 
 
-def balanced(source: Source, exponent: float) -> Float64[np.ndarray, "documents"]:
-    """A weight for each document: (documents of its provenance's group) ** -exponent.
+def balanced(
+    listing: Iterable[Mapping[str, Any]], exponent: float
+) -> Float64[np.ndarray, "documents"]:
+    """A weight for each document: (documents of its group) ** -exponent; without one it is alone.
 
     Half of an emoji set are people in five skin tones; without weights a model learns little else.
     """
-    groups = []
-    for index in range(len(source)):
-        provenance = source[index].provenance
-        groups.append(provenance.group if provenance and provenance.group else f"alone {index}")
-    _, inverse, counts = np.unique(groups, return_inverse=True, return_counts=True)
-    return counts[inverse].astype(np.float64) ** -exponent
+    numbers: dict[str, int] = {}
+    names = (document.get("group") for document in listing)
+    groups = np.fromiter(
+        (numbers.setdefault(name, len(numbers)) if name else -1 for name in names), np.int64
+    )
+    counts = np.bincount(groups[groups >= 0], minlength=1)
+    sizes = np.where(groups >= 0, counts[groups], 1)
+    return sizes.astype(np.float64) ** -exponent
 
 
 def neighbours(folder: Prepared, split: str, per_modality: int) -> examples.Neighbours:

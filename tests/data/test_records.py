@@ -106,6 +106,40 @@ def test_writing_needs_a_folder(tmp_path):
         records.write(tmp_path / "missing" / "a", some(1))
 
 
+def test_files_whose_lengths_are_known_are_opened_when_they_are_read(tmp_path, monkeypatch):
+    written = some(9)
+    paths = [tmp_path / f"{number}" for number in range(3)]
+    for number, path in enumerate(paths):
+        records.write(path, written[3 * number : 3 * number + 3])
+    opened = []
+    monkeypatch.setattr(
+        records, "_reader", lambda path, real=records._reader: opened.append(path) or real(path)
+    )
+    source = records.RecordSource(paths, lengths=[3, 3, 3])
+    assert len(source) == 9 and opened == []
+    assert source[7] == written[7] and source[8] == written[8]
+    assert opened == [str(paths[2])]
+    assert list(pickle.loads(pickle.dumps(source))) == written
+    wrong = records.RecordSource(paths, lengths=[3, 4, 3])
+    with pytest.raises(
+        UserError, match="1 holds 3 documents, not the 4 that its folder's manifest"
+    ):
+        wrong[3]
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts open files in /proc")
+def test_of_many_files_few_are_open(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "_OPEN", 4)
+    written = some(40)
+    paths = [tmp_path / f"{number}" for number in range(40)]
+    for path, document in zip(paths, written, strict=True):
+        records.write(path, [document])
+    source, before = records.RecordSource(paths), len(os.listdir("/proc/self/fd"))
+    for _ in range(2):
+        assert list(source) == written
+    assert len(os.listdir("/proc/self/fd")) <= before + 4
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(UserError, match=r"there is no file .*nothing; run: leon prepare"):
         records.RecordSource(tmp_path / "nothing")

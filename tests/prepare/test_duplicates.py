@@ -29,19 +29,19 @@ def test_no_two_kept_are_near_and_every_dropped_one_is_near_an_earlier_kept_one(
     before = rng.random(len(rows)) < 0.2
     for row in np.flatnonzero(before):
         fate.drop(int(row), "copy_exact")
-    original, duplicates._QUERIES = duplicates._QUERIES, block
+    original, duplicates._BLOCK = duplicates._BLOCK, block
     try:
         duplicates.drop_near(fate, Bank([rows]), held_out, threshold)
     finally:
-        duplicates._QUERIES = original
+        duplicates._BLOCK = original
     exact = rows.astype(np.float64)
     alike = exact @ exact.T
     kept = [row for row in np.flatnonzero(fate.keep) if row >= held_out]
     for row in kept:
         assert (alike[row, [k for k in kept if k != row]] <= threshold + 1e-6).all()
-    for row, reason in fate.reason.items():
-        if reason == "copy_near":
-            because = fate.because[row]
+    for row in np.flatnonzero(~fate.keep):
+        if fate.reason(row) == "copy_near":
+            because = fate.rows["because"][row]
             assert held_out <= because < row and fate.keep[because]
             assert alike[row, because] > threshold - 1e-6
     assert fate.keep[:held_out].tolist() == (~before[:held_out]).tolist()
@@ -52,8 +52,9 @@ def test_train_documents_near_to_held_out_ones_are_dropped():
     fate = duplicates.Fate(6)
     fate.drop(0, "copy_exact")  # a held-out document that repeats another still counts
     duplicates.drop_evaluation(fate, Bank([rows]), 2, 0.9)
-    assert fate.reason == {0: "copy_exact", 3: "copy_of_evaluation", 5: "copy_of_evaluation"}
-    assert fate.because[3] == 1 and fate.because[5] == 0
+    reasons = {int(row): fate.reason(row) for row in np.flatnonzero(~fate.keep)}
+    assert reasons == {0: "copy_exact", 3: "copy_of_evaluation", 5: "copy_of_evaluation"}
+    assert fate.rows["because"].tolist() == [-1, -1, -1, 1, -1, 0]
 
 
 def test_a_missing_picture_is_near_nothing():
@@ -77,7 +78,7 @@ def test_the_first_of_equal_digests_is_kept(rows):
     seen = {}
     for row, (name, here) in enumerate(rows):
         if here and name in seen:
-            assert fate.reason[row] == "copy_exact" and fate.because[row] == seen[name]
+            assert fate.reason(row) == "copy_exact" and fate.rows["because"][row] == seen[name]
         elif here:
             assert fate.keep[row]
             seen[name] = row

@@ -5,6 +5,7 @@ import dataclasses
 import errno
 import json
 import os
+import re
 import threading
 
 import jax
@@ -15,7 +16,7 @@ from leon_jax.config import UserError
 from leon_jax.data.sources.listed import Listed
 from leon_jax.data.sources.raw import SourceConfig
 from leon_jax.documents import Image
-from leon_jax.prepare import place
+from leon_jax.prepare import gather, place
 from leon_jax.prepare import prepare as preparing
 from leon_jax.prepare.config import DuplicatesConfig
 from leon_jax.retrieval.encoder import Encoder
@@ -328,11 +329,74 @@ def test_copies_are_dropped_where_they_repeat_and_the_rejects_say_what(checkpoin
         for line in path.read_text().splitlines()
     ]
     key = [document.provenance.key for document in documents]
+    source = documents[0].provenance.source
     assert sorted((r["key"], r["reason"], r["detail"]) for r in rejects) == sorted(
         [
-            (key[1], "copy_exact", "it repeats exam"),
-            (key[2], "key_repeated", f"it repeats {key[2]}"),
-            ("copy", "copy_exact", f"it repeats {key[0]}"),
+            (key[1], "copy_exact", f"it repeats exam of {source}"),
+            (key[2], "key_repeated", f"it repeats {key[2]} of {source}"),
+            ("copy", "copy_exact", f"it repeats {key[0]} of {source}"),
         ]
     )
     assert made["counts"]["train"]["rejected"] == {"copy_exact": 2, "key_repeated": 1}
+
+
+def test_a_near_copy_is_dropped_with_its_similarity(checkpoint, out):
+    documents = tiny.documents()
+    text, picture = documents[0].parts
+    darker = Image(pixels=(picture.pixels * 0.98).astype(np.uint8))
+    copy = dataclasses.replace(
+        documents[0],
+        parts=(text, darker),
+        provenance=dataclasses.replace(documents[0].provenance, key="copy"),
+    )
+    rules = DuplicatesConfig(near=0.999)
+    made = make(checkpoint, out, {"train": [documents[0], copy]}, duplicates=rules)
+    assert made["splits"] == {"train": 1}
+    (line,) = (out / "train-00000.rejects.jsonl").read_text().splitlines()
+    reject, first = json.loads(line), documents[0].provenance
+    assert (reject["key"], reject["reason"]) == ("copy", "copy_near")
+    assert re.fullmatch(
+        rf"it repeats {first.key} of {first.source}, similarity (0\.999|1\.000)", reject["detail"]
+    )
+
+
+def test_copies_are_judged_once(checkpoint, out, monkeypatch):
+    """A second judgement might differ in rounding from the one that files were written by."""
+
+    def full(*arguments, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="No space left"):
+        patch.setattr(preparing, "save_rows", full)
+        make(checkpoint, out)
+    with monkeypatch.context() as patch:
+        patch.setattr(gather, "judge", lambda *_: pytest.fail("judged again"))
+        make(checkpoint, out)
+
+
+def test_shards_that_search_together_find_what_each_would_find_alone(
+    checkpoint, tmp_path, monkeypatch
+):
+    tables = []
+    for number in (1, 4, 100):
+        monkeypatch.setattr(preparing, "PASS", number)
+        make(checkpoint, tmp_path / str(number))
+        tables.append(Prepared(tmp_path / str(number)).neighbours())
+    for table in tables[1:]:
+        for name in ("by_text_ids", "by_image_ids"):
+            np.testing.assert_array_equal(table.column(name), tables[0].column(name))
+
+
+def test_counts_stay_small_however_many_credit_lines_there_are(checkpoint, out, monkeypatch):
+    monkeypatch.setattr(gather, "_MOST", 5)
+    monkeypatch.setattr(gather, "_LISTED", 3)
+    credits = ["a", "b", "b", "c", "d", "d", "e", "f"]
+    documents = [
+        dataclasses.replace(d, provenance=dataclasses.replace(d.provenance, attribution=credit))
+        for d, credit in zip(tiny.documents(), credits, strict=False)
+    ]
+    made = make(checkpoint, out, {"train": documents})
+    assert made["counts"]["train"]["credit"] == {"a": 1, "b": 2, "d": 2, "(others)": 3}
+    card = (out / "card.md").read_text()
+    assert "- b (2 documents)\n" in card and "- a (1 document)\n" in card
+    assert "- 3 documents more, each with its own in" in card

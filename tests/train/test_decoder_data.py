@@ -16,7 +16,7 @@ from leon_jax.tokenizers.text import TextTokenizer
 from leon_jax.train.checkpoint import Checkpoints
 from leon_jax.train.decoder import DecoderProgram
 from leon_jax.train.decoder_config import DecoderData, MixturePart
-from leon_jax.train.decoder_data import neighbours, parts
+from leon_jax.train.decoder_data import balanced, neighbours, parts
 from leon_jax.train.feed import Feed
 from leon_jax.train.state import TrainState
 from leon_jax.vocabulary import Vocabulary
@@ -107,6 +107,12 @@ def test_a_part_has_its_own_settings_and_those_of_data_where_it_has_none(folder)
     np.testing.assert_allclose(art.balance, [1 / 3, *[1 / 6] * 3] * 2 + [1 / 3])
     assert (len(web.source), len(art.source)) == (20, 9)
     assert web.name == f"{folder / 'web'} (train)"
+
+
+def test_a_document_without_a_group_is_alone():
+    listing = [{"group": name} for name in ("", "a", "a", "", "b")] + [{}]
+    np.testing.assert_allclose(balanced(listing, 0.5), [1, 0.5**0.5, 0.5**0.5, 1, 1, 1])
+    assert len(balanced([], 1.0)) == 0
 
 
 @pytest.mark.parametrize(("per_modality", "expected"), [(1, {4, 9}), (2, {4, 5, 9, 10})])
