@@ -26,7 +26,8 @@ def get_config() -> ConfigDict:
                 {"kind": "jsonl", "path": "exam.jsonl", "split": "exam", "licence": "CC0-1.0"},
             ],
             # Model files: a trained VQ-GAN, OpenAI's CLIP as Hugging Face lays it out, and the
-            # text tokenizer that the decoder will use.
+            # text tokenizer that the decoder will use. Without these three lines: the small models
+            # that come with the package.
             "tokenizer": "runs/tokenizer/export/tokenizer.safetensors",
             "encoder": "models/clip-vit-base-patch32",
             "text": "runs/text/export/text.json",

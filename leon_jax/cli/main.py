@@ -6,10 +6,12 @@ imported only when it is used, so `leon --help` is quick. Its flags are absl's g
 person can fix is one sentence on stderr and exit code 2; Ctrl-C is exit code 130.
 """
 
+import contextlib
 import difflib
 import importlib
 import inspect
 import os
+import resource
 import sys
 import types
 from collections.abc import Sequence
@@ -71,12 +73,13 @@ def run_verb(verb: str, arguments: Sequence[str]) -> int:
     """Parses a verb's flags, runs its `main`, and turns errors into messages and exit codes."""
     from leon_jax.config import UserError
 
-    module = importlib.import_module(f"leon_jax.cli.{verb}")
     name = f"leon {verb}"
-    if {"--help", "-h", "-help"} & set(arguments):
-        print(describe(module, verb))
-        return 0
+    _allow_many_files()
     try:
+        module = importlib.import_module(f"leon_jax.cli.{verb}")
+        if {"--help", "-h", "-help"} & set(arguments):
+            print(describe(module, verb))
+            return 0
         rest = _parse(module, [name, *map(_with_underscores, arguments)])
         if len(rest) > 1:
             raise UserError(f"{rest[1]!r} is not a flag; flags are written --name=value")
@@ -103,12 +106,20 @@ def _parse(module: types.ModuleType, argv: list[str]) -> list[str]:
     previous, sys.argv = sys.argv, argv
     try:
         return values(argv)
-    except (OSError, AttributeError, TypeError, KeyError) as error:
-        # What a config file raises when it is read, or when a key is set that it does not have.
+    except flags.Error:
+        raise
+    except Exception as error:  # a config file is a program and may raise anything
         wrong = str(error).strip("\"'")
         raise app.UsageError(f"a flag or its config file cannot be read: {wrong}") from error
     finally:
         sys.argv = previous
+
+
+def _allow_many_files() -> None:
+    """Raises the limit of open files as far as it goes: a large prepared folder maps thousands."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # macOS allows less than it says
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _with_underscores(argument: str) -> str:

@@ -152,6 +152,8 @@ def _configuration(emojis: bool) -> PrepareConfig | None:
         return None
     values |= {kind: str(path) for kind, path in files.items()}
     if _SOURCE.value:
+        if "sources" in values:
+            raise UserError("--source is given, but --config names the sources already")
         values["sources"] = [dataclasses.asdict(source) for source in map(_source, _SOURCE.value)]
     if emojis:
         values = configs.to_dict(emoji_config(_DATA_DIR.value, **values))
@@ -193,8 +195,7 @@ def _runner() -> preparing.Runner | None:
 
 
 def _audit(folder: str, key: str) -> None:
-    for document in edit.audit(folder, key):
-        print(json.dumps(document, indent=1, ensure_ascii=False))
+    print(json.dumps(edit.audit(folder, key), indent=1, ensure_ascii=False))
 
 
 def _remove(folder: str, path: str) -> None:

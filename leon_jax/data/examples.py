@@ -10,6 +10,7 @@ and a function of (seed, index of the example) alone, so examples can be made in
 number of threads, and again after a restart.
 """
 
+import contextlib
 import dataclasses
 import functools
 import sys
@@ -208,7 +209,7 @@ class MakeExample:
         if len(query) > longest:
             raise UserError(
                 f"{self._name(index)} has {len(query)} tokens, but a row holds {longest}; raise "
-                "data.length or shorten the document"
+                "data.length, or prepare the data with a smaller max_tokens"
             )
         retrieved = [self._encode(int(i), variant) for i in found]
         spare = TOKENS_PER_SPAN * room.spare_spans
@@ -244,7 +245,11 @@ class MakeExample:
             raise
 
     def _name(self, index: int) -> str:
-        return f"document {index}" + (f" of {self.part.name}" if self.part.name else "")
+        shown = f"document {index}"
+        with contextlib.suppress(Exception):  # it may be the one that cannot be read
+            if provenance := self.part.source[index].provenance:
+                shown += f" ({provenance.key})"
+        return shown + (f" of {self.part.name}" if self.part.name else "")
 
     @functools.cached_property
     def _cumulative(self) -> Float64[np.ndarray, "documents"]:

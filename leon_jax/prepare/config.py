@@ -99,6 +99,11 @@ class PrepareConfig:
         if TRAIN not in (source.split for source in self.sources):
             splits = ", ".join(source.split for source in self.sources)
             raise UserError(f"no source becomes the split {TRAIN!r}, only {splits}")
+        if self.duplicates.evaluation is not None and len(self.splits) == 1:
+            raise UserError(
+                "duplicates.evaluation is set, but all sources become the split "
+                f"{TRAIN!r}; give what is held out a split of its own, for example 'exam'"
+            )
         for name, least in (("variants", 1), ("block", 1), ("max_tokens", 3), ("picture_side", 0)):
             if getattr(self, name) < least:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least {least}")

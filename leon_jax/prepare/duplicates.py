@@ -5,6 +5,7 @@ Everything is decided by the order of the documents, so the result depends on no
 
 import os
 import pathlib
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int, UInt8
@@ -62,6 +63,13 @@ class Fate:
         return REASONS[int(self.rows["reason"][row]) - 1]
 
 
+def drop_named(fate: Fate, names: UInt8[np.ndarray, "n 16"], removed: Sequence[np.ndarray]) -> None:
+    """Drops the documents whose digests of source and key are these."""
+    if len(removed):
+        rows = np.isin(_as_one(names), _as_one(np.stack(removed)))
+        fate.drop(np.flatnonzero(rows), "removed_by_request", score=0)
+
+
 def repeated(digests: UInt8[np.ndarray, "n 16"], among: Bool[np.ndarray, "n"]) -> np.ndarray:
     """For each row the first row, among those allowed, with the same digest; itself if it is first.
 
@@ -69,10 +77,14 @@ def repeated(digests: UInt8[np.ndarray, "n 16"], among: Bool[np.ndarray, "n"]) -
     """
     first = np.arange(len(digests))
     rows = np.flatnonzero(among)
-    names = np.ascontiguousarray(digests[rows]).view("V16").ravel()
-    _, starts, inverse = np.unique(names, return_index=True, return_inverse=True)
+    _, starts, inverse = np.unique(_as_one(digests[rows]), return_index=True, return_inverse=True)
     first[rows] = rows[starts[inverse]]
     return first
+
+
+def _as_one(digests: UInt8[np.ndarray, "n 16"]) -> np.ndarray:
+    """Each digest as one element, which NumPy can sort."""
+    return np.ascontiguousarray(digests).view("V16").ravel()
 
 
 def drop_repeated(fate: Fate, digests: UInt8[np.ndarray, "n 16"], reason: Reason) -> None:

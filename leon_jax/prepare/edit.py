@@ -16,7 +16,13 @@ from leon_jax.prepare.shard import line
 from leon_jax.retrieval.bank import save_rows
 from leon_jax.retrieval.mining import NONE
 from leon_jax.retrieval.neighbours import Neighbours
-from leon_jax.retrieval.prepared import MANIFEST, TRAIN, Prepared
+from leon_jax.retrieval.prepared import (
+    MANIFEST,
+    TRAIN,
+    Prepared,
+    read_removed,
+    write_removed,
+)
 
 _ROWS = ("vectors.npy", "variants.npy")  # one row a document, and nothing that points elsewhere
 
@@ -25,8 +31,9 @@ def audit(folder: str | os.PathLike, key: str) -> list[dict[str, Any]]:
     """All that a prepared folder knows of a key.
 
     Returns:
-      For each document with this key: its listing, `split`, `row`, `shard`, `input` (where its
-      source says it came from) and `neighbours` (by modality: key, source and score, best first).
+      For each document with this key: its listing, `text`, `split`, `row`, `shard`, `input` (where
+      its source says it came from) and `neighbours` (by modality: key, source and score, the best
+      first).
       For each record with this key that is not used: `shard`, `input`, `reason` and `detail`.
 
     Raises:
@@ -41,8 +48,10 @@ def audit(folder: str | os.PathLike, key: str) -> list[dict[str, Any]]:
         for row, document in enumerate(prepared.listing(split)):
             if document["key"] == key:
                 shard = [*shards][int(np.searchsorted(ends, row, side="right"))]
+                text = prepared.records(split, pixels=False)[row].text
                 place = {"split": split, "row": row, "shard": shard}
-                found.append(document | place | {"neighbours": table[row]})
+                found.append({"key": key, "text": text, **document, **place})
+                found[-1]["neighbours"] = table[row]
     wanted = {
         int(row)
         for document in found
@@ -69,7 +78,7 @@ def audit(folder: str | os.PathLike, key: str) -> list[dict[str, Any]]:
     if not found:
         raise UserError(f"{prepared.folder} knows no document with the key {key!r}")
     for document in found:
-        document["input"] = prepared.manifest["inputs"][document["shard"]]
+        document["input"] = prepared.manifest["inputs"].get(document["shard"])
     return found
 
 
@@ -96,7 +105,9 @@ def read_keys(path: str | os.PathLike) -> set[tuple[str, str]]:
 
 
 def remove(folder: str | os.PathLike, keys: set[tuple[str, str]]) -> tuple[int, list[str]]:
-    """Takes documents out of records, listings, vectors, variants and neighbour tables.
+    """Takes documents out of records, listings, vectors, variants and neighbour tables, for good.
+
+    `leon_jax.prepare.prepare` does not bring them back when it replaces the folder.
 
     A new folder is made beside the old one, of links to the files that stay as they are, and takes
     its place when it is complete.
@@ -126,7 +137,7 @@ def remove(folder: str | os.PathLike, keys: set[tuple[str, str]]) -> tuple[int, 
 def _remove(folder: pathlib.Path, keys: set[tuple[str, str]]) -> tuple[int, list[str]]:
     new = place.beside(folder, "removing")
     prepared = Prepared(folder)
-    masks, seen = _masks(prepared, keys)
+    masks, seen, named = _masks(prepared, keys)
     unknown = sorted(key for source, key in keys if (source, key) not in seen)
     gone = sum(int((~mask).sum()) for mask in masks.values())
     if not gone:
@@ -154,6 +165,7 @@ def _remove(folder: pathlib.Path, keys: set[tuple[str, str]]) -> tuple[int, list
         for split in manifest["splits"]
     }
     (new / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    write_removed(new, [*read_removed(folder), *named])
     write_card(new)
     place.replace(folder, new)
     return gone, unknown
@@ -161,19 +173,21 @@ def _remove(folder: pathlib.Path, keys: set[tuple[str, str]]) -> tuple[int, list
 
 def _masks(
     prepared: Prepared, keys: set[tuple[str, str]]
-) -> tuple[dict[str, np.ndarray], set[tuple[str, str]]]:
-    """Which documents of every shard stay, and which of the keys were met."""
-    masks, seen = {}, set()
+) -> tuple[dict[str, np.ndarray], set[tuple[str, str]], list[tuple[str, str]]]:
+    """Which documents of every shard stay, which keys were met, and what goes by source and key."""
+    masks, seen, gone = {}, set(), []
     for split in prepared.manifest["splits"]:
         listing = prepared.listing(split)
         for shard, count in prepared.shards(split).items():
             mask = np.ones(count, bool)
             for row, document in zip(range(count), listing, strict=False):
-                named = {("", document["key"]), (document["source"], document["key"])} & keys
-                seen |= named
-                mask[row] = not named
+                name = document["source"], document["key"]
+                met = {("", document["key"]), name} & keys
+                seen |= met
+                mask[row] = not met
+                gone += [name] * bool(met)
             masks[shard] = mask
-    return masks, seen
+    return masks, seen, gone
 
 
 def _copy_shard(

@@ -5,11 +5,12 @@ train.
 """
 
 import collections
+import itertools
 import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,15 @@ from leon_jax.config import UserError
 from leon_jax.data import records
 from leon_jax.prepare import duplicates
 from leon_jax.prepare.config import TRAIN, PrepareConfig
-from leon_jax.prepare.shard import DOCUMENTS, RECORDS, REJECTS, Shard, count_lines, line
+from leon_jax.prepare.shard import (
+    DOCUMENTS,
+    RECORDS,
+    REJECTS,
+    Shard,
+    count_lines,
+    line,
+    name_digest,
+)
 from leon_jax.retrieval.bank import Bank, save_rows
 from leon_jax.retrieval.mining import NONE
 from leon_jax.retrieval.prepared import Prepared
@@ -30,7 +39,11 @@ OTHERS = "(others)"
 
 
 def gather(
-    config: PrepareConfig, parts: pathlib.Path, shards: Sequence[Shard], final: pathlib.Path
+    config: PrepareConfig,
+    parts: pathlib.Path,
+    shards: Sequence[Shard],
+    final: pathlib.Path,
+    removed: Collection[tuple[str, str]] = (),
 ) -> dict[str, Any]:
     """Writes the records, listings, rejects and vectors of all shards that have documents.
 
@@ -39,6 +52,7 @@ def gather(
       parts: the folder of the shards' folders, all done.
       shards: in the order of `plan`.
       final: where the files go; those that are there are left as they are.
+      removed: sources and keys of documents that were removed before, and stay so.
 
     Returns:
       `splits`, `shards` and `counts` of the manifest.
@@ -58,7 +72,7 @@ def gather(
     if (parts / _FATE).exists():
         fate = duplicates.Fate.open(parts / _FATE)
     else:
-        fate = judge(config, parts, ordered, lengths, sum(lengths[:held_out]))
+        fate = judge(config, parts, ordered, lengths, sum(lengths[:held_out]), removed)
         fate.save(parts / _FATE)
     starts = np.cumsum([0, *lengths])
     names = _repeated_keys(parts, ordered, starts, fate)
@@ -72,7 +86,12 @@ def gather(
     if not any(kept[name] for name in by_split[TRAIN]):
         reasons = _reasons(final / f"{name}.rejects.jsonl" for name in by_split[TRAIN])
         why = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
-        raise UserError(f"no document of {TRAIN} can be used ({why or 'its sources are empty'})")
+        said = f"no document of {TRAIN} can be used ({why or 'its sources are empty'})"
+        paths = [final / f"{name}.{REJECTS}" for name in by_split[TRAIN]]
+        for first in itertools.islice(itertools.chain.from_iterable(map(read_lines, paths)), 1):
+            said += f"; the first, {first['key']}: {first['detail'] or first['reason']}"
+            said += f"; for the others see {final}/{TRAIN}-*.{REJECTS}"
+        raise UserError(said)
     return {
         "splits": {split: sum(kept[n] for n in by_split[split]) for split in config.splits},
         "shards": {
@@ -88,6 +107,7 @@ def judge(
     shards: Sequence[str],
     lengths: Sequence[int],
     held_out: int,
+    removed: Collection[tuple[str, str]] = (),
 ) -> duplicates.Fate:
     """Which documents are kept; the first `held_out` of them are of other splits than train."""
     rules = config.duplicates
@@ -98,7 +118,9 @@ def judge(
     def load(name: str) -> np.ndarray:
         return np.concatenate([np.load(parts / shard / f"{name}.npy") for shard in shards])
 
-    duplicates.drop_repeated(fate, load("key"), "key_repeated")
+    names = load("key")
+    duplicates.drop_named(fate, names, [name_digest(*name) for name in removed])
+    duplicates.drop_repeated(fate, names, "key_repeated")
     if rules.exact:
         duplicates.drop_repeated(fate, load("content"), "copy_exact")
     images = Bank.open([parts / shard / "image.npy" for shard in shards])

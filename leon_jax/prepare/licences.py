@@ -13,7 +13,8 @@ _CREATIVE_COMMONS = re.compile(
     re.IGNORECASE,
 )
 
-
+# A licence that SPDX does not list.
+_OWN = re.compile(r"LicenseRef-[A-Za-z0-9.-]+")
 _LONGEST = 400
 
 
@@ -75,12 +76,13 @@ def _allowed(node: Any, accepted: tuple[str, ...]) -> bool:
 
 def _parse(expression: str) -> Any:
     """The parsed expression with identifiers in SPDX's spelling; None if one is unknown."""
-    if re.fullmatch(r"LicenseRef-[A-Za-z0-9.-]+", expression):
-        return expression
+    spdx = _spdx()
     try:
-        return _spdx().parse(expression, validate=True, strict=True)
+        parsed = spdx.parse(expression, strict=True)
+        unknown = spdx.unknown_license_keys(parsed)
     except Exception:  # the parser has several kinds of its own, and recursion errors
         return None
+    return parsed if all(_OWN.fullmatch(name) for name in unknown) else None
 
 
 @functools.cache

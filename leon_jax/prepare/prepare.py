@@ -39,7 +39,13 @@ from leon_jax.prepare.shard import Shard, Worker, plan
 from leon_jax.retrieval.bank import Bank, save_rows
 from leon_jax.retrieval.mining import PASS
 from leon_jax.retrieval.neighbours import row_type
-from leon_jax.retrieval.prepared import FORMAT, MANIFEST, Prepared
+from leon_jax.retrieval.prepared import (
+    FORMAT,
+    MANIFEST,
+    Prepared,
+    read_removed,
+    write_removed,
+)
 from leon_jax.retrieval.selection import SelectionConfig, find_neighbours
 
 Sources = list[tuple[SourceConfig, Shards]]
@@ -93,8 +99,9 @@ def prepare(
         if made and progress:
             print(f"{out} was made from other things; this will replace it", file=sys.stderr)
         try:
-            _begin(work, wanted)
-            return _fill(config, out, work, wanted, sources, shards, run, progress)
+            removed = read_removed(out)
+            _begin(work, wanted | {"removed": [list(name) for name in removed]})
+            return _fill(config, out, work, wanted, sources, shards, removed, run, progress)
         except OSError as error:
             raise UserError(
                 f"preparing {out} stopped: {error.strerror or error} ({error.filename or work}); "
@@ -109,6 +116,7 @@ def _fill(
     wanted: dict[str, Any],
     sources: Sources,
     shards: Sequence[Shard],
+    removed: Sequence[tuple[str, str]],
     run: Runner | None,
     progress: bool,
 ) -> dict[str, Any]:
@@ -123,7 +131,8 @@ def _fill(
     todo = [shard for shard in shards if not (parts / shard.name).is_dir()]
     if todo:
         (run or in_process(progress))(config, sources, str(parts), todo)
-    manifest = wanted | gather.gather(config, parts, shards, final)
+    manifest = wanted | gather.gather(config, parts, shards, final, removed)
+    write_removed(final, removed)
     _write(final / MANIFEST, manifest)
     _mine(config, Prepared(final), parts, progress)
     if config.variants > 1:

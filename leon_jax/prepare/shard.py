@@ -185,7 +185,7 @@ class Worker:
         image = normalise(image)
         texts = [one.document.text for one in ready]
         text = encoder.embed_texts(texts)
-        keys = [_digest(*_name(one.document)) for one in ready]
+        keys = [_name(one.document) for one in ready]
         if train and selection.query_dropout:
             dropped = [
                 drop_tokens(words, encoder.text, selection.query_dropout,
@@ -231,10 +231,15 @@ def count_lines(path: pathlib.Path) -> int:
         return sum(1 for _ in file)
 
 
-def _name(document: Document) -> tuple[bytes, bytes]:
+def name_digest(source: str, key: str) -> np.ndarray:
+    """uint8[16]: what `key.npy` has of a document."""
+    return _digest(source.encode(), key.encode())
+
+
+def _name(document: Document) -> np.ndarray:
     provenance = document.provenance
     assert provenance is not None
-    return provenance.source.encode(), provenance.key.encode()
+    return name_digest(provenance.source, provenance.key)
 
 
 def _content(document: Document) -> np.ndarray:

@@ -9,7 +9,8 @@ For every shard, SPLIT-NNNNN:
     .vectors.npy      of `train`: the rows that are searched (`Bank`)
     .variants.npy     of `train`, if asked for: the codes of each picture in several variants
 
-and manifest.json, card.md and card.html for all. Rows are numbered through the shards of a split.
+and for all manifest.json, card.md, card.html, and removed.txt (source, tab and key of each document
+that was removed and stays so). Rows are numbered through the shards of a split.
 """
 
 import json
@@ -33,6 +34,7 @@ from leon_jax.retrieval.selection import SelectionConfig
 FORMAT = 2
 MANIFEST = "manifest.json"
 TRAIN = "train"
+_REMOVED = "removed.txt"
 _KEYS = ("splits", "shards", "config", "sha256", "inputs", "counts")
 
 
@@ -137,6 +139,23 @@ def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
             f"{FORMAT}); run leon prepare again"
         )
     return manifest
+
+
+def read_removed(folder: pathlib.Path) -> list[tuple[str, str]]:
+    """Source and key of each document that was removed from a prepared folder, sorted."""
+    try:
+        lines = (folder / _REMOVED).read_text(encoding="utf-8").split("\n")
+    except FileNotFoundError:
+        return []
+    named = (line.partition("\t") for line in lines if line)
+    return [(source, key) for source, _, key in named]
+
+
+def write_removed(folder: pathlib.Path, removed: Iterable[tuple[str, str]]) -> None:
+    """Writes what `read_removed` reads; no file where there is nothing."""
+    lines = [f"{source}\t{key}\n" for source, key in sorted(set(removed))]
+    if lines:
+        (folder / _REMOVED).write_text("".join(lines), encoding="utf-8")
 
 
 def write_split(

@@ -212,13 +212,15 @@ def load_weights(
 def check_config(path: pathlib.Path, config: dict[str, Any]) -> None:
     """Keeps a run's configuration beside its checkpoints and refuses to go on with another.
 
+    Where there are no checkpoints yet there is nothing to go on with, and the new one is kept.
+
     What is in `MAY_CHANGE` and in `loop` may differ between starts: a run can be made longer.
 
     Raises:
       UserError: the kept configuration differs; the message names the first key that does.
     """
     config = json.loads(json.dumps(config))
-    if path.exists():
+    if path.exists() and any(path.parent.glob("checkpoints/[0-9]*")):
         kept = json.loads(path.read_text())
         for key, (old, new) in _differences(kept, config).items():
             if key not in MAY_CHANGE and not key.startswith("loop."):

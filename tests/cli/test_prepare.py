@@ -45,11 +45,14 @@ def test_a_folder_of_pictures_is_prepared_audited_and_edited(capsys, tmp_path, p
     assert "card.md" in said and (out / "card.md").is_file()
     assert {d["attribution"] for d in Prepared(out).listing()} == {"me"}
     code, said, _ = leon(capsys, f"--out={out}", "--audit", "n2")
-    assert code == 0 and json.loads(said)["licence"] == "CC-BY-4.0"
+    (document,) = json.loads(said)
+    assert code == 0 and document["licence"] == "CC-BY-4.0" and document["text"]
     (tmp_path / "keys.txt").write_text("n2\nn9\n")
     code, said, _ = leon(capsys, f"--out={out}", "--remove-keys", tmp_path / "keys.txt")
     assert code == 0 and "1 documents were removed" in said and "1 keys belong to no" in said
     assert [d["key"] for d in Prepared(out).listing()] == ["n0", "n1", "n3"]
+    code, said, _ = leon(capsys, source, "--licence=CC0-1.0", f"--out={out}")
+    assert code == 0 and [d["key"] for d in Prepared(out).listing()] == ["n0", "n1", "n3"]
 
 
 def test_splits_and_a_config_file(capsys, tmp_path, pictures):
@@ -59,21 +62,26 @@ from ml_collections import ConfigDict
 def get_config():
     source = {{"kind": "jsonl", "path": {str(pictures)!r}, "licence": "CC0-1.0"}}
     return ConfigDict({{"sources": [source, source | {{"split": "exam"}}], "min_side": 40,
-                        "duplicates": {{"near": 0.99}}}})
+                        "duplicates": {{"near": None}}}})
 """)
     out = tmp_path / "prepared"
     config = f"--config={tmp_path / 'mine.py'}"
     code, said, error = leon(capsys, config, f"--out={out}")
     # Every train document repeats one of the exam.
     assert code == 2 and "no document of train can be used" in error
+    assert "; the first, " in error and "for the others see" in error
     code, said, error = leon(
-        capsys, config, f"--out={out}", "--config.max_text=7", "--config.duplicates.near=1.0",
-        f"--source=jsonl:{pictures}", "--licence=CC0-1.0",
-    )  # fmt: skip
-    assert code == 0 and "4 train" in said, error
+        capsys, config, f"--out={out}", "--config.max_text=7", "--config.duplicates.exact=False"
+    )
+    assert code == 0 and "4 train, 4 exam" in said, error
     assert Prepared(out).manifest["config"]["max_text"] == 7
     code, _, error = leon(capsys, config, f"--out={out}", "--config.max_txt=7")
     assert code == 2 and "config.max_txt; did you mean config.max_text?" in error
+    code, _, error = leon(capsys, config, f"--out={out}", f"--source=jsonl:{pictures}")
+    assert code == 2 and "--source is given, but --config names the sources already" in error
+    (tmp_path / "mine.py").write_text("def get_config(:\n")
+    code, _, error = leon(capsys, config, f"--out={out}")
+    assert code == 2 and "mine.py" in error and "invalid syntax" in error
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,7 @@ def test_a_key_that_the_file_leaves_out_can_be_set(tmp_path, name):
 
 def test_a_run_of_another_configuration_is_not_gone_on_with(tmp_path, emoji_data_dir):
     workdir = tmp_path / "w"
-    workdir.mkdir()
+    (workdir / "checkpoints" / "100").mkdir(parents=True)
     kept = runpy.run_path(str(CONFIGS / "emoji" / "tokenizer.py"))["get_config"]().to_dict()
     codes = kept["model"]["codes"]
     kept["model"]["codes"] = codes + 1

@@ -5,7 +5,7 @@ import pytest
 
 from leon_jax.config import UserError
 from leon_jax.data.examples import MakeExample, Part, join
-from leon_jax.documents import Document, Image, Text
+from leon_jax.documents import Document, Image, Provenance, Text
 from tests.data.little import (
     CONFIG,
     DOCUMENTS,
@@ -102,6 +102,14 @@ def test_a_document_that_cannot_be_encoded_is_named_be_it_query_or_neighbour(tok
         broken = part(documents, retrieved=retrieved, name="data/web (train)")
         with pytest.raises(UserError, match=r"^document 5 of data/web \(train\): the picture has"):
             example(tokenizer, broken, index)
+
+
+def test_a_document_is_named_by_its_key_where_it_has_one(tokenizer):
+    documents = list(DOCUMENTS)
+    origin = Provenance("cats/5", "web", "CC0-1.0", "me")
+    documents[5] = Document((Text("no codes"), Image(pixels=np.zeros((4, 4, 3), np.uint8))), origin)
+    with pytest.raises(UserError, match=r"^document 5 \(cats/5\) of web: the picture has"):
+        example(tokenizer, part(documents, name="web"), 5)
 
 
 class Failing:

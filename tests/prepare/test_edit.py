@@ -94,12 +94,31 @@ def test_what_is_removed_is_gone_from_everywhere_and_the_rest_is_as_it_was(folde
     for name, data in files_of(folder).items():
         for key in gone:
             if key.encode() in data:
-                assert name.endswith(".rejects.jsonl"), f"{name} still holds {key}"
+                told = name.endswith(".rejects.jsonl") or name == "removed.txt"
+                assert told, f"{name} still holds {key}"
     manifest = Prepared(folder).manifest
     assert manifest["splits"] == {"train": 10, "exam": 3}
     assert manifest["counts"]["train"]["rejected"]["removed_by_request"] == 2
     assert edit.audit(folder, "openmoji/3")[0]["reason"] == "removed_by_request"
     assert not left_beside(folder)
+
+
+def test_what_was_removed_stays_away_when_the_folder_is_prepared_anew(folder):
+    edit.remove(folder, {("", "twemoji/1")})
+    edit.remove(folder, {("", "held_out/2")})
+    documents = tiny.documents()
+    for variants in (1, 3):
+        config, sources = tiny.preparation(
+            tiny.folders()[0],
+            {"train": documents, "exam": tiny.held_out()},
+            shard_size=3,
+            variants=variants,
+        )
+        preparing.prepare(config, folder, sources=sources, progress=False)
+        listed = [d["key"] for split in ("train", "exam") for d in Prepared(folder).listing(split)]
+        assert len(listed) == len(documents) + len(tiny.held_out()) - 2
+        assert not {"twemoji/1", "held_out/2"} & set(listed)
+        assert edit.audit(folder, "twemoji/1")[0]["reason"] == "removed_by_request"
 
 
 def test_a_whole_shard_can_go(folder):

@@ -17,6 +17,7 @@ from leon_jax.prepare.config import LICENCES
         ("http://creativecommons.org/licenses/by-nc-sa/4.0/deed.de", "CC-BY-NC-SA-4.0"),
         ("https://creativecommons.org/publicdomain/zero/1.0/", "CC0-1.0"),
         ("LicenseRef-Shutterstock", "LicenseRef-Shutterstock"),
+        ("cc-by-4.0 or LicenseRef-Mine", "CC-BY-4.0 OR LicenseRef-Mine"),
     ],
 )
 def test_what_names_a_licence(stated, spdx):
@@ -33,6 +34,9 @@ def test_what_names_a_licence(stated, spdx):
         "CC-BY",
         "(((",
         "MIT AND",
+        "MIT OR LicenseRef-two words",
+        "MIT OR unknown",
+        "MIT WITH LicenseRef-Mine",
         "MIT " * 5000,
         "MIT" + " " * 400 + "AND GPL-3.0-only",
         "\0",
@@ -49,6 +53,8 @@ def test_what_names_none(stated):
         ("MIT", True),
         ("GPL-3.0-only", False),
         ("GPL-3.0-only OR MIT", True),
+        ("LicenseRef-Mine OR MIT", True),
+        ("LicenseRef-Mine AND MIT", False),
         ("GPL-3.0-only AND MIT", False),
         ("MIT AND (GPL-3.0-only OR CC0-1.0)", True),
         ("GPL-2.0-only WITH Classpath-exception-2.0", False),

@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 
 from leon_jax.config import UserError
+from leon_jax.decode import library
+from leon_jax.documents import Document, Image, Text
 from leon_jax.retrieval.bank import save_rows
 from leon_jax.retrieval.neighbours import FIELDS, Neighbours, row_type
-from leon_jax.retrieval.prepared import Prepared
+from leon_jax.retrieval.prepared import Prepared, write_split
 from tests import tiny
 
 
@@ -53,3 +55,15 @@ def test_what_a_folder_does_not_have_is_named():
         prepared.records("exam")
     with pytest.raises(UserError, match="holds no variants of train; prepare it with --variants"):
         prepared.variants(prepared.records())
+
+
+def test_a_folder_of_another_program_can_be_trained_on_but_not_searched(tmp_path):
+    document = Document((Text("a"), Image(codes=np.zeros((2, 2), np.int32))))
+    write_split(tmp_path, "train", [document])
+    prepared = Prepared(tmp_path)
+    assert list(prepared.records()) == [document] and list(prepared.listing()) == [{}]
+    with pytest.raises(UserError, match="was not made by leon prepare, so it cannot be searched"):
+        prepared.selection  # noqa: B018
+    model = tiny.folders()[0]
+    with pytest.raises(UserError, match="was prepared with another tokenizer file"):
+        library.check(tmp_path, model)

@@ -66,7 +66,10 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
 
 def test_a_run_goes_on_with_other_threads_but_not_with_other_data(tmp_path):
     kept = {"steps": 10, "data": {"threads": 2, "mixture": [{"folder": "a", "weight": 1.0}]}}
+    # A start that came to nothing is no run.
+    check_config(tmp_path / "config.json", {"steps": 10, "data": {"mixture": "elsewhere"}})
     check_config(tmp_path / "config.json", kept)
+    (tmp_path / "checkpoints" / "100").mkdir(parents=True)
     check_config(tmp_path / "config.json", kept | {"data": kept["data"] | {"threads": 16}})
     other = [{"folder": "a", "weight": 2.0}]
     with pytest.raises(UserError, match=r"a run with data\.mixture = .*weight.*put the value back"):

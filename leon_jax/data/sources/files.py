@@ -24,15 +24,17 @@ def find(path: str, endings: tuple[str, ...]) -> tuple[str, list[str]]:
 
     Args:
       path: a file, a folder, or a pattern with `*`, `?`, `**` or ranges such as `{000..010}`.
-      endings: what the names of files in a folder end in.
+      endings: what the names of files end in; in a folder others are passed over.
 
     Returns:
       A folder, and the names of the files relative to it, sorted.
 
     Raises:
-      UserError: there are none, or one of a range is missing.
+      UserError: there are none, one of a range is missing, or a file's name ends in something else.
     """
     if os.path.isfile(path):
+        if not path.endswith(endings):
+            raise UserError(f"{path} is a file that does not end in {' or '.join(endings)}")
         return os.path.dirname(path) or ".", [os.path.basename(path)]
     if os.path.isdir(path):
         try:
