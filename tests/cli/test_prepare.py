@@ -61,8 +61,7 @@ from ml_collections import ConfigDict
 
 def get_config():
     source = {{"kind": "jsonl", "path": {str(pictures)!r}, "licence": "CC0-1.0"}}
-    return ConfigDict({{"sources": [source, source | {{"split": "exam"}}], "min_side": 40,
-                        "duplicates": {{"near": None}}}})
+    return ConfigDict({{"sources": [source, source | {{"split": "exam"}}], "min_side": 40}})
 """)
     out = tmp_path / "prepared"
     config = f"--config={tmp_path / 'mine.py'}"
@@ -70,10 +69,16 @@ def get_config():
     # Every train document repeats one of the exam.
     assert code == 2 and "no document of train can be used" in error
     assert "; the first, " in error and "for the others see" in error
-    code, said, error = leon(
-        capsys, config, f"--out={out}", "--config.max_text=7", "--config.duplicates.exact=False"
+    # A file that names no sources takes them from the command line.
+    (tmp_path / "filters.py").write_text(
+        "from ml_collections import ConfigDict\n\n\ndef get_config():\n"
+        "    return ConfigDict({'min_side': 40})\n"
     )
-    assert code == 0 and "4 train, 4 exam" in said, error
+    code, said, error = leon(
+        capsys, f"--config={tmp_path / 'filters.py'}", f"--out={out}", "--config.max_text=7",
+        f"--source=jsonl:{pictures}", "--licence=CC0-1.0",
+    )  # fmt: skip
+    assert code == 0 and "4 train" in said, error
     assert Prepared(out).manifest["config"]["max_text"] == 7
     code, _, error = leon(capsys, config, f"--out={out}", "--config.max_txt=7")
     assert code == 2 and "config.max_txt; did you mean config.max_text?" in error
