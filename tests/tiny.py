@@ -138,7 +138,9 @@ def preparation(
         "min_side": 1,
         "duplicates": DuplicatesConfig(exact=False),
         # A random encoder finds everything alike.
-        "selection": SelectionConfig(near_copy_query=2.0, near_copy_document=0.999),
+        "selection": SelectionConfig(
+            near_copy_query=2.0, near_copy_document=0.999, near_copy_picture=None
+        ),
     }
     config = PrepareConfig(**values | changes)
     sources = [Listed(documents, shard_size) for documents in splits.values()]

@@ -147,7 +147,7 @@ def attributions(manifest: Mapping[str, Any]) -> list[str]:
     ordered = sorted(found.items(), key=lambda item: (-item[1], item[0]))
     lines = [f"{name} ({count:,} document{'s' * (count > 1)})" for name, count in ordered]
     if others:
-        lines.append(f"{others:,} documents more, each with its own in *.documents.jsonl")
+        lines.append(f"{others:,} documents more, whose credit lines are in *.documents.jsonl")
     return lines
 
 

@@ -5,7 +5,6 @@ Everything is decided by the order of the documents, so the result depends on no
 
 import os
 import pathlib
-from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int, UInt8
@@ -63,13 +62,6 @@ class Fate:
         return REASONS[int(self.rows["reason"][row]) - 1]
 
 
-def drop_named(fate: Fate, names: UInt8[np.ndarray, "n 16"], removed: Sequence[np.ndarray]) -> None:
-    """Drops the documents whose digests of source and key are these."""
-    if len(removed):
-        rows = np.isin(_as_one(names), _as_one(np.stack(removed)))
-        fate.drop(np.flatnonzero(rows), "removed_by_request", score=0)
-
-
 def repeated(digests: UInt8[np.ndarray, "n 16"], among: Bool[np.ndarray, "n"]) -> np.ndarray:
     """For each row the first row, among those allowed, with the same digest; itself if it is first.
 
@@ -114,7 +106,7 @@ def drop_near(fate: Fate, images: Bank, held_out: int, threshold: float) -> None
         suspects.append(rows[scores[:, 0] > threshold])
     rows = np.concatenate(suspects)
     if len(rows):
-        among = Bank([images.take(rows).astype(images.dtype)])
+        among = Bank([images.take(some).astype(images.dtype) for some in _passes(rows)])
         because, score = _near(among, threshold)
         copies = np.flatnonzero(because != NONE)
         fate.drop(rows[copies], "copy_near", rows[because[copies]], score[copies])

@@ -46,7 +46,7 @@ def audit(folder: str | os.PathLike, key: str) -> list[dict[str, Any]]:
         shards = prepared.shards(split)
         ends = np.cumsum([*shards.values()])
         for row, document in enumerate(prepared.listing(split)):
-            if document["key"] == key:
+            if document.get("key") == key:
                 shard = [*shards][int(np.searchsorted(ends, row, side="right"))]
                 text = prepared.records(split, pixels=False)[row].text
                 place = {"split": split, "row": row, "shard": shard}
@@ -90,7 +90,7 @@ def read_keys(path: str | os.PathLike) -> set[tuple[str, str]]:
     """
     try:
         # Not `splitlines`, which cuts at characters that a key may hold.
-        lines = pathlib.Path(path).read_text(encoding="utf-8-sig").split("\n")
+        lines = pathlib.Path(path).read_bytes().decode("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise UserError(f"cannot read the keys in {os.fspath(path)}: {reason}") from error
@@ -107,7 +107,8 @@ def read_keys(path: str | os.PathLike) -> set[tuple[str, str]]:
 def remove(folder: str | os.PathLike, keys: set[tuple[str, str]]) -> tuple[int, list[str]]:
     """Takes documents out of records, listings, vectors, variants and neighbour tables, for good.
 
-    `leon_jax.prepare.prepare` does not bring them back when it replaces the folder.
+    `leon_jax.prepare.prepare` does not bring them back when it replaces the folder, nor what has
+    one of these keys and was not used so far.
 
     A new folder is made beside the old one, of links to the files that stay as they are, and takes
     its place when it is complete.
@@ -137,10 +138,12 @@ def remove(folder: str | os.PathLike, keys: set[tuple[str, str]]) -> tuple[int, 
 def _remove(folder: pathlib.Path, keys: set[tuple[str, str]]) -> tuple[int, list[str]]:
     new = place.beside(folder, "removing")
     prepared = Prepared(folder)
-    masks, seen, named = _masks(prepared, keys)
+    masks, seen = _masks(prepared, keys)
     unknown = sorted(key for source, key in keys if (source, key) not in seen)
     gone = sum(int((~mask).sum()) for mask in masks.values())
+    removed = read_removed(folder) | keys
     if not gone:
+        write_removed(folder, removed)
         return 0, unknown
     kept = np.concatenate([masks[shard] for shard in prepared.shards(TRAIN)])
     if not kept.any():
@@ -165,7 +168,7 @@ def _remove(folder: pathlib.Path, keys: set[tuple[str, str]]) -> tuple[int, list
         for split in manifest["splits"]
     }
     (new / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-    write_removed(new, [*read_removed(folder), *named])
+    write_removed(new, removed)
     write_card(new)
     place.replace(folder, new)
     return gone, unknown
@@ -173,21 +176,20 @@ def _remove(folder: pathlib.Path, keys: set[tuple[str, str]]) -> tuple[int, list
 
 def _masks(
     prepared: Prepared, keys: set[tuple[str, str]]
-) -> tuple[dict[str, np.ndarray], set[tuple[str, str]], list[tuple[str, str]]]:
-    """Which documents of every shard stay, which keys were met, and what goes by source and key."""
-    masks, seen, gone = {}, set(), []
+) -> tuple[dict[str, np.ndarray], set[tuple[str, str]]]:
+    """Which documents of every shard stay, and which of the keys were met."""
+    masks: dict[str, np.ndarray] = {}
+    seen: set[tuple[str, str]] = set()
     for split in prepared.manifest["splits"]:
         listing = prepared.listing(split)
         for shard, count in prepared.shards(split).items():
             mask = np.ones(count, bool)
             for row, document in zip(range(count), listing, strict=False):
-                name = document["source"], document["key"]
-                met = {("", document["key"]), name} & keys
+                met = gather.goes_by(document, keys)
                 seen |= met
                 mask[row] = not met
-                gone += [name] * bool(met)
             masks[shard] = mask
-    return masks, seen, gone
+    return masks, seen
 
 
 def _copy_shard(

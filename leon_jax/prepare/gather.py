@@ -10,7 +10,7 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,14 +26,13 @@ from leon_jax.prepare.shard import (
     Shard,
     count_lines,
     line,
-    name_digest,
 )
 from leon_jax.retrieval.bank import Bank, save_rows
 from leon_jax.retrieval.mining import NONE
 from leon_jax.retrieval.prepared import Prepared
 
 _KEEP, _FATE = "keep.npy", "fate.npy"
-# Of each kind of count, so many different keys are told apart, and so many go into the manifest.
+# Of each kind of count, so many different values are told apart, and so many are listed.
 _MOST, _LISTED = 100_000, 1000
 OTHERS = "(others)"
 
@@ -52,7 +51,7 @@ def gather(
       parts: the folder of the shards' folders, all done.
       shards: in the order of `plan`.
       final: where the files go; those that are there are left as they are.
-      removed: sources and keys of documents that were removed before, and stay so.
+      removed: documents to leave out, by source (or "" for any) and key.
 
     Returns:
       `splits`, `shards` and `counts` of the manifest.
@@ -72,8 +71,11 @@ def gather(
     if (parts / _FATE).exists():
         fate = duplicates.Fate.open(parts / _FATE)
     else:
-        fate = judge(config, parts, ordered, lengths, sum(lengths[:held_out]), removed)
+        fate = judge(config, parts, ordered, lengths, sum(lengths[:held_out]))
         fate.save(parts / _FATE)
+    # Last: what repeats a document that was removed stays away as well.
+    removed_rows = [row for row in _named(parts, ordered, removed) if not fate.rows["reason"][row]]
+    fate.drop(np.array(removed_rows, np.int64), "removed_by_request", score=0)
     starts = np.cumsum([0, *lengths])
     names = _repeated_keys(parts, ordered, starts, fate)
     kept: dict[str, int] = {}
@@ -107,7 +109,6 @@ def judge(
     shards: Sequence[str],
     lengths: Sequence[int],
     held_out: int,
-    removed: Collection[tuple[str, str]] = (),
 ) -> duplicates.Fate:
     """Which documents are kept; the first `held_out` of them are of other splits than train."""
     rules = config.duplicates
@@ -118,9 +119,7 @@ def judge(
     def load(name: str) -> np.ndarray:
         return np.concatenate([np.load(parts / shard / f"{name}.npy") for shard in shards])
 
-    names = load("key")
-    duplicates.drop_named(fate, names, [name_digest(*name) for name in removed])
-    duplicates.drop_repeated(fate, names, "key_repeated")
+    duplicates.drop_repeated(fate, load("key"), "key_repeated")
     if rules.exact:
         duplicates.drop_repeated(fate, load("content"), "copy_exact")
     images = Bank.open([parts / shard / "image.npy" for shard in shards])
@@ -140,6 +139,19 @@ def queries(parts: pathlib.Path, shard: str) -> dict[str, np.ndarray]:
     }
 
 
+def pictures(parts: pathlib.Path, shards: Iterable[str]) -> Bank:
+    """The pictures of the documents of finished shards, rows as the documents are numbered."""
+    paths = []
+    for shard in shards:
+        path, keep = parts / shard / "image.npy", np.load(parts / shard / _KEEP)
+        if not keep.all():
+            rows = np.load(path, mmap_mode="r")[keep]
+            path = parts / shard / "kept_image.npy"
+            save_rows(path, rows)
+        paths.append(path)
+    return Bank.open(paths)
+
+
 def source_numbers(prepared: Prepared) -> np.ndarray:
     """A number for the source of every train document, int32[n]."""
     numbers: dict[str, int] = {}
@@ -150,7 +162,8 @@ def source_numbers(prepared: Prepared) -> np.ndarray:
 def count(folder: pathlib.Path, shards: Sequence[str]) -> dict[str, dict[str, int]]:
     """How many documents of a split have each licence, source, language, size and credit line.
 
-    And why how many records are not used. What is rare counts as `OTHERS` where there is too much.
+    And why how many records are not used. Where there is too much to tell apart, the rarest by then
+    are counted together, as `OTHERS`.
     """
     counts: dict[str, collections.Counter[str]] = {
         name: collections.Counter() for name in ("licence", "source", "language", "size", "credit")
@@ -161,20 +174,21 @@ def count(folder: pathlib.Path, shards: Sequence[str]) -> dict[str, dict[str, in
                 "size": size_class(min(document["size"])),
                 "credit": document["attribution"] or f"{document['source']} (no credit line)",
             }
-            for name, counter in counts.items():
-                value = found[name]
-                counter[value if value in counter or len(counter) < _MOST else OTHERS] += 1
+            for name, counter in [*counts.items()]:
+                counter[found[name]] += 1
+                if len(counter) > _MOST:
+                    counts[name] = collections.Counter(_largest(counter, _MOST // 2))
     rejected = _reasons(folder / f"{shard}.{REJECTS}" for shard in shards)
-    ordered = {name: _largest(counter) for name, counter in counts.items()}
+    ordered = {name: _largest(counter, _LISTED) for name, counter in counts.items()}
     return ordered | {"rejected": dict(sorted(rejected.items()))}
 
 
-def _largest(counter: collections.Counter[str]) -> dict[str, int]:
+def _largest(counter: collections.Counter[str], most: int) -> dict[str, int]:
     """The largest counts by name, the others in one."""
     others = counter.pop(OTHERS, 0)
     listed = sorted(counter.items(), key=lambda item: (-item[1], item[0]))
-    others += sum(count for _, count in listed[_LISTED:])
-    return dict(sorted(listed[:_LISTED])) | ({OTHERS: others} if others else {})
+    others += sum(count for _, count in listed[most:])
+    return dict(sorted(listed[:most])) | ({OTHERS: others} if others else {})
 
 
 def size_class(side: int) -> str:
@@ -230,6 +244,25 @@ def _write_shard(
         os.replace(path.with_name(path.name + ".tmp"), path)
     else:
         records.copy(part / RECORDS, path, rows)
+
+
+def _named(
+    parts: pathlib.Path, shards: Sequence[str], removed: Collection[tuple[str, str]]
+) -> Iterator[int]:
+    """The rows of the documents that go by these sources (or "" for any) and keys."""
+    if removed:
+        lists = (read_lines(parts / shard / DOCUMENTS) for shard in shards)
+        for row, document in enumerate(itertools.chain.from_iterable(lists)):
+            if goes_by(document, removed):
+                yield row
+
+
+def goes_by(
+    document: Mapping[str, Any], names: Collection[tuple[str, str]]
+) -> set[tuple[str, str]]:
+    """Those of `names`, each a source (or "" for any) and a key, that are a listed document's."""
+    key = document.get("key", "")
+    return {name for name in (("", key), (document.get("source", ""), key)) if name in names}
 
 
 def _repeated_keys(

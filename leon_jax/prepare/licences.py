@@ -76,13 +76,17 @@ def _allowed(node: Any, accepted: tuple[str, ...]) -> bool:
 
 def _parse(expression: str) -> Any:
     """The parsed expression with identifiers in SPDX's spelling; None if one is unknown."""
+    if _OWN.fullmatch(expression):
+        return expression
     spdx = _spdx()
     try:
         parsed = spdx.parse(expression, strict=True)
-        unknown = spdx.unknown_license_keys(parsed)
+        names, unknown = spdx.license_keys(parsed), spdx.unknown_license_keys(parsed)
     except Exception:  # the parser has several kinds of its own, and recursion errors
         return None
-    return parsed if all(_OWN.fullmatch(name) for name in unknown) else None
+    # The parser takes some names of one's own for aliases of licences that SPDX lists.
+    own = set(_OWN.findall(expression))
+    return parsed if own <= set(names) and set(unknown) <= own else None
 
 
 @functools.cache

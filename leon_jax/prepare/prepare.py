@@ -18,7 +18,7 @@ import os
 import pathlib
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -100,7 +100,7 @@ def prepare(
             print(f"{out} was made from other things; this will replace it", file=sys.stderr)
         try:
             removed = read_removed(out)
-            _begin(work, wanted | {"removed": [list(name) for name in removed]})
+            _begin(work, wanted)
             return _fill(config, out, work, wanted, sources, shards, removed, run, progress)
         except OSError as error:
             raise UserError(
@@ -116,14 +116,16 @@ def _fill(
     wanted: dict[str, Any],
     sources: Sources,
     shards: Sequence[Shard],
-    removed: Sequence[tuple[str, str]],
+    removed: Collection[tuple[str, str]],
     run: Runner | None,
     progress: bool,
 ) -> dict[str, Any]:
     """Does what is not done yet, and puts the folder in place."""
     # A worker that outlived a killed run with other settings writes into a folder of its own.
     name = hashlib.sha256(json.dumps(wanted).encode()).hexdigest()[:16]
-    parts, final = work / f"shards-{name}", work / "prepared"
+    # What is gathered depends on what was removed as well.
+    left = hashlib.sha256(json.dumps(sorted(removed)).encode()).hexdigest()[:16]
+    parts, final = work / f"shards-{name}", work / f"prepared-{left}"
     for folder in (parts, final):
         folder.mkdir(exist_ok=True)
         for path in folder.glob(".*"):  # half-written by a run that was killed
@@ -195,7 +197,7 @@ def serves(made: dict[str, Any], wanted: dict[str, Any]) -> bool:
 
 def _mine(config: PrepareConfig, prepared: Prepared, parts: pathlib.Path, progress: bool) -> None:
     """Writes the neighbour tables of all splits."""
-    bank = prepared.bank()
+    bank, pictures = prepared.bank(), gather.pictures(parts, prepared.shards(TRAIN))
     selection = config.selection
     sources = gather.source_numbers(prepared) if selection.alternate_sources else None
     total = sum(prepared.manifest["splits"].values())
@@ -213,7 +215,7 @@ def _mine(config: PrepareConfig, prepared: Prepared, parts: pathlib.Path, progre
                     queries = {view: np.concatenate([q[view] for q in each]) for view in each[0]}
                     own = np.arange(start, start + count, dtype=np.int32)
                     table = neighbour_rows(
-                        queries, bank, selection, own if split == TRAIN else None, sources
+                        queries, bank, pictures, selection, own if split == TRAIN else None, sources
                     )
                     ends = np.cumsum([0, *group.values()])
                     for path, low, high in zip(paths.values(), ends, ends[1:], strict=False):
@@ -251,6 +253,7 @@ def _encode_variants(config: PrepareConfig, prepared: Prepared, progress: bool) 
 def neighbour_rows(
     queries: dict[str, np.ndarray],
     bank: Bank,
+    pictures: Bank,
     selection: SelectionConfig,
     own: np.ndarray | None,
     sources: np.ndarray | None,
@@ -270,6 +273,7 @@ def neighbour_rows(
                 bank,
                 selection,
                 documents=queries["document"][rows],
+                pictures=(pictures, queries["image"][rows]),
                 own=None if own is None else own[rows],
                 sources=sources,
             )
@@ -308,7 +312,7 @@ def _made(out: pathlib.Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     ours = isinstance(manifest, dict) and {"format", "splits", "sha256"} <= set(manifest)
-    return manifest if ours else None
+    return manifest if ours and manifest["sha256"] else None
 
 
 def _write(path: pathlib.Path, value: Any) -> None:

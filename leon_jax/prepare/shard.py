@@ -231,15 +231,10 @@ def count_lines(path: pathlib.Path) -> int:
         return sum(1 for _ in file)
 
 
-def name_digest(source: str, key: str) -> np.ndarray:
-    """uint8[16]: what `key.npy` has of a document."""
-    return _digest(source.encode(), key.encode())
-
-
 def _name(document: Document) -> np.ndarray:
     provenance = document.provenance
     assert provenance is not None
-    return name_digest(provenance.source, provenance.key)
+    return _digest(provenance.source.encode(), provenance.key.encode())
 
 
 def _content(document: Document) -> np.ndarray:

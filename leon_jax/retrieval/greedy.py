@@ -5,6 +5,7 @@ other, which takes their rows from the bank: every process reads those of its ow
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -26,8 +27,7 @@ def choose(
     bank: Bank,
     k: int,
     near_copy_chosen: float,
-    documents: Float[np.ndarray, "q d"] | None = None,
-    near_copy_query: float = 0.0,
+    asking: Sequence[tuple[Bank, Float[np.ndarray, "q d"], float]] = (),
     sources: Int32[np.ndarray, "q c"] | None = None,
 ) -> Int32[np.ndarray, "q k"]:
     """Positions (into `ids`) of the best k candidates of each query, none of them near copies.
@@ -37,8 +37,8 @@ def choose(
       bank: has their unit rows.
       k: how many to choose at most.
       near_copy_chosen: a candidate that scores above this against a chosen document is skipped.
-      documents: unit rows of the whole documents that ask.
-      near_copy_query: a candidate that scores above this against them is skipped too.
+      asking: rows of the candidates in a bank, a row for each query, and a limit: a candidate that
+        scores above it against that row is skipped too.
       sources: a number for the source of each candidate; sources then take turns.
 
     Returns:
@@ -47,9 +47,6 @@ def choose(
     mesh = current_mesh()
     layout = jax.NamedSharding(mesh, jax.P(mesh.axis_names))
     sources = np.zeros(ids.shape, np.int32) if sources is None else sources
-    if documents is None:
-        documents, near_copy_query = np.zeros((len(ids), bank.dimensions), np.float32), np.inf
-    limits = np.float32(near_copy_query), np.float32(near_copy_chosen)
     size = min(QUERIES, next_power(-(-len(ids) // mesh.size))) * mesh.size
     places = np.full((len(ids), k), NONE, np.int32)
     with jax.set_mesh(mesh):
@@ -57,9 +54,16 @@ def choose(
             some = slice(start, start + size)
             # Candidates that are added to fill the array up are none.
             arrays = [put(layout, size, array[some], NONE) for array in (ids, sources)]
-            asking = put(layout, size, documents[some].astype(np.float32), 0)
             rows = _rows(bank, layout, size, ids[some])
-            chosen = _choose(*arrays, rows, asking, limits, k=k)
+            copies = [
+                (
+                    rows if other is bank else _rows(other, layout, size, ids[some]),
+                    put(layout, size, asked[some].astype(np.float32), 0),
+                    np.float32(limit),
+                )
+                for other, asked, limit in asking
+            ]
+            chosen = _choose(*arrays, rows, np.float32(near_copy_chosen), copies, k=k)
             places[some] = sharding.fetch(chosen)[: len(ids[some])]
     return places
 
@@ -78,18 +82,17 @@ def _rows(bank: Bank, layout: jax.NamedSharding, size: int, ids: np.ndarray) -> 
 
 
 @functools.partial(jax.jit, static_argnames="k")
-def _choose(ids, sources, rows, documents, limits, *, k):
+def _choose(ids, sources, rows, near_chosen, copies, *, k):
     split = jax.P(jax.sharding.get_abstract_mesh().axis_names)
     return jax.shard_map(
         functools.partial(_greedy, k=k),
-        in_specs=(split, split, split, split, jax.P()),
+        in_specs=(split, split, split, jax.P(), [(split, split, jax.P())] * len(copies)),
         out_specs=split,
-    )(ids, sources, rows, documents, limits)
+    )(ids, sources, rows, near_chosen, copies)
 
 
-def _greedy(ids, sources, rows, documents, limits, *, k):
+def _greedy(ids, sources, rows, near_chosen, copies, *, k):
     """One device's queries; every step of the scan chooses one candidate of each."""
-    near_query, near_chosen = limits
     compare = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
     alike = compare("qcd,qed->qce", rows, rows) > near_chosen
 
@@ -103,6 +106,8 @@ def _greedy(ids, sources, rows, documents, limits, *, k):
         taken += sources == jnp.take_along_axis(sources, best[:, None], axis=1)
         return (left & ~copies & ~itself, taken), place
 
-    left = (ids != NONE) & (compare("qcd,qd->qc", rows, documents) <= near_query)
+    left = ids != NONE
+    for candidates, asked, limit in copies:
+        left &= compare("qcd,qd->qc", candidates, asked) <= limit
     _, places = jax.lax.scan(step, (left, jnp.zeros_like(sources)), length=k)
     return places.T.astype(jnp.int32)

@@ -9,8 +9,8 @@ For every shard, SPLIT-NNNNN:
     .vectors.npy      of `train`: the rows that are searched (`Bank`)
     .variants.npy     of `train`, if asked for: the codes of each picture in several variants
 
-and for all manifest.json, card.md, card.html, and removed.txt (source, tab and key of each document
-that was removed and stays so). Rows are numbered through the shards of a split.
+and for all manifest.json, card.md, card.html, and removed.jsonl (what was removed and stays away: a
+source, or "" for any, and a key a line). Rows are numbered through the shards of a split.
 """
 
 import json
@@ -31,10 +31,10 @@ from leon_jax.retrieval.bank import Bank, save_rows
 from leon_jax.retrieval.neighbours import Neighbours, row_type
 from leon_jax.retrieval.selection import SelectionConfig
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.json"
 TRAIN = "train"
-_REMOVED = "removed.txt"
+_REMOVED = "removed.jsonl"
 _KEYS = ("splits", "shards", "config", "sha256", "inputs", "counts")
 
 
@@ -141,21 +141,21 @@ def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
     return manifest
 
 
-def read_removed(folder: pathlib.Path) -> list[tuple[str, str]]:
-    """Source and key of each document that was removed from a prepared folder, sorted."""
+def read_removed(folder: pathlib.Path) -> set[tuple[str, str]]:
+    """What was removed from a prepared folder: sources (or "" for any) and keys."""
     try:
-        lines = (folder / _REMOVED).read_text(encoding="utf-8").split("\n")
+        lines = (folder / _REMOVED).read_text(encoding="ascii").splitlines()
     except FileNotFoundError:
-        return []
-    named = (line.partition("\t") for line in lines if line)
-    return [(source, key) for source, _, key in named]
+        return set()
+    return {(source, key) for source, key in map(json.loads, lines)}
 
 
 def write_removed(folder: pathlib.Path, removed: Iterable[tuple[str, str]]) -> None:
     """Writes what `read_removed` reads; no file where there is nothing."""
-    lines = [f"{source}\t{key}\n" for source, key in sorted(set(removed))]
-    if lines:
-        (folder / _REMOVED).write_text("".join(lines), encoding="utf-8")
+    if lines := [json.dumps(name) + "\n" for name in sorted(removed)]:
+        temporary = folder / f"{_REMOVED}.tmp"
+        temporary.write_text("".join(lines), encoding="ascii")
+        os.replace(temporary, folder / _REMOVED)
 
 
 def write_split(
@@ -179,7 +179,8 @@ def write_split(
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     shard = f"{split}-00000"
-    with (folder / f"{shard}.documents.jsonl").open("w", encoding="utf-8") as listing:
+    temporary = folder / f"{shard}.documents.jsonl.tmp"
+    with temporary.open("w", encoding="utf-8") as listing:
 
         def listed() -> Iterator[Document]:
             for document in documents:
@@ -188,6 +189,7 @@ def write_split(
                 yield document
 
         count = records.write(folder / f"{shard}.array_record", listed())
+    os.replace(temporary, folder / f"{shard}.documents.jsonl")
     if ids is not None:
         table = np.zeros(count, row_type(ids.shape[-1]))
         table["by_text_ids"], table["by_image_ids"] = ids

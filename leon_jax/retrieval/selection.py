@@ -42,6 +42,9 @@ class SelectionConfig:
       near_copy_query: a document that scores above this against the whole document that asks is
         skipped. Both thresholds depend on the encoder: see docs/retrieval.md.
       near_copy_document: so is one that scores above this against a document already chosen.
+      near_copy_picture: so is, in `find_neighbours`, one whose picture scores above this against
+        the picture of the document that asks, whatever its text says; None: pictures are not
+        compared.
       alternate_sources: every document comes from the source (see `Provenance`) that has given the
         fewest so far, among those that candidates are left of.
       query_dropout: the fraction of query tokens dropped in training.
@@ -55,6 +58,7 @@ class SelectionConfig:
     through_parts: bool = True
     near_copy_query: float = CLIP_NEAR_COPY
     near_copy_document: float = CLIP_NEAR_COPY
+    near_copy_picture: float | None = 0.95
     alternate_sources: bool = False
     query_dropout: float = 0.2
     seed: int = 0
@@ -202,6 +206,7 @@ def find_neighbours(
     config: SelectionConfig,
     *,
     documents: Float32[np.ndarray, "q d"] | None = None,
+    pictures: tuple[Bank, Float32[np.ndarray, "q d"]] | None = None,
     own: Int32[np.ndarray, "q"] | None = None,
     sources: Int[np.ndarray, "n"] | None = None,
     keep: Bool[np.ndarray, "n"] | None = None,
@@ -218,6 +223,8 @@ def find_neighbours(
       config: how many, among how many, and the near-copy thresholds.
       documents: unit rows of the whole documents that the queries are parts of, none of whose near
         copies are their neighbours; None: the queries are no parts of documents.
+      pictures: the pictures of the bank's documents and, for each query, that of the document it is
+        a part of, unit rows, for `config.near_copy_picture`.
       own: for each query the document that it is a part of, which is never its neighbour; -1: none.
       sources: a number for the source of each document, which `config.alternate_sources` needs.
       keep: documents with False are never chosen.
@@ -249,14 +256,13 @@ def find_neighbours(
     )
     # That of no candidate, -1, does not matter.
     origins = np.asarray(sources, np.int32)[names] if config.alternate_sources else None
+    asking = []
+    if documents is not None:
+        asking.append((bank, np.asarray(documents)[rows], config.near_copy_query))
+    if pictures is not None and config.near_copy_picture is not None:
+        asking.append((pictures[0], np.asarray(pictures[1])[rows], config.near_copy_picture))
     places = greedy.choose(
-        names,
-        bank,
-        config.per_modality,
-        config.near_copy_document,
-        None if documents is None else np.asarray(documents)[rows],
-        config.near_copy_query,
-        origins,
+        names, bank, config.per_modality, config.near_copy_document, asking, origins
     )
     chosen = places != NONE
     ids[rows] = np.where(chosen, np.take_along_axis(names, places, axis=1), NONE)

@@ -1,13 +1,16 @@
 """Auditing a prepared folder, and taking documents out of it."""
 
+import dataclasses
 import os
 
 import numpy as np
 import pytest
 
 from leon_jax.config import UserError
+from leon_jax.documents import Text
 from leon_jax.prepare import edit
 from leon_jax.prepare import prepare as preparing
+from leon_jax.prepare.config import DuplicatesConfig
 from leon_jax.retrieval.prepared import Prepared
 from tests import tiny
 from tests.prepare.made import files_of, left_beside
@@ -94,7 +97,7 @@ def test_what_is_removed_is_gone_from_everywhere_and_the_rest_is_as_it_was(folde
     for name, data in files_of(folder).items():
         for key in gone:
             if key.encode() in data:
-                told = name.endswith(".rejects.jsonl") or name == "removed.txt"
+                told = name.endswith(".rejects.jsonl") or name == "removed.jsonl"
                 assert told, f"{name} still holds {key}"
     manifest = Prepared(folder).manifest
     assert manifest["splits"] == {"train": 10, "exam": 3}
@@ -105,19 +108,34 @@ def test_what_is_removed_is_gone_from_everywhere_and_the_rest_is_as_it_was(folde
 
 def test_what_was_removed_stays_away_when_the_folder_is_prepared_anew(folder):
     edit.remove(folder, {("", "twemoji/1")})
-    edit.remove(folder, {("", "held_out/2")})
+    # What is not there now is kept away too, should it come; so are copies of what was removed.
+    assert edit.remove(folder, {("", "held_out/2"), ("", "twemoji/9")})[1] == ["twemoji/9"]
     documents = tiny.documents()
+    copy = dataclasses.replace(
+        documents[1], provenance=dataclasses.replace(documents[1].provenance, key="copy")
+    )
+    documents += [
+        copy,
+        dataclasses.replace(
+            documents[2],
+            parts=(Text("new"), documents[2].parts[1]),
+            provenance=dataclasses.replace(documents[2].provenance, key="twemoji/9"),
+        ),
+    ]
     for variants in (1, 3):
         config, sources = tiny.preparation(
             tiny.folders()[0],
             {"train": documents, "exam": tiny.held_out()},
             shard_size=3,
             variants=variants,
+            duplicates=DuplicatesConfig(exact=True),
         )
         preparing.prepare(config, folder, sources=sources, progress=False)
         listed = [d["key"] for split in ("train", "exam") for d in Prepared(folder).listing(split)]
-        assert len(listed) == len(documents) + len(tiny.held_out()) - 2
-        assert not {"twemoji/1", "held_out/2"} & set(listed)
+        gone = {"twemoji/1", "held_out/2", "twemoji/9", "copy"}
+        assert len(listed) == len(documents) + len(tiny.held_out()) - len(gone)
+        assert not gone & set(listed)
+        assert edit.audit(folder, "copy")[0]["reason"] == "copy_exact"
         assert edit.audit(folder, "twemoji/1")[0]["reason"] == "removed_by_request"
 
 

@@ -17,6 +17,7 @@ from leon_jax.prepare.config import LICENCES
         ("http://creativecommons.org/licenses/by-nc-sa/4.0/deed.de", "CC-BY-NC-SA-4.0"),
         ("https://creativecommons.org/publicdomain/zero/1.0/", "CC0-1.0"),
         ("LicenseRef-Shutterstock", "LicenseRef-Shutterstock"),
+        ("LicenseRef-Apache-2.0", "LicenseRef-Apache-2.0"),
         ("cc-by-4.0 or LicenseRef-Mine", "CC-BY-4.0 OR LicenseRef-Mine"),
     ],
 )
@@ -36,6 +37,7 @@ def test_what_names_a_licence(stated, spdx):
         "MIT AND",
         "MIT OR LicenseRef-two words",
         "MIT OR unknown",
+        "MIT OR LicenseRef-Apache-2.0",
         "MIT WITH LicenseRef-Mine",
         "MIT " * 5000,
         "MIT" + " " * 400 + "AND GPL-3.0-only",

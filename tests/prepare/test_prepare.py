@@ -15,7 +15,7 @@ import pytest
 from leon_jax.config import UserError
 from leon_jax.data.sources.listed import Listed
 from leon_jax.data.sources.raw import SourceConfig
-from leon_jax.documents import Image
+from leon_jax.documents import Image, Text
 from leon_jax.prepare import gather, place
 from leon_jax.prepare import prepare as preparing
 from leon_jax.prepare.config import DuplicatesConfig
@@ -27,7 +27,7 @@ from leon_jax.tokenizers.text import TextTokenizer
 from tests import tiny
 from tests.prepare.made import files_of, left_beside
 
-NEVER_NEAR = SelectionConfig(near_copy_query=2, near_copy_document=2)
+NEVER_NEAR = SelectionConfig(near_copy_query=2, near_copy_document=2, near_copy_picture=None)
 
 
 @pytest.fixture(scope="module")
@@ -387,8 +387,12 @@ def test_shards_that_search_together_find_what_each_would_find_alone(
             np.testing.assert_array_equal(table.column(name), tables[0].column(name))
 
 
-def test_counts_stay_small_however_many_credit_lines_there_are(checkpoint, out, monkeypatch):
-    monkeypatch.setattr(gather, "_MOST", 5)
+@pytest.mark.parametrize(("most", "alone"), [(100, {"a": 1}), (5, {})])
+def test_counts_stay_small_however_many_credit_lines_there_are(
+    checkpoint, out, monkeypatch, most, alone
+):
+    """Only the largest are listed; and the rarest go where there are too many to tell apart."""
+    monkeypatch.setattr(gather, "_MOST", most)
     monkeypatch.setattr(gather, "_LISTED", 3)
     credits = ["a", "b", "b", "c", "d", "d", "e", "f"]
     documents = [
@@ -396,7 +400,52 @@ def test_counts_stay_small_however_many_credit_lines_there_are(checkpoint, out, 
         for d, credit in zip(tiny.documents(), credits, strict=False)
     ]
     made = make(checkpoint, out, {"train": documents})
-    assert made["counts"]["train"]["credit"] == {"a": 1, "b": 2, "d": 2, "(others)": 3}
+    others = 4 - len(alone)
+    assert made["counts"]["train"]["credit"] == {"b": 2, "d": 2, "(others)": others} | alone
     card = (out / "card.md").read_text()
-    assert "- b (2 documents)\n" in card and "- a (1 document)\n" in card
-    assert "- 3 documents more, each with its own in" in card
+    assert "- b (2 documents)\n" in card and ("- a (1 document)\n" in card) == bool(alone)
+    assert f"- {others} documents more, whose credit lines are in" in card
+
+
+@pytest.mark.parametrize("limits", [(0.98, None), (2, 0.98), (2, None)])
+@pytest.mark.parametrize("together", [1, 100])
+def test_a_near_copy_of_a_document_is_never_its_neighbour(
+    checkpoint, out, monkeypatch, limits, together
+):
+    """By the whole documents where the text is the same, by the pictures whatever it is."""
+    monkeypatch.setattr(preparing, "PASS", together)
+    document, picture = limits
+    documents = tiny.documents()
+    originals = documents[:6]
+    copies = [
+        dataclasses.replace(
+            original,
+            parts=(
+                Text("another caption") if picture else original.parts[0],
+                Image(pixels=(original.pixels * 0.98).astype(np.uint8)),
+            ),
+            provenance=dataclasses.replace(original.provenance, key=f"copy/{number}"),
+        )
+        for number, original in enumerate(originals)
+    ]
+    sources = {"train": [*originals, *copies], "exam": copies}
+    selection = SelectionConfig(
+        near_copy_query=document, near_copy_document=2, near_copy_picture=picture
+    )
+    rules = DuplicatesConfig(exact=False)
+    sources["exam"] = [
+        dataclasses.replace(copy, provenance=dataclasses.replace(copy.provenance, source="an exam"))
+        for copy in copies
+    ]
+    make(checkpoint, out, sources, duplicates=rules, selection=selection)
+    found = 0
+    for split in ("train", "exam"):
+        table = Prepared(out).neighbours(split)
+        for row in range(len(table)):
+            ids = {*table[row]["by_text_ids"].tolist(), *table[row]["by_image_ids"].tolist()}
+            of = row % 6
+            found += bool({of, of + 6} & (ids - {row if split == "train" else -1}))
+    if (document, picture) == (2, None):
+        assert found == 18
+    else:
+        assert found == 0
