@@ -1,6 +1,12 @@
-"""What the tests of preparing ask of a folder."""
+"""How the tests of preparing make a folder, and what they ask of it."""
 
 import pathlib
+
+from leon_jax.prepare import prepare as preparing
+from leon_jax.retrieval.selection import SelectionConfig
+from tests import tiny
+
+NEVER_NEAR = SelectionConfig(near_copy_query=2, near_copy_document=2, near_copy_picture=None)
 
 
 def files_of(folder: pathlib.Path) -> dict[str, bytes]:
@@ -16,3 +22,14 @@ def left_beside(folder: pathlib.Path) -> list[str]:
     """What there is beside a prepared folder, but for its lock."""
     known = (folder.name, f".{folder.name}.lock")
     return sorted(path.name for path in folder.parent.iterdir() if path.name not in known)
+
+
+def splits():
+    documents = tiny.documents()
+    return {"train": documents[:8], "unseen": documents[8:]}
+
+
+def make(checkpoint, out, sources=None, run=None, **changes):
+    changes = {"selection": NEVER_NEAR, **changes}
+    config, opened = tiny.preparation(checkpoint, sources or splits(), shard_size=3, **changes)
+    return preparing.prepare(config, out, sources=opened, run=run, progress=False)
