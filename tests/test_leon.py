@@ -8,6 +8,9 @@ import pytest
 
 from leon_jax.config import UserError
 from leon_jax.decode import library
+from leon_jax.decode.guidance import ClassifierFree, Contrastive
+from leon_jax.decode.sampling import Categorical
+from leon_jax.decode.strategy import Strategy
 from leon_jax.documents import Document, Hole, Image, Text
 from leon_jax.leon import Leon
 from leon_jax.prepare import prepare
@@ -128,6 +131,77 @@ def test_the_likelihood_of_a_document_is_that_of_its_parts(leon):
     assert leon.likelihood(cat, retrieved=leon.retrieve(cat, 1)) != pytest.approx(whole, abs=1e-3)
     with pytest.raises(UserError, match="holes"):
         leon.likelihood(Document((Hole("text"), cat.parts[1])))
+
+
+def test_the_best_of_several_pictures_are_kept(leon):
+    drawn = leon.generate(PROMPT, num_images=5, num_docs=0, seed=3)
+    text = leon.encoder.embed_texts([PROMPT])[0]
+    clip = leon.encoder.embed_images([np.asarray(one.image) for one in drawn]) @ text
+    best = leon.generate(PROMPT, num_images=2, num_docs=0, seed=3, best_of=5)
+    assert [one.seed - 3 for one in best] == np.argsort(-clip)[:2].tolist()
+    document = Document((Text(PROMPT), Hole("image")))
+    done = leon.complete([document] * 5, seeds=range(3, 8), guidance=3.0)
+    caption = [leon.likelihood(each, part=0) for each in done]
+    (likely,) = leon.generate(PROMPT, num_docs=0, seed=3, best_of=5, rank_by="likelihood")
+    assert likely.seed - 3 == np.argmax(caption)
+    with pytest.raises(UserError, match="best_of is 1; it must be at least num_images, 2"):
+        leon.generate(PROMPT, num_images=2, best_of=1)
+    with pytest.raises(UserError, match="rank_by is 'luck'; it must be one of clip, likelihood"):
+        leon.generate(PROMPT, best_of=2, rank_by="luck")
+
+
+def test_a_question_is_answered_and_a_picture_edited(leon):
+    pixels = tiny.documents()[0].parts[1].pixels
+    answer = leon.answer(pixels, "what is it?", max_tokens=5, num_docs=1)
+    assert answer.text == leon.answer(pixels, "what is it?", max_tokens=5, num_docs=1).text
+    first, second = leon.edit(pixels, "make it green", num_images=2, seed=4)
+    assert (first.seed, second.seed) == (4, 5) and first.prompt == "make it green"
+    assert first.image.size == (tiny.RESOLUTION, tiny.RESOLUTION)
+    (again,) = leon.edit(pixels, "make it green", seed=5)
+    np.testing.assert_array_equal(np.asarray(second.image), np.asarray(again.image))
+    # Both the picture and the instruction matter.
+    (here,) = leon.edit(pixels, "make it green")
+    for other in (leon.edit(255 - pixels, "make it green"), leon.edit(pixels, "add a hat")):
+        assert (np.asarray(other[0].image) != np.asarray(here.image)).any()
+    with pytest.raises(UserError, match="question is empty"):
+        leon.answer(pixels, " ")
+    with pytest.raises(UserError, match="text_guidance is -1"):
+        leon.edit(pixels, "add a hat", text_guidance=-1)
+
+
+def test_samples_of_a_prompt_may_be_drawn_in_different_ways(leon):
+    document = Document((Text(PROMPT), Hole("image")))
+    ways = [Strategy(ClassifierFree(2.0), Categorical(top_p=0.9)), Strategy(Contrastive(0.5, 4))]
+    mixed = leon.complete([document] * 4, seeds=[1, 2, 3, 4], strategy=ways * 2)
+    for place, done in enumerate(mixed):
+        alone = leon.complete(document, seeds=[place + 1], strategy=ways[place % 2])
+        assert alone == [done]
+
+
+def test_a_document_grows_row_by_row(leon):
+    document = Document((Hole("text"), Hole("image")))
+    drafts = list(leon.stream(document, seed=3, guidance=2.0, max_tokens=6))
+    (done,) = leon.complete(document, seeds=[3], guidance=2.0, max_tokens=6)
+    assert [draft.done for draft in drafts] == [False] * (len(drafts) - 1) + [True]
+    assert drafts[-1].document == done
+    rows = [draft.drawn // tiny.GRID for draft in drafts if draft.place == 1]
+    assert rows == list(range(1, tiny.GRID))
+    for draft in drafts:
+        if draft.place == 1:
+            picture, height = draft.document.parts[1], tiny.RESOLUTION * (draft.drawn // tiny.GRID)
+            height //= tiny.GRID
+            assert (picture.pixels[height:] == 255).all()
+            codes = picture.codes.ravel()[: draft.drawn]
+            np.testing.assert_array_equal(codes, done.parts[1].codes.ravel()[: draft.drawn])
+        assert isinstance(draft.document.parts[0], Text | Hole)
+    with pytest.raises(UserError, match="seed is -1"):
+        next(leon.stream(document, seed=-1))
+
+
+def test_a_document_that_does_not_fit_is_named(leon):
+    good, long = (Document((Text(text), Hole("image"))) for text in ("a cat", "cat " * 900))
+    with pytest.raises(UserError, match="document 1: the prompt of"):
+        leon.complete([good, long])
 
 
 def test_likelihood_ranks_what_greedy_decoding_chose_above_other_captions(leon):

@@ -1,58 +1,48 @@
 """Completing documents: every hole of every request filled, through the engine.
 
 A hole at the end of a document is continued causally; holes before the end are infilled, in order,
-behind the whole document. Requests whose next holes are of one kind run as one batch.
+behind the whole document. All holes of a request are filled in one go: its script says what may be
+written into each, and forces the marks between them.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from leon_jax.config import UserError
 from leon_jax.data.examples import join
-from leon_jax.decode.engine import Answer, Engine, Prompt
-from leon_jax.decode.grammar import ImageSpan, Span, TextSpan
-from leon_jax.decode.guidance import Guidance, Plain
-from leon_jax.decode.sampling import Categorical, Sampler
-from leon_jax.documents import Document, Hole, Text
+from leon_jax.decode.engine import Engine, Prompt, Sample
+from leon_jax.decode.grammar import Forced, ImageSpan, Part, Span, TextSpan
+from leon_jax.decode.guidance import Condition, Plain
+from leon_jax.decode.strategy import Strategy
+from leon_jax.documents import Document, Hole, Image, Text
+from leon_jax.documents import Part as DocumentPart
 from leon_jax.tokenizers.documents import DocumentTokenizer
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A document with holes, what it may read first, and the seed of its draws.
+    """A document with holes, what it may read first, and how it is answered.
 
     Pictures need codes.
+
+    Attributes:
+      document, retrieved: retrieved documents have no holes.
+      seed: of the draws.
+      strategy: how ids are drawn. Guidance is of picture holes; texts are filled without.
+      text_limit: most tokens of a text hole.
     """
 
     document: Document
     retrieved: tuple[Document, ...] = ()
     seed: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """How holes are filled.
-
-    Attributes:
-      guidance: of picture holes. Stream 1, where it reads one, is the document with every text
-        masked and nothing retrieved, so what guidance strengthens is what text and retrieved
-        documents say together. Text holes are always filled without guidance.
-      image_sampler, text_sampler: how an id is drawn.
-      text_limit: most tokens of a text hole.
-    """
-
-    guidance: Guidance = dataclasses.field(default_factory=Plain)
-    image_sampler: Sampler = dataclasses.field(default_factory=Categorical)
-    text_sampler: Sampler = dataclasses.field(default_factory=Categorical)
+    strategy: Strategy = dataclasses.field(default_factory=Strategy)
     text_limit: int = 64
 
 
 def complete(
-    engine: Engine,
-    tokenizer: DocumentTokenizer,
-    requests: Sequence[Request],
-    settings: Settings | None = None,
+    engine: Engine, tokenizer: DocumentTokenizer, requests: Sequence[Request]
 ) -> list[Document]:
     """Fills all holes; a request's result does not depend on the other requests.
 
@@ -62,90 +52,206 @@ def complete(
     Raises:
       UserError: a prompt and its answer do not fit the context, or a document cannot be encoded.
     """
-    settings = settings or Settings()
-    rows = [_Row(tokenizer, request) for request in requests]
-    while waiting := [row for row in rows if row.hole is not None]:
-        groups: dict[Span, list[_Row]] = {}
-        for row in waiting:
-            groups.setdefault(row.span(settings.text_limit), []).append(row)
-        for span, group in groups.items():
-            image = isinstance(span, ImageSpan)
-            guidance = settings.guidance if image else Plain()
-            sampler = settings.image_sampler if image else settings.text_sampler
-            prompts = [row.prompt(guidance.streams) for row in group]
-            for row, answer in zip(
-                group, engine.fill(prompts, span, guidance, sampler), strict=True
-            ):
-                row.accept(answer)
-    return [row.document for row in rows]
+    documents: list = [None] * len(requests)
+    for number, result in completions(engine, tokenizer, requests):
+        if isinstance(result, UserError):
+            raise result
+        documents[number] = result
+    return documents
 
 
-class _Row:
-    """One request on its way."""
+def completions(
+    engine: Engine, tokenizer: DocumentTokenizer, requests: Sequence[Request]
+) -> Iterator[tuple[int, Document | UserError]]:
+    """The place of each request and its document, or what is wrong with it, as they are done.
+
+    Requests that ask the same differ in seed and strategy only: they share their prompt.
+    """
+    groups: dict[tuple, list[int]] = {}
+    prompts: dict[tuple, tuple[_Job, Prompt]] = {}
+    for number, request in enumerate(requests):
+        try:
+            job = _Job(tokenizer, request)
+            prompt = job.prompt()
+            if prompt.script:
+                engine.check(prompt)
+        except UserError as error:
+            yield number, error
+            continue
+        if not prompt.script:
+            yield number, request.document
+            continue
+        key = prompt.script, *(stream.tobytes() for stream in prompt.streams)
+        groups.setdefault(key, []).append(number)
+        prompts.setdefault(key, (job, prompt))
+    shared = [
+        dataclasses.replace(
+            prompt,
+            samples=tuple(_sample(requests[number]) for number in groups[key]),
+        )
+        for key, (_, prompt) in prompts.items()
+    ]
+    numbers, jobs = list(groups.values()), [job for job, _ in prompts.values()]
+    for answer in engine.run(shared):
+        yield numbers[answer.prompt][answer.sample], jobs[answer.prompt].filled(answer.parts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Draft:
+    """What there is of an answer so far.
+
+    Attributes:
+      document: holes that were not reached yet are holes; a text that is being written is as long
+        as it is; a picture that is being drawn has its codes so far, the last one repeated.
+      place: position in the document of a picture that is being drawn; None if none is.
+      drawn: how many of its codes are there.
+      done: whether this is all.
+    """
+
+    document: Document
+    place: int | None
+    drawn: int
+    done: bool
+
+
+def drafts(
+    engine: Engine, tokenizer: DocumentTokenizer, request: Request, every: int
+) -> Iterator[Draft]:
+    """The answer to a request after every so many ids, and in the end all of it.
+
+    Raises:
+      UserError: see `complete`.
+    """
+    job = _Job(tokenizer, request)
+    prompt = job.prompt()
+    if not prompt.script:
+        yield Draft(request.document, None, 0, True)
+        return
+    for answer in engine.run([prompt], every):
+        yield job.draft(answer.parts, answer.done)
+
+
+def warm(engine: Engine, tokenizer: DocumentTokenizer, request: Request, samples: int) -> int:
+    """Compiles what so many requests like this one need, however long; see `Engine.warm`."""
+    prompt = _Job(tokenizer, request).prompt()
+    return engine.warm([dataclasses.replace(prompt, samples=prompt.samples * samples)])
+
+
+def _sample(request: Request) -> Sample:
+    strategy = request.strategy
+    if not any(_modality(part) == "image" for part in request.document.parts):
+        strategy = dataclasses.replace(strategy, guidance=Plain())
+    return Sample(request.seed, strategy)
+
+
+class _Job:
+    """The prompt and the script of a request, and what its answer means."""
 
     def __init__(self, tokenizer: DocumentTokenizer, request: Request):
         self.tokenizer, self.request = tokenizer, request
         self.document = request.document
-        # The infills so far, each with its <eoss>; and how many holes have been filled in all.
-        self.infills: list[np.ndarray] = []
-        self.filled = 0
+        holes = self.document.holes
+        # Whether the document ends in a hole, which is continued causally and comes first.
+        self.open = bool(holes) and holes[-1] == len(self.document.parts) - 1
+        self.order = [holes[-1], *holes[:-1]] if self.open else list(holes)
 
-    @property
-    def hole(self) -> int | None:
-        """The position in `parts` of the hole to be filled next."""
-        if not self.document.holes:
-            return None
-        return self.document.holes[-1 if self.open else len(self.infills)]
+    def prompt(self) -> Prompt:
+        """The streams that the strategy reads, and the script of all holes."""
+        strategy = _sample(self.request).strategy
+        masked = [_masked(self.document, each) for each in strategy.guidance.conditions]
+        streams = []
+        for document, condition in zip(masked, strategy.guidance.conditions, strict=True):
+            retrieved = self.request.retrieved if condition == "all" else ()
+            streams.append(self._ids(document, retrieved))
+        return Prompt(tuple(streams), tuple(self._script(masked)), (_sample(self.request),))
 
-    @property
-    def open(self) -> bool:
-        """Whether the next hole is continued causally."""
-        return isinstance(self.document.parts[-1], Hole)
-
-    def span(self, text_limit: int) -> Span:
-        """The grammar of the next hole."""
-        vocabulary, tokens = self.tokenizer.vocabulary, self.tokenizer.text.size
-        hole = None if self.hole is None else self.document.parts[self.hole]
-        assert isinstance(hole, Hole)
-        if hole.modality == "image":
-            return ImageSpan(self.tokenizer.image_tokens)
-        make = TextSpan.causal if self.open else TextSpan.infill
-        return make(vocabulary, text_limit, tokens)
-
-    def prompt(self, streams: int) -> Prompt:
-        """The streams of the next hole."""
-        sequences = [self._ids(self.document, self.infills, self.request.retrieved)]
-        if streams > 1:
-            parts = [Hole("text") if isinstance(p, Text) else p for p in self.document.parts]
-            sequences.append(self._ids(Document(tuple(parts)), [], ()))
-        # Each hole draws from a stream of random numbers of its own.
-        seed = (self.request.seed + 0x9E3779B9 * self.filled) % 2**32
-        return Prompt(tuple(sequences), seed)
-
-    def accept(self, answer: Answer) -> None:
-        """Takes the content of the next hole."""
-        self.filled += 1
+    def filled(self, parts: Sequence[Part]) -> Document:
+        """The document with what was written."""
+        script = self._script([self.document])
+        written = [
+            part.ids
+            for part, span in zip(parts, script, strict=False)
+            if not isinstance(span, Forced)
+        ]
+        document, vocabulary = self.document, self.tokenizer.vocabulary
         if self.open:
-            self.document = self.tokenizer.fill(self.document, answer.ids)
-            return
-        end = np.int32(self.tokenizer.vocabulary.eoss)
-        self.infills.append(np.append(answer.ids, end))
-        if len(self.infills) == len(self.document.holes):
-            vocabulary = self.tokenizer.vocabulary
-            written = [self.infills[0]]
-            for index, infill in enumerate(self.infills[1:], start=1):
-                written += [np.array([vocabulary.sentinel(index)], np.int32), infill]
-            self.document = self.tokenizer.fill(self.document, np.concatenate(written))
+            document = self.tokenizer.fill(document, written.pop(0))
+        ids: list[np.ndarray] = []
+        for index, content in enumerate(written):
+            ids += [np.array([vocabulary.sentinel(index)], np.int32)] if index else []
+            ids += [content, np.array([vocabulary.eoss], np.int32)]
+        return self.tokenizer.fill(document, np.concatenate(ids)) if ids else document
 
-    def _ids(
-        self, document: Document, infills: list[np.ndarray], retrieved: Sequence[Document]
-    ) -> np.ndarray:
-        """Retrieved documents and the document; then, unless open, the tail up to the next hole."""
+    def draft(self, parts: Sequence[Part], done: bool) -> Draft:
+        """The document with what was written so far."""
+        if done:
+            return Draft(self.filled(parts), None, 0, True)
+        document, tokenizer, place, drawn = self.document, self.tokenizer, None, 0
+        script = self._script([document])
+        written = [
+            part.ids
+            for part, span in zip(parts, script, strict=False)
+            if not isinstance(span, Forced)
+        ]
+        for position, ids in zip(self.order, written, strict=False):
+            if _modality(self.document.parts[position]) == "text":
+                text = tokenizer.text.decode((ids - tokenizer.vocabulary.text_start).tolist())
+                document = document.replace(position, Text(text))
+            elif len(ids):
+                missing = tokenizer.image_tokens - len(ids)
+                place, drawn = (position, len(ids)) if missing else (None, 0)
+                codes = np.pad(ids - tokenizer.vocabulary.image_start, (0, missing), mode="edge")
+                codes = codes.astype(np.int32).reshape(tokenizer.image_shape)
+                document = document.replace(position, Image(codes=codes))
+        return Draft(document, place, drawn, False)
+
+    def _script(self, masked: Sequence[Document]) -> list[Span]:
+        """What fills the holes, in the order in which they are filled.
+
+        Args:
+          masked: the document as each stream says it: it decides how sentinels are counted.
+        """
+        vocabulary = self.tokenizer.vocabulary
+        script: list[Span] = []
+        for place, position in enumerate(self.order):
+            ending = self.open and place == 0
+            if not ending and (place or self.open):
+                script.append(
+                    Forced(tuple(self._sentinel(document, position) for document in masked))
+                )
+            if _modality(self.document.parts[position]) == "image":
+                script.append(ImageSpan(self.tokenizer.image_tokens))
+                script.append(Forced((vocabulary.eos if ending else vocabulary.eoss,)))
+            else:
+                make = TextSpan.causal if ending else TextSpan.infill
+                script.append(make(vocabulary, self.request.text_limit))
+        # Nothing reads what closes the last hole.
+        return script[:-1] if script and isinstance(script[-1], Forced) else script
+
+    def _ids(self, document: Document, retrieved: Sequence[Document]) -> np.ndarray:
+        """Retrieved documents and the document; then, unless it is open, the first sentinel."""
         vocabulary, encode = self.tokenizer.vocabulary, self.tokenizer.encode
-        ids = [join(encode(document), [encode(each) for each in retrieved], vocabulary).ids]
-        if self.open:
-            return ids[0]
-        for index, infill in enumerate(infills):
-            ids += [np.array([vocabulary.sentinel(index)], np.int32), infill]
-        number = document.holes.index(self.hole)
-        return np.concatenate([*ids, np.array([vocabulary.sentinel(number)], np.int32)])
+        ids = join(encode(document), [encode(each) for each in retrieved], vocabulary).ids
+        if self.open or not self.order:
+            return ids
+        return np.append(ids, np.int32(self._sentinel(document, self.order[0])))
+
+    def _sentinel(self, document: Document, position: int) -> int:
+        return self.tokenizer.vocabulary.sentinel(document.holes.index(position))
+
+
+def _modality(part: object) -> str | None:
+    return part.modality if isinstance(part, Hole) else None
+
+
+def _masked(document: Document, condition: Condition) -> Document:
+    """What a stream is told of a document."""
+    if condition == "all":
+        return document
+
+    def mask(part: DocumentPart) -> DocumentPart:
+        if isinstance(part, Text):
+            return Hole("text")
+        return Hole("image") if isinstance(part, Image) and condition == "nothing" else part
+
+    return Document(tuple(map(mask, document.parts)))

@@ -4,9 +4,10 @@ The engine runs all streams of a prompt side by side and stacks their logits; st
 the conditional one. Each dataclass is a pytree, so a new weight does not compile the loop again.
 """
 
+import abc
 import dataclasses
 import math
-from typing import Protocol
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,26 +15,36 @@ from jaxtyping import Array, Float
 
 from leon_jax.config import UserError
 
+# What the prompt of a stream still says: all of it; its pictures, without texts and what was
+# retrieved; or neither, only what it consists of.
+Condition = Literal["all", "pictures", "nothing"]
 
-class Guidance(Protocol):
-    """Maps stacked stream logits to one set of logits a row; `streams` says how many it reads."""
+
+class Guidance(abc.ABC):
+    """Maps stacked stream logits to one set of logits a row.
+
+    Attributes:
+      conditions: what the prompt of each stream that it reads says; stream 0 says all.
+    """
+
+    conditions: ClassVar[tuple[Condition, ...]]
 
     @property
-    def streams(self) -> int: ...
+    def streams(self) -> int:
+        """How many streams it reads."""
+        return len(self.conditions)
 
-    def __call__(
-        self, logits: Float[Array, "streams batch vocab"]
-    ) -> Float[Array, "batch vocab"]: ...
+    @abc.abstractmethod
+    def __call__(self, logits: Float[Array, "streams batch vocab"]) -> Float[Array, "batch vocab"]:
+        """One set of logits a row."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Plain:
+class Plain(Guidance):
     """One stream, as it is."""
 
-    @property
-    def streams(self) -> int:
-        return 1
+    conditions: ClassVar[tuple[Condition, ...]] = ("all",)
 
     def __call__(self, logits: Float[Array, "streams batch vocab"]) -> Float[Array, "batch vocab"]:
         """Returns the logits of stream 0."""
@@ -42,17 +53,14 @@ class Plain:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class ClassifierFree:
+class ClassifierFree(Guidance):
     """Classifier-free guidance (CM3Leon eq. 2): uncond + weight (cond - uncond).
 
     Streams: 0 conditional, 1 unconditional. Weight 1 is no guidance, 0 is the unconditional model.
     """
 
     weight: float = 3.0
-
-    @property
-    def streams(self) -> int:
-        return 2
+    conditions: ClassVar[tuple[Condition, ...]] = ("all", "pictures")
 
     def __call__(self, logits: Float[Array, "streams batch vocab"]) -> Float[Array, "batch vocab"]:
         """Returns float[batch, vocab]."""
@@ -63,7 +71,32 @@ class ClassifierFree:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Contrastive:
+class TwoConditions(Guidance):
+    """Guidance by a picture and a text, each with a weight of its own (InstructPix2Pix, eq. 3).
+
+        nothing + image_weight (pictures - nothing) + text_weight (all - pictures)
+
+    Streams: 0 all, 1 the pictures without the texts, 2 nothing. Both weights 1 are no guidance.
+    """
+
+    image_weight: float = 1.5
+    text_weight: float = 3.0
+    conditions: ClassVar[tuple[Condition, ...]] = ("all", "pictures", "nothing")
+
+    def __call__(self, logits: Float[Array, "streams batch vocab"]) -> Float[Array, "batch vocab"]:
+        """Returns float[batch, vocab]."""
+        everything, pictures, nothing = logits[0], logits[1], logits[2]
+        # Arranged so that weights of 1 give `everything` to the last bit.
+        return (
+            everything
+            + (self.text_weight - 1) * (everything - pictures)
+            + (self.image_weight - 1) * (pictures - nothing)
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Contrastive(Guidance):
     """Contrastive decoding against the unconditional stream, CD-K (CM3Leon eq. 3).
 
     The score of an id is log p_cond - log p_uncond if p_cond >= alpha * (k-th largest p_cond),
@@ -76,10 +109,7 @@ class Contrastive:
 
     alpha: float = 0.5
     k: int = dataclasses.field(default=8, metadata={"static": True})
-
-    @property
-    def streams(self) -> int:
-        return 2
+    conditions: ClassVar[tuple[Condition, ...]] = ("all", "pictures")
 
     def __call__(self, logits: Float[Array, "streams batch vocab"]) -> Float[Array, "batch vocab"]:
         """Returns float[batch, vocab], -inf outside the plausible set."""
@@ -87,6 +117,18 @@ class Contrastive:
         reference = jax.lax.top_k(expert, min(self.k, expert.shape[-1]))[0][:, -1:]
         plausible = expert >= reference + jnp.log(self.alpha)
         return jnp.where(plausible, expert - amateur, -jnp.inf)
+
+
+def make_two_conditions(image: float, text: float) -> Guidance:
+    """Guidance of these weights by a picture and a text; 1 and 1 need one stream only.
+
+    Raises:
+      UserError: a weight is negative or not finite.
+    """
+    for name, weight in (("image_guidance", image), ("text_guidance", text)):
+        if not math.isfinite(weight) or weight < 0:
+            raise UserError(f"{name} is {weight}; it must be 0 or more (1 means no guidance)")
+    return Plain() if image == text == 1 else TwoConditions(float(image), float(text))
 
 
 def make_guidance(weight: float) -> Plain | ClassifierFree:

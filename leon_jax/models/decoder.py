@@ -12,20 +12,25 @@ Layers are stacked (every block weight has a leading `layers` axis) and scanned.
 float32; `DecoderConfig.dtype` is what activations and matmul operands are cast to.
 
 Axes: b batch, t length, d embed, h heads, k head_dim, f mlp, v vocab. In an einsum the leading
-`...` is `bt` for whole sequences and `b` for one decoding step.
+`...` is `bt` for whole sequences; for one decoding step it is (streams, groups, samples).
 """
 
 import dataclasses
-from typing import Literal
+from collections.abc import Sequence
+from typing import Literal, Self
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from leon_jax.config import UserError
-from leon_jax.ops.attention import SAVED, Implementation, attention, cached_attention
+from leon_jax.ops import int8
+from leon_jax.ops.attention import SAVED, Implementation, Past, attention, cached_attention
 from leon_jax.sharding import RULES, spec
+
+# What weights are kept in for inference; see `Decoder.stored_as`.
+WeightType = Literal["float32", "bfloat16", "int8"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +132,7 @@ class Block(nnx.Module):
         x = _norm(x)
         sharding = jax.P(*_lead(x), *spec("heads", "head_dim"))
         return tuple(
-            jnp.einsum("...d,dhk->...hk", x, weight[...].astype(x.dtype), out_sharding=sharding)
+            _product("...d,dhk->...hk", x, weight, sharding)
             for weight in (self.query, self.key, self.value)
         )
 
@@ -136,10 +141,17 @@ class Block(nnx.Module):
     ) -> Float[Array, "*lead embed"]:
         """Adds the attention branch's output, then the MLP branch."""
         narrow, wide = jax.P(*_lead(x), None), jax.P(*_lead(x), *spec("mlp"))
-        out, fc1, fc2 = (weight[...].astype(x.dtype) for weight in (self.out, self.fc1, self.fc2))
-        x = x + jnp.einsum("...hk,hkd->...d", attended, out, out_sharding=narrow)
-        hidden = jax.nn.relu(jnp.einsum("...d,df->...f", _norm(x), fc1, out_sharding=wide))
-        return x + jnp.einsum("...f,fd->...d", hidden, fc2, out_sharding=narrow)
+        x = x + _product("...hk,hkd->...d", attended, self.out, narrow)
+        hidden = jax.nn.relu(_product("...d,df->...f", _norm(x), self.fc1, wide))
+        return x + _product("...f,fd->...d", hidden, self.fc2, narrow)
+
+
+class Int8Weight(nnx.Module):
+    """A stacked weight of `Block` in 8 bits, with a scale for each layer and output channel."""
+
+    def __init__(self, weight: Float[Array, "layers ..."], summed: tuple[int, ...]):
+        values, scale = int8.quantize(weight, summed)
+        self.values, self.scale = nnx.Param(values), nnx.Param(scale)
 
 
 class Decoder(nnx.Module):
@@ -164,7 +176,52 @@ class Decoder(nnx.Module):
                 spec(None, "weight_embed"),
             )
         )
-        self.blocks = Block(config, rngs=rngs)
+        self.blocks: Block | nnx.List = Block(config, rngs=rngs)
+
+    @property
+    def pieces(self) -> list[Block]:
+        """The layers in order: stacked in one block, or, after `split`, in a block each."""
+        return [self.blocks] if isinstance(self.blocks, Block) else list(self.blocks)
+
+    def split(self) -> Self:
+        """The same model for inference alone, with every layer's weights in arrays of their own.
+
+        A scan over stacked layers copies each layer's weights and cache out of the stack before it
+        reads them (XLA on CPUs), which takes longer than decoding a token from them.
+        """
+        other = nnx.clone(self)
+        layers = range(self.config.layers)
+        other.blocks = nnx.List(
+            [jax.tree.map(lambda x, at=layer: x[at : at + 1], self.blocks) for layer in layers]
+        )
+        return other
+
+    def stored_as(self, dtype: WeightType) -> Self:
+        """The same model for inference alone, with weights kept in another type.
+
+        `int8` keeps the blocks' weights in 8 bits, one scale for each output channel, and the
+        tables in the compute dtype. What is computed in stays `config.dtype`.
+        """
+        other = nnx.clone(self)
+        kept = self.config.dtype if dtype == "int8" else dtype
+        for name in ("table", "positions"):
+            weight = getattr(other, name)
+            setattr(other, name, nnx.Param(weight[...].astype(kept)))
+        # The axes that a product sums over; the first is that of the layers.
+        summed = {
+            "query": (1,),
+            "key": (1,),
+            "value": (1,),
+            "out": (1, 2),
+            "fc1": (1,),
+            "fc2": (1,),
+        }
+        for piece in other.pieces:
+            for name, axes in summed.items():
+                weight = getattr(piece, name)[...]
+                small = Int8Weight(weight, axes) if dtype == "int8" else None
+                setattr(piece, name, small or nnx.Param(weight.astype(kept)))
+        return other
 
     def __call__(
         self,
@@ -191,7 +248,8 @@ class Decoder(nnx.Module):
             return block.finish(x, attended), None
 
         x = self._embed(ids, positions)
-        x, _ = jax.lax.scan(_remat(layer, self.config.remat), x, self.blocks)
+        for piece in self.pieces:
+            x, _ = jax.lax.scan(_remat(layer, self.config.remat), x, piece)
         return _norm(x)
 
     def head(self, start: int = 0, stop: int | None = None) -> Float[Array, "ids embed"]:
@@ -224,70 +282,95 @@ class Decoder(nnx.Module):
         positions: Int[Array, "batch length"] | None = None,
     ) -> tuple[
         Float[Array, "batch length embed"],
-        Float[Array, "layers batch length heads head_dim"],
-        Float[Array, "layers batch length heads head_dim"],
+        list[Float[Array, "layers batch heads length head_dim"]],
+        list[Float[Array, "layers batch heads length head_dim"]],
     ]:
-        """(hidden states after the final norm, keys, values) of prompts.
+        """(hidden states after the final norm, keys, values) of prompts; the last two by piece.
 
         Prompts are padded on the right: attention is causal, so what comes after the last real
-        token cannot change it, and `decode_step` is told by `valid` which slots hold real tokens.
+        token cannot change it, and `decode_step` is told by `Past.valid` which slots hold tokens.
         """
 
         def layer(x, block):
             q, k, v = block.project(x)
             # A cache is never split over its length, so that one slot can be written cheaply.
-            cache = spec("batch", None, "heads", "head_dim")
-            saved = jax.reshard(k, cache), jax.reshard(v, cache)
+            cache = spec("batch", "heads", None, "head_dim")
+            saved = [jax.reshard(jnp.swapaxes(array, 1, 2), cache) for array in (k, v)]
             attended = attention(q, k, v, implementation=self.config.attention)
             return block.finish(x, attended), saved
 
-        x, (keys, values) = jax.lax.scan(layer, self._embed(ids, positions), self.blocks)
-        return _norm(x), keys, values
+        x, saved = self._embed(ids, positions), []
+        for piece in self.pieces:
+            x, both = jax.lax.scan(layer, x, piece)
+            saved.append(both)
+        return _norm(x), [keys for keys, _ in saved], [values for _, values in saved]
 
     def decode_step(
         self,
-        ids: Int[Array, "batch"],
-        positions: Int[Array, "batch"],
-        keys: Float[Array, "layers batch length heads head_dim"],
-        values: Float[Array, "layers batch length heads head_dim"],
-        valid: Bool[Array, "batch length"],
+        ids: Int[Array, "streams group sample"],
+        positions: Int[Array, "streams group sample"],
+        prompts: Sequence[Past],
+        answers: Sequence[Past],
     ) -> tuple[
-        Float[Array, "batch embed"],
-        Float[Array, "layers batch heads head_dim"],
-        Float[Array, "layers batch heads head_dim"],
+        Float[Array, "streams group sample embed"],
+        list[Float[Array, "layers streams group sample heads head_dim"]],
+        list[Float[Array, "layers streams group sample heads head_dim"]],
     ]:
-        """(hidden state, new keys, new values) of one more token a row.
+        """(hidden state, new keys, new values) of one more token a sample of every stream.
 
         The cache is only read: the caller writes the new keys and values of all layers at once.
+        Keys and values, old and new, are by piece.
 
         Args:
-          ids: the new token of each row.
-          positions: its row of the position table.
-          keys, values: the cache.
-          valid: which cache slots hold tokens before this one.
+          ids: the new tokens.
+          positions: their rows of the position table.
+          prompts, answers: the cache, one of each a stream, as `cached_attention` takes them but
+            with lists of pieces, each with a leading axis of layers, for keys and values.
         """
+        masks = [(p.valid, a.valid) for p, a in zip(prompts, answers, strict=True)]
 
         def layer(x, inputs):
-            block, past_keys, past_values = inputs
+            block, cache = inputs
             q, k, v = block.project(x)
-            attended = cached_attention(q, k, v, past_keys, past_values, valid)
-            return block.finish(x, attended), (k, v)
+            attended = [
+                cached_attention(
+                    q[stream], k[stream], v[stream],
+                    Past(keys, values, masks[stream][0]),
+                    Past(answer_keys, answer_values, masks[stream][1]),
+                )
+                for stream, (keys, values, answer_keys, answer_values) in enumerate(cache)
+            ]  # fmt: skip
+            return block.finish(x, jnp.stack(attended)), (k, v)
 
-        x = self._embed(ids[:, None], positions[:, None], spec("batch", None))[:, 0]
-        x, (new_keys, new_values) = jax.lax.scan(layer, x, (self.blocks, keys, values))
-        return _norm(x), new_keys, new_values
+        x, saved = self._embed(ids, positions, jax.P(None, *spec("batch"), None)), []
+        for number, piece in enumerate(self.pieces):
+            cache = [
+                (p.keys[number], p.values[number], a.keys[number], a.values[number])
+                for p, a in zip(prompts, answers, strict=True)
+            ]
+            # A piece of one layer is no loop, and its arrays are used where they are.
+            x, both = jax.lax.scan(layer, x, (piece, cache), unroll=len(self.pieces) > 1)
+            saved.append(both)
+        return _norm(x), [keys for keys, _ in saved], [values for _, values in saved]
 
     def _embed(self, ids, positions, sharding: jax.P | None = None):
-        """Token plus position embeddings, [batch, length, embed] in the compute dtype."""
+        """Token plus position embeddings, [*ids, embed] in the compute dtype."""
         sharding = spec("batch", "length") if sharding is None else sharding
-        length, longest = ids.shape[1], self.config.max_length
         if positions is None:
+            length, longest = ids.shape[1], self.config.max_length
             if length > longest:
                 raise ValueError(f"{length} tokens in a row, but max_length is {longest}")
             positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), ids.shape)
         x = _lookup(self.table[...], ids, sharding)
         x = x + _lookup(self.positions[...], positions, sharding)
         return x.astype(self.config.dtype)
+
+
+def _product(subscripts: str, x: Array, weight: nnx.Param | Int8Weight, sharding: jax.P) -> Array:
+    """`jnp.einsum` of activations and a weight, in the dtype of the activations."""
+    if isinstance(weight, Int8Weight):
+        return int8.einsum(subscripts, x, weight.values[...], weight.scale[...], sharding)
+    return jnp.einsum(subscripts, x, weight[...].astype(x.dtype), out_sharding=sharding)
 
 
 def _lookup(table, ids, sharding: jax.P):
@@ -298,10 +381,11 @@ def _lookup(table, ids, sharding: jax.P):
     move, not the table, and the table's gradient is born split like the table.
     """
     columns = RULES["weight_embed"]
-    rest = tuple(axis for axis in _axes(sharding[0]) if axis not in _axes(columns))
-    ids = jax.reshard(ids, jax.P(rest or None, sharding[1]))
-    found = table.at[ids].get(out_sharding=jax.P(rest or None, sharding[1], columns))
-    return jax.reshard(found, jax.P(sharding[0], sharding[1], None))
+    rest = jax.P(
+        *(tuple(axis for axis in _axes(entry) if axis not in _axes(columns)) for entry in sharding)
+    )
+    found = table.at[jax.reshard(ids, rest)].get(out_sharding=jax.P(*rest, columns))
+    return jax.reshard(found, jax.P(*sharding, None))
 
 
 def _axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:

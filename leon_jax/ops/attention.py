@@ -12,14 +12,15 @@ Axes: b batch, t query length, s key length, h heads, k head_dim.
 
 import functools
 import math
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Num
 
 # Finite, so that a row without a single visible key gives a uniform mixture and not NaN.
 _HIDDEN = -1e30
@@ -262,45 +263,82 @@ def cudnn(
     )(q, jax.reshard(k, whole), jax.reshard(v, whole), segment_ids)
 
 
-def cached_attention(
-    q: Float[Array, "batch heads head_dim"],
-    k: Float[Array, "batch heads head_dim"],
-    v: Float[Array, "batch heads head_dim"],
-    keys: Float[Array, "batch length heads head_dim"],
-    values: Float[Array, "batch length heads head_dim"],
-    valid: Bool[Array, "batch length"],
-) -> Float[Array, "batch heads head_dim"]:
-    """Attention of one new token over a read-only cache and over itself.
+class Kept(NamedTuple):
+    """Keys or values as a cache keeps them.
 
-    The softmax is taken over both parts without ever writing the new key and value into the cache:
-    both share one maximum and one sum, which is the softmax of the concatenation.
+    Attributes:
+      values: [..., slots, head_dim], of any floating dtype, or int8 (see `leon_jax.ops.int8`).
+      scale: float32[..., slots] of int8, else None.
+    """
+
+    values: Num[Array, "..."]
+    scale: Float[Array, "..."] | None = None
+
+
+class Past(NamedTuple):
+    """Keys and values of what a token sees, for one layer; heads stand before slots.
+
+    Attributes:
+      keys, values: `Kept`, [group, *sample, heads, slots, head_dim]; where `valid` is False their
+        content does not matter (but is finite).
+      valid: bool[group, *sample, slots].
+    """
+
+    keys: Any
+    values: Any
+    valid: Bool[Array, "..."]
+
+
+def cached_attention(
+    q: Float[Array, "group sample heads head_dim"],
+    k: Float[Array, "group sample heads head_dim"],
+    v: Float[Array, "group sample heads head_dim"],
+    prompt: Past,
+    answer: Past,
+) -> Float[Array, "group sample heads head_dim"]:
+    """Attention of one new token a sample over a read-only cache and over itself.
+
+    The samples of a group share a prompt, which is read once for all of them. The softmax is taken
+    over the three parts without ever writing the new key and value into the cache: they share one
+    maximum and one sum, which is the softmax of the concatenation.
 
     Args:
-      q, k, v: query, key and value of the new token.
-      keys, values: the cache; where `valid` is False its content does not matter (but is finite).
-      valid: which cache slots the token sees. It always sees itself.
+      q, k, v: query, key and value of the new token. It always sees itself.
+      prompt: of the group, [group, heads, slots, head_dim].
+      answer: of the sample, [group, sample, heads, slots, head_dim].
     """
-    batch, heads, _ = _spec(q)
+    group, sample, heads, _ = _spec(q)
+    scored, mixed = jax.P(group, sample, heads, None), jax.P(group, sample, heads, None)
     q = q * q.shape[-1] ** -0.5
-    past = jnp.einsum(
-        "bhk,bshk->bhs",
-        q,
-        keys,
-        preferred_element_type=jnp.float32,
-        out_sharding=jax.P(batch, heads, None),
-    )
-    past = jnp.where(valid[:, None, :], past, _HIDDEN)
+    letters = ("gnhk,ghsk->gnhs", "gnhs,ghsk->gnhk"), ("gnhk,gnhsk->gnhs", "gnhs,gnhsk->gnhk")
+    # The prompt's arrays have no axis of samples.
+    parts = (prompt, lambda array: array[:, None]), (answer, lambda array: array)
+
+    def score(subscripts: str, past: Past, wide: Callable[[Array], Array]) -> Array:
+        found = jnp.einsum(
+            subscripts,
+            q,
+            past.keys.values.astype(q.dtype),
+            preferred_element_type=jnp.float32,
+            out_sharding=scored,
+        )
+        if past.keys.scale is not None:
+            found *= wide(past.keys.scale)
+        return jnp.where(wide(past.valid)[:, :, None], found, _HIDDEN)
+
+    scores = [score(how, *part) for (how, _), part in zip(letters, parts, strict=True)]
     own = jnp.sum(q.astype(jnp.float32) * k.astype(jnp.float32), axis=-1)
-    top = jnp.maximum(past.max(axis=-1), own)
-    past, own = jnp.exp(past - top[..., None]), jnp.exp(own - top)
-    total = past.sum(axis=-1) + own
-    mixed = jnp.einsum(
-        "bhs,bshk->bhk",
-        (past / total[..., None]).astype(values.dtype),
-        values,
-        out_sharding=jax.P(batch, heads, None),
-    )
-    return mixed + (own / total)[..., None].astype(v.dtype) * v
+    top = functools.reduce(jnp.maximum, [part.max(axis=-1) for part in scores], own)
+    weights, own = [jnp.exp(part - top[..., None]) for part in scores], jnp.exp(own - top)
+    total = sum((part.sum(axis=-1) for part in weights), own)
+    result = (own / total)[..., None].astype(v.dtype) * v
+    for (_, mix), (past, wide), weight in zip(letters, parts, weights, strict=True):
+        share = weight / total[..., None]
+        if past.values.scale is not None:
+            share *= wide(past.values.scale)
+        values = past.values.values.astype(v.dtype)
+        result += jnp.einsum(mix, share.astype(v.dtype), values, out_sharding=mixed)
+    return result
 
 
 def _count(entry: str | tuple[str, ...] | None) -> int:

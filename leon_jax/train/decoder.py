@@ -16,9 +16,10 @@ from leon_jax import config as configuration
 from leon_jax import model_files
 from leon_jax.config import UserError
 from leon_jax.data import pipeline
-from leon_jax.decode.engine import Engine, Prompt
+from leon_jax.decode.engine import Engine, Prompt, Sample
 from leon_jax.decode.grammar import ImageSpan
 from leon_jax.decode.guidance import make_guidance
+from leon_jax.decode.strategy import Strategy
 from leon_jax.documents import Document, Hole, Text
 from leon_jax.tokenizers.documents import DocumentTokenizer
 from leon_jax.tokenizers.image import ImageTokenizer, to_pixels
@@ -97,14 +98,15 @@ class DecoderProgram:
         if not config.image or not config.captions:
             return {}
         vocabulary, (rows, columns) = self.config.vocabulary, self.config.data.image_shape
-        guidance = make_guidance(config.guidance)
+        strategy = Strategy(make_guidance(config.guidance))
         free = self.documents.prompt(Document((Hole("text"), Hole("image"))))
         prompts = []
         for seed, caption in enumerate(config.captions):
             bound = self.documents.prompt(Document((Text(caption), Hole("image"))))
-            prompts.append(Prompt((bound, free)[: guidance.streams], seed=seed))
-        answers = Engine(state.model, vocabulary).fill(prompts, ImageSpan(rows * columns), guidance)
-        codes = np.stack([answer.ids - vocabulary.image_start for answer in answers])
+            script = (ImageSpan(rows * columns),)
+            prompts.append(Prompt((bound, free), script, (Sample(seed, strategy),)))
+        answers = Engine(state.model, vocabulary).answer(prompts)
+        codes = np.stack([parts[0].ids - vocabulary.image_start for ((parts),) in answers])
         tokenizer = ImageTokenizer.load(config.image)
         if tokenizer.shape != (rows, columns) or tokenizer.codes != vocabulary.image_codes:
             raise UserError(

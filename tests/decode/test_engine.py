@@ -1,5 +1,7 @@
 """The engine agrees with the full forward pass, keeps to the grammar, and is reproducible."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,33 +9,75 @@ import pytest
 
 from leon_jax import sharding
 from leon_jax.config import UserError
-from leon_jax.decode.engine import Engine, Prompt
-from leon_jax.decode.grammar import ImageSpan, TextSpan
-from leon_jax.decode.guidance import ClassifierFree, Contrastive, Plain
+from leon_jax.decode import loop
+from leon_jax.decode.engine import Engine, Prompt, Sample
+from leon_jax.decode.grammar import Forced, ImageSpan, TextSpan
+from leon_jax.decode.guidance import ClassifierFree, Contrastive, Plain, TwoConditions
 from leon_jax.decode.sampling import Categorical, Greedy
+from leon_jax.decode.strategy import Strategy
 from leon_jax.vocabulary import Vocabulary
 from tests.tiny import random_decoder
 
 VOCABULARY = Vocabulary.compact(image_codes=24, text_tokens=40, sentinels=4, multiple=8)
-TEXT = VOCABULARY.text_start
-UNCONDITIONAL = np.array([VOCABULARY.eos, VOCABULARY.sentinel(0), VOCABULARY.break_id])
+TEXT, BREAK, EOS = VOCABULARY.text_start, VOCABULARY.break_id, VOCABULARY.eos
+UNCONDITIONAL = np.array([EOS, VOCABULARY.sentinel(0), BREAK])
+GUIDED = Strategy(ClassifierFree(2.0))
+PICTURE = (ImageSpan(9),)
+# Text, then a picture, then text: the marks between them are forced.
+STORY = (
+    TextSpan(4, (EOS, BREAK), BREAK, final=EOS),
+    ImageSpan(6),
+    Forced((BREAK,)),
+    TextSpan.causal(VOCABULARY, 5),
+)
+# Two infills; the streams count their sentinels differently.
+INFILLS = (
+    TextSpan.infill(VOCABULARY, 5),
+    Forced((VOCABULARY.sentinel(1), VOCABULARY.sentinel(2))),
+    ImageSpan(6),
+    Forced((VOCABULARY.eoss,)),
+    Forced((VOCABULARY.sentinel(2), VOCABULARY.sentinel(3))),
+    TextSpan.infill(VOCABULARY, 3),
+)
+SCRIPTS = [PICTURE, (TextSpan.infill(VOCABULARY, 9),), (TextSpan.causal(VOCABULARY, 9),), STORY,
+           INFILLS]  # fmt: skip
+
+
+def make(part_step: int = 1, rows: int = 16) -> Engine:
+    decoder = random_decoder(VOCABULARY.size, max_length=64, part_step=part_step)
+    return Engine(decoder, VOCABULARY, buckets=(8, 16), rows=rows)
 
 
 @pytest.fixture(params=[1, 4])
-def engine(request) -> Engine:
+def either(request) -> Engine:
     """With parts that start anywhere, and with parts that start at every fourth position."""
-    decoder = random_decoder(VOCABULARY.size, max_length=48, part_step=request.param)
-    return Engine(decoder, VOCABULARY, buckets=(8, 16))
+    return make(request.param)
 
 
-def prompt(length: int, seed: int = 0, streams: int = 2) -> Prompt:
-    ids = TEXT + np.random.default_rng(length).integers(0, 40, length)
-    ids[[length // 2, -1]] = VOCABULARY.break_id
-    return Prompt((ids, UNCONDITIONAL)[:streams], seed)
+@pytest.fixture
+def engine() -> Engine:
+    """With layers that are split, as `Leon` has them."""
+    made = make(4)
+    return Engine(made.decoder.split(), VOCABULARY, buckets=(8, 16))
 
 
-PROMPTS = [prompt(3, 1), prompt(12, 2), prompt(7, 3), prompt(8, 4)]
-SPANS = [ImageSpan(9), TextSpan.infill(VOCABULARY, 9), TextSpan.causal(VOCABULARY, 9)]
+def prompt(length: int, script=PICTURE, strategy=GUIDED, seeds=(0,), streams: int = 3) -> Prompt:
+    rng = np.random.default_rng(length)
+    ids = TEXT + rng.integers(0, 40, length)
+    ids[[length // 2, -1]] = BREAK
+    pictures = np.concatenate([ids[:2], UNCONDITIONAL])
+    return Prompt(
+        (ids, pictures, UNCONDITIONAL)[:streams],
+        script,
+        tuple(Sample(seed, strategy) for seed in seeds),
+    )
+
+
+LENGTHS = (3, 12, 7, 8)
+
+
+def all_ids(parts) -> np.ndarray:
+    return np.concatenate([part.ids for part in parts])
 
 
 def oracle(engine: Engine, ids: np.ndarray) -> np.ndarray:
@@ -54,102 +98,296 @@ def log_softmax(x: np.ndarray) -> np.ndarray:
     return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
 
 
-@pytest.mark.parametrize("span", SPANS)
-def test_cached_decoding_equals_the_full_forward_pass_at_every_position(engine, span):
-    answers = engine.fill(PROMPTS, span, ClassifierFree(2.0))
-    for row, answer in zip(PROMPTS, answers, strict=True):
-        whole = np.concatenate([row.streams[0], answer.ids])
-        logits = oracle(engine, whole)[len(row.streams[0]) - 1 : -1]
-        allowed = np.zeros(VOCABULARY.size, bool)
-        if isinstance(span, ImageSpan):
-            allowed[VOCABULARY.image_start : VOCABULARY.image_stop] = True
-            logits = np.where(allowed, logits, -np.inf)
-        else:
-            allowed[TEXT:] = True
-            stops = np.zeros_like(allowed)
-            stops[list(span.stops)] = True
-            steps = np.arange(len(answer.ids))[:, None]
-            logits = np.where(allowed | (stops & (steps >= span.least)), logits, -np.inf)
-        expected = np.take_along_axis(log_softmax(logits), answer.ids[:, None], axis=1)[:, 0]
-        np.testing.assert_allclose(answer.log_probabilities, expected, atol=1e-4)
+def replay(script, parts, stream: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What a stream was given; which of its ids were drawn; and which could have been.
 
-
-def test_greedy_guided_decoding_equals_a_loop_of_full_forward_passes(engine):
-    guidance, start, stop = ClassifierFree(3.0), VOCABULARY.image_start, VOCABULARY.image_stop
-    (answer,) = engine.fill(PROMPTS[1:2], ImageSpan(6), guidance, Greedy())
-    streams = [list(stream) for stream in PROMPTS[1].streams]
-    for token in answer.ids:
-        cond, uncond = (oracle(engine, np.array(ids))[-1, start:stop] for ids in streams)
-        assert token - start == np.argmax(uncond + 3.0 * (cond - uncond))
-        for ids in streams:
+    Returns:
+      int[n] ids, bool[n], bool[n, vocab].
+    """
+    ids, drawn, allowed = [], [], []
+    for place, (span, part) in enumerate(zip(script, parts, strict=False)):
+        if isinstance(span, Forced):
+            ids.append((*span.ids, span.ids[-1], span.ids[-1])[stream])
+            drawn.append(False)
+            allowed.append(np.zeros(VOCABULARY.size, bool))
+            continue
+        for used, token in enumerate(part.ids):
+            mask = np.zeros(VOCABULARY.size, bool)
+            if isinstance(span, ImageSpan):
+                mask[VOCABULARY.image_start : VOCABULARY.image_stop] = True
+            else:
+                mask[TEXT:] = True
+                mask[list(span.stops)] = used >= span.least
             ids.append(token)
+            drawn.append(True)
+            allowed.append(mask)
+        if isinstance(span, TextSpan) and place < len(parts) - 1:
+            ids.append(span.close)
+            drawn.append(False)
+            allowed.append(np.zeros(VOCABULARY.size, bool))
+    return np.array(ids), np.array(drawn), np.array(allowed)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_cached_decoding_equals_the_full_forward_pass_at_every_position(either, script):
+    prompts = [prompt(length, script) for length in LENGTHS]
+    for asked, (parts,) in zip(prompts, either.answer(prompts), strict=True):
+        ids, drawn, allowed = replay(script, parts, 0)
+        start = len(asked.streams[0])
+        logits = oracle(either, np.concatenate([asked.streams[0], ids]))[start - 1 : -1]
+        logits = np.where(allowed | ~drawn[:, None], logits, -np.inf)
+        expected = np.take_along_axis(log_softmax(logits), ids[:, None], axis=1)[drawn, 0]
+        spans = zip(script, parts, strict=False)
+        found = [p.log_probabilities for span, p in spans if not isinstance(span, Forced)]
+        np.testing.assert_allclose(np.concatenate(found), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("script", [PICTURE, INFILLS])
+@pytest.mark.parametrize("guidance", [ClassifierFree(3.0), TwoConditions(1.5, 3.0)])
+def test_greedy_guided_decoding_equals_a_loop_of_full_forward_passes(either, script, guidance):
+    strategy = Strategy(guidance, Greedy(), Greedy())
+    asked = prompt(12, script, strategy)
+    ((parts,),) = either.answer([asked])
+    start, stop = VOCABULARY.image_start, VOCABULARY.image_stop
+    ids = [replay(script, parts, stream) for stream in range(guidance.streams)]
+    for place in np.flatnonzero(ids[0][1]):
+        token, allowed = ids[0][0][place], ids[0][2][place]
+        logits = [
+            oracle(either, np.concatenate([stream, seen[:place]]))[-1].astype(np.float64)
+            for stream, (seen, _, _) in zip(asked.streams, ids, strict=False)
+        ]
+        if not allowed[start]:
+            assert token == np.argmax(np.where(allowed, logits[0], -np.inf))
+            continue
+        if guidance.streams == 2:
+            merged = logits[1] + 3.0 * (logits[0] - logits[1])
+        else:
+            merged = logits[2] + 1.5 * (logits[1] - logits[2]) + 3.0 * (logits[0] - logits[1])
+        assert token - start == np.argmax(merged[start:stop])
 
 
 def test_guidance_of_one_is_no_guidance(engine):
-    guided = engine.fill(PROMPTS, ImageSpan(9), ClassifierFree(1.0))
-    plain = engine.fill([Prompt(p.streams[:1], p.seed) for p in PROMPTS], ImageSpan(9), Plain())
-    for left, right in zip(guided, plain, strict=True):
-        np.testing.assert_array_equal(left.ids, right.ids)
+    plain = engine.answer([prompt(n, strategy=Strategy(Plain())) for n in LENGTHS])
+    for guidance in (ClassifierFree(1.0), TwoConditions(1.0, 1.0)):
+        guided = engine.answer([prompt(n, strategy=Strategy(guidance)) for n in LENGTHS])
+        for left, right in zip(guided, plain, strict=True):
+            np.testing.assert_array_equal(left[0][0].ids, right[0][0].ids)
 
 
 def test_guidance_changes_the_answer(engine):
     weak, strong = (
-        engine.fill(PROMPTS, ImageSpan(9), ClassifierFree(w), Greedy()) for w in (1.0, 8.0)
+        engine.answer([prompt(n, strategy=Strategy(ClassifierFree(w), Greedy())) for n in LENGTHS])
+        for w in (1.0, 8.0)
     )
-    assert any((a.ids != b.ids).any() for a, b in zip(weak, strong, strict=True))
+    assert any((a[0][0].ids != b[0][0].ids).any() for a, b in zip(weak, strong, strict=True))
 
 
-@pytest.mark.parametrize("span", SPANS[:2])
-@pytest.mark.parametrize("guidance", [ClassifierFree(2.0), Contrastive(0.3, 4)])
-def test_a_row_alone_is_the_same_row_in_a_batch(engine, span, guidance):
-    together = engine.fill(PROMPTS, span, guidance)
-    for row, expected in zip(PROMPTS, together, strict=True):
-        (alone,) = engine.fill([row], span, guidance)
-        np.testing.assert_array_equal(alone.ids, expected.ids)
-        np.testing.assert_allclose(alone.log_probabilities, expected.log_probabilities, atol=1e-4)
+# Rows of every kind, for one run.
+UNLIKE = [
+    prompt(3, PICTURE, seeds=(1, 2)),
+    prompt(12, STORY, seeds=(3, 4)),
+    prompt(7, INFILLS, Strategy(Contrastive(0.3, 4), Categorical(0.7), Greedy()), seeds=(5, 6)),
+    prompt(8, (TextSpan.infill(VOCABULARY, 9),), Strategy(), seeds=(7, 8)),
+    prompt(9, (ImageSpan(4),), Strategy(Plain(), Categorical(top_p=0.5)), seeds=(9, 10)),
+    prompt(5, (ImageSpan(9),), Strategy(ClassifierFree(5.0), start=2, stop=5), seeds=(11, 12)),
+    prompt(6, PICTURE, Strategy(TwoConditions(2.0, 4.0), Categorical(2.0, top_k=5)), seeds=(1, 3)),
+]
+
+
+def assert_same(left, right):
+    for ours, theirs in zip(left, right, strict=True):
+        np.testing.assert_array_equal(ours.ids, theirs.ids)
+        np.testing.assert_allclose(ours.log_probabilities, theirs.log_probabilities, atol=1e-4)
+        assert ours.ended == theirs.ended
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """Every sample of `UNLIKE`, answered by itself."""
+    with jax.set_mesh(sharding.make_mesh(devices=jax.devices()[:1])):
+        engine = make(4)
+        return [
+            [engine.answer([dataclasses.replace(p, samples=(s,))])[0][0] for s in p.samples]
+            for p in UNLIKE
+        ]
+
+
+@pytest.mark.parametrize("rows", [2, 3, 16])
+def test_a_row_alone_is_the_same_row_in_any_batch_and_slot(alone, rows):
+    together = make(4, rows).answer(UNLIKE)
+    backwards = make(4, rows).answer(UNLIKE[::-1])[::-1]
+    for answers in (together, backwards):
+        for found, wanted in zip(answers, alone, strict=True):
+            for left, right in zip(found, wanted, strict=True):
+                assert_same(left, right)
+
+
+def test_samples_that_share_a_prompt_are_those_of_separate_prompts(engine):
+    shared = prompt(12, INFILLS, seeds=range(6))
+    (together,) = engine.answer([shared])
+    separate = engine.answer(
+        [dataclasses.replace(shared, samples=(sample,)) for sample in shared.samples]
+    )
+    for left, (right,) in zip(together, separate, strict=True):
+        assert_same(left, right)
+
+
+def test_a_longer_bucket_changes_nothing(engine):
+    longer = Engine(engine.decoder, VOCABULARY, buckets=())
+    for left, right in zip(engine.answer(UNLIKE), longer.answer(UNLIKE), strict=True):
+        for ours, theirs in zip(left, right, strict=True):
+            assert_same(ours, theirs)
+
+
+def test_answers_do_not_depend_on_the_mesh(alone):
+    if len(jax.devices()) < 8:
+        pytest.skip("needs 8 devices")
+    for shape in ((2, 2, 1, 2), (8, 1, 1, 1)):
+        with jax.set_mesh(sharding.make_mesh(shape, jax.devices()[:8])):
+            answers = make(4).answer(UNLIKE)
+        for found, wanted in zip(answers, alone, strict=True):
+            for left, right in zip(found, wanted, strict=True):
+                assert_same(left, right)
+
+
+def test_the_sliced_head_draws_what_the_whole_head_would(engine):
+    """A picture beside a text is drawn with the whole head computed, alone with its slice."""
+    picture = prompt(5, PICTURE)
+    text = prompt(6, (TextSpan(9, (EOS,), EOS, least=9),), Strategy())
+    (beside,), _ = engine.answer([picture, text])
+    ((alone,),) = engine.answer([picture])
+    assert_same(beside, alone)
 
 
 def test_the_seed_decides_the_draw(engine):
-    seeds = [3, 4, 3, 5]
-    answers = engine.fill([prompt(5, seed) for seed in seeds], ImageSpan(9), ClassifierFree(2.0))
-    ids = [tuple(answer.ids) for answer in answers]
+    (answers,) = engine.answer([prompt(5, seeds=(3, 4, 3, 5))])
+    ids = [tuple(all_ids(parts)) for parts in answers]
     assert ids[0] == ids[2]
     assert len(set(ids)) == 3
 
 
+def test_outside_its_interval_guidance_is_plain(engine):
+    """Greedy pictures: with guidance nowhere, everywhere, and in the middle."""
+
+    def draw(**interval):
+        strategy = Strategy(ClassifierFree(6.0), Greedy(), **interval)
+        return all_ids(engine.answer([prompt(7, strategy=strategy)])[0][0])
+
+    plain = all_ids(engine.answer([prompt(7, strategy=Strategy(Plain(), Greedy()))])[0][0])
+    np.testing.assert_array_equal(draw(stop=0), plain)
+    np.testing.assert_array_equal(draw(stop=9), draw())
+    np.testing.assert_array_equal(draw(start=3)[:3], plain[:3])
+    np.testing.assert_array_equal(draw(stop=4)[:4], draw()[:4])
+
+
+def test_past_the_interval_the_other_stream_is_not_computed(engine):
+    """Its cache stays empty there, while that of stream 0 fills."""
+    asked = prompt(7, (ImageSpan(20),), Strategy(ClassifierFree(6.0), stop=5))
+    kept = []
+    advance = loop.advance
+
+    def watched(*arguments, **options):
+        kept.append(advance(*arguments, **options))
+        return kept[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("leon_jax.decode.engine.advance", watched)
+        engine.answer([asked])
+    filled = [
+        np.asarray(jnp.abs(cache.answer_keys[0].values).sum(axis=(0, 1, 2, 3, 5)) > 0)
+        for cache in kept[-1].caches
+    ]
+    assert filled[0].sum() == 20
+    # The id before the last guided one is the last that the other stream reads.
+    assert filled[1].sum() == 4
+
+
 @pytest.mark.parametrize("limit", [1, 5, 16])
 def test_an_image_is_exactly_its_number_of_image_ids(engine, limit):
-    for answer in engine.fill(PROMPTS, ImageSpan(limit), ClassifierFree(2.0)):
-        assert len(answer.ids) == limit
-        assert VOCABULARY.is_image(answer.ids).all()
-        assert answer.ended
+    for ((part,),) in engine.answer([prompt(n, (ImageSpan(limit),)) for n in LENGTHS]):
+        assert len(part.ids) == limit
+        assert VOCABULARY.is_image(part.ids).all()
+        assert part.ended
 
 
 def test_text_holds_text_ids_only_and_at_least_one(engine):
-    rows = [prompt(4, seed, streams=1) for seed in range(64)]
-    span = TextSpan.causal(VOCABULARY, 12)
-    answers = engine.fill(rows, span, sampler=Categorical(temperature=3.0))
-    for answer in answers:
-        assert 1 <= len(answer.ids) <= 12
-        assert VOCABULARY.is_text(answer.ids).all()
-        assert answer.ended or len(answer.ids) == 12
-    assert {answer.ended for answer in answers} == {True, False}
+    hot = Strategy(text=Categorical(temperature=3.0))
+    rows = prompt(4, (TextSpan.causal(VOCABULARY, 12),), hot, seeds=range(64))
+    (answers,) = Engine(engine.decoder, VOCABULARY, text_tokens=30).answer([rows])
+    for (part,) in answers:
+        assert 1 <= len(part.ids) <= 12
+        assert VOCABULARY.is_text(part.ids).all() and part.ids.max() < TEXT + 30
+        assert part.ended == (len(part.ids) < 12)
+    assert {part.ended for (part,) in answers} == {True, False}
 
 
 def test_stops_end_where_the_model_is_sure_of_them(engine):
     # Without sampling, the answer is cut at the first stop a full forward pass would choose.
     span = TextSpan.infill(VOCABULARY, 12)
-    answers = engine.fill([Prompt(p.streams[:1]) for p in PROMPTS], span, sampler=Greedy())
-    for row, answer in zip(PROMPTS, answers, strict=True):
-        if not answer.ended:
+    prompts = [prompt(n, (span,), Strategy(text=Greedy())) for n in LENGTHS]
+    for asked, ((part,),) in zip(prompts, engine.answer(prompts), strict=True):
+        if not part.ended:
             continue
-        logits = oracle(engine, np.concatenate([row.streams[0], answer.ids]))[-1]
+        logits = oracle(engine, np.concatenate([asked.streams[0], part.ids]))[-1]
         others = logits[TEXT:].max()
         assert logits[VOCABULARY.eoss] >= others - 1e-4
 
 
+def test_a_final_stop_ends_the_row_and_another_the_text(engine):
+    hot = Strategy(Plain(), text=Categorical(temperature=4.0))
+    story = (dataclasses.replace(STORY[0], limit=24), *STORY[1:])
+    (answers,) = engine.answer([prompt(4, story, hot, seeds=range(32))])
+    lengths = {len(parts) for parts in answers}
+    assert lengths == {1, 4}
+    for parts in answers:
+        assert len(parts) == 1 or len(parts[1].ids) == 6
+
+
+def test_slots_are_refilled_and_no_row_waits_for_another():
+    """Texts of many lengths take as many steps as the busiest slot has ids."""
+    engine = make(rows=2)
+    lengths = [20, 2, 2, 2, 2, 2, 2, 2, 2, 2]
+    prompts = [
+        prompt(5, (TextSpan(n, (EOS,), EOS, least=n),), Strategy()) for n in lengths
+    ]  # fmt: skip
+    steps, order = [], []
+    advance = loop.advance
+
+    def watched(*arguments, **options):
+        state = advance(*arguments, **options)
+        steps.append(int(state.step))
+        return state
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("leon_jax.decode.engine.advance", watched)
+        for answer in engine.run(prompts):
+            order.append(answer.prompt)
+            assert [len(part.ids) for part in answer.parts] == [lengths[answer.prompt]]
+    assert steps[-1] == 20
+    assert order[-1] in (0, 9) and sorted(order) == list(range(10))
+
+
+def test_what_there_is_comes_every_few_ids(engine):
+    asked = prompt(5, (ImageSpan(9),))
+    answers = list(engine.run([asked], every=4))
+    assert [len(all_ids(answer.parts)) for answer in answers] == [4, 8, 9]
+    assert [answer.done for answer in answers] == [False, False, True]
+    whole = all_ids(engine.answer([asked])[0][0])
+    for answer in answers:
+        ids = all_ids(answer.parts)
+        np.testing.assert_array_equal(ids, whole[: len(ids)])
+
+
+def test_what_was_warmed_is_not_compiled_again(engine):
+    engine.warm([prompt(3, seeds=(1, 2))])
+    before = loop.begin._cache_size(), loop.advance._cache_size()
+    for length in (3, 12, 30, 50):
+        engine.answer([prompt(length, seeds=(3, 4))])
+    assert (loop.begin._cache_size(), loop.advance._cache_size()) == before
+
+
 def test_scores_are_weighted_log_likelihoods(engine):
-    rows = [np.concatenate([p.streams[0], [VOCABULARY.break_id, 5]]) for p in PROMPTS]
+    rows = [np.concatenate([prompt(n).streams[0], [BREAK, 5]]) for n in LENGTHS]
     weights = [np.random.default_rng(i).uniform(size=len(row)) for i, row in enumerate(rows)]
     expected_plain, expected_weighted = [], []
     for row, weight in zip(rows, weights, strict=True):
@@ -161,33 +399,21 @@ def test_scores_are_weighted_log_likelihoods(engine):
 
 
 def test_no_prompts_no_answers(engine):
-    assert engine.fill([], ImageSpan(3)) == []
+    assert engine.answer([]) == []
     assert engine.score([]).shape == (0,)
 
 
 def test_what_does_not_fit_the_context_is_refused(engine):
-    with pytest.raises(UserError, match="context is 48"):
-        engine.fill([Prompt((np.full(40, TEXT),))], ImageSpan(9))
-    assert len(engine.fill([Prompt((np.full(39, TEXT),))], ImageSpan(9))[0].ids) == 9
-    with pytest.raises(UserError, match="49 positions"):
-        engine.score([np.full(49, TEXT)])
+    long = np.full(56, TEXT)
+    with pytest.raises(UserError, match="context is 64"):
+        engine.answer([Prompt((long,), (ImageSpan(9),))])
+    assert len(engine.answer([Prompt((long[1:],), (ImageSpan(9),))])[0][0][0].ids) == 9
+    with pytest.raises(UserError, match="65 positions"):
+        engine.score([np.full(65, TEXT)])
 
 
 def test_streams_must_fit_the_guidance(engine):
     with pytest.raises(ValueError, match="1 streams; guidance needs 2"):
-        engine.fill([prompt(4, streams=1)], ImageSpan(3), ClassifierFree(2.0))
-
-
-def test_answers_do_not_depend_on_the_mesh(engine):
-    devices = jax.devices()
-    if len(devices) < 8:
-        devices = devices[:1]
-    expected = engine.fill(PROMPTS, ImageSpan(9), ClassifierFree(2.0))
-    shape = (2, 2, 1, 2) if len(devices) >= 8 else (1, 1, 1, 1)
-    with jax.set_mesh(sharding.make_mesh(shape, devices[:8])):
-        step = engine.decoder.config.part_step
-        decoder = random_decoder(VOCABULARY.size, max_length=48, part_step=step)
-        sharded = Engine(decoder, VOCABULARY, buckets=(8, 16))
-        answers = sharded.fill(PROMPTS, ImageSpan(9), ClassifierFree(2.0))
-    for left, right in zip(answers, expected, strict=True):
-        np.testing.assert_array_equal(left.ids, right.ids)
+        engine.answer([prompt(4, streams=1)])
+    with pytest.raises(ValueError, match="prompt 0 is empty"):
+        engine.answer([Prompt((np.zeros(0, np.int32),), PICTURE)])

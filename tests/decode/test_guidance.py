@@ -5,7 +5,13 @@ import numpy as np
 import pytest
 
 from leon_jax.config import UserError
-from leon_jax.decode.guidance import ClassifierFree, Contrastive, Plain, make_guidance
+from leon_jax.decode.guidance import (
+    ClassifierFree,
+    Contrastive,
+    Plain,
+    TwoConditions,
+    make_guidance,
+)
 
 
 @pytest.fixture
@@ -31,6 +37,25 @@ def test_classifier_free_extrapolates_from_the_unconditional_stream(logits, weig
 
 def test_weight_one_is_the_conditional_stream_to_the_last_bit(logits):
     np.testing.assert_array_equal(ClassifierFree(1.0)(jnp.asarray(logits)), logits[0])
+
+
+@pytest.mark.parametrize(("image", "text"), [(1.5, 7.5), (1.0, 1.0), (0.0, 2.0), (3.0, 1.0)])
+def test_two_conditions_each_have_a_weight(image, text):
+    logits = np.random.default_rng(1).normal(size=(3, 4, 11)).astype(np.float32)
+    everything, pictures, nothing = logits.astype(np.float64)
+    expected = nothing + image * (pictures - nothing) + text * (everything - pictures)
+    got = TwoConditions(image, text)(jnp.asarray(logits))
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+    if image == text == 1:
+        np.testing.assert_array_equal(got, logits[0])
+
+
+def test_contrastive_with_k_of_one_is_contrastive_decoding(logits):
+    """Li et al. 2022, equation 2: at least alpha times as likely as the likeliest."""
+    expert, amateur = np.exp(log_softmax(logits))
+    head = expert >= 0.2 * expert.max(axis=-1, keepdims=True)
+    expected = np.where(head, np.log(expert) - np.log(amateur), -np.inf)
+    np.testing.assert_allclose(Contrastive(0.2, 1)(jnp.asarray(logits)), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(("alpha", "k"), [(0.5, 1), (0.5, 3), (1.0, 4), (0.1, 100)])

@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 
 from leon_jax import sharding
+from leon_jax.decode.cache import Cache, own
 from leon_jax.models.decoder import Decoder, DecoderConfig
 from leon_jax.ops.cross_entropy import chunked_cross_entropy
 
@@ -49,10 +50,12 @@ def compute(shape):
 
         def decode(model):
             _, keys, values = model.prefill(ids[:, :8])
-            room = ((0, 0), (0, 0), (0, 1), (0, 0), (0, 0))
-            keys, values = jax.numpy.pad(keys, room), jax.numpy.pad(values, room)
-            valid = np.broadcast_to(np.arange(9) < 8, (8, 9))
-            return model.decode_step(ids[:, 8], np.full(8, 8, np.int32), keys, values, valid)
+            cache = Cache.empty(CONFIG, 8, 2, 9, 4)
+            cache = cache.insert(np.arange(8), keys, values, np.full(8, 8, np.int32))
+            seen = own(4, np.int32(0), np.zeros((8, 2), np.int32))
+            new = np.stack([ids[:, 8], ids[:, 0]], axis=-1)[None]
+            place = np.full(new.shape, 8, np.int32)
+            return model.decode_step(new, place, [cache.prompt()], [cache.answer(seen)])
 
         results = jax.jit(lambda m: (jax.grad(loss, has_aux=True)(m), decode(m)))(model)
         gradients = results[0][0]

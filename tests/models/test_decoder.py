@@ -15,6 +15,7 @@ from scipy import stats
 from leon_jax import sharding
 from leon_jax.config import UserError
 from leon_jax.models.decoder import Decoder, DecoderConfig
+from leon_jax.ops.attention import Kept, Past
 from tests.tiny import random_decoder, randomise
 
 CONFIG = DecoderConfig(vocab_size=48, max_length=16, layers=3, embed=32, heads=4, mlp=64)
@@ -136,15 +137,21 @@ def test_decoding_step_by_step_equals_the_whole_sequence(model):
     hidden, keys, values = model.prefill(padded)
     for row, length in enumerate(lengths):
         np.testing.assert_allclose(hidden[row, :length], whole[row, :length], atol=1e-4)
-    room = ((0, 0), (0, 0), (0, 12 - 5), (0, 0), (0, 0))
-    keys, values = np.pad(keys, room), np.pad(values, room)
-    step, rows = jax.jit(Decoder.decode_step), np.arange(3)
+    (keys,), (values,) = keys, values
+    prompt = Past([Kept(keys)], [Kept(values)], np.arange(5) < lengths[:, None])
+    room = np.zeros((keys.shape[0], 3, 1, keys.shape[2], 10, keys.shape[4]), np.float32)
+    keys, values, rows, written = room, room.copy(), np.arange(3), 0
+    step = jax.jit(Decoder.decode_step)
     while (lengths < 12).all():
-        valid = np.arange(12) < lengths[:, None]
-        found, k, v = step(model, ids[rows, lengths], lengths.astype(np.int32), keys, values, valid)
-        np.testing.assert_allclose(found, whole[rows, lengths], atol=1e-4)
-        keys[:, rows, lengths], values[:, rows, lengths] = k, v
-        lengths = lengths + 1
+        answer = Past(
+            [Kept(keys)], [Kept(values)], np.broadcast_to(np.arange(10) < written, (3, 1, 10))
+        )
+        # One stream, three groups of one sample.
+        new, place = ids[rows, lengths][None, :, None], lengths.astype(np.int32)[None, :, None]
+        found, (k,), (v,) = step(model, new, place, [prompt], [answer])
+        np.testing.assert_allclose(found[0, :, 0], whole[rows, lengths], atol=1e-4)
+        keys[..., written, :], values[..., written, :] = k[:, 0], v[:, 0]
+        lengths, written = lengths + 1, written + 1
     assert lengths.max() == 12
 
 

@@ -14,6 +14,8 @@ from flax import nnx
 
 from leon_jax.models.decoder import Decoder, DecoderConfig
 from leon_jax.ops.attention import (
+    Kept,
+    Past,
     attention,
     blocked,
     cached_attention,
@@ -67,19 +69,38 @@ def test_the_softmax_is_float32_when_inputs_are_bfloat16():
 
 
 def test_cached_attention_equals_full_attention():
-    """The last token over a cache with garbage in the slots that are not valid."""
-    q, k, v = (draw(2, 6, 3, 4, seed=i) for i in range(3))
-    keys, values = np.full((2, 8, 3, 4), 1e4, np.float32), np.full((2, 8, 3, 4), -1e4, np.float32)
-    keys[:, :5], values[:, :5] = k[:, :5], v[:, :5]
-    valid = np.broadcast_to(np.arange(8) < 5, (2, 8))
-    found = cached_attention(q[:, 5], k[:, 5], v[:, 5], keys, values, valid)
-    np.testing.assert_allclose(found, attention(q, k, v)[:, 5], atol=1e-6)
+    """The last tokens of 2 x 3 samples, whose first 4 tokens each pair of groups shares.
+
+    There is garbage in the slots that are not valid.
+    """
+    q, k, v = (draw(6, 7, 3, 4, seed=i) for i in range(3))
+    for array in (k, v):
+        array[:, :4] = array[::3, :4].repeat(3, axis=0)
+    expected = attention(q, k, v)[:, 6].reshape(2, 3, 3, 4)
+
+    def past(array, start, stop, slots, lead):
+        whole = np.full((*lead, 3, slots, 4), 1e4, np.float32)
+        part = array[:: 6 // np.prod(lead), start:stop].swapaxes(1, 2)
+        whole[..., : stop - start, :] = part.reshape(*lead, 3, stop - start, 4)
+        return whole
+
+    prompt = Past(
+        *(Kept(past(a, 0, 4, 8, (2,))) for a in (k, v)), np.broadcast_to(np.arange(8) < 4, (2, 8))
+    )
+    answer = Past(
+        *(Kept(past(a, 4, 6, 5, (2, 3))) for a in (k, v)),
+        np.broadcast_to(np.arange(5) < 2, (2, 3, 5)),
+    )
+    last = (array[:, 6].reshape(2, 3, 3, 4) for array in (q, k, v))
+    np.testing.assert_allclose(cached_attention(*last, prompt, answer), expected, atol=1e-6)
 
 
 def test_a_token_with_an_empty_cache_sees_itself():
-    q, k, v = (draw(1, 3, 4, seed=i) for i in range(3))
-    empty = np.zeros((1, 2, 3, 4), np.float32)
-    found = cached_attention(q, k, v, empty, empty, np.zeros((1, 2), bool))
+    q, k, v = (draw(1, 1, 3, 4, seed=i) for i in range(3))
+    empty = np.zeros((1, 3, 2, 4), np.float32)
+    prompt = Past(Kept(empty), Kept(empty), np.zeros((1, 2), bool))
+    answer = Past(Kept(empty[None]), Kept(empty[None]), np.zeros((1, 1, 2), bool))
+    found = cached_attention(q, k, v, prompt, answer)
     np.testing.assert_allclose(found, v, atol=1e-6)
 
 

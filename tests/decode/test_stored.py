@@ -1,0 +1,126 @@
+"""Weights and caches kept in fewer bits: what is kept, and what it costs."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from leon_jax import sharding
+from leon_jax.data.emoji import EmojiSource
+from leon_jax.decode.engine import Engine, Prompt, Sample
+from leon_jax.decode.grammar import ImageSpan
+from leon_jax.decode.guidance import ClassifierFree
+from leon_jax.decode.sampling import Greedy
+from leon_jax.decode.strategy import Strategy
+from leon_jax.leon import Leon
+from tests.decode.test_engine import LENGTHS, VOCABULARY, all_ids, make, prompt
+from tests.tiny import random_decoder
+
+
+def sizes(decoder) -> dict[str, int]:
+    return {
+        str(dtype): sum(
+            leaf.nbytes for leaf in jax.tree.leaves(decoder.blocks) if leaf.dtype == dtype
+        )
+        for dtype in {leaf.dtype for leaf in jax.tree.leaves(decoder.blocks)}
+    }
+
+
+def test_weights_are_kept_as_asked():
+    decoder = random_decoder(VOCABULARY.size, max_length=64)
+    whole = sizes(decoder)["float32"]
+    assert sizes(decoder.stored_as("bfloat16")) == {"bfloat16": whole // 2}
+    small = sizes(decoder.stored_as("int8"))
+    assert small["int8"] == whole // 4 and small["float32"] < whole // 10
+    assert sizes(decoder) == {"float32": whole}, "the model itself stays as it is"
+
+
+def test_a_model_in_eight_bits_is_nearly_the_same():
+    decoder = random_decoder(VOCABULARY.size, max_length=64)
+    ids = jnp.asarray(np.random.default_rng(0).integers(4, VOCABULARY.size, (2, 20)))
+    logits = jax.jit(lambda model: model.logits(model(ids)))
+    exact, small = logits(decoder), logits(decoder.stored_as("int8"))
+    assert np.std(small - exact) < 0.02 * np.std(exact)
+    assert (np.asarray(small) != np.asarray(exact)).any()
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 2, 1, 2)])
+def test_decoding_with_eight_bits_agrees_with_the_same_model_uncached(shape):
+    """Weights in 8 bits change the model, not the agreement of its two ways of being run."""
+    if np.prod(shape) > len(jax.devices()):
+        pytest.skip("needs 8 devices")
+    with jax.set_mesh(sharding.make_mesh(shape, jax.devices()[: np.prod(shape)])):
+        decoder = jax.jit(lambda model: model.stored_as("int8"))(
+            random_decoder(VOCABULARY.size, max_length=64)
+        )
+        engine = Engine(decoder, VOCABULARY, buckets=(8, 16))
+        script = (ImageSpan(9),)
+        asked = [prompt(n, script, Strategy(ClassifierFree(2.0), Greedy())) for n in LENGTHS]
+        answers = engine.answer(asked)
+        for one, ((part,),) in zip(asked, answers, strict=True):
+            streams = [np.concatenate([ids, part.ids]) for ids in one.streams[:2]]
+            logits = []
+            for stream, ids in zip(streams, one.streams, strict=False):
+                whole = jax.jit(lambda m, i: m.logits(m(i)))(decoder, _row(stream))
+                start = len(ids) - 1
+                logits.append(np.asarray(jax.device_get(whole))[0, start : start + 9])
+            merged = logits[1] + 2.0 * (logits[0] - logits[1])
+            merged = merged[:, VOCABULARY.image_start : VOCABULARY.image_stop]
+            chosen = np.take_along_axis(merged, part.ids[:, None] - VOCABULARY.image_start, axis=1)[
+                :, 0
+            ]
+            np.testing.assert_allclose(chosen, merged.max(axis=1), atol=1e-3)
+
+
+def _row(ids: np.ndarray) -> np.ndarray:
+    """One sequence, padded and repeated so that it splits over any mesh."""
+    return np.broadcast_to(np.pad(ids, (0, 40 - len(ids))), (8, 40)).astype(np.int32)
+
+
+def test_a_cache_in_eight_bits_nearly_agrees():
+    exact = make()
+    small = Engine(exact.decoder, VOCABULARY, buckets=(8, 16), kept="int8")
+    asked = [prompt(n, (ImageSpan(9),), Strategy(), seeds=range(8)) for n in LENGTHS]
+    same, total = 0, 0
+    for left, right in zip(exact.answer(asked), small.answer(asked), strict=True):
+        for ours, theirs in zip(left, right, strict=True):
+            # Likelihoods are those of each one's own ids, so only the first can be compared.
+            first = ours[0].log_probabilities[0], theirs[0].log_probabilities[0]
+            assert first[0] == pytest.approx(first[1], abs=0.05)
+            same += int((all_ids(ours) == all_ids(theirs)).sum())
+            total += 9
+    assert same > 0.8 * total
+    cache = small_cache(small)
+    assert cache.prompt_keys[0].values.dtype == cache.answer_values[0].values.dtype == jnp.int8
+
+
+def small_cache(engine: Engine):
+    """The cache of a run."""
+    kept = []
+    from leon_jax.decode import loop
+
+    with pytest.MonkeyPatch.context() as patch:
+        advance = loop.advance
+        patch.setattr(
+            "leon_jax.decode.engine.advance",
+            lambda *a, **o: kept.append(advance(*a, **o)) or kept[-1],
+        )
+        engine.answer([Prompt((np.arange(4, 9),), (ImageSpan(3),), (Sample(),))])
+    return kept[-1].caches[0]
+
+
+def test_the_shipped_models_perplexity_in_eight_bits_is_within_one_per_cent(emoji_data_dir):
+    leon = Leon.load()
+    documents = [
+        leon.tokenize(one) for one in list(EmojiSource("unseen_design", emoji_data_dir))[:24]
+    ]
+    tokenizer = leon.checkpoint.documents
+    ids = [tokenizer.encode(document) for document in documents]
+    count = sum(map(len, ids)) - len(ids)
+
+    def perplexity(decoder) -> float:
+        return float(np.exp(-Engine(decoder, tokenizer.vocabulary).score(ids).sum() / count))
+
+    exact, small = perplexity(leon.decoder), perplexity(leon.decoder.stored_as("int8"))
+    assert small == pytest.approx(exact, rel=0.01)
+    assert small != exact
