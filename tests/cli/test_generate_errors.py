@@ -227,3 +227,52 @@ def test_the_process_ends_with_the_exit_code(tmp_path):
     assert done.returncode == 2
     assert done.stderr.startswith("leon generate: there is no model folder nowhere")
     assert done.stderr.count("\n") == 1 and done.stdout == ""
+
+
+def test_a_file_of_prompts_is_drawn_and_gone_on_with(run, tmp_path):
+    lines = [tiny.PROMPT, "", "cat " * 900, "a dog", "a dog"]
+    (tmp_path / "prompts.txt").write_text("\n".join(lines), encoding="utf-8")
+    asked = "--prompts=prompts.txt", "--num_images=2", "--num_docs=1", "--seed=7"
+    code, said, error = run(*asked)
+    assert code == 2 and "line 3: the prompt has 3599 characters" in error
+    assert "1 of 4 prompts could not be drawn" in error
+    drawn = files(tmp_path / "out")
+    assert drawn == {
+        f"{line:05d}-{generate.slug(lines[line - 1])}-{seed}.png"
+        for line in (1, 4, 5)
+        for seed in (7, 8)
+    }
+    assert set(said.split()) == {str(Path("out") / name) for name in drawn}
+    # The same prompt and seed give the same picture on another line.
+    twins = [(tmp_path / "out" / f"0000{line}-a-dog-7.png").read_bytes() for line in (4, 5)]
+    assert twins[0] == twins[1]
+    gone = tmp_path / "out" / "00004-a-dog-8.png"
+    before, times = gone.read_bytes(), os.stat(tmp_path / "out" / "00005-a-dog-7.png").st_mtime_ns
+    gone.unlink()
+    code, said, _ = run(*asked)
+    assert "2 of 4 prompts have their pictures already" in said
+    assert gone.read_bytes() == before
+    assert os.stat(tmp_path / "out" / "00005-a-dog-7.png").st_mtime_ns == times
+
+
+def test_the_best_of_several_are_written(run, tmp_path):
+    code, _, _ = run(PROMPT, "--num_images=1", "--best_of=3", "--num_docs=0")
+    assert code == 0 and len(files(tmp_path / "out")) == 1
+    code, _, error = run(PROMPT, "--num_images=4", "--best_of=3")
+    assert code == 2 and "--best_of is 3; it must be at least --num_images, 4" in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompts=none.txt"], "cannot read the prompts in none.txt: No such file"),
+        (["--prompts=empty.txt"], "empty.txt holds no prompts; write one a line"),
+        (["--prompts=empty.txt", PROMPT], "--prompt is given beside --prompts"),
+    ],
+)
+def test_a_file_of_prompts_that_cannot_be_used_is_named(
+    run, no_weights, tmp_path, arguments, message
+):
+    (tmp_path / "empty.txt").write_text("\n  \n")
+    code, _, error = run(*arguments)
+    assert code == 2 and message in error and not (tmp_path / "out").exists()
