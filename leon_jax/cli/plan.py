@@ -62,6 +62,15 @@ _PROMPT = flags.DEFINE_integer(
     lower_bound=1,
     flag_values=FLAGS,
 )
+_WEIGHTS = flags.DEFINE_enum(
+    "weights", "bfloat16", ["float32", "bfloat16", "int8"], "What weights are kept in (decode).",
+    flag_values=FLAGS,
+)  # fmt: skip
+_CACHE = flags.DEFINE_enum(
+    "cache", "compute", ["compute", "int8"],
+    "What keys and values are kept in: config.model.dtype, or 8 bits (decode).",
+    flag_values=FLAGS,
+)  # fmt: skip
 _OUT = flags.DEFINE_string("out", None, "A folder for plan.json and index.html.", flag_values=FLAGS)
 
 DOES_NOT_FIT = 3
@@ -132,7 +141,15 @@ def _decode(config, pod):
     longest = config.model.max_length - rows * columns
     prompt = longest if _PROMPT.value is None else _PROMPT.value
     mesh = _mesh((-1, 1, 1, min(8, len(pod.devices))), pod)
-    return decode.plan(config, pod, decode.Setting(mesh, _ROWS.value, _GUIDANCE.value, prompt))
+    setting = decode.Setting(
+        mesh,
+        _ROWS.value,
+        _GUIDANCE.value,
+        prompt,
+        _WEIGHTS.value,  # type: ignore[arg-type]  # absl checks them
+        _CACHE.value,  # type: ignore[arg-type]
+    )
+    return decode.plan(config, pod, setting)
 
 
 def _mesh(default, pod) -> tuple[int, ...]:

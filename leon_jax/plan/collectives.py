@@ -4,7 +4,8 @@ A collective in a loop runs once an iteration. XLA's loops count from zero up to
 stands in their condition, so what a scan over layers sends is counted for every layer, and so are
 the rings of permutes that XLA puts in place of an all-gather or a reduce-scatter beside a matrix
 product. A reduce-scatter that XLA makes of an all-reduce and a slice is a computation named for
-both (`all-reduce-scatter`) and counts as what it is. An asynchronous collective stands in the text
+both (`all-reduce-scatter`) and counts as what it is. Of the branches of a conditional the longest
+one counts. An asynchronous collective stands in the text
 two or three times (start, what runs meanwhile, done) under one channel id, and is counted as often
 as the piece that runs least.
 """
@@ -19,10 +20,10 @@ KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective
 _BYTES = {"pred": 1, "bf16": 2, "f8e4m3fn": 1, "f8e5m2": 1}  # others say it: s32, f16, u8
 _COMPUTATION = re.compile(r"^(ENTRY )?%([\w.\-]+) \(")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%[\w.\-]+ = (.*?) ([a-z][a-z\-]*)\((.*)$")
-_CALLED = re.compile(
-    r"\b(?:calls|body|condition|to_apply|true_computation|false_computation)=%([\w.\-]+)"
+_CALLED = re.compile(r"\b(?:calls|body|condition|to_apply)=%([\w.\-]+)")
+_BRANCHES = re.compile(
+    r"\b(?:branch_computations=\{|(?:true|false)_computation=)([^}]*?)(?:\}|,|$)"
 )
-_BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 _SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 _LIMIT = re.compile(r"\bconstant\((\d+)\)")
 
@@ -42,11 +43,16 @@ class Collective:
     bytes_sent: float = 0.0
 
 
-def collectives(hlo: str) -> dict[str, Collective]:
-    """What one device sends in one execution of the program, by kind of `KINDS`."""
+def collectives(hlo: str, iterations: int = 1) -> dict[str, Collective]:
+    """What one device sends in one execution of the program, by kind of `KINDS`.
+
+    Args:
+      hlo: the compiled program.
+      iterations: of loops that end when the data say so.
+    """
     bodies, entry = _computations(hlo)
     runs: dict[str, int] = defaultdict(int)
-    _walk(entry, 1, bodies, runs)
+    _walk(entry, 1, bodies, runs, iterations)
     # By what all pieces of one collective share -> (runs, bytes).
     found: dict[tuple[str, str, str, int], tuple[int, float]] = {}
     for name, lines in bodies.items():
@@ -85,25 +91,37 @@ def _computations(hlo: str) -> tuple[dict[str, list[tuple[str, str, str]]], str]
     return bodies, entry
 
 
-def _walk(name: str, times: int, bodies: dict, runs: dict[str, int]) -> None:
+def _walk(name: str, times: int, bodies: dict, runs: dict[str, int], iterations: int) -> None:
     """Adds how often a computation and those it calls run."""
     runs[name] += times
     for _, opcode, rest in bodies.get(name, ()):
         called = _CALLED.findall(rest)
-        for branches in _BRANCHES.findall(rest):
-            called += re.findall(r"%([\w.\-]+)", branches)
-        trips = _trips(rest, bodies) if opcode == "while" else 1
+        if branches := _branches(rest):
+            called.append(max(branches, key=lambda branch: _length(branch, bodies)))
+        trips = _trips(rest, bodies, iterations) if opcode == "while" else 1
         for inner in called:
-            _walk(inner, times * trips, bodies, runs)
+            _walk(inner, times * trips, bodies, runs, iterations)
 
 
-def _trips(rest: str, bodies: dict) -> int:
-    """Iterations of a loop: what its condition compares with. 1 where the data decide."""
+def _branches(rest: str) -> list[str]:
+    """The computations that a conditional chooses from."""
+    return [name for found in _BRANCHES.findall(rest) for name in re.findall(r"%([\w.\-]+)", found)]
+
+
+def _length(name: str, bodies: dict) -> int:
+    """Instructions of a computation and of those it calls."""
+    lines = bodies.get(name, ())
+    called = [inner for _, _, rest in lines for inner in (*_CALLED.findall(rest), *_branches(rest))]
+    return len(lines) + sum(_length(inner, bodies) for inner in called)
+
+
+def _trips(rest: str, bodies: dict, iterations: int) -> int:
+    """Iterations of a loop: what its condition compares with; `iterations` where data decide."""
     condition = re.search(r"\bcondition=%([\w.\-]+)", rest)
     lines = bodies.get(condition[1], ()) if condition else ()
     limits = [_LIMIT.search(f"{opcode}({after}") for _, opcode, after in lines]
     known = [int(limit[1]) for limit in limits if limit]
-    return max(known, default=1)
+    return max(known, default=iterations)
 
 
 def _bytes(shape: str, started: bool) -> float:

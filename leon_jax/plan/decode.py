@@ -1,24 +1,27 @@
-"""Plans of answering: the very program of `leon_jax.decode.engine`, compiled for absent chips."""
+"""Plans of answering: the very program of `leon_jax.decode.loop`, compiled for absent chips."""
 
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from leon_jax import sharding
 from leon_jax.config import UserError
-from leon_jax.decode import engine
+from leon_jax.decode import loop
+from leon_jax.decode.cache import CacheType
 from leon_jax.decode.grammar import ImageSpan
 from leon_jax.decode.guidance import make_guidance
-from leon_jax.decode.sampling import Categorical
-from leon_jax.models.decoder import Decoder
+from leon_jax.decode.strategy import Strategy
+from leon_jax.models.decoder import Decoder, WeightType
 from leon_jax.plan import plan as plans
 from leon_jax.plan import roofline
 from leon_jax.plan.plan import Plan, Roofline
 from leon_jax.plan.topology import Topology
 from leon_jax.train.decoder_config import DecoderTraining
 from leon_jax.train.decoder_step import uneven
+
+# Ids of a prompt that says nothing, padding included: the smallest bucket of the engine.
+_BARE = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,13 +32,17 @@ class Setting:
       mesh: sizes of (data, fsdp, context, tensor), without -1.
       rows: pictures drawn at once.
       guidance: weight; 1 is none, more takes two streams a row.
-      prompt: tokens of a prompt, padding included.
+      prompt: tokens of a prompt, padding included; the unconditional stream has few.
+      weights: what they are kept in (`leon_jax.models.decoder.Decoder.stored_as`).
+      cache: what it keeps keys and values in (`leon_jax.decode.cache.CacheType`).
     """
 
     mesh: tuple[int, ...]
     rows: int
     guidance: float
     prompt: int
+    weights: WeightType = "bfloat16"
+    cache: CacheType = "compute"
 
 
 def plan(config: DecoderTraining, topology: Topology, setting: Setting) -> Plan:
@@ -59,43 +66,32 @@ def plan(config: DecoderTraining, topology: Topology, setting: Setting) -> Plan:
             f"--prompt={setting.prompt} and a picture of {span.limit} tokens are longer than "
             f"model.max_length, {model.max_length}"
         )
+    slots = (setting.prompt, *[min(_BARE, setting.prompt)] * (guidance.streams - 1))
     mesh = sharding.make_mesh(setting.mesh, topology.devices)
     with jax.set_mesh(mesh):
-
-        def array(shape: tuple[int, ...], dtype, *names: str) -> jax.ShapeDtypeStruct:
-            layout = jax.NamedSharding(mesh, sharding.spec(*names))
-            return jax.ShapeDtypeStruct(shape, dtype, sharding=layout)
-
-        decoder = jax.eval_shape(lambda: Decoder(model, rngs=nnx.Rngs(0)))
-        tokens = array((batch, setting.prompt), jnp.int32, "batch", "length")
-        counts = array((batch,), jnp.int32, "batch")
-        seeds = jax.ShapeDtypeStruct(
-            (setting.rows,), jnp.uint32, sharding=jax.NamedSharding(mesh, jax.P())
+        decoder = jax.eval_shape(
+            lambda: Decoder(model, rngs=nnx.Rngs(0)).stored_as(setting.weights)
         )
-        memory, found, seconds = plans.compile_for(
-            lambda: engine.fill_program(
-                decoder,
-                tokens,
-                tokens,
-                counts,
-                counts,
-                seeds,
-                guidance,
-                Categorical(),
-                span,
-                config.vocabulary,
-            ),
-            {"parameters": decoder},
-            topology,
+        state, begin, advance = loop.programs(
+            decoder,
+            config.vocabulary,
+            setting.rows,
+            slots,
+            (span,),
+            Strategy(guidance),
+            setting.cache,
         )
-    rows = batch / (data * fsdp)
-    prefill = roofline.prefill_work(model, setting.prompt, rows, tensor)
-    slots, (start, stop) = setting.prompt + span.limit, span.bounds(config.vocabulary)
-    step = roofline.decode_work(model, slots, stop - start, rows, tensor)
-    # Which collectives belong to the loop is not told apart: all but what one run of a layer scan
-    # needs do, so they are booked there.
+        held = {"parameters": decoder, "cache": state.caches}
+        reading = plans.compile_for(begin, held, topology)
+        memory, found, seconds = plans.compile_for(advance, held, topology, span.limit)
+    rows, shared = setting.rows / (data * fsdp), sum(slots) / len(slots)
+    prefill = roofline.prefill_work(model, shared, rows * len(slots), tensor)
+    ids = config.vocabulary.image_stop - config.vocabulary.image_start
+    step = roofline.decode_work(
+        model, shared + span.limit, ids, rows * len(slots), tensor, setting.weights, setting.cache
+    )
     bounds = {
-        "prefill": Roofline.of(prefill, 0.0, topology),
+        "prefill": Roofline.of(prefill, plans.sent_bytes(reading[1]), topology),
         "token": Roofline.of(step, plans.sent_bytes(found) / span.limit, topology),
     }
     total = bounds["prefill"].seconds + span.limit * bounds["token"].seconds

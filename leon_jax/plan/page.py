@@ -18,6 +18,7 @@ h2 { margin-top: 2rem; font-size: 1.1rem }
 _COLOURS = {
     "parameters": "#1f5fa8",
     "optimizer": "#5d9bd6",
+    "cache": "#5d9bd6",
     "activations": "#e0a030",
     "compute": "#1f5fa8",
     "memory": "#5d9bd6",
@@ -35,7 +36,9 @@ def lines(plan: Plan, source: str) -> list[tuple[str, str]]:
         *((name, _plain(value)) for name, value in plan.setting.items()),
         ("parameters", f"{plan.parameters / 1e6:,.0f} million"),
     ]
-    for name in ("parameters", "optimizer", "activations", "peak", "capacity"):
+    for name in ("parameters", "optimizer", "cache", "activations", "peak", "capacity"):
+        if name in ("optimizer", "cache") and not getattr(memory, name):
+            continue
         title = "capacity of a device" if name == "capacity" else f"{name}, a device"
         shown.append((title, f"{getattr(memory, name) / _GIB:,.2f} GiB"))
     for kind, found in plan.collectives.items():
@@ -81,7 +84,9 @@ def page(plan: Plan, source: str) -> str:
     """The page, with a chart of memory and one of the roofline."""
     memory = plan.memory
     parts = {
-        name: getattr(memory, name) / _GIB for name in ("parameters", "optimizer", "activations")
+        name: getattr(memory, name) / _GIB
+        for name in ("parameters", "optimizer", "cache", "activations")
+        if getattr(memory, name)
     }
     limits = "".join(
         f"<h2>Seconds a {part} needs at least; the longest decides</h2>"

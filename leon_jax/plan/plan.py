@@ -23,10 +23,11 @@ class Memory:
     """Bytes of one device.
 
     Attributes:
-      parameters, optimizer: of the state (a cache counts as activations).
+      parameters, optimizer: of the state.
       activations: everything else that lives at the peak.
       peak: the most that lives at once, in the compiler's schedule.
       capacity: what the device has.
+      cache: keys and values while answering.
     """
 
     parameters: float
@@ -34,6 +35,7 @@ class Memory:
     activations: float
     peak: float
     capacity: float
+    cache: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,14 +115,18 @@ class Plan:
 
 
 def compile_for(
-    lower: Callable[[], jax.stages.Lowered], state: dict[str, Any], topology: Topology
+    lower: Callable[[], jax.stages.Lowered],
+    state: dict[str, Any],
+    topology: Topology,
+    iterations: int = 1,
 ) -> tuple[Memory, dict[str, Collective], float]:
     """(memory, collectives, seconds of compiling) of a program on a topology's devices.
 
     Args:
       lower: lowers the program.
-      state: trees of abstract arrays that it holds, `parameters` and `optimizer`.
+      state: trees of abstract arrays that it holds, `parameters`, `optimizer` and `cache`.
       topology: gives the capacity.
+      iterations: see `leon_jax.plan.collectives.collectives`.
 
     Raises:
       DoesNotFit: it needs more memory than a device has.
@@ -139,14 +145,16 @@ def compile_for(
     peak = float(figures.peak_memory_in_bytes)
     held = {name: device_bytes(tree) for name, tree in state.items()}
     parameters, optimizer = held["parameters"], held.get("optimizer", 0.0)
+    cache = held.get("cache", 0.0)
     memory = Memory(
         parameters,
         optimizer,
-        peak - parameters - optimizer,
+        peak - parameters - optimizer - cache,
         peak,
         topology.chip.hbm * topology.share,
+        cache,
     )
-    return memory, collectives(text), seconds
+    return memory, collectives(text, iterations), seconds
 
 
 def device_bytes(tree: Any) -> float:

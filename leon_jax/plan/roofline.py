@@ -9,7 +9,8 @@ Letters: E embed, F mlp, V vocab, T length.
 
 import dataclasses
 
-from leon_jax.models.decoder import DecoderConfig
+from leon_jax.decode.cache import CacheType
+from leon_jax.models.decoder import DecoderConfig, WeightType
 from leon_jax.ops.attention import BLOCKS
 
 
@@ -83,7 +84,7 @@ def training_work(
     return Work(flops, traffic + tokens * (2 * config.layers * operands / tensor + logits))
 
 
-def prefill_work(config: DecoderConfig, length: int, rows: float, tensor: int) -> Work:
+def prefill_work(config: DecoderConfig, length: float, rows: float, tensor: int) -> Work:
     """One device's part of reading prompts of `length` tokens.
 
     Args:
@@ -98,21 +99,35 @@ def prefill_work(config: DecoderConfig, length: int, rows: float, tensor: int) -
     return Work(flops / tensor, _width(config) * (weights + cache) / tensor)
 
 
-def decode_work(config: DecoderConfig, slots: int, ids: int, rows: float, tensor: int) -> Work:
+def decode_work(
+    config: DecoderConfig,
+    slots: float,
+    ids: int,
+    rows: float,
+    tensor: int,
+    weights: WeightType | None = None,
+    kept: CacheType = "compute",
+) -> Work:
     """One device's part of writing one more token in each row.
 
     Args:
       config: the model.
-      slots: of the cache, all of which are read.
+      slots: of the cache, all of which are read; of several streams, on average.
       ids: how many may follow; every device holds the rows of the table that score them.
       rows: of a device, streams included.
       tensor: size of this mesh axis.
+      weights: what the layers' weights are kept in; None: the compute dtype.
+      kept: what the cache is kept in.
     """
     layers, head = _layer_weights(config), ids * config.embed
     attention = 4 * config.layers * slots * config.embed
     cache = 2 * config.layers * config.embed * slots
     flops = rows * ((2 * layers + attention) / tensor + 2 * head)
-    return Work(flops, _width(config) * ((layers + rows * cache) / tensor + head))
+    width = {None: _width(config), "float32": 4, "bfloat16": 2, "int8": 1}[weights]
+    # In 8 bits a scale of four bytes stands beside each key and value of a head.
+    cached = 1 + 4 / config.head_dim if kept == "int8" else _width(config)
+    read = (width * layers + cached * rows * cache) / tensor
+    return Work(flops, read + _width(config) * head)
 
 
 def _layer_weights(config: DecoderConfig) -> int:

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from leon_jax.models.decoder import Decoder, DecoderConfig
+from leon_jax.ops.attention import Kept, Past
 from leon_jax.plan import roofline
 from leon_jax.plan.roofline import training_flops, training_work
 from leon_jax.train.decoder_step import batch_loss
@@ -73,11 +74,15 @@ def test_a_decoded_token_reads_what_the_loop_holds():
     cache = np.zeros((2, config.layers, rows, slots, config.embed), np.float32)
     work = roofline.decode_work(config, slots, ids, rows, tensor=1)
     assert work.hbm_bytes == sum(leaf.nbytes for leaf in blocks) + head.nbytes + cache.nbytes
-    keys = jnp.asarray(cache[0]).reshape(config.layers, rows, slots, config.heads, -1)
-    inputs = np.zeros(rows, np.int32)
+    keys = jnp.asarray(cache[0]).reshape(config.layers, rows, config.heads, slots, -1)
+    inputs, seen = np.zeros((1, rows, 1), np.int32), np.ones((rows, slots), bool)
 
     def token(model, keys):
-        hidden, *_ = model.decode_step(inputs, inputs, keys, keys, np.ones((rows, slots), bool))
+        # Half of the slots are of prompts, half of answers.
+        first, last = keys[..., : slots // 2, :], keys[:, :, None, :, slots // 2 :]
+        prompt = Past([Kept(first)], [Kept(first)], seen[:, : slots // 2])
+        answer = Past([Kept(last)], [Kept(last)], seen[:, None, slots // 2 :])
+        hidden, *_ = model.decode_step(inputs, inputs, [prompt], [answer])
         return model.logits(hidden, head)
 
     counted = jax.jit(token).lower(model, keys).compile().cost_analysis()["flops"]
