@@ -1,4 +1,4 @@
-"""The models that training steps are timed on."""
+"""The models that training and decoding are timed on."""
 
 import dataclasses
 

@@ -1,0 +1,213 @@
+#!/usr/bin/env python3
+"""Tokens a second of decoding: our engine beside `generate` of transformers in PyTorch.
+
+    python -m benchmarks.decode --shape=10m --shape=125m --out=docs/decode_speed.md
+
+Both continue the same prompts greedily with the same weights, plain and with classifier-free
+guidance (theirs by its own option); the ids they write must agree first. They are two processes on
+one machine that take turns; while one works the other waits. Rounds in which other programs used
+the CPU do not count (`benchmarks/quiet.py` says why). Times hold everything from prompts to ids on
+the host, the reading of the prompts included, but no compilation.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import pathlib
+import statistics
+import sys
+import tempfile
+
+from benchmarks.quiet import Watch, wait
+from benchmarks.shapes import SHAPES, Shape
+from benchmarks.turns import ROOT, Worker
+
+GUIDANCE = 3.0
+AGREE = 16  # ids that must be the same; later ones may part where two logits are nearly equal
+
+
+class Unequal(Exception):
+    """The two sides cannot be compared."""
+
+
+@dataclasses.dataclass
+class Cell:
+    """One setting and what was measured.
+
+    Attributes:
+      batch, new, guided: prompts at once, ids after each, whether guidance is on.
+      ours, theirs: tokens a second in every round.
+      others: the largest share of the CPU that other programs used in a round.
+    """
+
+    batch: int
+    new: int
+    guided: bool
+    ours: list[float] = dataclasses.field(default_factory=list)
+    theirs: list[float] = dataclasses.field(default_factory=list)
+    others: float = 0.0
+
+    def read_bytes(self, shape: Shape, prompt: int, width: int) -> float:
+        """Bytes that a step cannot do without: the weights once, and the cache of every row."""
+        weights = shape.layers * (4 * shape.embed**2 + 2 * shape.embed * shape.mlp)
+        weights += shape.vocab * shape.embed
+        slots = prompt + self.new / 2  # on average
+        cache = 2 * shape.layers * shape.embed * slots * self.batch * (2 if self.guided else 1)
+        return width * (weights + cache)
+
+
+def measure(shape: Shape, cells: list[Cell], arguments: argparse.Namespace) -> tuple[dict, dict]:
+    """Starts both sides, checks that they write the same, and lets them take turns.
+
+    Returns:
+      What the two sides say of themselves.
+
+    Raises:
+      Unequal: the ids differ, or other programs use the machine.
+    """
+    dtype = "bfloat16" if arguments.device == "gpu" else "float32"
+    text = json.dumps(dataclasses.asdict(shape))
+    workers = []
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            ours = Worker(
+                [
+                    sys.executable, "-m", "benchmarks.decode_ours", text, f"--dtype={dtype}",
+                    f"--prompt={arguments.prompt}", f"--out={folder}",
+                ],
+                {"JAX_PLATFORMS": "cuda" if arguments.device == "gpu" else "cpu"},
+            )  # fmt: skip
+            workers.append(ours)
+            facts = ours.ask("facts")  # by then it has written what the other side reads
+            theirs = Worker(
+                [
+                    arguments.peer_python, "-m", "benchmarks.decode_torch", text,
+                    f"--dtype={dtype}", f"--device={arguments.device}", f"--folder={folder}",
+                    f"--images={json.dumps(facts['images'])}",
+                ],
+                {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"},
+            )  # fmt: skip
+            workers.append(theirs)
+            for cell in cells:
+                request = cell.batch, cell.new, GUIDANCE if cell.guided else 1.0
+                first = ours.ask("run", *request)[1]  # compiles
+                second = theirs.ask("run", cell.batch, AGREE, request[2])[1]
+                same = [a[:AGREE] == b for a, b in zip(first, second, strict=True)]
+                say(f"{request}: {sum(same)} of {len(same)} rows begin alike")
+                if dtype == "float32" and not all(same):
+                    raise Unequal(f"different ids for {request}: not the same computation")
+                _rounds(cell, request, workers, arguments)
+            return facts, theirs.ask("facts")
+        finally:
+            for worker in workers:
+                worker.end()
+
+
+def _rounds(cell: Cell, request: tuple, workers: list, arguments: argparse.Namespace) -> None:
+    tokens = cell.batch * cell.new
+    for number in range(1, 3 * arguments.rounds + 1):
+        if not wait(arguments.noise, arguments.patience):
+            break
+        watch, turn = Watch(worker.pid for worker in workers), []
+        for worker in workers:
+            turn.append(tokens / worker.ask("run", *request)[0])
+        others = watch.others()
+        quiet = others <= arguments.noise
+        say(
+            f"round {number}: {turn[0]:,.1f} and {turn[1]:,.1f} tokens/s, others used "
+            f"{100 * others:.1f} % of the CPU" + ("" if quiet else "; not counted")
+        )
+        if quiet:
+            cell.others = max(cell.others, others)
+            cell.ours.append(turn[0])
+            cell.theirs.append(turn[1])
+        if len(cell.ours) == arguments.rounds:
+            return
+    raise Unequal("other programs use this machine; end them, or see --noise")
+
+
+def page(results: dict[str, tuple[Shape, list[Cell], dict]], theirs: dict, arguments) -> str:
+    """What was measured how, and a row for each cell."""
+    ours = next(iter(results.values()))[2]
+    width = 2 if arguments.device == "gpu" else 4
+    cells = [cell for _, cells, _ in results.values() for cell in cells]
+    lines = [
+        f"Greedy decoding after prompts of {arguments.prompt} tokens on {ours['device']} x "
+        f"{ours['devices']}, PyTorch with {theirs['threads']} threads: {ours['name']} beside "
+        f"{theirs['name']}, the same weights, both in {'bfloat16' if width == 2 else 'float32'}. "
+        f"Guidance has weight {GUIDANCE:g} and a prompt of the same length. Medians of "
+        f"{arguments.rounds} rounds; other programs used at most "
+        f"{100 * max(cell.others for cell in cells):.1f} % of the CPU. *Bandwidth*: bytes that our "
+        "steps cannot do without (weights once, the cache of each row), as a share of the "
+        f"{ours['bandwidth'] / 1e9:.1f} GB/s at which JAX sums an array on this machine.",
+        "",
+        "| model | batch | new tokens | guidance | ours, tokens/s | theirs | ratio | its spread "
+        "| ours beside plain | bandwidth |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, (shape, cells, facts) in results.items():
+        for cell in cells:
+            ratios = sorted(a / b for a, b in zip(cell.ours, cell.theirs, strict=True))
+            speed, other = statistics.median(cell.ours), statistics.median(cell.theirs)
+            plain = next(
+                c for c in cells if (c.batch, c.new, c.guided) == (cell.batch, cell.new, False)
+            )
+            cost = statistics.median(plain.ours) / speed
+            read = cell.read_bytes(shape, arguments.prompt, width) * speed / cell.batch
+            row = [
+                f"{name}: {facts['parameters'] / 1e6:.1f} M", f"{cell.batch}", f"{cell.new:,}",
+                "yes" if cell.guided else "no", f"{speed:,.1f}", f"{other:,.1f}",
+                f"**{statistics.median(ratios):.2f}**", f"{ratios[0]:.2f} to {ratios[-1]:.2f}",
+                f"{cost:.2f} x the time" if cell.guided else "-",
+                f"{100 * read / facts['bandwidth']:.0f} %",
+            ]  # fmt: skip
+            lines.append(f"| {' | '.join(row)} |")
+    return "\n".join([*lines, ""])
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--shape", action="append", choices=SHAPES, help="may be repeated")
+    parser.add_argument("--batch", type=int, action="append", help="prompts at once; 1 and 8")
+    parser.add_argument("--new", type=int, action="append", help="ids after each; 256 and 1,024")
+    parser.add_argument("--prompt", type=int, default=64, help="tokens of a prompt")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each side")
+    parser.add_argument(
+        "--noise", type=float, default=0.03, help="share of the CPU that others may use"
+    )
+    parser.add_argument(
+        "--patience", type=float, default=600, help="seconds to wait for that, before a round"
+    )
+    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
+    parser.add_argument(
+        "--peer_python", default=str(ROOT / ".venv-peers" / "bin" / "python"), help="with PyTorch"
+    )
+    parser.add_argument("--out", type=pathlib.Path, help="a file for the table")
+    arguments = parser.parse_args()
+    results, theirs = {}, {}
+    for name in arguments.shape or ["10m", "125m"]:
+        shape = SHAPES[name]
+        settings = itertools.product(
+            arguments.batch or [1, 8], arguments.new or [256, 1024], [False, True]
+        )
+        cells = [Cell(*setting) for setting in settings]
+        say(f"{name}: {shape}")
+        try:
+            facts, theirs = measure(shape, cells, arguments)
+        except Unequal as error:
+            sys.exit(f"{name}: {error}")
+        results[name] = shape, cells, facts
+    text = page(results, theirs, arguments)
+    print(text, end="")
+    if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""Our side of `benchmarks/decode.py`: the engine of `leon generate`, with drawn weights."""
+
+import argparse
+import json
+import pathlib
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from safetensors.numpy import save_file
+
+from benchmarks.shapes import Shape
+from benchmarks.turns import serve
+from leon_jax import sharding
+from leon_jax.decode.engine import Engine, Prompt, Sample
+from leon_jax.decode.grammar import ImageSpan
+from leon_jax.decode.guidance import ClassifierFree, Plain
+from leon_jax.decode.sampling import Greedy
+from leon_jax.decode.strategy import Strategy
+from leon_jax.models.decoder import Decoder, DecoderConfig
+from leon_jax.vocabulary import Vocabulary
+from tests.models.opt_weights import to_opt
+
+OTHERS = 6 + 2 + 8  # ids that are no image codes: specials, <eoss>, <break>, sentinels, texts
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("shape", help="JSON of a benchmarks.shapes.Shape")
+    parser.add_argument("--dtype", required=True)
+    parser.add_argument("--prompt", type=int, required=True, help="tokens")
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="weights, prompts")
+    arguments = parser.parse_args()
+    with jax.set_mesh(sharding.make_mesh()):
+        side = Ours(Shape(**json.loads(arguments.shape)), arguments.dtype, arguments.prompt)
+        side.write(arguments.out)
+        serve({"run": side.run, "facts": side.facts})
+
+
+class Ours:
+    """An engine and prompts for it; all it writes is one picture of `new` ids."""
+
+    def __init__(self, shape: Shape, dtype: str, prompt: int) -> None:
+        config = DecoderConfig(
+            vocab_size=shape.vocab, max_length=prompt + shape.length, layers=shape.layers,
+            embed=shape.embed, heads=shape.heads, mlp=shape.mlp, dtype=dtype,
+        )  # fmt: skip
+        model = jax.jit(lambda: Decoder(config, rngs=nnx.Rngs(0)))()
+        rng = np.random.default_rng(0)
+        leaves, structure = jax.tree.flatten(model)
+        # Fresh blocks would be the identity.
+        drawn = [
+            jax.device_put(0.02 * rng.standard_normal(leaf.shape, np.float32), leaf.sharding)
+            for leaf in leaves
+        ]
+        self._model = jax.tree.unflatten(structure, drawn)
+        vocabulary = Vocabulary.compact(shape.vocab - OTHERS, 4, 4 + 2)
+        self._vocabulary, self._config = vocabulary, config
+        self._engine = Engine(self._model.split(), vocabulary, buckets=(prompt,))
+        # Of image ids, as most of what a prompt with retrieved documents holds.
+        low, high = vocabulary.image_start, vocabulary.image_stop
+        self._ids = rng.integers(low, high, (64, prompt)).astype(np.int32)
+        self._bare = rng.integers(low, high, prompt).astype(np.int32)
+
+    def write(self, folder: pathlib.Path) -> None:
+        """The weights under OPT's names, and the prompts, for the other side."""
+        weights = to_opt(self._model)
+        contiguous = {name: np.ascontiguousarray(array) for name, array in weights.items()}
+        save_file(contiguous, folder / "weights.safetensors")
+        ids = {"ids": self._ids.astype(np.int64), "bare": self._bare.astype(np.int64)}
+        save_file(ids, folder / "prompts.safetensors")
+
+    def run(self, batch: int, new: int, guidance: float) -> list:
+        """Seconds for `new` greedy ids after each of the first `batch` prompts; and the ids."""
+        strategy = Strategy(Plain() if guidance == 1 else ClassifierFree(guidance), Greedy())
+        prompts = [
+            Prompt((self._ids[row], self._bare), (ImageSpan(new),), (Sample(0, strategy),))
+            for row in range(batch)
+        ]
+        began = time.monotonic()
+        answers = self._engine.answer(prompts)
+        seconds = time.monotonic() - began
+        return [seconds, [parts[0].ids.tolist() for (parts,) in answers]]
+
+    def facts(self) -> dict:
+        devices = jax.devices()
+        return {
+            "name": f"leon_jax (JAX {jax.__version__})",
+            "device": devices[0].device_kind,
+            "devices": len(devices),
+            "parameters": self._config.parameter_count(),
+            "images": [self._vocabulary.image_start, self._vocabulary.image_stop],
+            "bandwidth": bandwidth(),
+        }
+
+
+def bandwidth() -> float:
+    """Bytes a second that this machine reads from memory, at its best of several times."""
+    data = jnp.ones(2**28, jnp.float32)
+    total = jax.jit(jnp.sum)
+    best = 0.0
+    for _ in range(5):
+        began = time.monotonic()
+        total(data).block_until_ready()
+        best = max(best, data.nbytes / (time.monotonic() - began))
+    return best
+
+
+if __name__ == "__main__":
+    main()
