@@ -5,11 +5,12 @@ draws from a key of its own, so what a row receives does not depend on its neigh
 """
 
 import dataclasses
+import math
 from typing import Protocol
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from leon_jax.config import UserError
 
@@ -32,7 +33,8 @@ class Greedy:
     ) -> Int[Array, "batch"]:
         """Returns int32[batch]; `keys` are not used."""
         del keys
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        # XLA's argmax carries value and index together, on CPUs one element at a time.
+        return _first(logits == logits.max(axis=-1, keepdims=True))
 
 
 @jax.tree_util.register_dataclass
@@ -55,7 +57,9 @@ class Categorical:
         self, logits: Float[Array, "batch vocab"], keys: Key[Array, "batch"]
     ) -> Int[Array, "batch"]:
         """Returns int32[batch]."""
-        return jax.vmap(jax.random.categorical)(keys, self.shape(logits)).astype(jnp.int32)
+        logits = self.shape(logits)
+        weights = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
+        return inverse_transform(weights, jax.vmap(jax.random.uniform)(keys))
 
     def shape(self, logits: Float[Array, "batch vocab"]) -> Float[Array, "batch vocab"]:
         """The logits that are drawn from: scaled, and -inf outside the kept set."""
@@ -68,20 +72,75 @@ class Categorical:
         return logits
 
 
+def inverse_transform(
+    weights: Float[Array, "batch vocab"], u: Float[Array, "batch"]
+) -> Int[Array, "batch"]:
+    """The first id at which the running sum of the weights passes u times their whole sum.
+
+    For u uniform in [0, 1) id i is drawn with probability weights[i] / sum(weights). One number a
+    row is drawn in this way, where the Gumbel trick draws one an id. The sum runs over blocks of
+    ids, and then over the ids of one block.
+
+    Args:
+      weights: at least 0, and not all of them 0. An id of weight 0 is never drawn.
+      u: in [0, 1).
+
+    Returns:
+      int32[batch].
+    """
+    vocab = weights.shape[-1]
+    width = max(1, math.isqrt(vocab))
+    blocks = jnp.pad(weights, ((0, 0), (0, -vocab % width)))
+    blocks = blocks.reshape(len(weights), -1, width)
+    sums = blocks.sum(axis=-1)
+    block, rest = _passed(sums, u * sums.sum(axis=-1))
+    entry, _ = _passed(jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0], rest)
+    return block * width + entry
+
+
+def _passed(
+    weights: Float[Array, "batch places"], target: Float[Array, "batch"]
+) -> tuple[Int[Array, "batch"], Float[Array, "batch"]]:
+    """Where the running sum passes the target, and the target less what was summed before."""
+    sums = jnp.cumsum(weights, axis=-1)
+    # Rounding may put the target past the last sum, or let a sum rise where nothing was added.
+    there = weights > 0
+    last = weights.shape[-1] - 1 - _first(there[:, ::-1])
+    passed = (sums > target[:, None]) & there
+    place = jnp.where(passed.any(axis=-1), _first(passed), last)
+    before = jnp.take_along_axis(sums - weights, place[:, None], axis=-1)[:, 0]
+    return place, target - before
+
+
+def _first(true: Bool[Array, "batch places"]) -> Int[Array, "batch"]:
+    """The first place of each row that is true; 0 if none is."""
+    places = true.shape[-1]
+    place = jnp.where(true, jnp.arange(places, dtype=jnp.int32), places).min(axis=-1)
+    return jnp.where(place == places, 0, place)
+
+
 def nucleus(
     logits: Float[Array, "batch vocab"], top_p: float | Float[Array, ""]
 ) -> Float[Array, "batch vocab"]:
     """-inf outside the nucleus of Holtzman et al. 2020; the id that crosses `top_p` stays inside.
 
     At least the most likely id survives. Ids of equal probability at the border stay together.
+
+    The nucleus is all ids at least as likely as some border. That is the largest probability whose
+    likelier ids and equals still sum to `top_p`, found bit by bit: floats that are not negative
+    are ordered like their bits. 30 sums take a small part of the time of a sort.
     """
-    ordered = jnp.sort(logits, axis=-1, descending=True)
-    probabilities = jax.nn.softmax(ordered, axis=-1)
-    # An id is kept while the ids before it have not yet reached top_p.
-    before = jnp.cumsum(probabilities, axis=-1) - probabilities
-    kept = (before < top_p).at[:, 0].set(True)
-    threshold = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
-    return jnp.where(logits >= threshold, logits, -jnp.inf)
+    probabilities = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
+    bits = jax.lax.bitcast_convert_type(probabilities, jnp.int32)
+
+    def raised(number: Int[Array, ""], border: Int[Array, "batch 1"]) -> Int[Array, "batch 1"]:
+        higher = border | (1 << (29 - number))
+        inside = jnp.where(bits >= higher, probabilities, 0).sum(axis=-1, keepdims=True)
+        return jnp.where(inside >= top_p, higher, border)
+
+    # No probability is above 1, and no bit of 1.0 is above the 29th.
+    border = jax.lax.fori_loop(0, 30, raised, jnp.zeros_like(bits[:, :1]))
+    return jnp.where(bits >= border, logits, -jnp.inf)
 
 
 def make_sampler(

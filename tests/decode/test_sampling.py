@@ -7,7 +7,13 @@ import pytest
 from scipy import stats
 
 from leon_jax.config import UserError
-from leon_jax.decode.sampling import Categorical, Greedy, make_sampler
+from leon_jax.decode.sampling import (
+    Categorical,
+    Greedy,
+    inverse_transform,
+    make_sampler,
+    nucleus,
+)
 
 LOGITS = np.log(np.array([0.40, 0.25, 0.15, 0.10, 0.06, 0.04]))
 DRAWS = 20_000
@@ -62,6 +68,48 @@ def test_the_order_of_the_ids_does_not_matter():
     shaped = Categorical(top_p=0.7).shape(jnp.asarray(LOGITS)[None])[0]
     shuffled = Categorical(top_p=0.7).shape(jnp.asarray(LOGITS)[None, order])[0]
     np.testing.assert_array_equal(shaped[order], shuffled)
+
+
+def test_the_nucleus_is_that_of_sorted_probabilities():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(40, 300)) * rng.uniform(0.01, 8, (40, 1))
+    logits[:20] = logits[:20].round(1)  # with equals
+    logits[5, 7:] = -np.inf
+    for top_p in (1e-6, 0.1, 0.5, 0.9, 0.999):
+        kept = np.isfinite(nucleus(jnp.asarray(logits, jnp.float32), top_p))
+        for row, inside in zip(logits, kept, strict=True):
+            likely = np.exp(row - row.max())
+            likely /= likely.sum()
+            ordered = np.sort(likely)[::-1]
+            crossing = np.searchsorted(np.cumsum(ordered), top_p)
+            np.testing.assert_array_equal(inside, likely >= ordered[crossing])
+
+
+def test_the_nucleus_of_everything_is_everything_that_can_be():
+    logits = jnp.array([[0.0, 1.0, -jnp.inf, -8.0]])
+    assert np.isfinite(nucleus(logits, 1.0)).tolist() == [[True, True, False, True]]
+
+
+@pytest.mark.parametrize("vocab", [1, 2, 17, 1000])
+def test_an_id_is_drawn_where_the_running_sum_passes(vocab):
+    rng = np.random.default_rng(vocab)
+    weights = rng.integers(0, 4, (50, vocab)).astype(np.float32)  # sums without rounding
+    weights[:, rng.integers(vocab)] += 1
+    sums = weights.cumsum(axis=1)
+    for u in (0.0, 0.25, 0.5, 0.96875):
+        expected = (sums <= u * sums[:, -1:]).sum(axis=1)
+        drawn = inverse_transform(jnp.asarray(weights), jnp.full(50, u))
+        np.testing.assert_array_equal(drawn, expected)
+
+
+def test_rounding_never_draws_what_has_no_weight():
+    rng = np.random.default_rng(0)
+    weights = rng.uniform(size=(2000, 97)).astype(np.float32) ** 20
+    weights[rng.uniform(size=weights.shape) < 0.7] = 0
+    weights[:, 40] = 1e-30
+    for u in (0.0, 1e-7, 0.5, np.nextafter(np.float32(1), np.float32(0))):
+        drawn = np.asarray(inverse_transform(jnp.asarray(weights), jnp.full(2000, u)))
+        assert (weights[np.arange(2000), drawn] > 0).all()
 
 
 def test_a_row_draws_from_its_own_key():
