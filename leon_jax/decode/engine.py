@@ -8,6 +8,7 @@ for another.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -28,7 +29,7 @@ from leon_jax.decode.grammar import (
     read,
     rows_of,
 )
-from leon_jax.decode.loop import Padded, Work, advance, begin, empty, put, sizes, whole_rows
+from leon_jax.decode.loop import Heads, Padded, Work, advance, begin, empty, put, sizes, whole_rows
 from leon_jax.decode.strategy import Strategies, Strategy, distinct
 from leon_jax.models.decoder import Decoder
 from leon_jax.ops.cross_entropy import chunked_cross_entropy
@@ -109,6 +110,11 @@ class Engine:
         if buckets is None:
             buckets = [64 << i for i in range(32) if 64 << i < context]
         self.buckets = sorted({*(bucket for bucket in buckets if bucket < context), context})
+
+    @functools.cached_property
+    def heads(self) -> Heads:
+        """What scores ids; made where a mesh is set, and once."""
+        return Heads.of(self.decoder, self.vocabulary)
 
     def answer(self, prompts: Sequence[Prompt]) -> list[list[list[Part]]]:
         """Answers every prompt.
@@ -330,7 +336,7 @@ class _Run:
         engine = self.engine
         busy = np.array([unit is not None for unit in self.units_in])
         self.state = advance(
-            engine.decoder, self.state, put(busy), put(np.int32(steps)),
+            engine.decoder, engine.heads, self.state, put(busy), put(np.int32(steps)),
             vocabulary=engine.vocabulary, text_tokens=engine.text_tokens,
         )  # fmt: skip
 

@@ -164,9 +164,23 @@ def begin(
     )
 
 
+class Heads(NamedTuple):
+    """What scores the ids of pictures, and all ids; see `Decoder.head`."""
+
+    image: Float[Array, "embed image_ids"]
+    whole: Float[Array, "embed ids"]
+
+    @classmethod
+    @functools.partial(jax.jit, static_argnums=(0, 2))
+    def of(cls, decoder: Decoder, vocabulary: Vocabulary) -> "Heads":
+        """Both, to be made once."""
+        return cls(decoder.head(vocabulary.image_start, vocabulary.image_stop), decoder.head())
+
+
 @functools.partial(jax.jit, static_argnames=("vocabulary", "text_tokens"), donate_argnames="state")
 def advance(
     decoder: Decoder,
+    heads: Heads,
     state: State,
     busy: Bool[Array, "group"],
     steps: Int[Array, ""],
@@ -175,7 +189,6 @@ def advance(
     text_tokens: int | None,
 ) -> State:
     """Runs until one of the groups that are busy is done, or `steps` steps are made."""
-    heads = decoder.head(vocabulary.image_start, vocabulary.image_stop), decoder.head()
     end = state.step + steps
 
     def unfinished(state: State) -> Bool[Array, ""]:
@@ -191,7 +204,7 @@ def advance(
 def _draw(
     decoder: Decoder,
     state: State,
-    heads: tuple[Array, Array],
+    heads: Heads,
     vocabulary: Vocabulary,
     text_tokens: int | None,
 ) -> tuple[Int[Array, "group sample"], Float[Array, "group sample"]]:
@@ -214,7 +227,7 @@ def _draw(
         return jnp.take_along_axis(likelihood, ids[..., None], axis=-1)[..., 0]
 
     def image() -> tuple[Array, Array]:
-        logits = whole(decoder.logits(state.hidden, heads[0]))
+        logits = whole(decoder.logits(state.hidden, heads.image))
         ids = strategies.draw_image(logits, now.used, keys)
         return ids + vocabulary.image_start, scored(logits[0], ids)
 
@@ -223,7 +236,7 @@ def _draw(
         last = vocabulary.text_start + (text_tokens or vocabulary.text_tokens)
         stops = (ids == now.stops[..., None]).any(axis=-2) & (now.used >= now.least)[..., None]
         allowed = ((ids >= vocabulary.text_start) & (ids < last)) | stops
-        logits = jnp.where(allowed, whole(decoder.logits(state.hidden[0], heads[1])), -jnp.inf)
+        logits = jnp.where(allowed, whole(decoder.logits(state.hidden[0], heads.whole)), -jnp.inf)
         drawn = strategies.draw_text(logits, keys)
         return drawn, scored(logits, drawn)
 
@@ -278,6 +291,10 @@ def _write(
         hidden, keys, values = jax.lax.cond(
             ahead.any(), lambda: read_by(streams), lambda: read_by(1)
         )
+    # All reads of the caches come before the writes, so that the writes are in place.
+    caches, hidden, keys, values = jax.lax.optimization_barrier(
+        (state.caches, hidden, keys, values)
+    )
     after = state.positions + 1
     step = decoder.config.part_step
     after = jnp.where(written == vocabulary.break_id, after + -after % step, after)
@@ -289,7 +306,7 @@ def _write(
             cache.append(
                 state.step, [each[:, number] for each in keys], [each[:, number] for each in values]
             )
-            for number, cache in enumerate(state.caches)
+            for number, cache in enumerate(caches)
         ),
         rows=rows,
         tokens=jnp.where(here, written[0][..., None], state.tokens),
@@ -340,6 +357,7 @@ def programs(
         ),
         layout,
     )
+    heads = jax.eval_shape(lambda: Heads.of(decoder, vocabulary))
     prompts = [
         Padded(
             array((rows, length), jnp.int32, "batch", "length"),
@@ -353,7 +371,7 @@ def programs(
         state,
         lambda: begin.lower(decoder, state, array((rows,), jnp.int32), prompts, layout),
         lambda: advance.lower(
-            decoder, state, array((rows,), jnp.bool_), array((), jnp.int32),
+            decoder, heads, state, array((rows,), jnp.bool_), array((), jnp.int32),
             vocabulary=vocabulary, text_tokens=None,
         ),
     )  # fmt: skip

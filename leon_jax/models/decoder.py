@@ -252,28 +252,29 @@ class Decoder(nnx.Module):
             x, _ = jax.lax.scan(_remat(layer, self.config.remat), x, piece)
         return _norm(x)
 
-    def head(self, start: int = 0, stop: int | None = None) -> Float[Array, "ids embed"]:
-        """The rows of the table that score the ids start..stop - 1 (all by default).
+    def head(self, start: int = 0, stop: int | None = None) -> Float[Array, "embed ids"]:
+        """What scores the ids start..stop - 1 (all by default): rows of the table, transposed.
 
-        A part of the rows is held whole by every device; a loop makes it once, before it begins.
+        A part of the rows is held whole by every device. A loop takes it as an argument: made in
+        the loop's own program it would be made again in every call.
         """
         table = self.table[...].astype(self.config.dtype)
-        if (start, stop) in ((0, None), (0, self.config.vocab_size)):
-            return table
-        # A part of a split axis need not be evenly split, so this one is not split.
-        return jax.reshard(table, jax.P(None, None))[start:stop]
+        if (start, stop) not in ((0, None), (0, self.config.vocab_size)):
+            # A part of a split axis need not be evenly split, so this one is not split.
+            table = jax.reshard(table, jax.P(None, None))[start:stop]
+        return table.T
 
     def logits(
-        self, hidden: Float[Array, "*lead embed"], head: Float[Array, "ids embed"] | None = None
+        self, hidden: Float[Array, "*lead embed"], head: Float[Array, "embed ids"] | None = None
     ) -> Float[Array, "*lead ids"]:
         """Scores of the ids of `head(...)`, by default of all, in float32."""
         head = self.head() if head is None else head
         return jnp.einsum(
-            "...d,vd->...v",
+            "...d,dv->...v",
             hidden,
             head,
             preferred_element_type=jnp.float32,
-            out_sharding=jax.P(*_lead(hidden), jax.typeof(head).sharding.spec[0]),
+            out_sharding=jax.P(*_lead(hidden), jax.typeof(head).sharding.spec[1]),
         )
 
     def prefill(

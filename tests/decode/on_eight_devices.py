@@ -5,7 +5,8 @@ import numpy as np
 
 from leon_jax import sharding
 from leon_jax.decode.engine import Engine
-from tests.decode.test_engine import UNLIKE, VOCABULARY, make
+from tests.decode.small import VOCABULARY, make
+from tests.decode.test_engine import UNLIKE
 
 MESHES = [(2, 2, 1, 2), (8, 1, 1, 1)]
 

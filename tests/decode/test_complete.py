@@ -81,10 +81,10 @@ def test_a_thousand_documents_with_any_holes_are_filled_and_no_row_waits():
     requests = random_requests(1000)
     advance, before = loop.advance, {}
 
-    def watched(decoder, state, busy, steps, **options):
+    def watched(decoder, heads, state, busy, steps, **options):
         before.update(step=int(state.step), counts=np.asarray(state.counts))
         busy = np.asarray(busy)
-        after = advance(decoder, state, busy, steps, **options)
+        after = advance(decoder, heads, state, busy, steps, **options)
         made = int(after.step) - before["step"]
         assert (np.asarray(after.counts) - before["counts"])[busy].tolist() == [[made]] * busy.sum()
         return after

@@ -12,124 +12,28 @@ import numpy as np
 import pytest
 
 from leon_jax import sharding
-from leon_jax.config import UserError
 from leon_jax.decode import loop
-from leon_jax.decode.engine import Engine, Prompt, Sample
+from leon_jax.decode.engine import Engine
 from leon_jax.decode.grammar import Forced, ImageSpan, TextSpan
 from leon_jax.decode.guidance import ClassifierFree, Contrastive, Plain, TwoConditions
 from leon_jax.decode.sampling import Categorical, Greedy
 from leon_jax.decode.strategy import Strategy
-from leon_jax.vocabulary import Vocabulary
-from tests.tiny import random_decoder
-
-VOCABULARY = Vocabulary.compact(image_codes=24, text_tokens=40, sentinels=4, multiple=8)
-TEXT, BREAK, EOS = VOCABULARY.text_start, VOCABULARY.break_id, VOCABULARY.eos
-UNCONDITIONAL = np.array([EOS, VOCABULARY.sentinel(0), BREAK])
-GUIDED = Strategy(ClassifierFree(2.0))
-PICTURE = (ImageSpan(9),)
-# Text, then a picture, then text: the marks between them are forced.
-STORY = (
-    TextSpan(4, (EOS, BREAK), BREAK, final=EOS),
-    ImageSpan(6),
-    Forced((BREAK,)),
-    TextSpan.causal(VOCABULARY, 5),
+from tests.decode.small import (
+    EOS,
+    INFILLS,
+    LENGTHS,
+    PICTURE,
+    SCRIPTS,
+    STORY,
+    TEXT,
+    VOCABULARY,
+    all_ids,
+    log_softmax,
+    make,
+    oracle,
+    prompt,
+    replay,
 )
-# Two infills; the streams count their sentinels differently.
-INFILLS = (
-    TextSpan.infill(VOCABULARY, 5),
-    Forced((VOCABULARY.sentinel(1), VOCABULARY.sentinel(2))),
-    ImageSpan(6),
-    Forced((VOCABULARY.eoss,)),
-    Forced((VOCABULARY.sentinel(2), VOCABULARY.sentinel(3))),
-    TextSpan.infill(VOCABULARY, 3),
-)
-SCRIPTS = [PICTURE, (TextSpan.infill(VOCABULARY, 9),), (TextSpan.causal(VOCABULARY, 9),), STORY,
-           INFILLS]  # fmt: skip
-
-
-def make(part_step: int = 1, rows: int = 16) -> Engine:
-    decoder = random_decoder(VOCABULARY.size, max_length=64, part_step=part_step)
-    return Engine(decoder, VOCABULARY, buckets=(8, 16), rows=rows)
-
-
-@pytest.fixture(params=[1, 4])
-def either(request) -> Engine:
-    """With parts that start anywhere, and with parts that start at every fourth position."""
-    return make(request.param)
-
-
-@pytest.fixture
-def engine() -> Engine:
-    """With layers that are split, as `Leon` has them."""
-    made = make(4)
-    return Engine(made.decoder.split(), VOCABULARY, buckets=(8, 16))
-
-
-def prompt(length: int, script=PICTURE, strategy=GUIDED, seeds=(0,), streams: int = 3) -> Prompt:
-    rng = np.random.default_rng(length)
-    ids = TEXT + rng.integers(0, 40, length)
-    ids[[length // 2, -1]] = BREAK
-    pictures = np.concatenate([ids[:2], UNCONDITIONAL])
-    return Prompt(
-        (ids, pictures, UNCONDITIONAL)[:streams],
-        script,
-        tuple(Sample(seed, strategy) for seed in seeds),
-    )
-
-
-LENGTHS = (3, 12, 7, 8)
-
-
-def all_ids(parts) -> np.ndarray:
-    return np.concatenate([part.ids for part in parts])
-
-
-def oracle(engine: Engine, ids: np.ndarray) -> np.ndarray:
-    """Logits of every position by one full forward pass, float32[n, vocab]."""
-    padded = np.pad(ids, (0, engine.context - len(ids)))
-    positions = VOCABULARY.positions(padded, engine.decoder.config.part_step)
-    positions = jnp.asarray(positions.clip(max=engine.context - 1))[None]
-    return np.asarray(forward(engine.decoder, jnp.asarray(padded)[None], positions))[0, : len(ids)]
-
-
-@jax.jit
-def forward(decoder, ids, positions):
-    return decoder.logits(decoder(ids, positions))
-
-
-def log_softmax(x: np.ndarray) -> np.ndarray:
-    x = x.astype(np.float64)
-    return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
-
-
-def replay(script, parts, stream: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What a stream was given; which of its ids were drawn; and which could have been.
-
-    Returns:
-      int[n] ids, bool[n], bool[n, vocab].
-    """
-    ids, drawn, allowed = [], [], []
-    for place, (span, part) in enumerate(zip(script, parts, strict=False)):
-        if isinstance(span, Forced):
-            ids.append((*span.ids, span.ids[-1], span.ids[-1])[stream])
-            drawn.append(False)
-            allowed.append(np.zeros(VOCABULARY.size, bool))
-            continue
-        for used, token in enumerate(part.ids):
-            mask = np.zeros(VOCABULARY.size, bool)
-            if isinstance(span, ImageSpan):
-                mask[VOCABULARY.image_start : VOCABULARY.image_stop] = True
-            else:
-                mask[TEXT:] = True
-                mask[list(span.stops)] = used >= span.least
-            ids.append(token)
-            drawn.append(True)
-            allowed.append(mask)
-        if isinstance(span, TextSpan) and place < len(parts) - 1:
-            ids.append(span.close)
-            drawn.append(False)
-            allowed.append(np.zeros(VOCABULARY.size, bool))
-    return np.array(ids), np.array(drawn), np.array(allowed)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -348,79 +252,3 @@ def test_a_final_stop_ends_the_row_and_another_the_text(engine):
     assert lengths == {1, 4}
     for parts in answers:
         assert len(parts) == 1 or len(parts[1].ids) == 6
-
-
-def test_slots_are_refilled_and_no_row_waits_for_another():
-    """Texts of many lengths take as many steps as the busiest slot has ids."""
-    engine = make(rows=2)
-    lengths = [20, 2, 2, 2, 2, 2, 2, 2, 2, 2]
-    prompts = [
-        prompt(5, (TextSpan(n, (EOS,), EOS, least=n),), Strategy()) for n in lengths
-    ]  # fmt: skip
-    steps, order = [], []
-    advance = loop.advance
-
-    def watched(*arguments, **options):
-        state = advance(*arguments, **options)
-        steps.append(int(state.step))
-        return state
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("leon_jax.decode.engine.advance", watched)
-        for answer in engine.run(prompts):
-            order.append(answer.prompt)
-            assert [len(part.ids) for part in answer.parts] == [lengths[answer.prompt]]
-    assert steps[-1] == 20
-    assert order[-1] in (0, 9) and sorted(order) == list(range(10))
-
-
-def test_what_there_is_comes_every_few_ids(engine):
-    asked = prompt(5, (ImageSpan(9),))
-    answers = list(engine.run([asked], every=4))
-    assert [len(all_ids(answer.parts)) for answer in answers] == [4, 8, 9]
-    assert [answer.done for answer in answers] == [False, False, True]
-    whole = all_ids(engine.answer([asked])[0][0])
-    for answer in answers:
-        ids = all_ids(answer.parts)
-        np.testing.assert_array_equal(ids, whole[: len(ids)])
-
-
-def test_what_was_warmed_is_not_compiled_again(engine):
-    engine.warm([prompt(3, seeds=(1, 2))])
-    before = loop.begin._cache_size(), loop.advance._cache_size()
-    for length in (3, 12, 30, 50):
-        engine.answer([prompt(length, seeds=(3, 4))])
-    assert (loop.begin._cache_size(), loop.advance._cache_size()) == before
-
-
-def test_scores_are_weighted_log_likelihoods(engine):
-    rows = [np.concatenate([prompt(n).streams[0], [BREAK, 5]]) for n in LENGTHS]
-    weights = [np.random.default_rng(i).uniform(size=len(row)) for i, row in enumerate(rows)]
-    expected_plain, expected_weighted = [], []
-    for row, weight in zip(rows, weights, strict=True):
-        likelihood = log_softmax(oracle(engine, row))[np.arange(len(row) - 1), row[1:]]
-        expected_plain.append(likelihood.sum())
-        expected_weighted.append((likelihood * weight[1:]).sum())
-    np.testing.assert_allclose(engine.score(rows), expected_plain, rtol=1e-4)
-    np.testing.assert_allclose(engine.score(rows, weights), expected_weighted, rtol=1e-4)
-
-
-def test_no_prompts_no_answers(engine):
-    assert engine.answer([]) == []
-    assert engine.score([]).shape == (0,)
-
-
-def test_what_does_not_fit_the_context_is_refused(engine):
-    long = np.full(56, TEXT)
-    with pytest.raises(UserError, match="context is 64"):
-        engine.answer([Prompt((long,), (ImageSpan(9),))])
-    assert len(engine.answer([Prompt((long[1:],), (ImageSpan(9),))])[0][0][0].ids) == 9
-    with pytest.raises(UserError, match="65 positions"):
-        engine.score([np.full(65, TEXT)])
-
-
-def test_streams_must_fit_the_guidance(engine):
-    with pytest.raises(ValueError, match="1 streams; guidance needs 2"):
-        engine.answer([prompt(4, streams=1)])
-    with pytest.raises(ValueError, match="prompt 0 is empty"):
-        engine.answer([Prompt((np.zeros(0, np.int32),), PICTURE)])

@@ -12,7 +12,7 @@ from leon_jax.decode.guidance import ClassifierFree
 from leon_jax.decode.sampling import Greedy
 from leon_jax.decode.strategy import Strategy
 from leon_jax.leon import Leon
-from tests.decode.test_engine import LENGTHS, VOCABULARY, all_ids, make, prompt
+from tests.decode.small import LENGTHS, VOCABULARY, all_ids, make, prompt
 from tests.tiny import random_decoder
 
 
