@@ -41,8 +41,14 @@ def einsum(
       values, scale: see `quantize`.
       out_sharding: of the result.
     """
-    product = jnp.einsum(subscripts, x, values.astype(x.dtype), out_sharding=out_sharding)
+    product = jnp.einsum(
+        subscripts,
+        x,
+        values.astype(x.dtype),
+        preferred_element_type=jnp.float32,
+        out_sharding=out_sharding,
+    )
     weight, result = subscripts.split(",")[1].split("->")
     kept = [size for size, name in zip(scale.shape, weight, strict=True) if name in result]
     scale = jax.reshard(scale.reshape(kept), jax.P(*out_sharding[-len(kept) :]))
-    return product * scale.astype(x.dtype)
+    return (product * scale).astype(x.dtype)

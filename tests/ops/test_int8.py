@@ -46,3 +46,7 @@ def test_a_product_is_that_of_the_numbers_that_are_kept(subscripts, shape, summe
         subscripts, jnp.asarray(x, jnp.bfloat16), values, scale, jax.P(*[None] * expected.ndim)
     )
     assert half.dtype == jnp.bfloat16
+    # Rounded once, in the end.
+    rounded = np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64)
+    expected = np.einsum(subscripts, rounded, np.asarray(values) * np.asarray(scale))
+    np.testing.assert_allclose(np.asarray(half, np.float64), expected, rtol=2**-8, atol=1e-5)
