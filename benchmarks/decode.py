@@ -19,7 +19,7 @@ import statistics
 import sys
 import tempfile
 
-from benchmarks.quiet import Watch, wait
+from benchmarks.quiet import Noisy, rounds
 from benchmarks.shapes import SHAPES, Shape
 from benchmarks.turns import ROOT, Worker
 
@@ -64,7 +64,8 @@ def measure(shape: Shape, cells: list[Cell], arguments: argparse.Namespace) -> t
       What the two sides say of themselves.
 
     Raises:
-      Unequal: the ids differ, or other programs use the machine.
+      Unequal: the ids differ.
+      Noisy: other programs use the machine.
     """
     dtype = "bfloat16" if arguments.device == "gpu" else "float32"
     text = json.dumps(dataclasses.asdict(shape))
@@ -97,34 +98,23 @@ def measure(shape: Shape, cells: list[Cell], arguments: argparse.Namespace) -> t
                 say(f"{request}: {sum(same)} of {len(same)} rows begin alike")
                 if dtype == "float32" and not all(same):
                     raise Unequal(f"different ids for {request}: not the same computation")
-                _rounds(cell, request, workers, arguments)
+                for (fast, slow), others in rounds(
+                    workers,
+                    lambda worker, cell=cell, request=request: (
+                        cell.batch * cell.new / worker.ask("run", *request)[0]
+                    ),
+                    arguments.rounds,
+                    arguments.noise,
+                    arguments.patience,
+                    "{:,.1f} tokens/s".format,
+                ):
+                    cell.ours.append(fast)
+                    cell.theirs.append(slow)
+                    cell.others = max(cell.others, others)
             return facts, theirs.ask("facts")
         finally:
             for worker in workers:
                 worker.end()
-
-
-def _rounds(cell: Cell, request: tuple, workers: list, arguments: argparse.Namespace) -> None:
-    tokens = cell.batch * cell.new
-    for number in range(1, 3 * arguments.rounds + 1):
-        if not wait(arguments.noise, arguments.patience):
-            break
-        watch, turn = Watch(worker.pid for worker in workers), []
-        for worker in workers:
-            turn.append(tokens / worker.ask("run", *request)[0])
-        others = watch.others()
-        quiet = others <= arguments.noise
-        say(
-            f"round {number}: {turn[0]:,.1f} and {turn[1]:,.1f} tokens/s, others used "
-            f"{100 * others:.1f} % of the CPU" + ("" if quiet else "; not counted")
-        )
-        if quiet:
-            cell.others = max(cell.others, others)
-            cell.ours.append(turn[0])
-            cell.theirs.append(turn[1])
-        if len(cell.ours) == arguments.rounds:
-            return
-    raise Unequal("other programs use this machine; end them, or see --noise")
 
 
 def page(results: dict[str, tuple[Shape, list[Cell], dict]], theirs: dict, arguments) -> str:
@@ -140,7 +130,8 @@ def page(results: dict[str, tuple[Shape, list[Cell], dict]], theirs: dict, argum
         f"{arguments.rounds} rounds; other programs used at most "
         f"{100 * max(cell.others for cell in cells):.1f} % of the CPU. *Bandwidth*: bytes that our "
         "steps cannot do without (weights once, the cache of each row), as a share of the "
-        f"{ours['bandwidth'] / 1e9:.1f} GB/s at which JAX sums an array on this machine.",
+        f"{ours['bandwidth'] / 1e9:.1f} GB/s at which JAX reads 1 GiB on this machine (a sum or a "
+        "product, the better); what fits the processor's caches is read faster.",
         "",
         "| model | batch | new tokens | guidance | ours, tokens/s | theirs | ratio | its spread "
         "| ours beside plain | bandwidth |",
@@ -199,7 +190,7 @@ def main() -> None:
         say(f"{name}: {shape}")
         try:
             facts, theirs = measure(shape, cells, arguments)
-        except Unequal as error:
+        except (Unequal, Noisy) as error:
             sys.exit(f"{name}: {error}")
         results[name] = shape, cells, facts
     text = page(results, theirs, arguments)

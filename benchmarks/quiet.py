@@ -7,8 +7,16 @@ share their work. Such a measurement says nothing, so it has to be found out and
 
 import os
 import pathlib
+import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from benchmarks.turns import Worker
+
+
+class Noisy(Exception):
+    """Other programs use this machine."""
 
 
 class Watch:
@@ -48,3 +56,49 @@ def wait(share: float, patience: float) -> bool:
         if watch.others() <= share:
             return True
     return False
+
+
+def rounds[T](
+    workers: Sequence[Worker],
+    ask: Callable[[Worker], T],
+    count: int,
+    noise: float,
+    patience: float,
+    show: Callable[[T], Any] = str,
+) -> Iterator[tuple[list[T], float]]:
+    """Rounds in which the workers take turns and others leave the machine alone.
+
+    Args:
+      workers: in their order.
+      ask: what each does in a round.
+      count: how many quiet rounds are wanted; up to three times as many are made.
+      noise: share of the CPU that others may use.
+      patience: seconds to wait for that, before a round.
+      show: an answer as it is printed.
+
+    Yields:
+      What each worker answered, and the share of the CPU that others used.
+
+    Raises:
+      Noisy: there were too few quiet rounds.
+    """
+    found = 0
+    for number in range(1, 3 * count + 1):
+        if not wait(noise, patience):
+            break
+        watch = Watch(worker.pid for worker in workers)
+        answers = [ask(worker) for worker in workers]
+        others = watch.others()
+        quiet = others <= noise
+        print(
+            f"round {number}: {' and '.join(show(answer) for answer in answers)}, others used "
+            f"{100 * others:.1f} % of the CPU" + ("" if quiet else "; not counted"),
+            file=sys.stderr,
+            flush=True,
+        )
+        if quiet:
+            found += 1
+            yield answers, others
+        if found == count:
+            return
+    raise Noisy("other programs use this machine; end them, or see --noise")

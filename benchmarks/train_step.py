@@ -19,7 +19,7 @@ import statistics
 import sys
 import tempfile
 
-from benchmarks.quiet import Watch, wait
+from benchmarks.quiet import Noisy, rounds
 from benchmarks.shapes import SHAPES, Shape
 from benchmarks.turns import ROOT, Worker
 
@@ -66,7 +66,8 @@ def measure(shape: Shape, arguments: argparse.Namespace) -> Result:
     """Starts both sides, checks that they compute the same, and lets them take turns.
 
     Raises:
-      Unequal: the first losses differ, or other programs use the machine.
+      Unequal: the first losses differ.
+      Noisy: other programs use the machine.
     """
     dtype = "bfloat16" if arguments.device == "gpu" else "float32"
     text = json.dumps(dataclasses.asdict(shape))
@@ -99,30 +100,20 @@ def measure(shape: Shape, arguments: argparse.Namespace) -> Result:
             say(f"first loss {first:.6f} and {second:.6f}")
             for worker in workers:
                 worker.ask("steps", 1)  # compiles, allocates, warms up
-            speeds: tuple[list[float], list[float]] = ([], [])
-            most = 0.0
-            losses, tokens = [0.0, 0.0], arguments.steps * shape.batch * shape.length
-            for number in range(1, 3 * arguments.rounds + 1):
-                if not wait(arguments.noise, arguments.patience):
-                    break
-                watch, turn = Watch(worker.pid for worker in workers), []
-                for side, worker in enumerate(workers):
-                    seconds, losses[side] = worker.ask("steps", arguments.steps)
-                    turn.append(tokens / seconds)
-                others = watch.others()
-                quiet = others <= arguments.noise
-                say(
-                    f"round {number}: {turn[0]:,.0f} and {turn[1]:,.0f} tokens/s, others used "
-                    f"{100 * others:.1f} % of the CPU" + ("" if quiet else "; not counted")
+            tokens = arguments.steps * shape.batch * shape.length
+            made = list(
+                rounds(
+                    workers,
+                    lambda worker: worker.ask("steps", arguments.steps),
+                    arguments.rounds,
+                    arguments.noise,
+                    arguments.patience,
+                    lambda answer: f"{tokens / answer[0]:,.0f} tokens/s",
                 )
-                if quiet:
-                    most = max(most, others)
-                    speeds[0].append(turn[0])
-                    speeds[1].append(turn[1])
-                if len(speeds[0]) == arguments.rounds:
-                    break
-            if len(speeds[0]) < arguments.rounds:
-                raise Unequal("other programs use this machine; end them, or see --noise")
+            )
+            losses = [loss for _, loss in made[-1][0]]
+            speeds = [[tokens / answers[side][0] for answers, _ in made] for side in (0, 1)]
+            most = max(others for _, others in made)
             say(f"last loss {losses[0]:.6f} and {losses[1]:.6f}")
             return Result(*speeds, most, (ours.ask("facts"), theirs.ask("facts")))
         finally:
@@ -188,7 +179,7 @@ def main() -> None:
         say(f"{name}: {shape}")
         try:
             results[name] = (shape, measure(shape, arguments))
-        except Unequal as error:
+        except (Unequal, Noisy) as error:
             sys.exit(f"{name}: {error}")
     page = table(results, arguments)
     print(page, end="")
