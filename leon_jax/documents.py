@@ -6,6 +6,7 @@ Everything here is an immutable value: equal contents compare equal and hash equ
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Literal, Protocol, Self, get_args
 
 import numpy as np
@@ -103,13 +104,25 @@ class Image:
 class Hole:
     """A part that is to be filled, with text or with a picture.
 
+    Attributes:
+      modality: which.
+      first_rows: codes of the first rows of the picture, which are kept, [rows, cols] (as tuples);
+        empty: all of the picture is to be drawn.
+
     Raises:
-      ValueError: the modality is neither "text" nor "image".
+      ValueError: the modality is neither "text" nor "image", or a text has rows, or they are not
+        all equally long.
     """
 
     modality: Modality
+    first_rows: Sequence[Sequence[int]] | Int32[np.ndarray, "rows cols"] = ()
 
     def __post_init__(self):
+        # Tuples, so that a Hole can be compared and hashed.
+        rows = tuple(tuple(int(code) for code in row) for row in self.first_rows)
+        if rows and (self.modality != "image" or len(set(map(len, rows))) > 1):
+            raise ValueError("first_rows are of a picture, and all of one length")
+        object.__setattr__(self, "first_rows", rows)
         if self.modality not in get_args(Modality):
             raise ValueError(
                 f'a Hole is filled with "text" or with "image", not with {self.modality!r}'

@@ -114,9 +114,9 @@ def test_guidance_0_sees_neither_text_nor_retrieved_documents(leon):
     document = Document((Text(PROMPT), Hole("image")))
     other = Document((Text("another prompt"), Hole("image")))
     found = leon.retrieve(document, 2)
-    (alone,) = leon.complete(document, guidance=0.0)
+    (alone,) = leon.complete(document, guidance=0.0, temperature=0.0)
     for asked, read in ((other, []), (document, found)):
-        (done,) = leon.complete(asked, guidance=0.0, retrieved=[read])
+        (done,) = leon.complete(asked, guidance=0.0, temperature=0.0, retrieved=[read])
         np.testing.assert_array_equal(done.parts[1].codes, alone.parts[1].codes)
 
 
@@ -177,6 +177,35 @@ def test_samples_of_a_prompt_may_be_drawn_in_different_ways(leon):
         alone = leon.complete(document, seeds=[place + 1], strategy=ways[place % 2])
         assert alone == [done]
 
+    drawn = leon.generate(PROMPT, num_images=4, num_docs=0, seed=1, strategy=ways)
+    for one, done, way in zip(drawn, mixed, ways * 2, strict=True):
+        np.testing.assert_array_equal(np.asarray(one.image), done.parts[1].pixels)
+        assert json.loads(one.metadata()["settings"])["strategy"] == repr(way)
+
+
+def test_a_picture_is_drawn_on_from_its_first_rows(leon):
+    pixels = tiny.documents()[0].parts[1].pixels
+    codes = leon.tokenize(Document((Image(pixels=pixels),))).codes
+    begun = Document((Text(PROMPT), Hole("image", codes[:1])))
+    (done,) = leon.complete(begun, seeds=[3], guidance=2.0)
+    np.testing.assert_array_equal(done.parts[1].codes[0], codes[0])
+    first, second = leon.extend(pixels, PROMPT, rows=0.25, num_images=2, guidance=2.0, seed=3)
+    np.testing.assert_array_equal(np.asarray(first.image), done.parts[1].pixels)
+    assert (np.asarray(first.image) != np.asarray(second.image)).any()
+    # What the model finds likeliest it finds likeliest when it is given the beginning of it.
+    (whole,) = leon.complete(Document((Text(PROMPT), Hole("image"))), temperature=0, guidance=2.0)
+    drawn = whole.parts[1].codes
+    (again,) = leon.complete(
+        Document((Text(PROMPT), Hole("image", drawn[:3]))), temperature=0, guidance=2.0
+    )
+    np.testing.assert_array_equal(again.parts[1].codes, drawn)
+    for rows in (0, 1, 0.05, 0.95, 2):
+        with pytest.raises(UserError, match=r"keep 0\.25 of it to 0\.75"):
+            leon.extend(pixels, PROMPT, rows=rows)
+    for rows in (codes, codes[:1, :2], codes[:1] + 1000):
+        with pytest.raises(UserError, match="first rows of a picture"):
+            leon.complete(Document((Text(PROMPT), Hole("image", rows))))
+
 
 def test_a_document_grows_row_by_row(leon):
     document = Document((Hole("text"), Hole("image")))
@@ -194,6 +223,11 @@ def test_a_document_grows_row_by_row(leon):
             codes = picture.codes.ravel()[: draft.drawn]
             np.testing.assert_array_equal(codes, done.parts[1].codes.ravel()[: draft.drawn])
         assert isinstance(draft.document.parts[0], Text | Hole)
+    # The rows are whole whatever was written before them.
+    after_text = Document((Hole("text"), Hole("image"), Text("end")))
+    drafts = list(leon.stream(after_text, seed=3, max_tokens=5))
+    drawn = [draft.drawn for draft in drafts if draft.place == 1]
+    assert [count for count in drawn if count >= tiny.GRID] == [4, 8, 12]
     with pytest.raises(UserError, match="seed is -1"):
         next(leon.stream(document, seed=-1))
 
@@ -202,6 +236,33 @@ def test_a_document_that_does_not_fit_is_named(leon):
     good, long = (Document((Text(text), Hole("image"))) for text in ("a cat", "cat " * 900))
     with pytest.raises(UserError, match="document 1: the prompt of"):
         leon.complete([good, long])
+    results = dict(leon.complete_each([long, good], seeds=[1, 0]))
+    assert "the prompt of" in str(results[0]) and isinstance(results[0], UserError)
+    assert leon.complete(good, seeds=[0]) == [results[1]]
+
+
+def test_lists_that_do_not_fit_the_documents_are_named(leon):
+    cat, found = Document((Text("a cat"), Hole("image"))), tiny.documents()[:1]
+    for wrong, message in (
+        ({"seeds": [1]}, "seeds: 1 for 2 documents"),
+        ({"seeds": 1}, "seeds: 1 for 2 documents"),
+        ({"seeds": [0, 2**32]}, f"seed is {2**32}"),
+        ({"strategy": [Strategy()]}, "strategy: 1 for 2"),
+        ({"retrieved": found * 2}, "a sequence of documents for each"),
+        ({"strategy": Strategy(Contrastive(2.0))}, "alpha is 2"),
+        ({"max_tokens": 0}, "max_tokens is 0"),
+    ):
+        with pytest.raises(UserError, match=message):
+            leon.complete([cat, cat], **wrong)
+        with pytest.raises(UserError, match=message):
+            leon.complete_each([cat, cat], **wrong)
+
+
+def test_retrieved_documents_may_come_as_pixels(leon):
+    document, read = Document((Text(PROMPT), Hole("image"))), tiny.documents()[:1]
+    (done,) = leon.complete(document, retrieved=[read])
+    assert leon.complete(document, retrieved=[[leon.tokenize(read[0])]]) == [done]
+    assert list(leon.stream(document, retrieved=read))[-1].document == done
 
 
 def test_likelihood_ranks_what_greedy_decoding_chose_above_other_captions(leon):
@@ -215,12 +276,67 @@ def test_likelihood_ranks_what_greedy_decoding_chose_above_other_captions(leon):
     assert leon.likelihood(done, part=0) > leon.likelihood(done.replace(0, Text(other)), part=0)
 
 
+def test_a_prompt_that_cannot_be_ranked_keeps_no_other(leon):
+    """It can be drawn, but as a caption behind its picture it is too long."""
+    room = max(n for n in range(200) if _fits(leon, "q" * n))
+    prompts = ["q" * room, "a cat"]
+    results = dict(
+        leon.generate_each(prompts, num_docs=0, best_of=2, rank_by="likelihood", guidance=1.0)
+    )
+    assert "longer than the model's context" in str(results[0])
+    assert len(results[1]) == 1
+    assert len(leon.generate(prompts[0], num_docs=0, best_of=2, guidance=1.0)) == 1
+
+
+def _fits(leon: Leon, prompt: str) -> bool:
+    try:
+        leon.checkpoint.check_prompt(prompt, 0)
+    except UserError:
+        return False
+    return True
+
+
+def test_what_is_wrong_with_all_prompts_is_raised_at_once(leon):
+    for wrong in ({"num_docs": 99}, {"num_docs": -1}, {"seed": 2**32 - 1, "num_images": 2}):
+        with pytest.raises(UserError):
+            leon.generate_each([PROMPT], **wrong)
+
+
+def test_prompts_with_one_seed_draw_different_numbers(leon):
+    """Else the pictures of many prompts would be more alike than the model makes them."""
+    colours = ["red", "blue", "green", "white", "black", "pink", "brown", "grey"]
+    documents = [Document((Text(f"{c} cat"), Hole("image"))) for c in colours]
+    drawn = leon.complete(documents, seeds=[0] * 8, guidance=0.0)
+    assert len({done.parts[1].codes.tobytes() for done in drawn}) == 8
+
+
+@pytest.mark.parametrize(("weights", "cache"), [("bfloat16", "compute"), ("int8", "int8")])
+def test_weights_and_cache_may_be_small(leon, weights, cache):
+    small = Leon.load(*tiny.folders(), weights=weights, cache=cache)
+    assert small.decoder.table.dtype == ("bfloat16" if weights == "bfloat16" else "float32")
+    (drawn,) = small.generate(PROMPT, num_docs=1)
+    assert drawn.image.size == (tiny.RESOLUTION, tiny.RESOLUTION)
+    cat = tiny.documents()[0]
+    assert small.likelihood(cat) == pytest.approx(leon.likelihood(cat), rel=0.02)
+    assert small.likelihood(cat) != leon.likelihood(cat)
+
+
+def test_kinds_of_weights_that_there_are_not_are_refused():
+    with pytest.raises(UserError, match="weights is 'int4'; it must be one of float32, bfloat16"):
+        Leon.load(*tiny.folders(), weights="int4")
+    with pytest.raises(UserError, match="cache is 'int4'"):
+        Leon.load(*tiny.folders(), cache="int4")
+
+
 def test_save_and_load_give_the_same_model(leon, tmp_path):
     leon.save(tmp_path / "copy")
     copy = Leon.load(tmp_path / "copy", tiny.folders()[1])
     cat = tiny.documents()[0]
     assert copy.likelihood(cat) == leon.likelihood(cat)
     assert not list((tmp_path / "copy").glob("*.tmp"))
+    before = {path: path.read_bytes() for path in (tmp_path / "copy").iterdir()}
+    copy.save(tmp_path / "copy")
+    assert {path: path.read_bytes() for path in (tmp_path / "copy").iterdir()} == before
 
 
 @pytest.mark.parametrize(
@@ -314,7 +430,9 @@ def test_a_model_folder_may_hold_openais_clip_as_its_encoder(leon, tmp_path):
     with_clip = Leon.load(model, index)
     (drawn,) = with_clip.generate(PROMPT)
     assert len(drawn.retrieved) == 2
-    with_clip.save(tmp_path / "copy")
+    with_clip.save(model)  # into itself
+    for _ in range(2):
+        with_clip.save(tmp_path / "copy")
     (again,) = Leon.load(tmp_path / "copy", index).generate(PROMPT)
     np.testing.assert_array_equal(np.asarray(drawn.image), np.asarray(again.image))
     with pytest.raises(UserError, match="prepared with another encoder"):

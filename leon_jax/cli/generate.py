@@ -8,7 +8,8 @@ The model that comes with the package is used unless --checkpoint names another.
 PNG that carries its prompt, seed, guidance, model and the retrieved documents' licences as text.
 
 A file of prompts has one a line. Their pictures are written as they are done, and a prompt whose
-pictures are there is passed over, so the same command goes on after it was stopped.
+pictures are there, drawn in the same way, is passed over, so the same command goes on after it was
+stopped. A prompt that stands there twice is drawn once.
 """
 
 import glob
@@ -16,20 +17,25 @@ import os
 import pathlib
 import re
 import sys
+import zlib
 from collections.abc import Sequence
+from typing import get_args
 
 import jax
+import PIL.Image
 from absl import flags
 from tqdm import tqdm
 
 from leon_jax.config import UserError
 from leon_jax.data import pictures
+from leon_jax.decode.cache import CacheType
 from leon_jax.decode.checkpoint import CAPTION_TOKENS, Checkpoint, model_folder
-from leon_jax.decode.guidance import make_guidance
+from leon_jax.decode.completer import check_seeds, make_strategy
 from leon_jax.decode.library import cache, check
-from leon_jax.decode.results import Generation, credit
-from leon_jax.decode.sampling import make_sampler
+from leon_jax.decode.results import Generation, credit, settings
+from leon_jax.decode.strategy import Strategy
 from leon_jax.leon import Leon
+from leon_jax.models.decoder import WeightType
 
 _TASKS = ("text_to_image", "caption")
 
@@ -67,6 +73,9 @@ _NUM_IMAGES = flags.DEFINE_integer("num_images", 4, "how many pictures to draw",
 _TOP_P = flags.DEFINE_float(
     "top_p", 1.0, "sample from the most likely tokens of this total", flag_values=FLAGS
 )
+_TOP_K = flags.DEFINE_integer(
+    "top_k", 0, "sample from so many of the most likely tokens; 0: from all", flag_values=FLAGS
+)
 _TEMPERATURE = flags.DEFINE_float(
     "temperature",
     None,
@@ -76,9 +85,17 @@ _TEMPERATURE = flags.DEFINE_float(
 _SEED = flags.DEFINE_integer(
     "seed", 0, "decides the result; picture i gets seed + i", flag_values=FLAGS
 )
-_WARM = flags.DEFINE_bool(
-    "warm", False, "compile ahead what pictures with these settings need, for any prompt, and stop",
+_WEIGHTS = flags.DEFINE_enum(
+    "weights", "float32", list(get_args(WeightType)), "what the decoder's weights are kept in",
     flag_values=FLAGS,
+)  # fmt: skip
+_CACHE = flags.DEFINE_enum(
+    "cache", "compute", list(get_args(CacheType)), "what keys and values are kept in",
+    flag_values=FLAGS,
+)  # fmt: skip
+_WARM = flags.DEFINE_bool(
+    "warm", False, "compile ahead what pictures with these settings need, for any prompt (for a "
+    "file of them, with --prompts), and stop", flag_values=FLAGS,
 )  # fmt: skip
 _OUT = flags.DEFINE_string(
     "out", "out", "folder for the pictures; made if missing", flag_values=FLAGS
@@ -97,88 +114,105 @@ def main(argv: list[str]) -> None:
     temperature = _TEMPERATURE.value
     if temperature is None:
         temperature = 0.0 if caption else 1.0
-    make_sampler(temperature, _TOP_P.value)
-    make_guidance(_GUIDANCE.value)
-    if _SEED.value < 0:
-        raise UserError(f"--seed is {_SEED.value}; it must be 0 or more")
+    strategy = make_strategy(_GUIDANCE.value, temperature, _TOP_P.value, _TOP_K.value)
+    count = 1 if caption else _BEST_OF.value or _NUM_IMAGES.value
+    if count < 1:
+        raise UserError(f"--num_images is {count}; it must be at least 1")
+    try:
+        check_seeds(_SEED.value, count)
+    except UserError as error:
+        raise UserError(f"--{error}") from error
     # What was compiled once is found again by the next process.
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(cache() / "compiled"))
     if _WARM.value:
-        _warm(temperature)
+        if caption:
+            raise UserError("--warm is for pictures; captions compile little")
+        _warm(count, temperature)
         return
     if _INDEX.value is not None:
         check(pathlib.Path(_INDEX.value), checkpoint.folder)
-    (_caption if caption else _draw)(checkpoint, temperature)
+    if caption:
+        _caption(checkpoint, temperature)
+    else:
+        _draw(checkpoint, strategy)
 
 
-def _warm(temperature: float) -> None:
-    leon = Leon.load(_CHECKPOINT.value)
-    count = leon.warm(
-        _BEST_OF.value or _NUM_IMAGES.value,
+def _load() -> Leon:
+    return Leon.load(_CHECKPOINT.value, _INDEX.value, _WEIGHTS.value, _CACHE.value)  # type: ignore[arg-type]  # absl checks them
+
+
+def _warm(count: int, temperature: float) -> None:
+    prompts = 1 if _PROMPTS.value is None else len(_prompts())
+    lengths = _load().warm(
+        count,
+        _NUM_DOCS.value,
         _GUIDANCE.value,
+        prompts,
         temperature=temperature,
         top_p=_TOP_P.value,
+        top_k=_TOP_K.value,
     )
     print(
-        f"compiled for {count} lengths of prompts; kept in {jax.config.jax_compilation_cache_dir}"
+        f"compiled for {lengths} lengths of prompts; kept in {jax.config.jax_compilation_cache_dir}"
     )
 
 
-def _draw(checkpoint: Checkpoint, temperature: float) -> None:
+def _draw(checkpoint: Checkpoint, strategy: Strategy) -> None:
     count = _NUM_IMAGES.value
     prompts = _prompts()
     if _IMAGE.value is not None:
         raise UserError("--image is for --task=caption; a picture is drawn from --prompt alone")
-    if count < 1:
-        raise UserError(f"--num_images is {count}; it must be at least 1")
     if _BEST_OF.value is not None and _BEST_OF.value < count:
         raise UserError(f"--best_of is {_BEST_OF.value}; it must be at least --num_images, {count}")
+    checkpoint.check_num_docs(_NUM_DOCS.value)
     single = _PROMPTS.value is None
     if single:
         checkpoint.check_prompt(prompts[1], _NUM_DOCS.value)
     out = pictures.check_folder(_OUT.value)
-    stems = {line: slug(p) if single else f"{line:05d}-{slug(p)}" for line, p in prompts.items()}
-    asked = [line for line in prompts if single or not _is_drawn(out, stems[line], count)]
-    if not single and len(asked) < len(prompts):
-        print(f"{len(prompts) - len(asked)} of {len(prompts)} prompts have their pictures already")
+    asked = list(prompts)
+    if not single:
+        way = settings(strategy, _NUM_DOCS.value, _BEST_OF.value, _RANK_BY.value)
+        said = {"model": checkpoint.name, "settings": way}
+        asked = [line for line in prompts if not _is_drawn(out, prompts[line], said)]
+        if len(asked) < len(prompts):
+            there = len(prompts) - len(asked)
+            print(f"{there} of {len(prompts)} prompts have their pictures already")
     if not asked:
         return
 
-    leon = Leon.load(_CHECKPOINT.value, _INDEX.value)
-    drawn = leon.generate_each(
+    drawn = _load().generate_each(
         [prompts[line] for line in asked],
         num_images=count,
         num_docs=_NUM_DOCS.value,
         guidance=_GUIDANCE.value,
-        temperature=temperature,
-        top_p=_TOP_P.value,
         seed=_SEED.value,
         best_of=_BEST_OF.value,
         rank_by=_RANK_BY.value,  # type: ignore[arg-type]  # absl checks it
+        strategy=strategy,
     )
-    failed = {}
+    failed = 0
     with tqdm(total=len(asked), unit="prompt", disable=single) as bar:
         for place, result in drawn:
             line = asked[place]
             bar.update()
             if isinstance(result, UserError):
-                failed[line] = result
+                if single:
+                    raise result
+                failed += 1
+                bar.write(f"line {line}: {result}", file=sys.stderr)
                 continue
-            for path in _save(result, out, stems[line]):
+            stem = slug(prompts[line]) if single else _stem(prompts[line])
+            for path in _save(result, out, stem):
                 bar.write(str(path))
             if single:
                 _print_retrieved(result[0].retrieved)
-    for line, error in sorted(failed.items()):
-        if single:
-            raise error
-        print(f"line {line}: {error}", file=sys.stderr)
     if failed:
-        raise UserError(f"{len(failed)} of {len(prompts)} prompts could not be drawn (see above)")
+        raise UserError(f"{failed} of {len(prompts)} prompts could not be drawn (see above)")
 
 
 def _prompts() -> dict[int, str]:
-    """The prompts by the number of their line."""
+    """The prompts by the number of the first line that they stand in."""
     if (_PROMPT.value is None) == (_PROMPTS.value is None):
         given = "missing" if _PROMPT.value is None else "given beside --prompts"
         raise UserError(f'--prompt is {given}; for example --prompt="cat face, Twemoji style"')
@@ -189,17 +223,34 @@ def _prompts() -> dict[int, str]:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise UserError(f"cannot read the prompts in {_PROMPTS.value}: {reason}") from error
-    lines = {n: line.strip() for n, line in enumerate(text.split("\n"), start=1) if line.strip()}
-    if not lines:
+    first: dict[str, int] = {}
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            first.setdefault(line.strip(), number)
+    if not first:
         raise UserError(f"{_PROMPTS.value} holds no prompts; write one a line")
-    return lines
+    return {number: prompt for prompt, number in first.items()}
 
 
-def _is_drawn(out: pathlib.Path, stem: str, count: int) -> bool:
-    """Whether all pictures of a prompt are there, by the names they would get."""
-    if _BEST_OF.value is not None:  # any of the seeds
-        return len(list(out.glob(f"{glob.escape(stem)}-*.png"))) >= count
-    return all((out / f"{stem}-{_SEED.value + n}.png").is_file() for n in range(count))
+def _stem(prompt: str) -> str:
+    """What the files of a prompt of many begin with: its own, wherever in the file it stands."""
+    return f"{slug(prompt)}-{zlib.crc32(prompt.encode()):08x}"
+
+
+def _is_drawn(out: pathlib.Path, prompt: str, wanted: dict[str, str]) -> bool:
+    """Whether all pictures of a prompt are there, and say what they would say now."""
+    count = _NUM_IMAGES.value
+    seeds = range(_SEED.value, _SEED.value + (_BEST_OF.value or count))
+    found = 0
+    for path in out.glob(f"{glob.escape(_stem(prompt))}-*.png"):
+        try:
+            with PIL.Image.open(path) as picture:
+                said: dict[str, str] = getattr(picture, "text", {})
+        except OSError:
+            continue
+        same = all(said.get(key) == text for key, text in (wanted | {"prompt": prompt}).items())
+        found += same and said.get("seed", "") in [str(seed) for seed in seeds]
+    return found >= count
 
 
 def _save(generations: Sequence[Generation], out: pathlib.Path, stem: str) -> list[pathlib.Path]:
@@ -222,8 +273,7 @@ def _caption(checkpoint: Checkpoint, temperature: float) -> None:
     checkpoint.check_caption(CAPTION_TOKENS, _NUM_DOCS.value)
     picture = pictures.read(_IMAGE.value)
 
-    leon = Leon.load(_CHECKPOINT.value, _INDEX.value)
-    caption = leon.caption(
+    caption = _load().caption(
         picture,
         num_docs=_NUM_DOCS.value,
         max_tokens=CAPTION_TOKENS,
@@ -245,5 +295,9 @@ def _print_retrieved(documents) -> None:
 
 
 def slug(prompt: str) -> str:
-    """A file name that a person recognises the prompt by; never empty, at most 60 characters."""
-    return re.sub(r"[^\w]+", "-", prompt).strip("-_").lower()[:60].rstrip("-_") or "picture"
+    """A file name that a person recognises the prompt by; never empty.
+
+    At most 60 characters and 120 bytes, for a file system takes 255 bytes with what is added.
+    """
+    words = re.sub(r"[^\w]+", "-", prompt).strip("-_").lower()[:60]
+    return words.encode()[:120].decode(errors="ignore").rstrip("-_") or "picture"

@@ -241,7 +241,7 @@ def _pack(part: Part) -> list[Any]:
     match part:
         case Text(text):
             return ["text", text]
-        case Hole(modality):
+        case Hole(modality) if not part.first_rows:
             return ["hole", modality]
         case Image(pixels=pixels, codes=codes):
             return [

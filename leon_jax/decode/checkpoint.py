@@ -9,7 +9,7 @@ import pathlib
 import numpy as np
 import safetensors
 
-from leon_jax import model_files
+from leon_jax import __version__, model_files
 from leon_jax.config import UserError, build
 from leon_jax.documents import Document, Hole, Text
 from leon_jax.models.decoder import DecoderConfig
@@ -81,6 +81,11 @@ class Checkpoint:
         return cls(folder, config, DocumentTokenizer(vocabulary, text, (rows, columns)))
 
     @property
+    def name(self) -> str:
+        """Which model this is, for people and for picture metadata."""
+        return f"leon_jax {__version__} {self.folder.absolute().name}"
+
+    @property
     def context(self) -> int:
         """How many positions the decoder has."""
         return self.config.max_length
@@ -126,6 +131,16 @@ class Checkpoint:
             )
         self._check_documents(used, num_docs)
 
+    def check_num_docs(self, num_docs: int) -> None:
+        """Checks how many documents are to be read with any prompt for a picture.
+
+        Raises:
+          UserError: the number is negative, or so many fit beside no prompt.
+        """
+        vocabulary = self.documents.vocabulary
+        shortest = np.array([vocabulary.eos, vocabulary.text_start, vocabulary.break_id])
+        self._check_documents(self._extent(shortest) + self.documents.image_tokens, num_docs)
+
     def _check_documents(self, used: int, num_docs: int) -> None:
         if num_docs < 0:
             raise UserError(f"num_docs is {num_docs}; it must be 0 or more")
@@ -150,7 +165,7 @@ class Checkpoint:
         kept = list(retrieved)
         while kept:
             # A query that is not open is followed by one sentinel.
-            used = self._extent(self.documents.encode([*kept, query])) + 1
+            used = self._extent(self.documents.encode([*kept[::-1], query])) + 1
             if used + answer_tokens <= self.context:
                 break
             kept.pop()

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from leon_jax.config import UserError
-from leon_jax.data.examples import join
 from leon_jax.decode.engine import Engine, Prompt, Sample
 from leon_jax.decode.grammar import Forced, ImageSpan, Part, Span, TextSpan
 from leon_jax.decode.guidance import Condition, Plain
@@ -29,7 +28,7 @@ class Request:
 
     Attributes:
       document, retrieved: retrieved documents have no holes.
-      seed: of the draws.
+      seed: of the draws, 0..2**32 - 1.
       strategy: how ids are drawn. Guidance is of picture holes; texts are filled without.
       text_limit: most tokens of a text hole.
     """
@@ -50,12 +49,13 @@ def complete(
       One document a request, without holes; new pictures hold codes only.
 
     Raises:
-      UserError: a prompt and its answer do not fit the context, or a document cannot be encoded.
+      UserError: a prompt and its answer do not fit the context, or a document cannot be encoded;
+        of several requests the message says which one.
     """
     documents: list = [None] * len(requests)
     for number, result in completions(engine, tokenizer, requests):
         if isinstance(result, UserError):
-            raise result
+            raise UserError(f"request {number}: {result}") if len(requests) > 1 else result
         documents[number] = result
     return documents
 
@@ -131,10 +131,12 @@ def drafts(
         yield job.draft(answer.parts, answer.done)
 
 
-def warm(engine: Engine, tokenizer: DocumentTokenizer, request: Request, samples: int) -> int:
-    """Compiles what so many requests like this one need, however long; see `Engine.warm`."""
+def warm(
+    engine: Engine, tokenizer: DocumentTokenizer, request: Request, samples: int, prompts: int = 1
+) -> int:
+    """Compiles what so many samples of each of so many prompts need; see `Engine.warm`."""
     prompt = _Job(tokenizer, request).prompt()
-    return engine.warm([dataclasses.replace(prompt, samples=prompt.samples * samples)])
+    return engine.warm([dataclasses.replace(prompt, samples=prompt.samples * samples)] * prompts)
 
 
 def _sample(request: Request) -> Sample:
@@ -148,8 +150,11 @@ class _Job:
     """The prompt and the script of a request, and what its answer means."""
 
     def __init__(self, tokenizer: DocumentTokenizer, request: Request):
+        if request.text_limit < 1:
+            raise UserError(f"max_tokens is {request.text_limit}; it must be at least 1")
         self.tokenizer, self.request = tokenizer, request
         self.document = request.document
+        self.begun = {place: self._begun(place) for place in self.document.holes}
         holes = self.document.holes
         # Whether the document ends in a hole, which is continued causally and comes first.
         self.open = bool(holes) and holes[-1] == len(self.document.parts) - 1
@@ -167,12 +172,7 @@ class _Job:
 
     def filled(self, parts: Sequence[Part]) -> Document:
         """The document with what was written."""
-        script = self._script([self.document])
-        written = [
-            part.ids
-            for part, span in zip(parts, script, strict=False)
-            if not isinstance(span, Forced)
-        ]
+        written = self._written(parts)
         document, vocabulary = self.document, self.tokenizer.vocabulary
         if self.open:
             document = self.tokenizer.fill(document, written.pop(0))
@@ -187,13 +187,7 @@ class _Job:
         if done:
             return Draft(self.filled(parts), None, 0, True)
         document, tokenizer, place, drawn = self.document, self.tokenizer, None, 0
-        script = self._script([document])
-        written = [
-            part.ids
-            for part, span in zip(parts, script, strict=False)
-            if not isinstance(span, Forced)
-        ]
-        for position, ids in zip(self.order, written, strict=False):
+        for position, ids in zip(self.order, self._written(parts), strict=False):
             if _modality(self.document.parts[position]) == "text":
                 text = tokenizer.text.decode((ids - tokenizer.vocabulary.text_start).tolist())
                 document = document.replace(position, Text(text))
@@ -204,6 +198,37 @@ class _Job:
                 codes = codes.astype(np.int32).reshape(tokenizer.image_shape)
                 document = document.replace(position, Image(codes=codes))
         return Draft(document, place, drawn, False)
+
+    def _written(self, parts: Sequence[Part]) -> list[np.ndarray]:
+        """What stands in each hole that was reached, in the order in which they are filled."""
+        written = [
+            part.ids
+            for part, span in zip(parts, self._script([self.document]), strict=False)
+            if not isinstance(span, Forced)
+        ]
+        return [
+            np.concatenate([self.begun[position], ids])
+            for position, ids in zip(self.order, written, strict=False)
+        ]
+
+    def _begun(self, position: int) -> np.ndarray:
+        """The ids that a hole begins with."""
+        hole, tokenizer = self.document.parts[position], self.tokenizer
+        assert isinstance(hole, Hole)
+        codes, (rows, columns) = np.array(hole.first_rows, np.int32), tokenizer.image_shape
+        if not codes.size:
+            return np.zeros(0, np.int32)
+        if codes.shape[1] != columns or len(codes) >= rows:
+            raise UserError(
+                f"the first rows of a picture have {list(codes.shape)} codes; this model draws "
+                f"{list(tokenizer.image_shape)}, so give fewer than {rows} rows of {columns}"
+            )
+        if codes.min() < 0 or codes.max() >= tokenizer.vocabulary.image_codes:
+            raise UserError(
+                f"the first rows of a picture have codes from {codes.min()} to {codes.max()}; they "
+                f"must be from 0 to {tokenizer.vocabulary.image_codes - 1}"
+            )
+        return tokenizer.vocabulary.image_start + codes.ravel()
 
     def _script(self, masked: Sequence[Document]) -> list[Span]:
         """What fills the holes, in the order in which they are filled.
@@ -220,7 +245,10 @@ class _Job:
                     Forced(tuple(self._sentinel(document, position) for document in masked))
                 )
             if _modality(self.document.parts[position]) == "image":
-                script.append(ImageSpan(self.tokenizer.image_tokens))
+                begun = self.begun[position]
+                if place:  # the prompt ends with those of the first hole
+                    script += [Forced((id_,)) for id_ in begun.tolist()]
+                script.append(ImageSpan(self.tokenizer.image_tokens - len(begun)))
                 script.append(Forced((vocabulary.eos if ending else vocabulary.eoss,)))
             else:
                 make = TextSpan.causal if ending else TextSpan.infill
@@ -229,12 +257,11 @@ class _Job:
         return script[:-1] if script and isinstance(script[-1], Forced) else script
 
     def _ids(self, document: Document, retrieved: Sequence[Document]) -> np.ndarray:
-        """Retrieved documents and the document; then, unless it is open, the first sentinel."""
-        vocabulary, encode = self.tokenizer.vocabulary, self.tokenizer.encode
-        ids = join(encode(document), [encode(each) for each in retrieved], vocabulary).ids
-        if self.open or not self.order:
-            return ids
-        return np.append(ids, np.int32(self._sentinel(document, self.order[0])))
+        """Retrieved documents, the document, and all that stands before what is written first."""
+        ids = [self.tokenizer.encode([*retrieved, document], is_open=self.open)]
+        if self.order and not self.open:
+            ids.append(np.array([self._sentinel(document, self.order[0])], np.int32))
+        return np.concatenate([*ids, *(self.begun[place] for place in self.order[:1])])
 
     def _sentinel(self, document: Document, position: int) -> int:
         return self.tokenizer.vocabulary.sentinel(document.holes.index(position))
@@ -245,7 +272,7 @@ def _modality(part: object) -> str | None:
 
 
 def _masked(document: Document, condition: Condition) -> Document:
-    """What a stream is told of a document."""
+    """What a stream is told of a document; whether it is open the document decides."""
     if condition == "all":
         return document
 

@@ -1,7 +1,7 @@
 """Completing documents as people have them: with pixels, on the devices of a mesh."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from leon_jax import sharding
 from leon_jax.config import UserError
+from leon_jax.decode.cache import CacheType
 from leon_jax.decode.checkpoint import CAPTION_TOKENS, Checkpoint
 from leon_jax.decode.complete import Draft, Request, completions, drafts
 from leon_jax.decode.engine import Engine
@@ -28,9 +29,10 @@ class Completer:
       decoder: the model.
       image_tokenizer: pixels to codes and back.
       mesh: None: the one that is set, or one over all devices.
+      cache: what keys and values are kept in; see `Engine`.
 
     Raises:
-      UserError: the decoder reads pictures of another number of codes.
+      UserError: the decoder reads pictures of other codes.
     """
 
     def __init__(
@@ -39,17 +41,26 @@ class Completer:
         decoder: Decoder,
         image_tokenizer: ImageTokenizer,
         mesh: jax.sharding.Mesh | None = None,
+        cache: CacheType = "compute",
     ):
-        self.checkpoint, self.decoder = checkpoint, decoder
+        self.checkpoint = checkpoint
         self.image_tokenizer = image_tokenizer
         self.mesh = mesh or current_mesh()
         documents = checkpoint.documents
-        self.engine = Engine(decoder, documents.vocabulary, text_tokens=documents.text.size)
-        if image_tokenizer.shape != documents.image_shape:
+        self.engine = Engine(
+            decoder, documents.vocabulary, text_tokens=documents.text.size, kept=cache
+        )
+        found = image_tokenizer.shape, image_tokenizer.codes
+        if found != (expected := (documents.image_shape, documents.vocabulary.image_codes)):
             raise UserError(
-                f"tokenizer.safetensors in {checkpoint.folder} makes {image_tokenizer.shape} codes "
-                f"a picture, but the decoder reads {documents.image_shape}"
+                f"tokenizer.safetensors in {checkpoint.folder} makes pictures of {found[0]} codes "
+                f"out of {found[1]}, but the decoder reads {expected[0]} out of {expected[1]}"
             )
+
+    @property
+    def decoder(self) -> Decoder:
+        """The model; another one needs another `Completer`."""
+        return self.engine.decoder
 
     def complete(
         self,
@@ -69,8 +80,8 @@ class Completer:
         Args:
           documents: one, or several; pictures may come as pixels or as codes.
           retrieved: for each document, those to read first; by default none.
-          seeds: for each document; by default 0, 1, ... The result of a document depends on its
-            own seed only.
+          seeds: for each document, 0..2**32 - 1; by default 0, 1, ... The result of a document
+            depends on its own seed only.
           guidance: of picture holes.
           temperature, top_p, top_k: of all holes.
           max_tokens: where a text hole is cut.
@@ -83,34 +94,95 @@ class Completer:
 
         Raises:
           UserError: a document does not fit the context, or an argument is out of range; of several
-            documents the message says which one.
+            documents the message says which one. `complete_each` finishes the others.
         """
         documents = [documents] if isinstance(documents, Document) else list(documents)
-        seeds = list(range(len(documents))) if seeds is None else list(seeds)
-        if any(seed < 0 for seed in seeds):
-            raise UserError(f"seed is {min(seeds)}; it must be 0 or more")
-        if strategy is None:
-            sampler = make_sampler(temperature, top_p, top_k)
-            strategy = Strategy(make_guidance(guidance), sampler, sampler)
-        if isinstance(strategy, Strategy):
-            strategy = [strategy] * len(documents)
-        read = [()] * len(documents) if retrieved is None else [tuple(each) for each in retrieved]
-        requests = [
-            Request(self.tokenize(document), documents_read, seed, drawn, max_tokens)
-            for document, documents_read, seed, drawn in zip(
-                documents, read, seeds, strategy, strict=True
-            )
-        ]
-        done: list = [None] * len(requests)
+        done: list = [None] * len(documents)
         bar = tqdm(total=len(done), unit="doc", disable=len(done) <= self.engine.rows, leave=False)
-        with jax.set_mesh(self.mesh), bar:
-            for number, result in completions(self.engine, self.checkpoint.documents, requests):
+        requests = self._requests(
+            documents, retrieved, seeds, max_tokens,
+            strategy or make_strategy(guidance, temperature, top_p, top_k),
+        )  # fmt: skip
+        with bar:
+            for number, result in self._completions(requests):
                 if isinstance(result, UserError):
-                    several = f"document {number}: " if len(requests) > 1 else ""
+                    several = f"document {number}: " if len(done) > 1 else ""
                     raise UserError(f"{several}{result}") from result
                 done[number] = result
                 bar.update()
-            return self._with_pixels(done)
+        return self._with_pixels(done)
+
+    def complete_each(
+        self,
+        documents: Sequence[Document],
+        *,
+        retrieved: Sequence[Sequence[Document]] | None = None,
+        seeds: Sequence[int] | None = None,
+        guidance: float = 1.0,
+        temperature: float = 1.0,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        max_tokens: int = CAPTION_TOKENS,
+        strategy: Strategy | Sequence[Strategy] | None = None,
+    ) -> Iterator[tuple[int, Document | UserError]]:
+        """Fills every hole of every document; results come as they are done.
+
+        Args: see `complete`.
+
+        Returns:
+          The place of a document, and what `complete` returns for it; or what is wrong with it,
+          which keeps none of the others.
+
+        Raises:
+          UserError: an argument other than a document is out of range.
+        """
+        requests = self._requests(
+            documents, retrieved, seeds, max_tokens,
+            strategy or make_strategy(guidance, temperature, top_p, top_k),
+        )  # fmt: skip
+
+        def results() -> Iterator[tuple[int, Document | UserError]]:
+            for number, result in self._completions(requests):
+                if not isinstance(result, UserError):
+                    (result,) = self._with_pixels([result])
+                yield number, result
+
+        return results()
+
+    def _requests(
+        self,
+        documents: Sequence[Document],
+        retrieved: Sequence[Sequence[Document]] | None,
+        seeds: Sequence[int] | None,
+        max_tokens: int,
+        strategy: Strategy | Sequence[Strategy],
+    ) -> list[Request]:
+        """What is asked for; see `complete`."""
+        count = len(documents)
+        ways = [strategy] * count if isinstance(strategy, Strategy) else strategy
+        strategies = _one_each("strategy", ways, count)
+        seeds = _one_each("seeds", range(count) if seeds is None else seeds, count)
+        read = _one_each("retrieved", [()] * count if retrieved is None else retrieved, count)
+        if any(isinstance(each, Document) for each in read):
+            raise UserError("retrieved: a document; give a sequence of documents for each document")
+        for drawn, seed in zip(strategies, seeds, strict=True):
+            drawn.check()
+            check_seeds(seed)
+        if max_tokens < 1:
+            raise UserError(f"max_tokens is {max_tokens}; it must be at least 1")
+        return [
+            Request(
+                self.tokenize(document), tuple(map(self.tokenize, first)), int(seed), drawn,
+                max_tokens,
+            )
+            for document, first, seed, drawn in zip(documents, read, seeds, strategies, strict=True)
+        ]  # fmt: skip
+
+    def _completions(
+        self, requests: Sequence[Request]
+    ) -> Iterator[tuple[int, Document | UserError]]:
+        """The place of each request and its document, or what is wrong with it."""
+        return self._on_mesh(completions(self.engine, self.checkpoint.documents, requests))
 
     def stream(
         self,
@@ -123,6 +195,7 @@ class Completer:
         top_p: float | None = None,
         top_k: int | None = None,
         max_tokens: int = CAPTION_TOKENS,
+        strategy: Strategy | None = None,
     ) -> Iterator[Draft]:
         """Fills the holes of a document and shows it growing.
 
@@ -135,16 +208,14 @@ class Completer:
         Raises:
           UserError: see `complete`.
         """
-        if seed < 0:
-            raise UserError(f"seed is {seed}; it must be 0 or more")
-        sampler = make_sampler(temperature, top_p, top_k)
-        strategy = Strategy(make_guidance(guidance), sampler, sampler)
-        request = Request(self.tokenize(document), tuple(retrieved), seed, strategy, max_tokens)
+        (request,) = self._requests(
+            [document], [tuple(retrieved)], [seed], max_tokens,
+            strategy or make_strategy(guidance, temperature, top_p, top_k),
+        )  # fmt: skip
         documents = self.checkpoint.documents
         rows, columns = documents.image_shape
         for draft in self._on_mesh(drafts(self.engine, documents, request, columns)):
-            with jax.set_mesh(self.mesh):
-                (shown,) = self._with_pixels([draft.document])
+            (shown,) = self._with_pixels([draft.document])
             if draft.place is not None:
                 picture = shown.parts[draft.place]
                 assert isinstance(picture, Image) and picture.pixels is not None
@@ -167,8 +238,16 @@ class Completer:
         Raises:
           UserError: the document has holes, or does not fit the context.
         """
+        ids, weights = self._scored(document, part, retrieved)
+        with jax.set_mesh(self.mesh):
+            return float(self.engine.score([ids], [weights])[0])
+
+    def _scored(
+        self, document: Document, part: int | None, retrieved: Sequence[Document] = ()
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The ids whose likelihood is asked for, and which of them count; see `likelihood`."""
         tokenizer = self.checkpoint.documents
-        document = self.tokenize(document)
+        document, retrieved = self.tokenize(document), [*map(self.tokenize, retrieved)]
         if document.holes:
             raise UserError("a likelihood needs a document without holes")
         if part is None:
@@ -183,8 +262,7 @@ class Completer:
             scored = len(answer)
         weights = np.zeros(len(ids), np.float32)
         weights[-scored:] = 1
-        with jax.set_mesh(self.mesh):
-            return float(self.engine.score([ids], [weights])[0])
+        return ids, weights
 
     def tokenize(self, document: Document) -> Document:
         """The document with codes beside the pixels of every picture."""
@@ -215,10 +293,47 @@ class Completer:
             if isinstance(part, Image) and part.pixels is None and part.codes is not None
         ]
         if places:
-            decoded = to_pixels(self.image_tokenizer.decode(np.stack([c for _, _, c in places])))
+            with jax.set_mesh(self.mesh):
+                codes = np.stack([codes for _, _, codes in places])
+                decoded = to_pixels(self.image_tokenizer.decode(codes))
             for (row, place, codes), pixels in zip(places, decoded, strict=True):
                 documents[row] = documents[row].replace(place, Image(pixels, codes))
         return documents
+
+
+def _one_each[Item](name: str, given: Iterable[Item], count: int) -> list[Item]:
+    """As a list.
+
+    Raises:
+      UserError: there is not one for each document.
+    """
+    listed = list(given) if isinstance(given, Iterable) else None
+    if listed is None or len(listed) != count:
+        found = given if listed is None else len(listed)
+        raise UserError(f"{name}: {found} for {count} documents; give one for each")
+    return listed
+
+
+def make_strategy(
+    guidance: float, temperature: float, top_p: float | None, top_k: int | None
+) -> Strategy:
+    """One guidance for pictures, and one sampler for pictures and texts.
+
+    Raises:
+      UserError: see `make_guidance` and `make_sampler`.
+    """
+    sampler = make_sampler(temperature, top_p, top_k)
+    return Strategy(make_guidance(guidance), sampler, sampler)
+
+
+def check_seeds(seed: int, count: int = 1) -> None:
+    """Checks the seeds from `seed` on.
+
+    Raises:
+      UserError: one of them is no number of 32 bits.
+    """
+    if not 0 <= seed <= 2**32 - count:
+        raise UserError(f"seed is {seed}; it must be from 0 to {2**32 - count}")
 
 
 def current_mesh() -> jax.sharding.Mesh:

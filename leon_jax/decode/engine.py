@@ -9,9 +9,7 @@ for another.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -20,61 +18,17 @@ from jaxtyping import Array, Float, Int
 from leon_jax import sharding
 from leon_jax.config import UserError
 from leon_jax.decode.cache import CacheType
-from leon_jax.decode.grammar import (
-    Forced,
-    Part,
-    Script,
-    TextSpan,
-    longest,
-    read,
-    rows_of,
-)
-from leon_jax.decode.loop import Heads, Padded, Work, advance, begin, empty, put, sizes, whole_rows
-from leon_jax.decode.strategy import Strategies, Strategy, distinct
+from leon_jax.decode.grammar import Forced, Part, Script, TextSpan, longest
+from leon_jax.decode.loop import Heads, Padded, whole_rows
+from leon_jax.decode.queue import Answer, Prompt, Run, Sample
 from leon_jax.models.decoder import Decoder
 from leon_jax.ops.cross_entropy import chunked_cross_entropy
 from leon_jax.vocabulary import Vocabulary
 
+__all__ = ["Answer", "Engine", "Prompt", "Sample"]
+
 # Rows that are decoded side by side, unless the engine is told otherwise.
 ROWS = 16
-
-
-@dataclasses.dataclass(frozen=True)
-class Sample:
-    """One answer to a prompt: how its ids are drawn, and the seed of the draws."""
-
-    seed: int = 0
-    strategy: Strategy = dataclasses.field(default_factory=Strategy)
-
-
-@dataclasses.dataclass(frozen=True)
-class Prompt:
-    """What is answered, once or several times.
-
-    Attributes:
-      streams: int32[n] each, of any lengths; stream 0 says all.
-      script: what is to be written.
-      samples: one for each answer; strategies may differ and read no more streams than there are.
-    """
-
-    streams: tuple[np.ndarray, ...]
-    script: Script
-    samples: tuple[Sample, ...] = (Sample(),)
-
-
-class Answer(NamedTuple):
-    """What one sample wrote.
-
-    Attributes:
-      prompt, sample: which one it is, by their places.
-      parts: one a span of the script that was reached.
-      done: whether this is all.
-    """
-
-    prompt: int
-    sample: int
-    parts: list[Part]
-    done: bool
 
 
 class Engine:
@@ -137,48 +91,65 @@ class Engine:
 
         Args:
           prompts: in the order in which they are begun.
-          every: what there is of each answer comes as well whenever so many more ids are written.
+          every: what there is of each answer comes as well whenever so many more ids are written;
+            within a picture, when a multiple of so many of its ids are.
 
         Raises:
           UserError, ValueError: see `answer`; before anything is answered.
         """
         for number, prompt in enumerate(prompts):
-            self.check(prompt, number)
+            try:
+                self.check(prompt)
+            except (UserError, ValueError) as error:
+                raise type(error)(f"prompt {number}: {error}") from error
         if prompts:
-            yield from _Run(self, prompts).answers(every)
+            yield from Run(self, prompts).answers(every)
 
     def warm(self, prompts: Sequence[Prompt]) -> int:
-        """Compiles what prompts like these need, however long stream 0 is.
+        """Compiles what a queue of prompts like these needs, however long their streams 0 are.
 
         With JAX's persistent compilation cache other processes need not compile it either.
 
         Returns:
           For how many lengths.
+
+        Raises:
+          UserError, ValueError: see `answer`.
         """
+        for prompt in prompts:
+            self.check(prompt)
         shortest = max(self._end(0, prompt.script) for prompt in prompts)
         lengths = sorted({min(bucket, self.context - shortest) for bucket in self.buckets})
         for length in lengths:
             # Texts take as many positions as they have ids.
             long = np.full(length, self.vocabulary.text_start, np.int32)
-            _Run(
+            Run(
                 self,
                 [dataclasses.replace(p, streams=(long, *p.streams[1:])) for p in prompts],
             ).warm()
         return len(lengths)
 
-    def check(self, prompt: Prompt, number: int = 0) -> None:
+    def check(self, prompt: Prompt) -> None:
         """Checks that a prompt can be answered.
 
         Raises:
           UserError, ValueError: see `answer`.
         """
-        if not all(len(stream) for stream in prompt.streams):
-            raise ValueError(f"prompt {number} is empty; it must hold at least one id")
+        if not prompt.streams or not all(len(stream) for stream in prompt.streams):
+            raise ValueError("a stream is empty; it must hold at least one id")
+        if not prompt.script or not prompt.samples:
+            raise ValueError("there is nothing to write: the script or the samples are empty")
+        for span in prompt.script:
+            ends = (*span.stops, span.close) if isinstance(span, TextSpan) else ()
+            if self.vocabulary.is_text(np.array(ends, np.int32)).any():
+                raise ValueError(f"a text cannot be ended by ids of texts, {ends}")
+        for sample in prompt.samples:
+            sample.strategy.check()
+            if not 0 <= sample.seed < 2**32:
+                raise UserError(f"seed is {sample.seed}; it must be from 0 to {2**32 - 1:,}")
         need = max(sample.strategy.guidance.streams for sample in prompt.samples)
         if need > len(prompt.streams):
-            raise ValueError(
-                f"prompt {number} has {len(prompt.streams)} streams; guidance needs {need}"
-            )
+            raise ValueError(f"there are {len(prompt.streams)} streams; guidance needs {need}")
         before = max(map(self._extent, prompt.streams))
         after = self._end(before, prompt.script) - before
         if before + after > self.context:
@@ -202,15 +173,36 @@ class Engine:
 
         Raises:
           UserError: a sequence is longer than the context.
+          ValueError: a sequence is empty.
         """
-        if not len(sequences):
-            return np.zeros(0, np.float32)
-        if (longest := max(map(self._extent, sequences))) > self.context:
+        for sequence in sequences:
+            self.check_sequence(sequence)
+        scores = [np.zeros(0, np.float32)]
+        for start in range(0, len(sequences), self.rows):
+            part = slice(start, start + self.rows)
+            scores.append(self._scored(sequences[part], None if weights is None else weights[part]))
+        return np.concatenate(scores)
+
+    def check_sequence(self, ids: np.ndarray) -> None:
+        """Checks that `score` can score a sequence.
+
+        Raises:
+          UserError, ValueError: see `score`.
+        """
+        if not len(ids):
+            raise ValueError("a sequence is empty; it must hold at least one id")
+        if (extent := self._extent(ids)) > self.context:
             raise UserError(
-                f"a sequence of {longest} positions is longer than the model's context, "
+                f"a sequence of {extent} positions is longer than the model's context, "
                 f"{self.context}"
             )
-        rows = whole_rows(len(sequences))
+
+    def _scored(
+        self, sequences: Sequence[np.ndarray], weights: Sequence[np.ndarray] | None
+    ) -> np.ndarray:
+        """`score` of so many sequences as are read at once."""
+        # Of a power of two, so that few programs serve all.
+        rows = whole_rows(1 << (len(sequences) - 1).bit_length())
         padded = [*sequences, *[sequences[-1]] * (rows - len(sequences))]
         ids, positions, _, _ = self.pad(padded)
         # The hidden state at t predicts id t + 1.
@@ -231,7 +223,7 @@ class Engine:
         return self.vocabulary.extent(ids, self._part_step)
 
     def pad(self, sequences: Sequence[np.ndarray]) -> "Padded":
-        """Sequences of ids on the devices, padded to a bucket."""
+        """Sequences of ids, none longer than the context, on the devices and padded to a bucket."""
         lengths = np.array([len(sequence) for sequence in sequences], np.int32)
         ids = np.full((len(sequences), self.bucket(lengths.max())), self.vocabulary.pad, np.int32)
         positions = np.zeros_like(ids)
@@ -251,132 +243,15 @@ class Engine:
 
     def _end(self, position: int, script: Script) -> int:
         """The position after the longest answer."""
-        for span in script:
+        for place, span in enumerate(script):
             position += longest((span, Forced((0,)))) - 1
             closed = span.close if isinstance(span, TextSpan) else None
             if isinstance(span, Forced):
                 closed = span.ids[0]
-            if closed == self.vocabulary.break_id and span is not script[-1]:
+            if closed == self.vocabulary.break_id and place < len(script) - 1:
                 position += -position % self._part_step
         last = script[-1] if script else None
         return position - isinstance(last, TextSpan)
-
-
-class _Run:
-    """One queue of prompts on its way: which unit is in which group of slots.
-
-    A unit is as many samples of one prompt as share a group, which they leave together; the state
-    of all groups is on the devices.
-    """
-
-    def __init__(self, engine: Engine, prompts: Sequence[Prompt]):
-        self.engine, self.prompts = engine, prompts
-        samples = [sample for prompt in prompts for sample in prompt.samples]
-        common = math.gcd(*(len(prompt.samples) for prompt in prompts))
-        self.samples = max(n for n in range(1, engine.rows + 1) if common % n == 0)
-        self.units = [
-            (number, first)
-            for number, prompt in enumerate(prompts)
-            for first in range(0, len(prompt.samples), self.samples)
-        ]
-        # Of a power of two, so that few programs serve all queues.
-        groups = min(engine.rows // self.samples, 1 << (len(self.units) - 1).bit_length())
-        self.groups = whole_rows(groups)
-        self.streams = max(sample.strategy.guidance.streams for sample in samples)
-        self.spans, self.ring = sizes([prompt.script for prompt in prompts])
-        self.makes = distinct([sample.strategy for sample in samples])
-        self.units_in: list[tuple[int, int] | None] = [None] * self.groups
-        slots = tuple(
-            engine.bucket(max(len(self.stream(unit, number)) for unit in self.units))
-            for number in range(self.streams)
-        )
-        self.state = empty(
-            engine.decoder.config, put(self.layout([])), slots, self.ring, engine.kept,
-            len(engine.decoder.pieces),
-        )  # fmt: skip
-
-    def warm(self) -> None:
-        """Compiles the programs of a run, and writes nothing."""
-        self._admit(list(enumerate(self.units[: self.groups])))
-        self._advance(0)
-
-    def answers(self, every: int | None) -> Iterator[Answer]:
-        """Answers as they are done; with `every`, also what there is after so many more ids."""
-        engine, waiting = self.engine, list(reversed(self.units))
-        while waiting or any(self.units_in):
-            free = [group for group, unit in enumerate(self.units_in) if unit is None]
-            if waiting and free:
-                self._admit([(group, waiting.pop()) for group in free[: len(waiting)]])
-            self._advance(every or self.ring)
-            done, counts, tokens, scores = sharding.fetch(
-                (self.state.rows.done, self.state.counts, self.state.tokens, self.state.scores)
-            )
-            for group, unit in enumerate(self.units_in):
-                if unit is None or not (done[group].all() or every):
-                    continue
-                number, first = unit
-                for sample in range(self.samples):
-                    count = counts[group, sample]
-                    yield Answer(
-                        number,
-                        first + sample,
-                        read(
-                            self.prompts[number].script,
-                            tokens[group, sample, :count],
-                            scores[group, sample, :count],
-                            engine.vocabulary,
-                        ),
-                        bool(done[group].all()),
-                    )
-                if done[group].all():
-                    self.units_in[group] = None
-
-    def _advance(self, steps: int) -> None:
-        """Writes until some group is done, or so many steps are made."""
-        engine = self.engine
-        busy = np.array([unit is not None for unit in self.units_in])
-        self.state = advance(
-            engine.decoder, engine.heads, self.state, put(busy), put(np.int32(steps)),
-            vocabulary=engine.vocabulary, text_tokens=engine.text_tokens,
-        )  # fmt: skip
-
-    def stream(self, unit: tuple[int, int], number: int) -> np.ndarray:
-        """The ids of a stream; a single one where a prompt has fewer streams: nobody reads it."""
-        streams = self.prompts[unit[0]].streams
-        return streams[number] if number < len(streams) else streams[0][:1]
-
-    def layout(self, units: Sequence[tuple[int, tuple[int, int]]]) -> "Work":
-        """What every row is to do, if only these groups have something to do."""
-        scripts: list[list[Script]] = [[()] * self.samples for _ in range(self.groups)]
-        strategies = [[self.makes[0]] * self.samples for _ in range(self.groups)]
-        seeds = np.zeros((self.groups, self.samples), np.uint32)
-        for group, (number, first) in units:
-            prompt = self.prompts[number]
-            chosen = prompt.samples[first : first + self.samples]
-            scripts[group] = [prompt.script] * self.samples
-            strategies[group] = [sample.strategy for sample in chosen]
-            seeds[group] = [sample.seed % 2**32 for sample in chosen]
-        return Work(
-            rows_of(scripts, self.streams, self.spans),
-            Strategies.of(strategies, self.makes),
-            seeds,  # type: ignore[arg-type]  # all of it goes to the devices at once
-        )
-
-    def _admit(self, units: Sequence[tuple[int, tuple[int, int]]]) -> None:
-        """Puts units into groups that are free."""
-        source = np.full(self.groups, -1, np.int32)
-        for place, (group, unit) in enumerate(units):
-            source[group], self.units_in[group] = place, unit
-        count = min(whole_rows(1 << (len(units) - 1).bit_length()), self.groups)
-        padded = [unit for _, unit in units]
-        padded += [padded[-1]] * (count - len(padded))
-        prompts = [
-            self.engine.pad([self.stream(unit, number) for unit in padded])
-            for number in range(self.streams)
-        ]
-        self.state = begin(
-            self.engine.decoder, self.state, put(source), prompts, put(self.layout(units))
-        )
 
 
 @jax.jit

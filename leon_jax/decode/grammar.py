@@ -51,7 +51,7 @@ class TextSpan:
       final: a stop that ends the whole row, and not the span alone.
 
     Raises:
-      ValueError: a limit is impossible, or there is no stop or too many.
+      ValueError: a limit is impossible, there is no stop or too many, or `final` is none of them.
     """
 
     limit: int
@@ -61,6 +61,8 @@ class TextSpan:
     final: int | None = None
 
     def __post_init__(self):
+        if self.final is not None and self.final not in self.stops:
+            raise ValueError(f"{self.final} ends the row but is no stop of {self.stops}")
         if not 0 <= self.least <= self.limit or self.limit < 1 or not 0 < len(self.stops) < 3:
             raise ValueError(
                 f"a text span of {self.least} to {self.limit} tokens that stops at {self.stops}; "
@@ -80,9 +82,17 @@ class TextSpan:
 
 @dataclasses.dataclass(frozen=True)
 class Forced:
-    """One id that is not drawn; of several, stream i takes the i-th."""
+    """One id that is not drawn; of several, stream i takes the i-th.
+
+    Raises:
+      ValueError: there is none.
+    """
 
     ids: tuple[int, ...]
+
+    def __post_init__(self):
+        if not self.ids:
+            raise ValueError("a forced span needs an id")
 
 
 Span = ImageSpan | TextSpan | Forced
@@ -94,7 +104,8 @@ class Part(NamedTuple):
 
     Attributes:
       ids: int32[n]; those of a text without what ended it.
-      log_probabilities: float32[n], of each id under stream 0 alone, within the grammar.
+      log_probabilities: float32[n], of each id under stream 0 alone, within the grammar; that of
+        what ended a text is not among them.
       ended: False if a text was cut by its length limit.
     """
 

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from leon_jax.config import UserError
 
 # What the prompt of a stream still says: all of it; its pictures, without texts and what was
-# retrieved; or neither, only what it consists of.
+# retrieved; or neither, only what it consists of. What the row writes itself, all streams read.
 Condition = Literal["all", "pictures", "nothing"]
 
 
@@ -38,6 +38,14 @@ class Guidance(abc.ABC):
     def __call__(self, logits: Float[Array, "streams batch vocab"]) -> Float[Array, "batch vocab"]:
         """One set of logits a row."""
 
+    @abc.abstractmethod
+    def check(self) -> None:
+        """Checks the numbers.
+
+        Raises:
+          UserError: one is out of range.
+        """
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +57,9 @@ class Plain(Guidance):
     def __call__(self, logits: Float[Array, "streams batch vocab"]) -> Float[Array, "batch vocab"]:
         """Returns the logits of stream 0."""
         return logits[0]
+
+    def check(self) -> None:
+        """There is nothing to check."""
 
 
 @jax.tree_util.register_dataclass
@@ -67,6 +78,10 @@ class ClassifierFree(Guidance):
         conditional, unconditional = logits[0], logits[1]
         # The same expression, arranged so that weight 1 gives `conditional` to the last bit.
         return conditional + (self.weight - 1) * (conditional - unconditional)
+
+    def check(self) -> None:
+        """See `Guidance.check`."""
+        _check_weight("guidance", self.weight)
 
 
 @jax.tree_util.register_dataclass
@@ -93,6 +108,11 @@ class TwoConditions(Guidance):
             + (self.image_weight - 1) * (pictures - nothing)
         )
 
+    def check(self) -> None:
+        """See `Guidance.check`."""
+        _check_weight("image_guidance", self.image_weight)
+        _check_weight("text_guidance", self.text_weight)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +138,18 @@ class Contrastive(Guidance):
         plausible = expert >= reference + jnp.log(self.alpha)
         return jnp.where(plausible, expert - amateur, -jnp.inf)
 
+    def check(self) -> None:
+        """See `Guidance.check`."""
+        if not 0 < self.alpha <= 1:
+            raise UserError(f"alpha is {self.alpha}; it must be above 0 and at most 1")
+        if self.k < 1:
+            raise UserError(f"k is {self.k}; it must be 1 or more")
+
+
+def _check_weight(name: str, weight: float) -> None:
+    if not math.isfinite(weight) or weight < 0:
+        raise UserError(f"{name} is {weight}; it must be 0 or more (1 means no guidance)")
+
 
 def make_two_conditions(image: float, text: float) -> Guidance:
     """Guidance of these weights by a picture and a text; 1 and 1 need one stream only.
@@ -125,10 +157,9 @@ def make_two_conditions(image: float, text: float) -> Guidance:
     Raises:
       UserError: a weight is negative or not finite.
     """
-    for name, weight in (("image_guidance", image), ("text_guidance", text)):
-        if not math.isfinite(weight) or weight < 0:
-            raise UserError(f"{name} is {weight}; it must be 0 or more (1 means no guidance)")
-    return Plain() if image == text == 1 else TwoConditions(float(image), float(text))
+    guidance = TwoConditions(float(image), float(text))
+    guidance.check()
+    return Plain() if image == text == 1 else guidance
 
 
 def make_guidance(weight: float) -> Plain | ClassifierFree:
@@ -137,6 +168,6 @@ def make_guidance(weight: float) -> Plain | ClassifierFree:
     Raises:
       UserError: the weight is negative or not finite.
     """
-    if not math.isfinite(weight) or weight < 0:
-        raise UserError(f"guidance is {weight}; it must be 0 or more (1 means no guidance)")
-    return Plain() if weight == 1 else ClassifierFree(float(weight))
+    guidance = ClassifierFree(float(weight))
+    guidance.check()
+    return Plain() if weight == 1 else guidance

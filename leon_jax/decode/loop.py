@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt
 
 from leon_jax import sharding
 from leon_jax.decode.cache import Cache, CacheType, own
@@ -34,11 +34,11 @@ def sizes(scripts: Sequence[Script]) -> tuple[int, int]:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What every row is to do: its script, its strategy and its seed, [group, sample] each."""
+    """What every row is to do: its script, its strategy, and the words of its random key."""
 
     rows: Rows
     strategies: Strategies
-    seeds: Int[Array, "group sample"]
+    seeds: UInt[Array, "group sample 2"]
 
 
 @jax.tree_util.register_dataclass
@@ -61,7 +61,7 @@ class State:
     caches: tuple[Cache, ...]
     rows: Rows
     strategies: Strategies
-    seeds: Int[Array, "group sample"]
+    seeds: UInt[Array, "group sample 2"]
     tokens: Int[Array, "group sample ring"]
     scores: Float[Array, "group sample ring"]
     counts: Int[Array, "group sample"]
@@ -87,7 +87,7 @@ def empty(
       kept: what the cache keeps keys and values in.
       pieces: how many the decoder has.
     """
-    groups, samples = rows.seeds.shape
+    groups, samples, _ = rows.seeds.shape
     wide = sharding.spec(None, "batch", None, "embed")
     zeros = functools.partial(jnp.zeros, (groups, samples, ring))
     return State(
@@ -214,7 +214,7 @@ def _draw(
     in the same way whatever the other rows are at.
     """
     now, strategies = state.rows.now, state.strategies
-    keys = jax.vmap(jax.vmap(jax.random.key))(state.seeds)
+    keys = jax.random.wrap_key_data(state.seeds, impl="threefry2x32")
     keys = jax.vmap(jax.vmap(jax.random.fold_in))(keys, state.counts)
 
     def whole(logits: Array) -> Array:
@@ -342,7 +342,7 @@ def programs(
     layout = Work(
         rows_of([[script]] * rows, streams, spans),
         Strategies.of([[strategy]] * rows, [strategy]),
-        np.zeros((rows, 1), np.uint32),  # type: ignore[arg-type]  # nothing is on a device
+        np.zeros((rows, 1, 2), np.uint32),  # type: ignore[arg-type]  # nothing is on a device
     )
     mesh = jax.sharding.get_mesh()
 

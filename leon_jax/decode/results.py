@@ -8,6 +8,7 @@ import numpy as np
 import PIL.Image
 
 from leon_jax.data import pictures
+from leon_jax.decode.strategy import Strategy
 from leon_jax.documents import Document
 
 
@@ -20,6 +21,7 @@ class Generation:
       prompt, seed, guidance: what it was drawn for, and how.
       retrieved: the documents that were read first, with their licences.
       model: name and version of what drew it.
+      settings: everything else that it depends on; see `settings`.
     """
 
     image: PIL.Image.Image
@@ -28,6 +30,7 @@ class Generation:
     guidance: float
     retrieved: tuple[Document, ...]
     model: str
+    settings: str = ""
 
     def metadata(self) -> dict[str, str]:
         """What a PNG file carries as text; `retrieved` is JSON, one object a document."""
@@ -36,6 +39,7 @@ class Generation:
             "seed": str(self.seed),
             "model": self.model,
             "guidance": f"{self.guidance:g}",
+            "settings": self.settings,
             "retrieved": json.dumps(
                 [credit(document) for document in self.retrieved], ensure_ascii=False
             ),
@@ -44,6 +48,16 @@ class Generation:
     def save(self, path: str | os.PathLike) -> None:
         """Writes a PNG with `metadata`, whole or not at all."""
         pictures.write_png(path, np.asarray(self.image), self.metadata())
+
+
+def settings(
+    strategy: Strategy, num_docs: int, best_of: int | None = None, rank_by: str = "clip"
+) -> str:
+    """How a picture was drawn, as JSON: equal for pictures that were drawn alike."""
+    said = {"strategy": repr(strategy), "num_docs": num_docs}
+    if best_of is not None:
+        said |= {"best_of": best_of, "rank_by": rank_by}
+    return json.dumps(said)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,6 +22,8 @@ class Sampler(Protocol):
         self, logits: Float[Array, "batch vocab"], keys: Key[Array, "batch"]
     ) -> Int[Array, "batch"]: ...
 
+    def check(self) -> None: ...
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +38,9 @@ class Greedy:
         # XLA's argmax carries value and index together, on CPUs one element at a time.
         return _first(logits == logits.max(axis=-1, keepdims=True))
 
+    def check(self) -> None:
+        """There is nothing to check."""
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +51,8 @@ class Categorical:
       temperature: above 0; 1 leaves the distribution as it is.
       top_k: keep the k most likely ids (None: all). Ties with the k-th are kept.
       top_p: keep the smallest set of most likely ids whose probability reaches p, the id that
-        crosses p included (None: all). The probabilities are those after temperature and top-k.
+        crosses p included, and its equals (None: all). The probabilities are those after
+        temperature and top-k.
     """
 
     temperature: float = 1.0
@@ -60,6 +66,19 @@ class Categorical:
         logits = self.shape(logits)
         weights = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
         return inverse_transform(weights, jax.vmap(jax.random.uniform)(keys))
+
+    def check(self) -> None:
+        """Checks the numbers.
+
+        Raises:
+          UserError: temperature is not above 0, top_p is outside (0, 1] or top_k below 1.
+        """
+        if not 0 < self.temperature < float("inf"):
+            raise UserError(f"temperature is {self.temperature}; it must be above 0 to sample")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise UserError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
+        if self.top_k is not None and self.top_k < 1:
+            raise UserError(f"top_k is {self.top_k}; it must be 1 or more, or None for all")
 
     def shape(self, logits: Float[Array, "batch vocab"]) -> Float[Array, "batch vocab"]:
         """The logits that are drawn from: scaled, and -inf outside the kept set."""
@@ -153,14 +172,12 @@ def make_sampler(
     """
     if not 0 <= temperature < float("inf"):
         raise UserError(f"temperature is {temperature}; it must be 0 (greedy) or more")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise UserError(f"top_p is {top_p}; it must be above 0 and at most 1")
     if top_k is not None and top_k < 0:
         raise UserError(f"top_k is {top_k}; it must be 0 (all) or more")
-    if temperature == 0:
-        return Greedy()
-    return Categorical(
-        temperature=float(temperature),
+    sampler = Categorical(
+        temperature=float(temperature) or 1.0,
         top_p=None if top_p is None or top_p == 1 else float(top_p),
         top_k=top_k or None,
     )
+    sampler.check()
+    return sampler if temperature else Greedy()

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from leon_jax.config import UserError
 from leon_jax.decode.guidance import Guidance, Plain
 from leon_jax.decode.sampling import Categorical, Sampler
 
@@ -27,7 +28,8 @@ class Strategy:
       guidance: how the streams of a picture's ids are merged. Texts read stream 0 alone.
       image, text: how an id is drawn.
       start, stop: which ids of a picture, counted from 0, are guided; the others are drawn from
-        stream 0. Once all rows of a batch are past theirs, the other streams are not computed.
+        stream 0. Once all rows of a batch are past theirs, the other streams are not computed; a
+        late start saves nothing, for the other streams have to read what comes before.
     """
 
     guidance: Guidance = dataclasses.field(default_factory=Plain)
@@ -35,6 +37,19 @@ class Strategy:
     text: Sampler = dataclasses.field(default_factory=Categorical)
     start: int = 0
     stop: int = 2**30
+
+    def check(self) -> None:
+        """Checks the numbers; inside compiled programs they are not known.
+
+        Raises:
+          UserError: one means nothing.
+        """
+        for part in (self.guidance, self.image, self.text):
+            part.check()
+        if not 0 <= self.start <= self.stop:
+            raise UserError(
+                f"guidance from id {self.start} to {self.stop}; it needs 0 <= start <= stop"
+            )
 
 
 @jax.tree_util.register_dataclass
@@ -128,11 +143,11 @@ class Strategies:
 
 
 def distinct(strategies: Sequence[Strategy]) -> tuple[Strategy, ...]:
-    """One strategy of every make."""
-    found: dict[jax.tree_util.PyTreeDef, Strategy] = {}
+    """One strategy of every make, in an order that does not depend on theirs."""
+    found: dict[str, Strategy] = {}
     for strategy in strategies:
-        found.setdefault(jax.tree.structure(strategy), strategy)
-    return tuple(found.values())
+        found.setdefault(str(jax.tree.structure(strategy)), strategy)
+    return tuple(found[make] for make in sorted(found))
 
 
 def _stacked(leaves: Sequence[float], shape: tuple[int, int]) -> np.ndarray:

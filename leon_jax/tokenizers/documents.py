@@ -59,12 +59,17 @@ class DocumentTokenizer:
         """How many ids one picture takes."""
         return self.image_shape[0] * self.image_shape[1]
 
-    def encode(self, document: Document | Sequence[Document]) -> Ids:
+    def encode(self, document: Document | Sequence[Document], is_open: bool | None = None) -> Ids:
         """The source form of a document, or of retrieved documents followed by the query.
 
         A hole before the end becomes a sentinel (counted from 0, in order). A hole at the end
         leaves the sequence open: it stops where the part would start. Otherwise the sequence ends
         with `</s>`.
+
+        Args:
+          document: one, or several of which the last is the query.
+          is_open: False makes a sentinel of a hole at the end, too. By default a sequence is open
+            if there is one.
 
         Raises:
           UserError: a retrieved document has a hole, there are more holes than sentinels, or a
@@ -76,16 +81,17 @@ class DocumentTokenizer:
                 raise UserError(f"retrieved document {index} has a hole; only the query may")
         parts = [part for neighbour in retrieved for part in neighbour.parts] + list(query.parts)
         pieces: list[Sequence[int] | Ids] = [[self.vocabulary.eos]]
+        is_open = _open(query) if is_open is None else is_open
         holes = 0
         for index, part in enumerate(parts):
             if index:
                 pieces.append([self.vocabulary.break_id])
             if not isinstance(part, Hole):
                 pieces.append(self._encode_part(part))
-            elif index < len(parts) - 1:
+            elif index < len(parts) - 1 or not is_open:
                 pieces.append([self._sentinel(holes)])
                 holes += 1
-        if not _open(query):
+        if not is_open:
             pieces.append([self.vocabulary.eos])
         # Unsafe, because an empty list of ids becomes floats.
         return np.concatenate(pieces, dtype=np.int32, casting="unsafe")

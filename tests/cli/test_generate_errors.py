@@ -183,6 +183,7 @@ def test_a_write_that_fails_leaves_no_half_picture(run, tmp_path, monkeypatch):
         ("日本", "日本"),
         ("!!!", "picture"),
         ("a" * 300, "a" * 60),
+        ("𐐨" * 300, "𐐨" * 30),  # of four bytes
     ],
 )
 def test_file_names_stay_inside_the_folder(prompt, name):
@@ -230,29 +231,55 @@ def test_the_process_ends_with_the_exit_code(tmp_path):
 
 
 def test_a_file_of_prompts_is_drawn_and_gone_on_with(run, tmp_path):
-    lines = [tiny.PROMPT, "", "cat " * 900, "a dog", "a dog"]
+    lines = [tiny.PROMPT, "", "cat " * 900, "a dog", "a dog", "𝒜" * 20]
     (tmp_path / "prompts.txt").write_text("\n".join(lines), encoding="utf-8")
-    asked = "--prompts=prompts.txt", "--num_images=2", "--num_docs=1", "--seed=7"
+    asked = "--prompts=prompts.txt", "--num_images=2", "--num_docs=0", "--seed=7"
     code, said, error = run(*asked)
     assert code == 2 and "line 3: the prompt has 3599 characters" in error
     assert "1 of 4 prompts could not be drawn" in error
-    drawn = files(tmp_path / "out")
-    assert drawn == {
-        f"{line:05d}-{generate.slug(lines[line - 1])}-{seed}.png"
-        for line in (1, 4, 5)
-        for seed in (7, 8)
-    }
-    assert set(said.split()) == {str(Path("out") / name) for name in drawn}
-    # The same prompt and seed give the same picture on another line.
-    twins = [(tmp_path / "out" / f"0000{line}-a-dog-7.png").read_bytes() for line in (4, 5)]
-    assert twins[0] == twins[1]
-    gone = tmp_path / "out" / "00004-a-dog-8.png"
-    before, times = gone.read_bytes(), os.stat(tmp_path / "out" / "00005-a-dog-7.png").st_mtime_ns
+    drawn = sorted((tmp_path / "out").iterdir())
+    assert set(said.split()) == {str(path.relative_to(tmp_path)) for path in drawn}
+    stories = [(text["prompt"], text["seed"]) for text in map(story, drawn)]
+    assert sorted(stories) == sorted(
+        (lines[line - 1], str(seed)) for line in (1, 4, 6) for seed in (7, 8)
+    )
+    # Gone on with: what is there stays, also where the lines have another order.
+    gone, *_, kept = (path for path in drawn if path.name.startswith("a-dog"))
+    before, times = gone.read_bytes(), kept.stat().st_mtime_ns
     gone.unlink()
+    (tmp_path / "prompts.txt").write_text("\n".join(["a dog!", *lines[::-1]]), encoding="utf-8")
     code, said, _ = run(*asked)
-    assert "2 of 4 prompts have their pictures already" in said
-    assert gone.read_bytes() == before
-    assert os.stat(tmp_path / "out" / "00005-a-dog-7.png").st_mtime_ns == times
+    assert "2 of 5 prompts have their pictures already" in said
+    assert gone.read_bytes() == before and len(files(tmp_path / "out")) == 8
+    assert [path.stat().st_mtime_ns for path in drawn if path.name.startswith("cat")] <= [times] * 2
+
+
+def story(path: Path) -> dict[str, str]:
+    """What a picture says of itself."""
+    with PIL.Image.open(path) as picture:
+        return picture.text
+
+
+@pytest.mark.parametrize(
+    "other",
+    ["--guidance=2", "--temperature=0.5", "--top_p=0.5", "--top_k=3", "--num_docs=1", "--seed=8",
+     "--best_of=2"],
+)  # fmt: skip
+def test_pictures_that_were_drawn_in_another_way_are_drawn_anew(run, tmp_path, other):
+    (tmp_path / "prompts.txt").write_text("a dog")
+    asked = "--prompts=prompts.txt", "--num_images=1", "--num_docs=0", "--seed=7"
+    assert run(*asked)[0] == 0
+    code, said, _ = run(*asked)
+    assert code == 0 and "1 of 1 prompts have their pictures already" in said
+    code, said, _ = run(*asked, other)
+    assert code == 0 and "already" not in said and said.endswith(".png\n")
+    code, said, _ = run(*asked, other)
+    assert code == 0 and "1 of 1 prompts have their pictures already" in said
+
+
+def test_small_weights_and_caches(run, tmp_path):
+    code, _, error = run(PROMPT, "--num_images=1", "--weights=int8", "--cache=int8")
+    assert (code, error) == (0, "") and len(files(tmp_path / "out")) == 1
 
 
 def test_the_best_of_several_are_written(run, tmp_path):

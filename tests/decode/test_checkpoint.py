@@ -20,7 +20,8 @@ def checkpoint(request) -> Checkpoint:
 
 def documents(count: int) -> list[Document]:
     picture = Image(codes=np.zeros((tiny.GRID, tiny.GRID), np.int32))
-    return [Document((Text(name), picture)) for name in tiny.CONCEPTS[:count]]
+    # Of many lengths: in another order they take another number of positions.
+    return [Document((Text(name * n), picture)) for n, name in enumerate(tiny.CONCEPTS[:count], 1)]
 
 
 def test_as_many_documents_are_kept_as_positions_hold(checkpoint):
@@ -29,7 +30,8 @@ def test_as_many_documents_are_kept_as_positions_hold(checkpoint):
     step = checkpoint.config.part_step
 
     def used(retrieved: list[Document]) -> int:
-        ids = checkpoint.documents.encode([*retrieved, query])
+        # The most relevant is read last.
+        ids = checkpoint.documents.encode([*retrieved[::-1], query])
         return checkpoint.documents.vocabulary.extent(ids, step) + 1 + answer
 
     everything = documents(6)

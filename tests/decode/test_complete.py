@@ -91,7 +91,7 @@ def test_a_thousand_documents_with_any_holes_are_filled_and_no_row_waits():
 
     found = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("leon_jax.decode.engine.advance", watched)
+        patch.setattr("leon_jax.decode.queue.advance", watched)
         for number, result in completions(engine(), TOKENIZER, requests):
             assert number not in found
             found[number] = result
@@ -145,6 +145,97 @@ def test_holes_are_infilled_from_left_to_right_each_seeing_the_ones_before():
     np.testing.assert_array_equal(ids[drawn] - VOCABULARY.image_start, likeliest)
 
 
+def ids(*names: str | int) -> list[int]:
+    """Ids of these names; a number is a sentinel."""
+    marks = {"</s>": VOCABULARY.eos, "|": VOCABULARY.break_id}
+    return [
+        id_
+        for name in names
+        for id_ in (
+            [VOCABULARY.sentinel(name)]
+            if isinstance(name, int)
+            else [marks[name]]
+            if name in marks
+            else [VOCABULARY.text_start + token for token in WORDS.encode(name)]
+        )
+    ]
+
+
+@pytest.mark.parametrize(
+    ("parts", "told", "others"),
+    [
+        # The last text is hidden, and stays a hole before the end.
+        ((Hole("image"), Text("cat")), (0, "|", "cat", "</s>", 0), (0, "|", 1, "</s>", 0)),
+        (
+            (Text("red"), Hole("image"), Text("cat")),
+            ("red", "|", 0, "|", "cat", "</s>", 0),
+            (0, "|", 1, "|", 2, "</s>", 1),
+        ),
+        ((Text("red"), Hole("image")), ("red", "|"), (0, "|")),
+        ((Hole("text"), Text("cat"), Hole("image")), (0, "|", "cat", "|"), (0, "|", 1, "|")),
+    ],
+)
+def test_the_streams_of_guidance_are_of_one_form(parts, told, others):
+    prompts = []
+    one = engine()
+    run = one.run
+    one.run = lambda asked: prompts.extend(asked) or run(asked)
+    (done,) = complete(one, TOKENIZER, [Request(Document(parts), strategy=STRATEGIES[1])])
+    assert_filled(Document(parts), done)
+    (prompt,) = prompts
+    assert [stream.tolist() for stream in prompt.streams] == [
+        ids("</s>", *told),
+        ids("</s>", *others),
+    ]
+
+
+def test_pictures_that_are_not_told_are_holes_too():
+    codes = np.ones(SHAPE, np.int32)
+    parts = (Hole("image"), Image(codes=codes), Text("cat"))
+    prompts = []
+    one = engine()
+    run = one.run
+    one.run = lambda asked: prompts.extend(asked) or run(asked)
+    complete(one, TOKENIZER, [Request(Document(parts), strategy=STRATEGIES[4])])
+    picture = (VOCABULARY.image_start + codes.ravel()).tolist()
+    assert [stream.tolist() for stream in prompts[0].streams] == [
+        [*ids("</s>", 0, "|"), *picture, *ids("|", "cat", "</s>", 0)],
+        [*ids("</s>", 0, "|"), *picture, *ids("|", 1, "</s>", 0)],
+        ids("</s>", 0, "|", 1, "|", 2, "</s>", 0),
+    ]
+
+
+def test_any_picture_hole_may_be_begun():
+    """Holes before the end, after other holes, and at the end."""
+    rng = np.random.default_rng(0)
+    for parts in (
+        (Hole("image"), Text("cat")),
+        (Hole("text"), Hole("image"), Text("cat"), Hole("image"), Text("red")),
+        (Text("cat"), Hole("image")),
+        (Hole("image"), Hole("text"), Hole("image")),
+    ):
+        rows = {
+            place: rng.integers(0, 24, (1, SHAPE[1]))
+            for place, part in enumerate(parts)
+            if part == Hole("image")
+        }
+        begun = Document(
+            tuple(Hole("image", rows[n]) if n in rows else p for n, p in enumerate(parts))
+        )
+        (done,) = complete(
+            engine(), TOKENIZER, [Request(begun, strategy=STRATEGIES[1], text_limit=3)]
+        )
+        assert_filled(begun, done)
+        for place, codes in rows.items():
+            np.testing.assert_array_equal(done.parts[place].codes[:1], codes)
+
+
+def test_retrieved_documents_have_no_holes():
+    holed = Document((Text("cat"), Hole("image")))
+    with pytest.raises(UserError, match="retrieved document 1 has a hole"):
+        complete(engine(), TOKENIZER, [Request(holed, (Document((Text("red"),)), holed))])
+
+
 def test_a_request_that_cannot_be_answered_is_named_and_the_others_finish():
     good = Request(Document((Text("cat"), Hole("image"))))
     long = Request(Document((Text("cat " * 200), Hole("image"))))
@@ -153,8 +244,12 @@ def test_a_request_that_cannot_be_answered_is_named_and_the_others_finish():
     assert "the model's context is 160" in str(results[0])
     assert isinstance(results[0], UserError) and isinstance(results[2], UserError)
     assert_filled(good.document, results[1])
-    with pytest.raises(UserError, match="context is 160"):
+    with pytest.raises(UserError, match=r"request 1: the prompt of .* context is 160"):
         complete(engine(), TOKENIZER, [good, long])
+    none = dataclasses.replace(good, text_limit=0)
+    results = dict(completions(engine(), TOKENIZER, [none, good]))
+    assert "max_tokens is 0" in str(results[0])
+    assert_filled(good.document, results[1])
 
 
 def test_a_document_without_holes_stays_as_it_is():

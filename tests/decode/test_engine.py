@@ -202,7 +202,7 @@ def test_past_the_interval_the_other_stream_is_not_computed(engine):
         return kept[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("leon_jax.decode.engine.advance", watched)
+        patch.setattr("leon_jax.decode.queue.advance", watched)
         engine.answer([asked])
     filled = [
         np.asarray(jnp.abs(cache.answer_keys[0].values).sum(axis=(0, 1, 2, 3, 5)) > 0)

@@ -1,5 +1,6 @@
 """Queues of prompts: slots, what comes when, compiled programs, draws, and what is refused."""
 
+import dataclasses
 import re
 
 import numpy as np
@@ -9,10 +10,11 @@ from scipy import stats
 from leon_jax.config import UserError
 from leon_jax.decode import loop
 from leon_jax.decode.engine import Engine, Prompt
-from leon_jax.decode.grammar import ImageSpan, TextSpan
-from leon_jax.decode.guidance import Plain
-from leon_jax.decode.sampling import Categorical
-from leon_jax.decode.strategy import Strategy
+from leon_jax.decode.grammar import Forced, ImageSpan, TextSpan
+from leon_jax.decode.guidance import ClassifierFree, Contrastive, Plain, TwoConditions
+from leon_jax.decode.queue import _group
+from leon_jax.decode.sampling import Categorical, Greedy
+from leon_jax.decode.strategy import Strategy, distinct
 from tests.decode.small import (
     BREAK,
     EOS,
@@ -45,7 +47,7 @@ def test_slots_are_refilled_and_no_row_waits_for_another():
         return state
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("leon_jax.decode.engine.advance", watched)
+        patch.setattr("leon_jax.decode.queue.advance", watched)
         for answer in engine.run(prompts):
             order.append(answer.prompt)
             assert [len(part.ids) for part in answer.parts] == [lengths[answer.prompt]]
@@ -148,8 +150,75 @@ def test_what_does_not_fit_the_context_is_refused(engine):
         engine.score([np.full(65, TEXT)])
 
 
-def test_streams_must_fit_the_guidance(engine):
-    with pytest.raises(ValueError, match="1 streams; guidance needs 2"):
-        engine.answer([prompt(4, streams=1)])
-    with pytest.raises(ValueError, match="prompt 0 is empty"):
-        engine.answer([Prompt((np.zeros(0, np.int32),), PICTURE)])
+def test_a_prompt_that_cannot_be_answered_is_named(engine):
+    good, text = prompt(4), (TextSpan(4, (EOS,), EOS),)
+    for wrong, message in (
+        (prompt(4, streams=1), "1 streams; guidance needs 2"),
+        (Prompt((np.zeros(0, np.int32),), PICTURE), "a stream is empty"),
+        (Prompt((np.full(60, TEXT),), PICTURE), "context is 64"),
+        (Prompt(good.streams, ()), "nothing to write"),
+        (Prompt(good.streams, PICTURE, ()), "nothing to write"),
+        (prompt(4, seeds=(2**32,)), "seed is 4294967296"),
+        (prompt(4, seeds=(-1,)), "seed is -1"),
+        (prompt(4, (TextSpan(4, (TEXT,), EOS),)), "ended by ids of texts"),
+        (prompt(4, (TextSpan(4, (EOS,), TEXT),)), "ended by ids of texts"),
+        (prompt(4, text, Strategy(text=Categorical(0.0))), "temperature is 0.0"),
+        (prompt(4, strategy=Strategy(image=Categorical(top_k=0))), "top_k is 0"),
+        (prompt(4, strategy=Strategy(Contrastive(2.0))), "alpha is 2.0"),
+        (prompt(4, strategy=Strategy(Contrastive(k=0))), "k is 0"),
+        (prompt(4, strategy=Strategy(TwoConditions(-1.0))), "image_guidance is -1"),
+        (prompt(4, strategy=Strategy(start=4, stop=3)), "from id 4 to 3"),
+    ):
+        with pytest.raises((UserError, ValueError), match=f"prompt 1: .*{message}"):
+            engine.answer([good, wrong])
+    with pytest.raises(ValueError, match="sequence is empty"):
+        engine.score([np.zeros(0, np.int32)])
+    with pytest.raises(UserError, match="context is 64"):
+        engine.warm([prompt(4, (ImageSpan(70),))])
+
+
+def test_one_span_may_stand_at_several_places():
+    """Positions after each `<break>` are rounded up wherever it stands."""
+    engine, mark = make(part_step=4), Forced((BREAK,))
+    shared = (mark, ImageSpan(5)) * 3 + (mark,)
+    apart = tuple(dataclasses.replace(span) for span in shared)
+    for before in range(30, 64):
+        asked = [Prompt((np.full(before, TEXT),), script) for script in (shared, apart)]
+        refused = []
+        for each in asked:
+            try:
+                engine.check(each)
+            except UserError:
+                refused.append(each)
+        assert len(refused) in (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("samples", "rows", "size"),
+    [([8, 8, 8, 1], 16, 8), ([8, 7], 16, 8), ([17], 16, 9), ([16], 16, 16), ([1] * 9, 16, 1),
+     ([9, 9], 16, 9), ([2, 4], 16, 4), ([40], 16, 14), ([3], 1, 1)],
+)  # fmt: skip
+def test_samples_share_prompts_without_more_rounds(samples, rows, size):
+    assert _group(samples, rows) == size
+
+
+def test_prompts_with_unlike_numbers_of_samples_share_a_queue(engine):
+    counts, read = (3, 1, 5, 2), []
+    prompts = [prompt(n, seeds=range(count)) for n, count in zip(LENGTHS, counts, strict=True)]
+    with pytest.MonkeyPatch.context() as patch:
+        begin = loop.begin
+        patch.setattr(
+            "leon_jax.decode.queue.begin", lambda *a: read.append((a[2] >= 0).sum()) or begin(*a)
+        )
+        together = engine.answer(prompts)
+    assert [len(samples) for samples in together] == list(counts)
+    assert sum(read) < sum(counts)
+    for asked, samples in zip(prompts, together, strict=True):
+        for sample, parts in zip(asked.samples, samples, strict=True):
+            alone = dataclasses.replace(asked, samples=(sample,))
+            np.testing.assert_array_equal(all_ids(engine.answer([alone])[0][0]), all_ids(parts))
+
+
+def test_makes_of_strategies_have_one_order():
+    ways = [Strategy(), Strategy(Contrastive()), Strategy(ClassifierFree(), Greedy())]
+    assert distinct(ways) == distinct(ways[::-1])

@@ -90,7 +90,7 @@ def small_cache(engine: Engine):
     with pytest.MonkeyPatch.context() as patch:
         advance = loop.advance
         patch.setattr(
-            "leon_jax.decode.engine.advance",
+            "leon_jax.decode.queue.advance",
             lambda *a, **o: kept.append(advance(*a, **o)) or kept[-1],
         )
         engine.answer([Prompt((np.arange(4, 9),), (ImageSpan(3),), (Sample(),))])
