@@ -123,6 +123,11 @@ def page(results: dict[str, tuple[Shape, list[Cell], dict]], theirs: dict, argum
     width = 2 if arguments.device == "gpu" else 4
     cells = [cell for _, cells, _ in results.values() for cell in cells]
     lines = [
+        "# Decoding speed",
+        "",
+        "Made by `python -m benchmarks.decode --shape=10m --shape=125m "
+        "--out=docs/decode_speed.md`.",
+        "",
         f"Greedy decoding after prompts of {arguments.prompt} tokens on {ours['device']} x "
         f"{ours['devices']}, PyTorch with {theirs['threads']} threads: {ours['name']} beside "
         f"{theirs['name']}, the same weights, both in {'bfloat16' if width == 2 else 'float32'}. "

@@ -49,19 +49,20 @@ def likelihood(decoder: Decoder, ids, positions, weights, kept: CacheType):
     head = decoder.head()
 
     def step(carry, at):
-        cache, hidden, total = carry
-        scores = jax.nn.log_softmax(decoder.logits(hidden, head))
-        total += weights[:, at] * jnp.take_along_axis(scores, ids[:, at][:, None], axis=1)[:, 0]
+        cache, hidden = carry
+        scores = jax.nn.log_softmax(jax.reshard(decoder.logits(hidden, head), jax.P(None, None)))
+        told = jax.nn.one_hot(ids[:, at], scores.shape[1])
+        gained = weights[:, at] * (scores * told).sum(axis=1)
         seen = own(length - 1, at - 1, jnp.full((rows, 1), at - 1))
         hidden, keys, values = decoder.decode_step(
             ids[:, at][None, :, None], positions[:, at][None, :, None],
             [cache.prompt()], [cache.answer(seen)],
         )  # fmt: skip
         cache = cache.append(at - 1, [key[:, 0] for key in keys], [each[:, 0] for each in values])
-        return (cache, hidden[0, :, 0], total), None
+        return (cache, hidden[0, :, 0]), gained
 
-    start = cache, hidden[:, 0], jnp.zeros(rows)
-    return jax.lax.scan(step, start, jnp.arange(1, length))[0][2]
+    _, gained = jax.lax.scan(step, (cache, hidden[:, 0]), jnp.arange(1, length))
+    return gained.sum(axis=0)
 
 
 def perplexity(leon: Leon, decoder: Decoder, kept: CacheType, documents: list[Document]) -> dict:

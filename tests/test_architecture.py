@@ -70,7 +70,8 @@ def imports(path: Path, on_load: bool = False) -> dict[str, int]:
             names = [f"{node.module}.{alias.name}" for alias in node.names]
         for name in names:
             package, _, rest = name.partition(".")
-            if package == "leon_jax" and rest:
+            # The version belongs to no room.
+            if package == "leon_jax" and rest not in ("", "__version__"):
                 found.setdefault(rest, node.lineno)
     return found
 

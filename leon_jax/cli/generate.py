@@ -33,7 +33,6 @@ from leon_jax.decode.checkpoint import CAPTION_TOKENS, Checkpoint, model_folder
 from leon_jax.decode.completer import check_seeds, make_strategy
 from leon_jax.decode.library import cache, check
 from leon_jax.decode.results import Generation, credit, settings
-from leon_jax.decode.strategy import Strategy
 from leon_jax.leon import Leon
 from leon_jax.models.decoder import WeightType
 
@@ -114,7 +113,7 @@ def main(argv: list[str]) -> None:
     temperature = _TEMPERATURE.value
     if temperature is None:
         temperature = 0.0 if caption else 1.0
-    strategy = make_strategy(_GUIDANCE.value, temperature, _TOP_P.value, _TOP_K.value)
+    make_strategy(_GUIDANCE.value, temperature, _TOP_P.value, _TOP_K.value)
     count = 1 if caption else _BEST_OF.value or _NUM_IMAGES.value
     if count < 1:
         raise UserError(f"--num_images is {count}; it must be at least 1")
@@ -132,10 +131,7 @@ def main(argv: list[str]) -> None:
         return
     if _INDEX.value is not None:
         check(pathlib.Path(_INDEX.value), checkpoint.folder)
-    if caption:
-        _caption(checkpoint, temperature)
-    else:
-        _draw(checkpoint, strategy)
+    (_caption if caption else _draw)(checkpoint, temperature)
 
 
 def _load() -> Leon:
@@ -158,7 +154,7 @@ def _warm(count: int, temperature: float) -> None:
     )
 
 
-def _draw(checkpoint: Checkpoint, strategy: Strategy) -> None:
+def _draw(checkpoint: Checkpoint, temperature: float) -> None:
     count = _NUM_IMAGES.value
     prompts = _prompts()
     if _IMAGE.value is not None:
@@ -172,6 +168,7 @@ def _draw(checkpoint: Checkpoint, strategy: Strategy) -> None:
     out = pictures.check_folder(_OUT.value)
     asked = list(prompts)
     if not single:
+        strategy = make_strategy(_GUIDANCE.value, temperature, _TOP_P.value, _TOP_K.value)
         way = settings(strategy, _NUM_DOCS.value, _BEST_OF.value, _RANK_BY.value)
         said = {"model": checkpoint.name, "settings": way}
         asked = [line for line in prompts if not _is_drawn(out, prompts[line], said)]
@@ -186,10 +183,12 @@ def _draw(checkpoint: Checkpoint, strategy: Strategy) -> None:
         num_images=count,
         num_docs=_NUM_DOCS.value,
         guidance=_GUIDANCE.value,
+        temperature=temperature,
+        top_p=_TOP_P.value,
+        top_k=_TOP_K.value,
         seed=_SEED.value,
         best_of=_BEST_OF.value,
         rank_by=_RANK_BY.value,  # type: ignore[arg-type]  # absl checks it
-        strategy=strategy,
     )
     failed = 0
     with tqdm(total=len(asked), unit="prompt", disable=single) as bar:

@@ -36,7 +36,7 @@ class _Asked:
 
     strategies: Sequence[Strategy]
     num_docs: int
-    guidance: float
+    guidance: float | None
     seed: int
     keep: int | None = None
     rank_by: rerank.Ranking = "clip"
@@ -144,6 +144,7 @@ class Drawer(Completer):
         check_seeds(seed, count)
         rerank.check(rank_by, count, num_images)
         self.checkpoint.check_num_docs(num_docs)
+        weight = None if strategy else guidance
         strategy = strategy or make_strategy(guidance, temperature, top_p, top_k)
         ways = [strategy] if isinstance(strategy, Strategy) else list(strategy)
         for way in ways:
@@ -151,7 +152,7 @@ class Drawer(Completer):
         if num_docs:
             _ = self.library  # what is wrong with it is wrong with all prompts
         asked = _Asked(
-            [ways[place % len(ways)] for place in range(count)], num_docs, guidance, seed,
+            [ways[place % len(ways)] for place in range(count)], num_docs, weight, seed,
             None if best_of is None else num_images, rank_by,
         )  # fmt: skip
         return self._drawn(prompts, asked)
@@ -223,7 +224,7 @@ class Drawer(Completer):
         self.retrieve(request.document, num_docs)
         with jax.set_mesh(self.mesh):
             self.image_tokenizer.decode(np.zeros((num_images, *documents.image_shape), np.int32))
-            return warm(self.engine, documents, request, num_images, prompts)
+            return warm(self.engine, documents, request, num_images, min(prompts, _PROMPTS))
 
     def edit(
         self,

@@ -292,9 +292,7 @@ def _write(
             ahead.any(), lambda: read_by(streams), lambda: read_by(1)
         )
     # All reads of the caches come before the writes, so that the writes are in place.
-    caches, hidden, keys, values = jax.lax.optimization_barrier(
-        (state.caches, hidden, keys, values)
-    )
+    caches, hidden = jax.lax.optimization_barrier((state.caches, hidden))
     after = state.positions + 1
     step = decoder.config.part_step
     after = jnp.where(written == vocabulary.break_id, after + -after % step, after)

@@ -18,7 +18,7 @@ class Generation:
 
     Attributes:
       image: the picture.
-      prompt, seed, guidance: what it was drawn for, and how.
+      prompt, seed, guidance: what it was drawn for, and how; None if a strategy says how.
       retrieved: the documents that were read first, with their licences.
       model: name and version of what drew it.
       settings: everything else that it depends on; see `settings`.
@@ -27,18 +27,18 @@ class Generation:
     image: PIL.Image.Image
     prompt: str
     seed: int
-    guidance: float
+    guidance: float | None
     retrieved: tuple[Document, ...]
     model: str
     settings: str = ""
 
     def metadata(self) -> dict[str, str]:
         """What a PNG file carries as text; `retrieved` is JSON, one object a document."""
-        return {
+        guidance = {} if self.guidance is None else {"guidance": f"{self.guidance:g}"}
+        return guidance | {
             "prompt": self.prompt,
             "seed": str(self.seed),
             "model": self.model,
-            "guidance": f"{self.guidance:g}",
             "settings": self.settings,
             "retrieved": json.dumps(
                 [credit(document) for document in self.retrieved], ensure_ascii=False
