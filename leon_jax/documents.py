@@ -118,10 +118,12 @@ class Hole:
     first_rows: Sequence[Sequence[int]] | Int32[np.ndarray, "rows cols"] = ()
 
     def __post_init__(self):
-        # Tuples, so that a Hole can be compared and hashed.
-        rows = tuple(tuple(int(code) for code in row) for row in self.first_rows)
+        try:  # tuples, so that a Hole can be compared and hashed
+            rows = tuple(tuple(int(code) for code in row) for row in self.first_rows)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"first_rows are rows of codes of a picture: {error}") from error
         if rows and (self.modality != "image" or len(set(map(len, rows))) > 1):
-            raise ValueError("first_rows are of a picture, and all of one length")
+            raise ValueError("first_rows are rows of codes of a picture, all equally long")
         object.__setattr__(self, "first_rows", rows)
         if self.modality not in get_args(Modality):
             raise ValueError(

@@ -89,6 +89,7 @@ class Leon(Drawer):
         max_tokens: int = CAPTION_TOKENS,
         temperature: float = 0.0,
         top_p: float | None = None,
+        top_k: int | None = None,
         seed: int = 0,
     ) -> Caption:
         """Writes a caption for a picture: the text before it is infilled.
@@ -98,14 +99,14 @@ class Leon(Drawer):
           num_docs: how many documents to retrieve and read first, at most.
           max_tokens: where a caption is cut.
           temperature: 0 writes the most likely caption, token by token.
-          top_p: see `leon_jax.decode.sampling.make_sampler`.
+          top_p, top_k: see `leon_jax.decode.sampling.make_sampler`.
           seed: decides the caption if the temperature is above 0.
 
         Raises:
           UserError: the file is no picture that can be read, or an argument is out of range.
         """
         document = Document((Hole("text"), picture_part(image)))
-        return self._written(document, 0, num_docs, max_tokens, temperature, top_p, seed)
+        return self._written(document, 0, num_docs, max_tokens, temperature, top_p, top_k, seed)
 
     def answer(
         self,
@@ -115,6 +116,7 @@ class Leon(Drawer):
         max_tokens: int = CAPTION_TOKENS,
         temperature: float = 0.0,
         top_p: float | None = None,
+        top_k: int | None = None,
         seed: int = 0,
     ) -> Caption:
         """Answers a question about a picture: the text after the question is infilled.
@@ -125,7 +127,7 @@ class Leon(Drawer):
         Args:
           image: a file, a PIL picture, or sRGB uint8[height, width, 3].
           question: any text.
-          num_docs, max_tokens, temperature, top_p, seed: see `caption`.
+          num_docs, max_tokens, temperature, top_p, top_k, seed: see `caption`.
 
         Raises:
           UserError: see `caption`; or the question is empty or too long.
@@ -134,7 +136,7 @@ class Leon(Drawer):
             raise UserError("the question is empty; ask something about the picture")
         asked = text_part("question", f"Question: {question.strip()} Answer:")
         document = Document((asked, Hole("text"), picture_part(image)))
-        return self._written(document, 1, num_docs, max_tokens, temperature, top_p, seed)
+        return self._written(document, 1, num_docs, max_tokens, temperature, top_p, top_k, seed)
 
     def save(self, folder: str | os.PathLike) -> None:
         """Copies the model folder to one that `load` reads, each file whole or not at all.
@@ -166,6 +168,7 @@ class Leon(Drawer):
         max_tokens: int,
         temperature: float,
         top_p: float | None,
+        top_k: int | None,
         seed: int,
     ) -> Caption:
         """What fills the text hole of a document about a picture."""
@@ -178,6 +181,7 @@ class Leon(Drawer):
             seeds=[seed],
             temperature=temperature,
             top_p=top_p,
+            top_k=top_k,
             max_tokens=max_tokens,
         )
         written = done.parts[place]

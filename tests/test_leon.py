@@ -44,8 +44,8 @@ def test_the_same_seed_gives_the_same_picture_in_any_batch(leon):
 def test_a_png_tells_where_it_came_from(leon, tmp_path):
     prompt = "cat face, 日本 style"
     (generation,) = leon.generate(prompt, num_docs=1, seed=3, guidance=2.5)
-    generation.save(tmp_path / "cat.png")
-    with PIL.Image.open(tmp_path / "cat.png") as picture:
+    generation.save(tmp_path / "new" / "cat.png")
+    with PIL.Image.open(tmp_path / "new" / "cat.png") as picture:
         text = picture.text
         np.testing.assert_array_equal(np.asarray(picture), np.asarray(generation.image))
     assert (text["prompt"], text["seed"], text["guidance"]) == (prompt, "3", "2.5")
@@ -59,7 +59,7 @@ def test_a_png_tells_where_it_came_from(leon, tmp_path):
         "licence": origin.licence,
         "attribution": origin.attribution,
     }
-    assert [path.name for path in tmp_path.iterdir()] == ["cat.png"]
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["cat.png"]
 
 
 def test_caption_takes_a_picture_in_any_form(leon, tmp_path):
@@ -189,7 +189,11 @@ def test_a_picture_is_drawn_on_from_its_first_rows(leon):
     begun = Document((Text(PROMPT), Hole("image", codes[:1])))
     (done,) = leon.complete(begun, seeds=[3], guidance=2.0)
     np.testing.assert_array_equal(done.parts[1].codes[0], codes[0])
+    for guess in (4, 0.5, "cat.png", pixels):
+        with pytest.raises(ValueError, match="first_rows are rows of codes"):
+            Hole("image", guess)
     first, second = leon.extend(pixels, PROMPT, rows=0.25, num_images=2, guidance=2.0, seed=3)
+    assert json.loads(first.metadata()["settings"])["task"] == "extend, 1 of 4 rows"
     np.testing.assert_array_equal(np.asarray(first.image), done.parts[1].pixels)
     assert (np.asarray(first.image) != np.asarray(second.image)).any()
     # What the model finds likeliest it finds likeliest when it is given the beginning of it.
@@ -251,6 +255,8 @@ def test_lists_that_do_not_fit_the_documents_are_named(leon):
         ({"retrieved": found * 2}, "a sequence of documents for each"),
         ({"strategy": Strategy(Contrastive(2.0))}, "alpha is 2"),
         ({"max_tokens": 0}, "max_tokens is 0"),
+        ({"strategy": Strategy(3.0)}, "guidance is 3.0; give one as"),
+        ({"strategy": Strategy(image=0.9)}, "a sampler is 0.9; give one as"),
     ):
         with pytest.raises(UserError, match=message):
             leon.complete([cat, cat], **wrong)
@@ -297,6 +303,10 @@ def _fits(leon: Leon, prompt: str) -> bool:
 
 
 def test_what_is_wrong_with_all_prompts_is_raised_at_once(leon):
+    with pytest.raises(UserError, match="prompts is one text"):
+        leon.generate_each("cat")
+    with pytest.raises(UserError, match="'cat' is no Document"):
+        leon.complete_each(["cat"])
     for wrong in ({"num_docs": 99}, {"num_docs": -1}, {"seed": 2**32 - 1, "num_images": 2}):
         with pytest.raises(UserError):
             leon.generate_each([PROMPT], **wrong)

@@ -114,9 +114,15 @@ def main(argv: list[str]) -> None:
     if temperature is None:
         temperature = 0.0 if caption else 1.0
     make_strategy(_GUIDANCE.value, temperature, _TOP_P.value, _TOP_K.value)
-    count = 1 if caption else _BEST_OF.value or _NUM_IMAGES.value
+    count = 1 if caption else _NUM_IMAGES.value
     if count < 1:
         raise UserError(f"--num_images is {count}; it must be at least 1")
+    if _BEST_OF.value is not None and not caption:
+        if _BEST_OF.value < count:
+            raise UserError(
+                f"--best_of is {_BEST_OF.value}; it must be at least --num_images, {count}"
+            )
+        count = _BEST_OF.value
     try:
         check_seeds(_SEED.value, count)
     except UserError as error:
@@ -140,6 +146,7 @@ def _load() -> Leon:
 
 def _warm(count: int, temperature: float) -> None:
     prompts = 1 if _PROMPTS.value is None else len(_prompts())
+    print("compiling, which takes a minute or so for a small model ...", file=sys.stderr)
     lengths = _load().warm(
         count,
         _NUM_DOCS.value,
@@ -159,8 +166,6 @@ def _draw(checkpoint: Checkpoint, temperature: float) -> None:
     prompts = _prompts()
     if _IMAGE.value is not None:
         raise UserError("--image is for --task=caption; a picture is drawn from --prompt alone")
-    if _BEST_OF.value is not None and _BEST_OF.value < count:
-        raise UserError(f"--best_of is {_BEST_OF.value}; it must be at least --num_images, {count}")
     checkpoint.check_num_docs(_NUM_DOCS.value)
     single = _PROMPTS.value is None
     if single:
@@ -169,7 +174,10 @@ def _draw(checkpoint: Checkpoint, temperature: float) -> None:
     asked = list(prompts)
     if not single:
         strategy = make_strategy(_GUIDANCE.value, temperature, _TOP_P.value, _TOP_K.value)
-        way = settings(strategy, _NUM_DOCS.value, _BEST_OF.value, _RANK_BY.value)
+        way = settings(
+            strategy, _NUM_DOCS.value, checkpoint.digest, (_WEIGHTS.value, _CACHE.value),
+            _BEST_OF.value, _RANK_BY.value,
+        )  # fmt: skip
         said = {"model": checkpoint.name, "settings": way}
         asked = [line for line in prompts if not _is_drawn(out, prompts[line], said)]
         if len(asked) < len(prompts):
@@ -213,8 +221,9 @@ def _draw(checkpoint: Checkpoint, temperature: float) -> None:
 def _prompts() -> dict[int, str]:
     """The prompts by the number of the first line that they stand in."""
     if (_PROMPT.value is None) == (_PROMPTS.value is None):
-        given = "missing" if _PROMPT.value is None else "given beside --prompts"
-        raise UserError(f'--prompt is {given}; for example --prompt="cat face, Twemoji style"')
+        if _PROMPT.value is not None:
+            raise UserError("--prompt is given beside --prompts; give one of them")
+        raise UserError('--prompt is missing; for example --prompt="cat face, Twemoji style"')
     if _PROMPT.value is not None:
         return {1: _PROMPT.value}
     try:
@@ -245,7 +254,7 @@ def _is_drawn(out: pathlib.Path, prompt: str, wanted: dict[str, str]) -> bool:
         try:
             with PIL.Image.open(path) as picture:
                 said: dict[str, str] = getattr(picture, "text", {})
-        except OSError:
+        except (OSError, ValueError):  # damaged, or not ours
             continue
         same = all(said.get(key) == text for key, text in (wanted | {"prompt": prompt}).items())
         found += same and said.get("seed", "") in [str(seed) for seed in seeds]
@@ -278,6 +287,7 @@ def _caption(checkpoint: Checkpoint, temperature: float) -> None:
         max_tokens=CAPTION_TOKENS,
         temperature=temperature,
         top_p=_TOP_P.value,
+        top_k=_TOP_K.value,
         seed=_SEED.value,
     )
     print(caption.text)

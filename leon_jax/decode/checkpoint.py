@@ -1,6 +1,8 @@
 """What is in a model folder, known without reading its weights, and what fits its context."""
 
 import dataclasses
+import functools
+import hashlib
 import importlib.resources
 import json
 import os
@@ -85,6 +87,22 @@ class Checkpoint:
         """Which model this is, for people and for picture metadata."""
         return f"leon_jax {__version__} {self.folder.absolute().name}"
 
+    @functools.cached_property
+    def digest(self) -> str:
+        """Tells the weights of one decoder from those of another: 12 hexadecimal digits.
+
+        Of the file's size and of 64 pieces of it, for a large model is read for minutes. Training
+        changes every weight; a file that was changed in few places only may have the same.
+        """
+        path = self.folder / "decoder.safetensors"
+        found, size = hashlib.sha256(), path.stat().st_size
+        found.update(str(size).encode())
+        with path.open("rb") as file:
+            for piece in range(64):
+                file.seek(size * piece // 64)
+                found.update(file.read(4096))
+        return found.hexdigest()[:12]
+
     @property
     def context(self) -> int:
         """How many positions the decoder has."""
@@ -151,7 +169,7 @@ class Checkpoint:
         if num_docs > fit:
             raise UserError(
                 f"num_docs is {num_docs}; the model's context of {self.context} positions holds "
-                f"at most {fit} beside this request"
+                f"at most {fit} documents beside this request; ask for fewer, or shorten it"
             )
 
     def fitting(

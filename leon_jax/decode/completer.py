@@ -114,7 +114,7 @@ class Completer:
 
     def complete_each(
         self,
-        documents: Sequence[Document],
+        documents: Iterable[Document],
         *,
         retrieved: Sequence[Sequence[Document]] | None = None,
         seeds: Sequence[int] | None = None,
@@ -137,7 +137,8 @@ class Completer:
           UserError: an argument other than a document is out of range.
         """
         requests = self._requests(
-            documents, retrieved, seeds, max_tokens,
+            [documents] if isinstance(documents, Document) else list(documents),
+            retrieved, seeds, max_tokens,
             strategy or make_strategy(guidance, temperature, top_p, top_k),
         )  # fmt: skip
 
@@ -158,6 +159,9 @@ class Completer:
         strategy: Strategy | Sequence[Strategy],
     ) -> list[Request]:
         """What is asked for; see `complete`."""
+        for document in documents:
+            if not isinstance(document, Document):
+                raise UserError(f"{document!r} is no Document; make one of Text, Image and Hole")
         count = len(documents)
         ways = [strategy] * count if isinstance(strategy, Strategy) else strategy
         strategies = _one_each("strategy", ways, count)

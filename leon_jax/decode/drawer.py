@@ -40,6 +40,7 @@ class _Asked:
     seed: int
     keep: int | None = None
     rank_by: rerank.Ranking = "clip"
+    task: str = "generate"
 
 
 class Drawer(Completer):
@@ -138,6 +139,8 @@ class Drawer(Completer):
           UserError: an argument other than a prompt is out of range, or there is nothing to
             retrieve from.
         """
+        if isinstance(prompts, str):
+            raise UserError("prompts is one text; give a list of them, or use generate")
         if num_images < 1:
             raise UserError(f"num_images is {num_images}; it must be at least 1")
         count = num_images if best_of is None else best_of
@@ -217,6 +220,7 @@ class Drawer(Completer):
         """
         if num_images < 1 or prompts < 1:
             raise UserError(f"{num_images} images of {prompts} prompts; both must be at least 1")
+        self.checkpoint.check_num_docs(num_docs)
         sampler = make_sampler(**sampling)
         strategy = Strategy(make_guidance(guidance), sampler, sampler)
         documents = self.checkpoint.documents
@@ -263,7 +267,7 @@ class Drawer(Completer):
         guidance = make_two_conditions(image_guidance, text_guidance)
         return self._drawn_last(
             Document((task, picture_part(image), what, Hole("image"))), instruction, num_images,
-            seed, text_guidance, Strategy(guidance, sampler, sampler),
+            seed, None, Strategy(guidance, sampler, sampler), "edit",
         )  # fmt: skip
 
     def extend(
@@ -280,10 +284,13 @@ class Drawer(Completer):
     ) -> list[Generation]:
         """Keeps the upper part of a picture and draws the rest.
 
+        What is kept are its tokens: the result has the model's size, and colours near the border
+        may change a little, for the image tokenizer looks across it.
+
         Args:
           image: a file, a PIL picture, or sRGB uint8[height, width, 3].
           prompt: what the whole picture shows.
-          rows: how much of it is kept, more than 0 and less than 1; rounded to rows of tokens.
+          rows: the share that is kept, more than 0 and less than 1; rounded to rows of tokens.
           num_images: how many pictures; they get the seeds `seed`, `seed` + 1, ...
           guidance, temperature, top_p, top_k, seed: see `generate`.
 
@@ -294,14 +301,15 @@ class Drawer(Completer):
         kept = round(rows * height) if 0 < rows < 1 else 0
         if not 0 < kept < height:
             raise UserError(
-                f"rows is {rows}; {height} rows make a picture, so keep {1 / height:g} of it to "
-                f"{1 - 1 / height:g}"
+                f"rows is {rows}; it is a share, and a picture has {height} rows of tokens, so "
+                f"keep {1 / height:g} of it to {1 - 1 / height:g}"
             )
         self.checkpoint.check_prompt(prompt, 0)
         codes = self.tokenize(Document((picture_part(image),))).codes
         return self._drawn_last(
             Document((Text(prompt), Hole("image", codes[:kept]))), prompt, num_images, seed,
             guidance, make_strategy(guidance, temperature, top_p, top_k),
+            f"extend, {kept} of {height} rows",
         )  # fmt: skip
 
     def _drawn_last(
@@ -310,8 +318,9 @@ class Drawer(Completer):
         prompt: str,
         num_images: int,
         seed: int,
-        guidance: float,
+        guidance: float | None,
         strategy: Strategy,
+        task: str,
     ) -> list[Generation]:
         """What is drawn into the last hole of a document, with the seeds from `seed` on."""
         if num_images < 1:
@@ -328,7 +337,7 @@ class Drawer(Completer):
                 raise result
             done[number] = result
         return self._generations(
-            self._with_pixels(done), prompt, _Asked(ways, 0, guidance, seed), ()
+            self._with_pixels(done), prompt, _Asked(ways, 0, guidance, seed, task=task), ()
         )
 
     def retrieve(self, document: Document, num_docs: int) -> list[Document]:
@@ -392,7 +401,10 @@ class Drawer(Completer):
                 Generation(
                     PIL.Image.fromarray(picture.pixels), prompt, asked.seed + number,
                     asked.guidance, tuple(retrieved), self.name,
-                    settings(strategy, asked.num_docs, best_of, asked.rank_by),
+                    settings(
+                        strategy, asked.num_docs, self.checkpoint.digest,
+                        (self.decoder.stored, self.engine.kept), best_of, asked.rank_by, asked.task,
+                    ),
                 )
             )  # fmt: skip
         return generations

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import pathlib
 
 import numpy as np
 import PIL.Image
@@ -46,15 +47,38 @@ class Generation:
         }
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes a PNG with `metadata`, whole or not at all."""
+        """Writes a PNG with `metadata`, whole or not at all; makes its folder if missing."""
+        pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
         pictures.write_png(path, np.asarray(self.image), self.metadata())
 
 
 def settings(
-    strategy: Strategy, num_docs: int, best_of: int | None = None, rank_by: str = "clip"
+    strategy: Strategy,
+    num_docs: int,
+    digest: str,
+    kept: tuple[str, str],
+    best_of: int | None = None,
+    rank_by: str = "clip",
+    task: str = "generate",
 ) -> str:
-    """How a picture was drawn, as JSON: equal for pictures that were drawn alike."""
-    said = {"strategy": repr(strategy), "num_docs": num_docs}
+    """How a picture was drawn, as JSON: equal for pictures that were drawn alike.
+
+    Args:
+      strategy: said as Python writes it.
+      num_docs: how many documents were wanted.
+      digest: of the decoder; see `Checkpoint.digest`.
+      kept: what weights and cache were kept in.
+      best_of, rank_by: of how many it was chosen, and how.
+      task: what was done, and with which numbers of its own.
+    """
+    said = {
+        "task": task,
+        "strategy": repr(strategy),
+        "num_docs": num_docs,
+        "decoder": digest,
+        "weights": kept[0],
+        "cache": kept[1],
+    }
     if best_of is not None:
         said |= {"best_of": best_of, "rank_by": rank_by}
     return json.dumps(said)

@@ -44,6 +44,11 @@ class Strategy:
         Raises:
           UserError: one means nothing.
         """
+        if not isinstance(self.guidance, Guidance):
+            raise UserError(f"guidance is {self.guidance!r}; give one as ClassifierFree(3.0)")
+        for sampler in (self.image, self.text):
+            if not callable(sampler):
+                raise UserError(f"a sampler is {sampler!r}; give one as Categorical(top_p=0.9)")
         for part in (self.guidance, self.image, self.text):
             part.check()
         if not 0 <= self.start <= self.stop:

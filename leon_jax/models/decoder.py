@@ -183,6 +183,12 @@ class Decoder(nnx.Module):
         """The layers in order: stacked in one block, or, after `split`, in a block each."""
         return [self.blocks] if isinstance(self.blocks, Block) else list(self.blocks)
 
+    @property
+    def stored(self) -> str:
+        """What the weights are kept in, as `stored_as` calls it."""
+        small = isinstance(self.pieces[0].query, Int8Weight)
+        return "int8" if small else str(self.table.dtype)
+
     def split(self) -> Self:
         """The same model for inference alone, with every layer's weights in arrays of their own.
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import PIL.Image
+import PIL.PngImagePlugin
 import pytest
 
 from leon_jax.cli import generate, main
@@ -263,7 +265,7 @@ def story(path: Path) -> dict[str, str]:
 @pytest.mark.parametrize(
     "other",
     ["--guidance=2", "--temperature=0.5", "--top_p=0.5", "--top_k=3", "--num_docs=1", "--seed=8",
-     "--best_of=2"],
+     "--best_of=2", "--weights=int8", "--cache=int8"],
 )  # fmt: skip
 def test_pictures_that_were_drawn_in_another_way_are_drawn_anew(run, tmp_path, other):
     (tmp_path / "prompts.txt").write_text("a dog")
@@ -275,6 +277,32 @@ def test_pictures_that_were_drawn_in_another_way_are_drawn_anew(run, tmp_path, o
     assert code == 0 and "already" not in said and said.endswith(".png\n")
     code, said, _ = run(*asked, other)
     assert code == 0 and "1 of 1 prompts have their pictures already" in said
+
+
+def test_pictures_of_other_weights_are_drawn_anew(run, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a dog")
+    model = tmp_path / "other" / tiny.folders()[0].name
+    shutil.copytree(tiny.folders()[0], model)
+    asked = "--prompts=prompts.txt", "--num_images=1", "--num_docs=0", f"--checkpoint={model}"
+    assert run(*asked)[0] == 0
+    assert "1 of 1 prompts have their pictures already" in run(*asked)[1]
+    weights = bytearray((model / "decoder.safetensors").read_bytes())
+    weights[-1000:] = bytes(1000)
+    (model / "decoder.safetensors").write_bytes(weights)
+    assert "already" not in run(*asked)[1]
+
+
+def test_a_file_that_lies_in_the_folder_stops_nothing(run, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a dog")
+    asked = "--prompts=prompts.txt", "--num_images=1", "--num_docs=0"
+    assert run(*asked)[0] == 0
+    (drawn,) = (tmp_path / "out").iterdir()
+    text = PIL.PngImagePlugin.PngInfo()
+    text.add_text("much", "x" * 2_000_000, zip=True)
+    for name, content in (("1", b""), ("2", b"no picture")):
+        drawn.with_stem(f"{drawn.stem[:-1]}{name}").write_bytes(content)
+    PIL.Image.new("RGB", (4, 4)).save(drawn.with_stem(f"{drawn.stem[:-1]}3"), pnginfo=text)
+    assert "1 of 1 prompts have their pictures already" in run(*asked)[1]
 
 
 def test_small_weights_and_caches(run, tmp_path):
