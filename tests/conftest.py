@@ -1,5 +1,8 @@
 """Fixtures for all tests."""
 
+import gc
+import pathlib
+
 import jax
 import pytest
 
@@ -12,6 +15,20 @@ def one_device_mesh():
     """Every test runs under a one-device mesh unless it sets its own."""
     with jax.set_mesh(sharding.make_mesh((1, 1, 1, 1), jax.devices()[:1])):
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_programs():
+    """Lets go of compiled programs after modules that made many.
+
+    Each takes mappings of memory, of which Linux allows a process 65,530; past that the compiler
+    crashes.
+    """
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 15_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
