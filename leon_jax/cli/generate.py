@@ -151,10 +151,10 @@ def _warm(count: int, temperature: float) -> None:
         count,
         _NUM_DOCS.value,
         _GUIDANCE.value,
+        temperature,
+        _TOP_P.value,
+        _TOP_K.value,
         prompts,
-        temperature=temperature,
-        top_p=_TOP_P.value,
-        top_k=_TOP_K.value,
     )
     print(
         f"compiled for {lengths} lengths of prompts; kept in {jax.config.jax_compilation_cache_dir}"

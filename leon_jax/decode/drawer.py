@@ -3,7 +3,6 @@
 import dataclasses
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -15,7 +14,7 @@ from leon_jax.decode.cache import CacheType
 from leon_jax.decode.checkpoint import CAPTION_TOKENS, Checkpoint
 from leon_jax.decode.complete import Request, warm
 from leon_jax.decode.completer import Completer, check_seeds, make_strategy
-from leon_jax.decode.guidance import make_guidance, make_two_conditions
+from leon_jax.decode.guidance import make_two_conditions
 from leon_jax.decode.inputs import Picture, picture_part, text_part
 from leon_jax.decode.library import Library, find
 from leon_jax.decode.results import Generation, settings
@@ -201,16 +200,17 @@ class Drawer(Completer):
         num_images: int = 1,
         num_docs: int = 2,
         guidance: float = 3.0,
+        temperature: float = 1.0,
+        top_p: float | None = None,
+        top_k: int | None = None,
         prompts: int = 1,
-        **sampling: Any,
     ) -> int:
         """Compiles ahead what `generate` needs for prompts and documents of any length.
 
         Args:
-          num_images, num_docs, guidance: as they will be given to `generate`; with `best_of`, that
-            many images.
+          num_images, num_docs, guidance, temperature, top_p, top_k: as they will be given to
+            `generate`; with `best_of`, that many images.
           prompts: how many prompts `generate_each` will be given.
-          sampling: likewise, `temperature`, `top_p` and `top_k`.
 
         Returns:
           For how many lengths.
@@ -221,8 +221,7 @@ class Drawer(Completer):
         if num_images < 1 or prompts < 1:
             raise UserError(f"{num_images} images of {prompts} prompts; both must be at least 1")
         self.checkpoint.check_num_docs(num_docs)
-        sampler = make_sampler(**sampling)
-        strategy = Strategy(make_guidance(guidance), sampler, sampler)
+        strategy = make_strategy(guidance, temperature, top_p, top_k)
         documents = self.checkpoint.documents
         request = Request(Document((Text("a"), Hole("image"))), strategy=strategy)
         self.retrieve(request.document, num_docs)

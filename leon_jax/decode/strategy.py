@@ -90,11 +90,6 @@ class Strategies:
             stacked.append(jax.tree.map(lambda *leaves: _stacked(leaves, shape), *rows))
         return cls(tuple(stacked), which)  # type: ignore[arg-type]
 
-    @property
-    def streams(self) -> int:
-        """How many streams the one that reads most of them reads."""
-        return max(make.guidance.streams for make in self.makes)
-
     def guided(
         self, used: Int[Array, "group sample"], later: Bool[Array, "group sample"]
     ) -> Bool[Array, "group sample"]:

@@ -305,6 +305,14 @@ def test_a_file_that_lies_in_the_folder_stops_nothing(run, tmp_path):
     assert "1 of 1 prompts have their pictures already" in run(*asked)[1]
 
 
+def test_what_is_warmed_is_compiled_and_nothing_is_drawn(run, tmp_path):
+    code, said, _ = run("--warm", "--num_images=2", "--num_docs=0", "--top_k=3")
+    assert code == 0 and said.startswith("compiled for 3 lengths of prompts; kept in ")
+    assert not (tmp_path / "out").exists()
+    assert run("--warm", "--num_docs=99")[0] == 2
+    assert run("--warm", "--best_of=2", "--num_images=4")[0] == 2
+
+
 def test_small_weights_and_caches(run, tmp_path):
     code, _, error = run(PROMPT, "--num_images=1", "--weights=int8", "--cache=int8")
     assert (code, error) == (0, "") and len(files(tmp_path / "out")) == 1
