@@ -18,8 +18,8 @@ import sys
 from absl import app, flags
 
 from leon_jax.config import to_dict
-from leon_jax.decode import library
-from leon_jax.decode.checkpoint import model_folder
+from leon_jax.generate import retriever
+from leon_jax.model_folder import shipped_folder
 
 _STEPS = flags.DEFINE_integer("steps", 2000, "Training steps of each decoder.", 1)
 _VARIANTS = flags.DEFINE_integer("variants", 16, "Variants of each picture in training.", 1)
@@ -53,11 +53,11 @@ def rules(full: dict) -> dict[str, dict]:
 def main(argv: list[str]) -> None:
     """Runs what is not there yet, then writes the page."""
     del argv
-    work, model = pathlib.Path(_WORKDIR.value).absolute(), model_folder(None)
+    work, model = pathlib.Path(_WORKDIR.value).absolute(), shipped_folder()
     work.mkdir(parents=True, exist_ok=True)
     leon("prepare", f"--data_dir={_DATA.value}", "--dataset_only")
     results, base = {}, None
-    for name, selection in rules(to_dict(library.selection(model))).items():
+    for name, selection in rules(to_dict(retriever.selection(model))).items():
         folder = work / name.replace("+ ", "plus_").replace(" ", "_")
         folder.mkdir(exist_ok=True)
         prepared = folder / "prepared"

@@ -14,11 +14,11 @@ from safetensors.numpy import save_file
 from benchmarks.shapes import Shape
 from benchmarks.turns import serve
 from leon_jax import sharding
-from leon_jax.decode.engine import Engine, Prompt, Sample
-from leon_jax.decode.grammar import ImageSpan
-from leon_jax.decode.guidance import ClassifierFree, Plain
-from leon_jax.decode.sampling import Greedy
-from leon_jax.decode.strategy import Strategy
+from leon_jax.engine.engine import Engine, Sample, TokenRequest
+from leon_jax.engine.grammar import ImageSpan
+from leon_jax.engine.guidance import ClassifierFree, Plain
+from leon_jax.engine.samplers import Greedy
+from leon_jax.engine.sampling_params import SamplingParams
 from leon_jax.models.decoder import Decoder, DecoderConfig
 from leon_jax.vocabulary import Vocabulary
 from tests.models.opt_weights import to_opt
@@ -74,9 +74,9 @@ class Ours:
 
     def run(self, batch: int, new: int, guidance: float) -> list:
         """Seconds for `new` greedy ids after each of the first `batch` prompts; and the ids."""
-        strategy = Strategy(Plain() if guidance == 1 else ClassifierFree(guidance), Greedy())
+        strategy = SamplingParams(Plain() if guidance == 1 else ClassifierFree(guidance), Greedy())
         prompts = [
-            Prompt((self._ids[row], self._bare), (ImageSpan(new),), (Sample(0, strategy),))
+            TokenRequest((self._ids[row], self._bare), (ImageSpan(new),), (Sample(0, strategy),))
             for row in range(batch)
         ]
         began = time.monotonic()

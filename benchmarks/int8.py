@@ -16,11 +16,12 @@ import PIL.Image
 
 from benchmarks.turns import ROOT
 from leon_jax.data.emoji import EmojiSource
-from leon_jax.decode.cache import Cache, CacheType, own
-from leon_jax.decode.complete import Request, complete
-from leon_jax.decode.engine import Engine
-from leon_jax.decode.guidance import ClassifierFree
-from leon_jax.decode.strategy import Strategy
+from leon_jax.engine.kv_cache import CacheDtype, KVCache, valid_slots
+from leon_jax.generate.completion import complete
+from leon_jax.generate.prompt_builder import Request
+from leon_jax.engine.engine import Engine
+from leon_jax.engine.guidance import ClassifierFree
+from leon_jax.engine.sampling_params import SamplingParams
 from leon_jax.documents import Document, Hole, Text
 from leon_jax.leon import Leon
 from leon_jax.models.decoder import Decoder
@@ -35,7 +36,7 @@ ROWS = 20
 
 
 @functools.partial(jax.jit, static_argnames="kept")
-def likelihood(decoder: Decoder, ids, positions, weights, kept: CacheType):
+def likelihood(decoder: Decoder, ids, positions, weights, kept: CacheDtype):
     """Sum over t >= 1 of weights[:, t] log p(ids[:, t] | before), read token by token.
 
     Args:
@@ -44,7 +45,7 @@ def likelihood(decoder: Decoder, ids, positions, weights, kept: CacheType):
     """
     rows, length = ids.shape
     hidden, keys, values = decoder.prefill(ids[:, :1], positions[:, :1])
-    cache = Cache.empty(decoder.config, rows, 1, 1, length - 1, kept, len(decoder.pieces))
+    cache = KVCache.empty(decoder.config, rows, 1, 1, length - 1, kept, len(decoder.pieces))
     cache = cache.insert(jnp.arange(rows), keys, values, jnp.ones(rows, jnp.int32))
     head = decoder.head()
 
@@ -53,10 +54,10 @@ def likelihood(decoder: Decoder, ids, positions, weights, kept: CacheType):
         scores = jax.nn.log_softmax(jax.reshard(decoder.logits(hidden, head), jax.P(None, None)))
         told = jax.nn.one_hot(ids[:, at], scores.shape[1])
         gained = weights[:, at] * (scores * told).sum(axis=1)
-        seen = own(length - 1, at - 1, jnp.full((rows, 1), at - 1))
+        seen = valid_slots(length - 1, at - 1, jnp.full((rows, 1), at - 1))
         hidden, keys, values = decoder.decode_step(
             ids[:, at][None, :, None], positions[:, at][None, :, None],
-            [cache.prompt()], [cache.answer(seen)],
+            [cache.prompt()], [cache.output(seen)],
         )  # fmt: skip
         cache = cache.append(at - 1, [key[:, 0] for key in keys], [each[:, 0] for each in values])
         return (cache, hidden[0, :, 0]), gained
@@ -65,9 +66,9 @@ def likelihood(decoder: Decoder, ids, positions, weights, kept: CacheType):
     return gained.sum(axis=0)
 
 
-def perplexity(leon: Leon, decoder: Decoder, kept: CacheType, documents: list[Document]) -> dict:
+def perplexity(leon: Leon, decoder: Decoder, kept: CacheDtype, documents: list[Document]) -> dict:
     """Of the tokens of pictures given their captions, and of captions given their pictures."""
-    tokenizer, found = leon.checkpoint.documents, {}
+    tokenizer, found = leon.model.tokenizer, {}
     engine = Engine(decoder, tokenizer.vocabulary)
     for name, part in (("picture", 1), ("caption", 0)):
         total = count = 0.0
@@ -92,14 +93,14 @@ def perplexity(leon: Leon, decoder: Decoder, kept: CacheType, documents: list[Do
 
 def drawn(leon: Leon, engine: Engine) -> np.ndarray:
     """The prompts' pictures side by side, uint8[height, width, 3]."""
-    strategy = Strategy(ClassifierFree(3.0))
+    strategy = SamplingParams(ClassifierFree(3.0))
     requests = [
         Request(Document((Text(prompt), Hole("image"))), seed=SEED, strategy=strategy)
         for prompt in PROMPTS
     ]
-    done = complete(engine, leon.checkpoint.documents, requests)
+    done = complete(engine, leon.model.tokenizer, requests)
     codes = np.stack([document.parts[1].codes for document in done])
-    return np.concatenate(list(to_pixels(leon.image_tokenizer.decode(codes))), axis=1)
+    return np.concatenate(list(to_pixels(leon.model.image_tokenizer.decode(codes))), axis=1)
 
 
 def main() -> None:
@@ -108,9 +109,9 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, default=ROOT / "docs" / "int8.md")
     arguments = parser.parse_args()
     leon = Leon.load()
-    vocabulary, size = leon.checkpoint.documents.vocabulary, leon.checkpoint.documents.text.size
+    vocabulary, size = leon.model.tokenizer.vocabulary, leon.model.tokenizer.text.size
     rows, pictures = [], []
-    with jax.set_mesh(leon.mesh):
+    with jax.set_mesh(leon.model.mesh):
         source = EmojiSource("unseen_design", arguments.data_dir)
         documents = [leon.tokenize(document) for document in source]
         for name, weights, kept in (
@@ -119,9 +120,9 @@ def main() -> None:
             ("int8 weights", "int8", "compute"),
             ("int8 weights and cache", "int8", "int8"),
         ):
-            decoder = leon.decoder.stored_as(weights)
+            decoder = leon.model.engine.decoder.stored_as(weights)
             found = perplexity(leon, decoder, kept, documents)
-            pictures.append(drawn(leon, Engine(decoder, vocabulary, text_tokens=size, kept=kept)))
+            pictures.append(drawn(leon, Engine(decoder, vocabulary, text_tokens=size, cache_dtype=kept)))
             first = rows[0][1] if rows else found
             change = [f"{100 * (found[kind] / first[kind] - 1):+.2f} %" for kind in found]
             rows.append((name, found, change))
@@ -134,7 +135,7 @@ def main() -> None:
     ]
     arguments.out.write_text(f"""# Eight bits
 
-What [`Decoder.stored_as`](../leon_jax/models/decoder.py) and `Engine(kept="int8")` cost the
+What [`Decoder.stored_as`](../leon_jax/models/decoder.py) and `Engine(cache_dtype="int8")` cost the
 demonstration's model. Written by `python -m benchmarks.int8`.
 
 Perplexity of the {len(documents)} held-out drawings of `unseen_design`: of a picture's tokens given

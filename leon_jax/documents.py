@@ -6,6 +6,7 @@ Everything here is an immutable value: equal contents compare equal and hash equ
 """
 
 import dataclasses
+import unicodedata
 from collections.abc import Sequence
 from typing import Literal, Protocol, Self, get_args
 
@@ -246,6 +247,11 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> Document: ...
+
+
+def normalise_text(text: str) -> str:
+    """The text in Unicode NFC, with single spaces between words and none at its ends."""
+    return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 def _frozen(array: np.ndarray) -> np.ndarray:

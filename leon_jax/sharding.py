@@ -87,6 +87,12 @@ def make_mesh(
     return jax.sharding.Mesh(grid, AXES, axis_types=kinds)
 
 
+def current_mesh() -> jax.sharding.Mesh:
+    """The mesh that is set; one over all devices if none is."""
+    mesh = jax.sharding.get_mesh()
+    return make_mesh() if mesh.empty else mesh
+
+
 def batch_sharding() -> jax.NamedSharding:
     """How a host batch is laid out on the current mesh: its first axis split, the rest whole."""
     return jax.NamedSharding(jax.sharding.get_mesh(), spec("batch"))

@@ -18,7 +18,7 @@ from leon_jax.config import UserError
 
 _OUT = flags.DEFINE_string("out", "out/demo", "Where the page goes.")
 _DATA = flags.DEFINE_string("data", "data", "Where the dataset and its index go.")
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A model folder; the shipped one by default.")
+_MODEL = flags.DEFINE_string("model", None, "A model folder; the shipped one by default.")
 
 # Documents of `unseen_design` that the numbers are measured on, and rows shown on the page.
 _MEASURED, _SHOWN = 50, 16
@@ -58,22 +58,23 @@ def main(argv: list[str]) -> None:
         raise UserError(f"the folder {out} cannot be made: {error.strerror}") from error
 
     from leon_jax.data import emoji
-    from leon_jax.decode.library import files
     from leon_jax.evaluate import demo, page
-    from leon_jax.leon import Leon, model_folder
+    from leon_jax.generate.retriever import model_files
+    from leon_jax.leon import Leon
+    from leon_jax.model_folder import shipped_folder
     from leon_jax.prepare import prepare as preparing
     from leon_jax.prepare.config import emoji_config
     from leon_jax.retrieval.prepared import Prepared
 
-    model = model_folder(_CHECKPOINT.value)
+    model = pathlib.Path(_MODEL.value) if _MODEL.value else shipped_folder()
     prepared = data / "emoji_prepared"
     _say("1/5 the dataset: drawing 7,900 emoji")
     emoji.prepare(data / "emoji")
     _say("2/5 picture codes, embeddings, index and neighbours")
-    preparing.prepare(emoji_config(str(data / "emoji"), **files(model)), prepared)
+    preparing.prepare(emoji_config(str(data / "emoji"), **model_files(model)), prepared)
 
     _say("3/5 pictures and captions for what training never saw")
-    leon = Leon.load(_CHECKPOINT.value, prepared)
+    leon = Leon.load(_MODEL.value, prepared)
     held_out = Prepared(prepared).records("unseen_design")
     documents = [held_out[i] for i in range(_MEASURED)]
     rebuilt = demo.reconstruct(leon, [held_out[i] for i in range(len(held_out))])
@@ -108,9 +109,9 @@ def main(argv: list[str]) -> None:
             "What this is",
             f"<p>Everything here was made by <code>{leon.name}</code> on this machine. The prompts "
             "and pictures are Twemoji designs that were held out of all training; the same "
-            "concepts were seen as OpenMoji designs only. Pictures are "
-            f"{leon.image_tokenizer.resolution} pixels a side, shown larger. OpenMoji is CC BY-SA "
-            "4.0 by the OpenMoji project; Twemoji is CC BY 4.0 by Twitter, Inc and other "
+            "concepts were seen as OpenMoji designs only. Images are "
+            f"{leon.model.image_tokenizer.resolution} pixels a side, shown larger. OpenMoji is CC "
+            "BY-SA 4.0 by the OpenMoji project; Twemoji is CC BY 4.0 by Twitter, Inc and other "
             "contributors.</p>",
         ),
         ("Numbers", page.numbers(metrics, _MEANINGS)),

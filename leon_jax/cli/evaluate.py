@@ -1,8 +1,8 @@
 """Measures a model on held-out documents and prints the numbers as JSON.
 
-    leon evaluate --checkpoint=runs/emoji/decoder/export --index=data/emoji_prepared
+    leon evaluate --model=runs/emoji/decoder/export --index=data/emoji_prepared
 
-Without --checkpoint it measures the shipped model. What each number is: docs/results.md.
+Without --model it measures the shipped model. What each number is: docs/results.md.
 """
 
 import json
@@ -14,7 +14,7 @@ from absl import flags
 
 from leon_jax.config import UserError
 
-_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A model folder; the shipped one by default.")
+_MODEL = flags.DEFINE_string("model", None, "A model folder; the shipped one by default.")
 _INDEX = flags.DEFINE_string("index", "data/emoji_prepared", "A prepared folder.")
 _SPLIT = flags.DEFINE_enum(
     "split", "unseen_design", ["unseen_design", "unseen_concept"], "Which held-out documents."
@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
     from leon_jax.leon import Leon
     from leon_jax.retrieval.prepared import Prepared
 
-    leon = Leon.load(_CHECKPOINT.value, _INDEX.value)
+    leon = Leon.load(_MODEL.value, _INDEX.value)
     source = Prepared(_INDEX.value).records(_SPLIT.value)
     count, groups = _CANDIDATES.value, _GROUPS.value
     if not 2 <= count <= len(source):

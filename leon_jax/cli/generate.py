@@ -1,46 +1,36 @@
-"""Draws pictures for a prompt, or writes a caption for a picture.
+"""Generates images for a prompt, or a caption for an image.
 
-    leon generate --prompt="cat face, Twemoji style" --num_images=4 --out=pictures
-    leon generate --prompts=prompts.txt --num_images=1 --out=pictures
+    leon generate --prompt="cat face, Twemoji style" --num_images=4 --out=images
+    leon generate --prompts=prompts.txt --num_images=1 --out=images
     leon generate --task=caption --image=cat.png
 
-The model that comes with the package is used unless --checkpoint names another. Each picture is a
-PNG that carries its prompt, seed, guidance, model and the retrieved documents' licences as text.
+Without --model it uses the model that comes with the package. Each image is a PNG. Its metadata
+holds the prompt, the seed, the settings, the model and the licences of the retrieved documents.
 
-A file of prompts has one a line. Their pictures are written as they are done, and a prompt whose
-pictures are there, drawn in the same way, is passed over, so the same command goes on after it was
-stopped. A prompt that stands there twice is drawn once.
+--prompts names a file with one prompt a line. Images are written as they are done. A prompt whose
+images are finished with the same settings is skipped, so the same command continues a job that was
+stopped. OUT/generated.jsonl lists the finished images. Equal prompts are generated once.
 """
 
-import glob
 import os
 import pathlib
-import re
 import sys
-import zlib
-from collections.abc import Sequence
-from typing import get_args
+from typing import TYPE_CHECKING, Any
 
-import jax
-import PIL.Image
 from absl import flags
-from tqdm import tqdm
 
 from leon_jax.config import UserError
-from leon_jax.data import pictures
-from leon_jax.decode.cache import CacheType
-from leon_jax.decode.checkpoint import CAPTION_TOKENS, Checkpoint, model_folder
-from leon_jax.decode.completer import check_seeds, make_strategy
-from leon_jax.decode.library import cache, check
-from leon_jax.decode.results import Generation, credit, settings
-from leon_jax.leon import Leon
-from leon_jax.models.decoder import WeightType
+
+if TYPE_CHECKING:
+    from leon_jax.generate.results import ImageSettings
+    from leon_jax.leon import Leon
+    from leon_jax.model_folder import ModelFolder
 
 _TASKS = ("text_to_image", "caption")
 
 FLAGS = flags.FlagValues()
-_CHECKPOINT = flags.DEFINE_string(
-    "checkpoint", None, "model folder; the shipped model if not given", flag_values=FLAGS
+_MODEL = flags.DEFINE_string(
+    "model", None, "model folder; the shipped model if not given", flag_values=FLAGS
 )
 _INDEX = flags.DEFINE_string(
     "index",
@@ -48,56 +38,60 @@ _INDEX = flags.DEFINE_string(
     "prepared folder to retrieve from; found or made once if not given",
     flag_values=FLAGS,
 )
-_TASK = flags.DEFINE_enum("task", _TASKS[0], list(_TASKS), "what to do", flag_values=FLAGS)
-_PROMPT = flags.DEFINE_string("prompt", None, "what the pictures should show", flag_values=FLAGS)
+_TASK = flags.DEFINE_enum("task", _TASKS[0], list(_TASKS), "what to generate", flag_values=FLAGS)
+_PROMPT = flags.DEFINE_string("prompt", None, "what the images should show", flag_values=FLAGS)
 _PROMPTS = flags.DEFINE_string(
     "prompts", None, "a text file with one prompt a line", flag_values=FLAGS
 )
 _BEST_OF = flags.DEFINE_integer(
-    "best_of", None, "how many to draw for a prompt, of which the best are kept", flag_values=FLAGS
-)
-_RANK_BY = flags.DEFINE_enum(
-    "rank_by", "clip", ["clip", "likelihood"], "what is best: the picture that the retrieval "
-    "encoder finds most like the prompt, or for which the prompt is the likeliest caption",
+    "best_of", None, "how many images to generate for a prompt; the best num_images are kept",
     flag_values=FLAGS,
 )  # fmt: skip
-_IMAGE = flags.DEFINE_string("image", None, "the picture to caption", flag_values=FLAGS)
+_RANK_BY = flags.DEFINE_enum(
+    "rank_by", "clip", ["clip", "likelihood"], "what is best: the image that the retrieval encoder "
+    "finds most like the prompt, or for which the prompt is the likeliest caption",
+    flag_values=FLAGS,
+)  # fmt: skip
+_IMAGE = flags.DEFINE_string("image", None, "the image to caption", flag_values=FLAGS)
 _GUIDANCE = flags.DEFINE_float(
     "guidance", 3.0, "classifier-free guidance weight; 1 is none", flag_values=FLAGS
 )
 _NUM_DOCS = flags.DEFINE_integer(
     "num_docs", 2, "how many documents to retrieve and read first", flag_values=FLAGS
 )
-_NUM_IMAGES = flags.DEFINE_integer("num_images", 4, "how many pictures to draw", flag_values=FLAGS)
+_NUM_IMAGES = flags.DEFINE_integer(
+    "num_images", 4, "how many images of each prompt", flag_values=FLAGS
+)
 _TOP_P = flags.DEFINE_float(
-    "top_p", 1.0, "sample from the most likely tokens of this total", flag_values=FLAGS
+    "top_p", 1.0, "sample from the most likely tokens of this total probability", flag_values=FLAGS
 )
 _TOP_K = flags.DEFINE_integer(
-    "top_k", 0, "sample from so many of the most likely tokens; 0: from all", flag_values=FLAGS
+    "top_k", 0, "sample from this many of the most likely tokens; 0: from all", flag_values=FLAGS
 )
 _TEMPERATURE = flags.DEFINE_float(
     "temperature",
     None,
-    "0 is greedy; 1 for pictures and 0 for captions if not given",
+    "0 is greedy; 1 for images and 0 for captions if not given",
     flag_values=FLAGS,
 )
 _SEED = flags.DEFINE_integer(
-    "seed", 0, "decides the result; picture i gets seed + i", flag_values=FLAGS
+    "seed", 0, "of the random numbers; image i has seed + i", flag_values=FLAGS
 )
+# Equal to `WeightType` and `CacheDtype`, whose modules would make --help slow.
 _WEIGHTS = flags.DEFINE_enum(
-    "weights", "float32", list(get_args(WeightType)), "what the decoder's weights are kept in",
+    "weights", "float32", ["float32", "bfloat16", "int8"], "dtype of the decoder's weights",
     flag_values=FLAGS,
 )  # fmt: skip
 _CACHE = flags.DEFINE_enum(
-    "cache", "compute", list(get_args(CacheType)), "what keys and values are kept in",
-    flag_values=FLAGS,
+    "cache", "compute", ["compute", "int8"], "dtype of cached keys and values; compute: that of "
+    "the decoder's activations", flag_values=FLAGS,
 )  # fmt: skip
 _WARM = flags.DEFINE_bool(
-    "warm", False, "compile ahead what pictures with these settings need, for any prompt (for a "
-    "file of them, with --prompts), and stop", flag_values=FLAGS,
+    "warm", False, "compile what images with these settings need, for any prompt (with --prompts: "
+    "for a file of them), and stop", flag_values=FLAGS,
 )  # fmt: skip
 _OUT = flags.DEFINE_string(
-    "out", "out", "folder for the pictures; made if missing", flag_values=FLAGS
+    "out", "out", "folder for the images; made if missing", flag_values=FLAGS
 )
 
 
@@ -108,205 +102,173 @@ def main(argv: list[str]) -> None:
       UserError: anything the person can fix; found before weights are read or files made.
     """
     del argv
-    checkpoint = Checkpoint.open(model_folder(_CHECKPOINT.value))
-    caption = _TASK.value == "caption"
-    temperature = _TEMPERATURE.value
-    if temperature is None:
-        temperature = 0.0 if caption else 1.0
-    make_strategy(_GUIDANCE.value, temperature, _TOP_P.value, _TOP_K.value)
-    count = 1 if caption else _NUM_IMAGES.value
-    if count < 1:
-        raise UserError(f"--num_images is {count}; it must be at least 1")
-    if _BEST_OF.value is not None and not caption:
-        if _BEST_OF.value < count:
-            raise UserError(
-                f"--best_of is {_BEST_OF.value}; it must be at least --num_images, {count}"
-            )
-        count = _BEST_OF.value
-    try:
-        check_seeds(_SEED.value, count)
-    except UserError as error:
-        raise UserError(f"--{error}") from error
-    # What was compiled once is found again by the next process.
+    from leon_jax.generate.retriever import cache_dir, check_index
+    from leon_jax.model_folder import ModelFolder
+
+    folder = ModelFolder.open(_MODEL.value)
+    is_caption = _TASK.value == "caption"
+    settings = _settings(is_caption)
+    # Programs that were compiled once are found again by the next process.
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", str(cache() / "compiled"))
+        import jax
+
+        jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
     if _WARM.value:
-        if caption:
-            raise UserError("--warm is for pictures; captions compile little")
-        _warm(count, temperature)
+        if is_caption:
+            raise UserError("--warm is for images; captions compile little")
+        _warm(folder, settings)
         return
     if _INDEX.value is not None:
-        check(pathlib.Path(_INDEX.value), checkpoint.folder)
-    (_caption if caption else _draw)(checkpoint, temperature)
+        check_index(pathlib.Path(_INDEX.value), folder.path)
+    if is_caption:
+        _caption(folder, settings)
+    else:
+        _generate(folder, settings)
 
 
-def _load() -> Leon:
-    return Leon.load(_CHECKPOINT.value, _INDEX.value, _WEIGHTS.value, _CACHE.value)  # type: ignore[arg-type]  # absl checks them
+def _settings(is_caption: bool) -> "ImageSettings":
+    """The settings that the flags give; those of a caption have one sample.
 
+    Raises:
+      UserError: a flag is out of range.
+    """
+    from leon_jax.engine.sampling_params import SamplingParams
+    from leon_jax.generate.results import ImageSettings
 
-def _warm(count: int, temperature: float) -> None:
-    prompts = 1 if _PROMPTS.value is None else len(_prompts())
-    print("compiling, which takes a minute or so for a small model ...", file=sys.stderr)
-    lengths = _load().warm(
-        count,
-        _NUM_DOCS.value,
-        _GUIDANCE.value,
-        temperature,
-        _TOP_P.value,
-        _TOP_K.value,
-        prompts,
+    temperature = _TEMPERATURE.value
+    if temperature is None:
+        temperature = 0.0 if is_caption else 1.0
+    params = SamplingParams.of(
+        guidance=_GUIDANCE.value, temperature=temperature, top_p=_TOP_P.value, top_k=_TOP_K.value
     )
+    num_images, best_of = (1, None) if is_caption else (_NUM_IMAGES.value, _BEST_OF.value)
+    rank_by: Any = _RANK_BY.value
+    return ImageSettings((params,), num_images, _NUM_DOCS.value, _SEED.value, best_of, rank_by)
+
+
+def _load(folder: "ModelFolder") -> "Leon":
+    from leon_jax.leon import Leon
+
+    dtypes: Any = _WEIGHTS.value, _CACHE.value
+    return Leon.load(folder, _INDEX.value, *dtypes)
+
+
+def _warm(folder: "ModelFolder", settings: "ImageSettings") -> None:
+    import jax
+
+    num_prompts = 1 if _PROMPTS.value is None else len(_prompts())
+    folder.check_num_docs(settings.num_docs)
+    print("compiling, which takes a minute or so for a small model ...", file=sys.stderr)
+    lengths = _load(folder).warm(settings, num_prompts)
     print(
         f"compiled for {lengths} lengths of prompts; kept in {jax.config.jax_compilation_cache_dir}"
     )
 
 
-def _draw(checkpoint: Checkpoint, temperature: float) -> None:
-    count = _NUM_IMAGES.value
+def _generate(folder: "ModelFolder", settings: "ImageSettings") -> None:
+    """Generates images for --prompt or --prompts."""
+    from tqdm import tqdm
+
+    from leon_jax.data import pictures
+    from leon_jax.generate.journal import FinishedImages, Journal
+    from leon_jax.generate.results import ModelState
+
     prompts = _prompts()
     if _IMAGE.value is not None:
-        raise UserError("--image is for --task=caption; a picture is drawn from --prompt alone")
-    checkpoint.check_num_docs(_NUM_DOCS.value)
-    single = _PROMPTS.value is None
-    if single:
-        checkpoint.check_prompt(prompts[1], _NUM_DOCS.value)
-    out = pictures.check_folder(_OUT.value)
-    asked = list(prompts)
-    if not single:
-        strategy = make_strategy(_GUIDANCE.value, temperature, _TOP_P.value, _TOP_K.value)
-        way = settings(
-            strategy, _NUM_DOCS.value, checkpoint.digest, (_WEIGHTS.value, _CACHE.value),
-            _BEST_OF.value, _RANK_BY.value,
-        )  # fmt: skip
-        said = {"model": checkpoint.name, "settings": way}
-        asked = [line for line in prompts if not _is_drawn(out, prompts[line], said)]
-        if len(asked) < len(prompts):
-            there = len(prompts) - len(asked)
-            print(f"{there} of {len(prompts)} prompts have their pictures already")
-    if not asked:
+        raise UserError("--image is for --task=caption; images are generated from --prompt alone")
+    folder.check_num_docs(settings.num_docs)
+    is_single = _PROMPTS.value is None
+    if is_single:
+        folder.check_prompt(prompts[1], settings.num_docs)
+    journal = Journal(pictures.check_folder(_OUT.value))
+    lines = list(prompts)
+    if not is_single:
+        state = ModelState(folder.name, folder.digest, _WEIGHTS.value, _CACHE.value)
+        finished = FinishedImages(journal, settings, state, folder.former_digests)
+        lines = [line for line in prompts if prompts[line] not in finished]
+        if skipped := len(prompts) - len(lines):
+            print(f"{skipped} of {len(prompts)} prompts have their images already")
+    if not lines:
         return
 
-    drawn = _load().generate_each(
-        [prompts[line] for line in asked],
-        num_images=count,
-        num_docs=_NUM_DOCS.value,
-        guidance=_GUIDANCE.value,
-        temperature=temperature,
-        top_p=_TOP_P.value,
-        top_k=_TOP_K.value,
-        seed=_SEED.value,
-        best_of=_BEST_OF.value,
-        rank_by=_RANK_BY.value,  # type: ignore[arg-type]  # absl checks it
-    )
+    results = _load(folder).generate_each([prompts[line] for line in lines], settings)
     failed = 0
-    with tqdm(total=len(asked), unit="prompt", disable=single) as bar:
-        for place, result in drawn:
-            line = asked[place]
+    with tqdm(total=len(lines), unit="prompt", disable=is_single) as bar:
+        for index, result in results:
             bar.update()
             if isinstance(result, UserError):
-                if single:
+                if is_single:
                     raise result
                 failed += 1
-                bar.write(f"line {line}: {result}", file=sys.stderr)
+                bar.write(f"line {lines[index]}: {result}", file=sys.stderr)
                 continue
-            stem = slug(prompts[line]) if single else _stem(prompts[line])
-            for path in _save(result, out, stem):
+            try:
+                paths = journal.add(result)
+            except OSError as error:
+                raise UserError(
+                    f"cannot write into {_OUT.value}: {error.strerror or error}"
+                ) from error
+            for path in paths:
                 bar.write(str(path))
-            if single:
+            if is_single:
                 _print_retrieved(result[0].retrieved)
     if failed:
-        raise UserError(f"{failed} of {len(prompts)} prompts could not be drawn (see above)")
+        raise UserError(f"{failed} of {len(prompts)} prompts have no images (see above)")
 
 
 def _prompts() -> dict[int, str]:
-    """The prompts by the number of the first line that they stand in."""
+    """The distinct prompts by the number of the first line that holds them."""
+    from leon_jax.documents import normalise_text
+
     if (_PROMPT.value is None) == (_PROMPTS.value is None):
         if _PROMPT.value is not None:
             raise UserError("--prompt is given beside --prompts; give one of them")
         raise UserError('--prompt is missing; for example --prompt="cat face, Twemoji style"')
     if _PROMPT.value is not None:
-        return {1: _PROMPT.value}
+        return {1: normalise_text(_PROMPT.value)}
     try:
         text = pathlib.Path(str(_PROMPTS.value)).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise UserError(f"cannot read the prompts in {_PROMPTS.value}: {reason}") from error
-    first: dict[str, int] = {}
+    lines: dict[str, int] = {}
     for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            first.setdefault(line.strip(), number)
-    if not first:
+        if prompt := normalise_text(line):
+            lines.setdefault(prompt, number)
+    if not lines:
         raise UserError(f"{_PROMPTS.value} holds no prompts; write one a line")
-    return {number: prompt for prompt, number in first.items()}
+    return {number: prompt for prompt, number in lines.items()}
 
 
-def _stem(prompt: str) -> str:
-    """What the files of a prompt of many begin with: its own, wherever in the file it stands."""
-    return f"{slug(prompt)}-{zlib.crc32(prompt.encode()):08x}"
+def _caption(folder: "ModelFolder", settings: "ImageSettings") -> None:
+    """Generates a caption for --image."""
+    from leon_jax.data import pictures
+    from leon_jax.engine.sampling_params import MAX_TOKENS
 
-
-def _is_drawn(out: pathlib.Path, prompt: str, wanted: dict[str, str]) -> bool:
-    """Whether all pictures of a prompt are there, and say what they would say now."""
-    count = _NUM_IMAGES.value
-    seeds = range(_SEED.value, _SEED.value + (_BEST_OF.value or count))
-    found = 0
-    for path in out.glob(f"{glob.escape(_stem(prompt))}-*.png"):
-        try:
-            with PIL.Image.open(path) as picture:
-                said: dict[str, str] = getattr(picture, "text", {})
-        except (OSError, ValueError):  # damaged, or not ours
-            continue
-        same = all(said.get(key) == text for key, text in (wanted | {"prompt": prompt}).items())
-        found += same and said.get("seed", "") in [str(seed) for seed in seeds]
-    return found >= count
-
-
-def _save(generations: Sequence[Generation], out: pathlib.Path, stem: str) -> list[pathlib.Path]:
-    """Writes the pictures of a prompt."""
-    paths = [out / f"{stem}-{generation.seed}.png" for generation in generations]
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        for generation, path in zip(generations, paths, strict=True):
-            generation.save(path)
-    except OSError as error:
-        raise UserError(f"cannot write into {out}: {error.strerror or error}") from error
-    return paths
-
-
-def _caption(checkpoint: Checkpoint, temperature: float) -> None:
     if _IMAGE.value is None:
-        raise UserError("--image is missing; it is the picture to caption")
+        raise UserError("--image is missing; it is the image to caption")
     if _PROMPT.value is not None or _PROMPTS.value is not None:
         raise UserError("--prompt is for --task=text_to_image; a caption needs --image only")
-    checkpoint.check_caption(CAPTION_TOKENS, _NUM_DOCS.value)
-    picture = pictures.read(_IMAGE.value)
-
-    caption = _load().caption(
-        picture,
-        num_docs=_NUM_DOCS.value,
-        max_tokens=CAPTION_TOKENS,
-        temperature=temperature,
+    folder.check_caption(MAX_TOKENS, settings.num_docs)
+    image = pictures.read(_IMAGE.value)
+    caption = _load(folder).caption(
+        image,
+        num_docs=settings.num_docs,
+        temperature=_TEMPERATURE.value or 0.0,
         top_p=_TOP_P.value,
         top_k=_TOP_K.value,
-        seed=_SEED.value,
+        seed=settings.seed,
     )
     print(caption.text)
     _print_retrieved(caption.retrieved)
 
 
 def _print_retrieved(documents) -> None:
+    from leon_jax.generate.results import credit
+
     if documents:
         print("retrieved:")
     for document in documents:
-        said = credit(document)
-        source = ", ".join(said[key] for key in ("key", "licence", "attribution") if said.get(key))
-        print(f"  {said['caption']} ({source})")
-
-
-def slug(prompt: str) -> str:
-    """A file name that a person recognises the prompt by; never empty.
-
-    At most 60 characters and 120 bytes, for a file system takes 255 bytes with what is added.
-    """
-    words = re.sub(r"[^\w]+", "-", prompt).strip("-_").lower()[:60]
-    return words.encode()[:120].decode(errors="ignore").rstrip("-_") or "picture"
+        known = credit(document)
+        notes = [known[key] for key in ("key", "licence", "attribution") if known.get(key)]
+        print(f"  {known['caption']} ({', '.join(notes)})")

@@ -31,8 +31,8 @@ from leon_jax.cli import config_flag
 from leon_jax.config import UserError
 from leon_jax.data import emoji, pictures
 from leon_jax.data.sources.raw import SourceConfig
-from leon_jax.decode import library
-from leon_jax.decode.checkpoint import model_folder
+from leon_jax.generate import retriever
+from leon_jax.model_folder import shipped_folder
 from leon_jax.prepare import edit, licences
 from leon_jax.prepare import prepare as preparing
 from leon_jax.prepare.config import LICENCES, TRAIN, PrepareConfig, emoji_config
@@ -61,8 +61,9 @@ _ENCODER = flags.DEFINE_string(
     flag_values=FLAGS,
 )  # fmt: skip
 _TEXT = flags.DEFINE_string("text", None, "the text tokenizer's file", flag_values=FLAGS)
-_OUT = flags.DEFINE_string("out", None, "the prepared folder; replaced if outdated (default: "
-                           f"{library.HERE}, for the emoji)", flag_values=FLAGS)  # fmt: skip
+_OUT = flags.DEFINE_string(
+    "out", None, "the prepared folder; replaced if outdated (for the emoji "
+    f"{retriever.DEFAULT_FOLDER} if not given)", flag_values=FLAGS)  # fmt: skip
 _VARIANTS = flags.DEFINE_integer(
     "variants", None, "how many variants of each train picture to encode, for training the decoder",
     lower_bound=1, flag_values=FLAGS,
@@ -115,7 +116,7 @@ def main(argv: list[str]) -> None:
         )
     if _LICENCE.value and licences.normal(_LICENCE.value) is None:
         raise UserError(f"--licence={_LICENCE.value} is no SPDX licence expression")
-    out = _OUT.value or (str(library.HERE) if emojis else None)
+    out = _OUT.value or (str(retriever.DEFAULT_FOLDER) if emojis else None)
     if out is None:
         raise UserError("--out is missing; for example --out=data/mine")
     config = None if _DATASET_ONLY.value else _configuration(emojis)
@@ -158,7 +159,7 @@ def _configuration(emojis: bool) -> PrepareConfig | None:
     if emojis:
         values = configs.to_dict(emoji_config(_DATA_DIR.value, **values))
     if "selection" not in values or emojis:
-        values["selection"] = configs.to_dict(library.selection(files["encoder"].parent))
+        values["selection"] = configs.to_dict(retriever.selection(files["encoder"].parent))
     if _ACCEPT.value:
         values["licences"] = [*values.get("licences", LICENCES), *_ACCEPT.value]
     if _VARIANTS.value is not None:
@@ -208,7 +209,7 @@ def _remove(folder: str, path: str) -> None:
 
 def _model_files(named: dict[str, str | None]) -> dict[str, pathlib.Path] | None:
     """The three models: those named, those of the package beside them, or None at all."""
-    shipped = model_folder(None)
+    shipped = shipped_folder()
     files = {
         kind: pathlib.Path(path) if path else shipped / _FILES[kind] for kind, path in named.items()
     }

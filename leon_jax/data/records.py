@@ -36,6 +36,8 @@ _VERSION = 1
 _SMALLEST_FILE = 64 * 1024
 # Most files that a source keeps open; one of 10,000 documents takes 0.2 MB for its index, and
 # opening it again 50 times as long as reading a document.
+# Records of one call of `RecordSource.read` that are in memory at once.
+_READ_TOGETHER = 4096
 _OPEN = 4096
 
 
@@ -181,11 +183,45 @@ class RecordSource:
         index %= len(self)
         file = bisect.bisect_right(self._ends, index)
         row = index - (self._ends[file - 1] if file else 0)
+        return self._decode(self._record(file, row), file, row)
+
+    def _record(self, file: int, row: int) -> bytes:
         reader = self._reader(file)
         try:
-            return from_bytes(reader[row], pixels=self.pixels)
+            return reader[row]
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"record {row} of {self.paths[file]} is damaged") from error
+
+    def _decode(self, record: bytes, file: int, row: int) -> Document:
+        try:
+            return from_bytes(record, pixels=self.pixels)
         except (UserError, RuntimeError, ValueError) as error:
-            raise UserError(f"record {row} of {self.paths[file]} is damaged ({error})") from error
+            raise UserError(f"record {row} of {self.paths[file]} is damaged") from error
+
+    def read(self, indices: Iterable[int]) -> Iterator[Document]:
+        """These documents in this order; files are read many records at a time.
+
+        Raises:
+          IndexError: there is no such document.
+          UserError: a record is damaged.
+        """
+        for batch in itertools.batched(indices, _READ_TOGETHER):
+            if not 0 <= min(batch) <= max(batch) < len(self):
+                raise IndexError(f"records {min(batch)} to {max(batch)} of {len(self)} in {self!r}")
+            by_file: dict[int, list[int]] = {}
+            for index in sorted(set(batch)):
+                by_file.setdefault(bisect.bisect_right(self._ends, index), []).append(index)
+            documents: dict[int, Document] = {}
+            for file, in_file in by_file.items():
+                start = self._ends[file - 1] if file else 0
+                rows = [index - start for index in in_file]
+                try:
+                    records = self._reader(file).__getitems__(rows)
+                except (RuntimeError, ValueError):  # one of them: reading each alone names it
+                    records = [self._record(file, row) for row in rows]
+                for index, row, record in zip(in_file, rows, records, strict=True):
+                    documents[index] = self._decode(record, file, row)
+            yield from (documents[index] for index in batch)
 
     def __iter__(self) -> Iterator[Document]:
         return (self[index] for index in range(len(self)))

@@ -11,9 +11,10 @@ import jax
 import numpy as np
 import PIL.Image
 
-from leon_jax.decode.engine import Engine
 from leon_jax.documents import Document, Hole, Image, Text
-from leon_jax.leon import Generation, Leon
+from leon_jax.engine.engine import Engine
+from leon_jax.engine.sampling_params import SamplingParams
+from leon_jax.leon import GeneratedImage, Leon
 from leon_jax.tokenizers.image import fit_picture, to_pixels
 
 # Sequences scored in one compiled call.
@@ -38,12 +39,12 @@ class Reconstruction:
 
 def reconstruct(leon: Leon, documents: Sequence[Document]) -> Reconstruction:
     """Encodes and decodes the documents' pictures."""
-    tokenizer = leon.image_tokenizer
+    tokenizer = leon.model.image_tokenizer
     codes = np.stack([document.codes for document in documents])
     originals = np.stack(
         [fit_picture(document.pixels, tokenizer.resolution) for document in documents]
     )
-    with jax.set_mesh(leon.mesh):
+    with jax.set_mesh(leon.model.mesh):
         rebuilt = to_pixels(tokenizer.decode(codes))
     errors = np.square(originals.astype(np.float64) - rebuilt).mean((1, 2, 3))
     psnr = 10 * np.log10(255**2 / np.maximum(errors, 1e-10))
@@ -59,7 +60,7 @@ def image_perplexity(leon: Leon, documents: Sequence[Document], num_docs: int) -
       documents: (caption, picture with codes).
       num_docs: documents retrieved by the caption and read first.
     """
-    tokenizer = leon.checkpoint.documents
+    tokenizer = leon.model.tokenizer
     sequences, weights = [], []
     for document, retrieved in zip(documents, _retrieved(leon, documents, num_docs), strict=True):
         ids = tokenizer.encode([*retrieved, document])
@@ -88,7 +89,7 @@ def caption_ranks(
     Returns:
       int[n] ranks (0 is first) and the scores float32[picture, caption].
     """
-    tokenizer = leon.checkpoint.documents
+    tokenizer = leon.model.tokenizer
     read = _retrieved(leon, documents, num_docs)
     scores = np.zeros((len(documents), len(documents)), np.float32)
     for column, (document, retrieved) in enumerate(zip(documents, read, strict=True)):
@@ -113,24 +114,23 @@ def draw(
     top_p: float | None = None,
     temperature: float = 1.0,
     seed: int = 0,
-) -> list[Generation]:
+) -> list[GeneratedImage]:
     """One picture for each document's caption, all in one batch."""
+    params = SamplingParams.of(guidance=guidance, top_p=top_p, temperature=temperature)
     prompts = [Document((Text(document.text), Hole("image"))) for document in documents]
     retrieved = _retrieved(leon, documents, num_docs)
     done = leon.complete(
         prompts,
         retrieved=retrieved,
         seeds=[seed + row for row in range(len(documents))],
-        guidance=guidance,
-        top_p=top_p,
-        temperature=temperature,
+        params=params,
     )
     return [
-        Generation(
+        GeneratedImage(
             PIL.Image.fromarray(picture.pixels),
             document.text,
             seed + row,
-            guidance,
+            params,
             tuple(read),
             leon.name,
         )
@@ -140,21 +140,23 @@ def draw(
     ]
 
 
-def prompt_match(leon: Leon, generations: Sequence[Generation]) -> float:
+def prompt_match(leon: Leon, generations: Sequence[GeneratedImage]) -> float:
     """The share of pictures whose own prompt scores highest among all prompts.
 
     The judge is the retrieval encoder: inner products of unit image and text embeddings.
     """
-    with jax.set_mesh(leon.mesh):
-        pictures = leon.encoder.embed_images([np.asarray(each.image) for each in generations])
-        prompts = leon.encoder.embed_texts([each.prompt for each in generations])
+    with jax.set_mesh(leon.model.mesh):
+        pictures = leon.model.encoder.embed_images([np.asarray(each.image) for each in generations])
+        prompts = leon.model.encoder.embed_texts([each.prompt for each in generations])
     return float((np.argmax(pictures @ prompts.T, axis=1) == np.arange(len(generations))).mean())
 
 
 def real_match(leon: Leon, documents: Sequence[Document]) -> float:
     """`prompt_match` of the real pictures: how far the judge can be trusted."""
     real = [
-        Generation(PIL.Image.fromarray(document.pixels), document.text, 0, 1.0, (), "")
+        GeneratedImage(
+            PIL.Image.fromarray(document.pixels), document.text, 0, SamplingParams(), (), ""
+        )
         for document in documents
     ]
     return prompt_match(leon, real)
@@ -167,9 +169,7 @@ def _retrieved(
     found = []
     for document in documents:
         prompt = Document((Text(document.text), Hole("image")))
-        neighbours = leon.retrieve(prompt, num_docs)
-        kept = leon.checkpoint.fitting(neighbours, prompt, leon.checkpoint.documents.image_tokens)
-        found.append(tuple(kept))
+        found.append(leon.retrieve_fitting(prompt, num_docs, leon.model.tokenizer.image_tokens))
     return found
 
 
@@ -178,10 +178,11 @@ def _score(
 ) -> np.ndarray:
     longest = max(map(len, sequences))
     # Multiples of 32 keep padding small and the number of compiled programs few.
-    engine = Engine(leon.decoder, leon.checkpoint.documents.vocabulary, [-(-longest // 32) * 32])
+    engine = Engine(
+        leon.model.engine.decoder, leon.model.tokenizer.vocabulary, [-(-longest // 32) * 32]
+    )
     scores = []
-    with jax.set_mesh(leon.mesh):
-        for start in range(0, len(sequences), _SCORED_TOGETHER):
-            stop = start + _SCORED_TOGETHER
-            scores.append(engine.score(sequences[start:stop], weights[start:stop]))
+    for start in range(0, len(sequences), _SCORED_TOGETHER):
+        stop = start + _SCORED_TOGETHER
+        scores.append(engine.score(sequences[start:stop], weights[start:stop]))
     return np.concatenate(scores)

@@ -11,7 +11,7 @@ import numpy as np
 import PIL.Image
 
 from leon_jax.documents import Document
-from leon_jax.leon import Generation, credit
+from leon_jax.leon import GeneratedImage, credit
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem;
@@ -63,8 +63,8 @@ def retrieved(documents: Sequence[Document]) -> str:
 
 def drawings(
     documents: Sequence[Document],
-    without: Sequence[Generation],
-    with_documents: Sequence[Generation],
+    without: Sequence[GeneratedImage],
+    with_documents: Sequence[GeneratedImage],
 ) -> str:
     """Held-out prompts: the true picture, the model's without and with documents, what it read."""
     rows = []

@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Int
 
 from leon_jax.config import UserError
 from leon_jax.ops import int8
-from leon_jax.ops.attention import SAVED, Implementation, Past, attention, cached_attention
+from leon_jax.ops.attention import SAVED, Implementation, LayerCache, attention, cached_attention
 from leon_jax.sharding import RULES, spec
 
 # What weights are kept in for inference; see `Decoder.stored_as`.
@@ -179,14 +179,14 @@ class Decoder(nnx.Module):
         self.blocks: Block | nnx.List = Block(config, rngs=rngs)
 
     @property
-    def pieces(self) -> list[Block]:
+    def stacks(self) -> list[Block]:
         """The layers in order: stacked in one block, or, after `split`, in a block each."""
         return [self.blocks] if isinstance(self.blocks, Block) else list(self.blocks)
 
     @property
     def stored(self) -> str:
         """What the weights are kept in, as `stored_as` calls it."""
-        small = isinstance(self.pieces[0].query, Int8Weight)
+        small = isinstance(self.stacks[0].query, Int8Weight)
         return "int8" if small else str(self.table.dtype)
 
     def split(self) -> Self:
@@ -222,7 +222,7 @@ class Decoder(nnx.Module):
             "fc1": (1,),
             "fc2": (1,),
         }
-        for piece in other.pieces:
+        for piece in other.stacks:
             for name, axes in summed.items():
                 weight = getattr(piece, name)[...]
                 small = Int8Weight(weight, axes) if dtype == "int8" else None
@@ -254,7 +254,7 @@ class Decoder(nnx.Module):
             return block.finish(x, attended), None
 
         x = self._embed(ids, positions)
-        for piece in self.pieces:
+        for piece in self.stacks:
             x, _ = jax.lax.scan(_remat(layer, self.config.remat), x, piece)
         return _norm(x)
 
@@ -295,7 +295,7 @@ class Decoder(nnx.Module):
         """(hidden states after the final norm, keys, values) of prompts; the last two by piece.
 
         Prompts are padded on the right: attention is causal, so what comes after the last real
-        token cannot change it, and `decode_step` is told by `Past.valid` which slots hold tokens.
+        token cannot change it, and `decode_step` is told by `LayerCache.valid` which slots hold tokens.
         """
 
         def layer(x, block):
@@ -307,7 +307,7 @@ class Decoder(nnx.Module):
             return block.finish(x, attended), saved
 
         x, saved = self._embed(ids, positions), []
-        for piece in self.pieces:
+        for piece in self.stacks:
             x, both = jax.lax.scan(layer, x, piece)
             saved.append(both)
         return _norm(x), [keys for keys, _ in saved], [values for _, values in saved]
@@ -316,8 +316,8 @@ class Decoder(nnx.Module):
         self,
         ids: Int[Array, "streams group sample"],
         positions: Int[Array, "streams group sample"],
-        prompts: Sequence[Past],
-        answers: Sequence[Past],
+        prompts: Sequence[LayerCache],
+        answers: Sequence[LayerCache],
     ) -> tuple[
         Float[Array, "streams group sample embed"],
         list[Float[Array, "layers streams group sample heads head_dim"]],
@@ -332,7 +332,7 @@ class Decoder(nnx.Module):
           ids: the new tokens.
           positions: their rows of the position table.
           prompts, answers: the cache, one of each a stream, as `cached_attention` takes them but
-            with lists of pieces, each with a leading axis of layers, for keys and values.
+            with lists of stacks, each with a leading axis of layers, for keys and values.
         """
         masks = [(p.valid, a.valid) for p, a in zip(prompts, answers, strict=True)]
 
@@ -342,21 +342,21 @@ class Decoder(nnx.Module):
             attended = [
                 cached_attention(
                     q[stream], k[stream], v[stream],
-                    Past(keys, values, masks[stream][0]),
-                    Past(answer_keys, answer_values, masks[stream][1]),
+                    LayerCache(keys, values, masks[stream][0]),
+                    LayerCache(answer_keys, answer_values, masks[stream][1]),
                 )
                 for stream, (keys, values, answer_keys, answer_values) in enumerate(cache)
             ]  # fmt: skip
             return block.finish(x, jnp.stack(attended)), (k, v)
 
         x, saved = self._embed(ids, positions, jax.P(None, *spec("batch"), None)), []
-        for number, piece in enumerate(self.pieces):
+        for number, piece in enumerate(self.stacks):
             cache = [
                 (p.keys[number], p.values[number], a.keys[number], a.values[number])
                 for p, a in zip(prompts, answers, strict=True)
             ]
             # A piece of one layer is no loop, and its arrays are used where they are.
-            x, both = jax.lax.scan(layer, x, (piece, cache), unroll=len(self.pieces) > 1)
+            x, both = jax.lax.scan(layer, x, (piece, cache), unroll=len(self.stacks) > 1)
             saved.append(both)
         return _norm(x), [keys for keys, _ in saved], [values for _, values in saved]
 

@@ -263,7 +263,7 @@ def cudnn(
     )(q, jax.reshard(k, whole), jax.reshard(v, whole), segment_ids)
 
 
-class Kept(NamedTuple):
+class CachedArray(NamedTuple):
     """Keys or values as a cache keeps them.
 
     Attributes:
@@ -275,11 +275,11 @@ class Kept(NamedTuple):
     scale: Float[Array, "..."] | None = None
 
 
-class Past(NamedTuple):
+class LayerCache(NamedTuple):
     """Keys and values of what a token sees, for one layer; heads stand before slots.
 
     Attributes:
-      keys, values: `Kept`, [group, *sample, heads, slots, head_dim]; where `valid` is False their
+      keys, values: `CachedArray`, [group, *sample, heads, slots, head_dim]; where `valid` is False their
         content does not matter (but is finite).
       valid: bool[group, *sample, slots].
     """
@@ -293,8 +293,8 @@ def cached_attention(
     q: Float[Array, "group sample heads head_dim"],
     k: Float[Array, "group sample heads head_dim"],
     v: Float[Array, "group sample heads head_dim"],
-    prompt: Past,
-    answer: Past,
+    prompt: LayerCache,
+    answer: LayerCache,
 ) -> Float[Array, "group sample heads head_dim"]:
     """Attention of one new token a sample over a read-only cache and over itself.
 
@@ -314,7 +314,7 @@ def cached_attention(
     # The prompt's arrays have no axis of samples.
     parts = (prompt, lambda array: array[:, None]), (answer, lambda array: array)
 
-    def score(subscripts: str, past: Past, wide: Callable[[Array], Array]) -> Array:
+    def score(subscripts: str, past: LayerCache, wide: Callable[[Array], Array]) -> Array:
         found = jnp.einsum(
             subscripts,
             q,

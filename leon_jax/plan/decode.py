@@ -1,4 +1,4 @@
-"""Plans of answering: the very program of `leon_jax.decode.loop`, compiled for absent chips."""
+"""Plans of generation: the programs of `leon_jax.engine.decode_loop`, compiled for absent chips."""
 
 import dataclasses
 
@@ -7,11 +7,11 @@ from flax import nnx
 
 from leon_jax import sharding
 from leon_jax.config import UserError
-from leon_jax.decode import loop
-from leon_jax.decode.cache import CacheType
-from leon_jax.decode.grammar import ImageSpan
-from leon_jax.decode.guidance import make_guidance
-from leon_jax.decode.strategy import Strategy
+from leon_jax.engine import decode_loop
+from leon_jax.engine.grammar import ImageSpan
+from leon_jax.engine.guidance import make_guidance
+from leon_jax.engine.kv_cache import CacheDtype
+from leon_jax.engine.sampling_params import SamplingParams
 from leon_jax.models.decoder import Decoder, WeightType
 from leon_jax.plan import plan as plans
 from leon_jax.plan import roofline
@@ -34,7 +34,7 @@ class Setting:
       guidance: weight; 1 is none, more takes two streams a row.
       prompt: tokens of a prompt, padding included; the unconditional stream has few.
       weights: what they are kept in (`leon_jax.models.decoder.Decoder.stored_as`).
-      cache: what it keeps keys and values in (`leon_jax.decode.cache.CacheType`).
+      cache: what it keeps keys and values in (`leon_jax.engine.kv_cache.CacheDtype`).
     """
 
     mesh: tuple[int, ...]
@@ -42,7 +42,7 @@ class Setting:
     guidance: float
     prompt: int
     weights: WeightType = "bfloat16"
-    cache: CacheType = "compute"
+    cache: CacheDtype = "compute"
 
 
 def plan(config: DecoderTraining, topology: Topology, setting: Setting) -> Plan:
@@ -72,26 +72,26 @@ def plan(config: DecoderTraining, topology: Topology, setting: Setting) -> Plan:
         decoder = jax.eval_shape(
             lambda: Decoder(model, rngs=nnx.Rngs(0)).stored_as(setting.weights)
         )
-        state, begin, advance = loop.programs(
+        state, prefill, decode = decode_loop.lower_programs(
             decoder,
             config.vocabulary,
             setting.rows,
             slots,
             (span,),
-            Strategy(guidance),
+            SamplingParams(guidance),
             setting.cache,
         )
         held = {"parameters": decoder, "cache": state.caches}
-        reading = plans.compile_for(begin, held, topology)
-        memory, found, seconds = plans.compile_for(advance, held, topology, span.limit)
+        reading = plans.compile_for(prefill, held, topology)
+        memory, found, seconds = plans.compile_for(decode, held, topology, span.limit)
     rows, shared = setting.rows / (data * fsdp), sum(slots) / len(slots)
-    prefill = roofline.prefill_work(model, shared, rows * len(slots), tensor)
+    prompt_work = roofline.prefill_work(model, shared, rows * len(slots), tensor)
     ids = config.vocabulary.image_stop - config.vocabulary.image_start
     step = roofline.decode_work(
         model, shared + span.limit, ids, rows * len(slots), tensor, setting.weights, setting.cache
     )
     bounds = {
-        "prefill": Roofline.of(prefill, plans.sent_bytes(reading[1]), topology),
+        "prefill": Roofline.of(prompt_work, plans.sent_bytes(reading[1]), topology),
         "token": Roofline.of(step, plans.sent_bytes(found) / span.limit, topology),
     }
     total = bounds["prefill"].seconds + span.limit * bounds["token"].seconds

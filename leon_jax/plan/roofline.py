@@ -9,7 +9,7 @@ Letters: E embed, F mlp, V vocab, T length.
 
 import dataclasses
 
-from leon_jax.decode.cache import CacheType
+from leon_jax.engine.kv_cache import CacheDtype
 from leon_jax.models.decoder import DecoderConfig, WeightType
 from leon_jax.ops.attention import BLOCKS
 
@@ -106,7 +106,7 @@ def decode_work(
     rows: float,
     tensor: int,
     weights: WeightType | None = None,
-    kept: CacheType = "compute",
+    kept: CacheDtype = "compute",
 ) -> Work:
     """One device's part of writing one more token in each row.
 

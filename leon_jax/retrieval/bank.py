@@ -16,8 +16,9 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int, Int32, Num
 
 from leon_jax.config import UserError
-from leon_jax.retrieval.blocks import Blocks, NotFiniteError, current_mesh
+from leon_jax.retrieval.blocks import Blocks, NotFiniteError
 from leon_jax.retrieval.mining import NONE, nearest
+from leon_jax.sharding import current_mesh
 
 # What `approximate=True` asks for: the part of the true k best that is found on average.
 RECALL = 0.99

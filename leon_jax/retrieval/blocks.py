@@ -9,8 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Num
 
-from leon_jax import sharding
-
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
@@ -154,12 +152,6 @@ def put(layout: jax.NamedSharding, size: int, rows: np.ndarray, value: float) ->
     filled = np.full((size, *rows.shape[1:]), value, rows.dtype)
     filled[: len(rows)] = rows
     return jax.make_array_from_callback(filled.shape, layout, filled.__getitem__)
-
-
-def current_mesh() -> jax.sharding.Mesh:
-    """The mesh that is set; one of all devices if none is."""
-    mesh = jax.sharding.get_mesh()
-    return sharding.make_mesh() if mesh.empty else mesh
 
 
 def next_power(count: int) -> int:

@@ -15,8 +15,9 @@ from jaxtyping import Array, Bool, Float, Int, Int32
 
 from leon_jax import sharding
 from leon_jax.retrieval.bank import Bank
-from leon_jax.retrieval.blocks import current_mesh, next_power, put
+from leon_jax.retrieval.blocks import next_power, put
 from leon_jax.retrieval.mining import NONE
+from leon_jax.sharding import current_mesh
 
 # Queries of a device at once: the rows of 128 candidates, 512 wide, are 64 MB in float32.
 QUERIES = 256

@@ -13,7 +13,7 @@ rows; while answering, `select` searches the bank.
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -155,7 +155,7 @@ def select(
     *,
     document: Float32[np.ndarray, "d"] | None = None,
     exclude: Sequence[int] = (),
-    source_of: Callable[[int], str] | None = None,
+    sources_of: Callable[[Sequence[int]], Mapping[int, str]] | None = None,
 ) -> list[int]:
     """The k documents to read for a prompt: relevant, and different from it and each other.
 
@@ -166,7 +166,7 @@ def select(
       config: thresholds; CLIP's by default.
       document: unit vector of the whole document if the prompt is one with text and picture.
       exclude: ids never to choose.
-      source_of: the source of a document, for `config.alternate_sources`.
+      sources_of: the sources of some documents, for `config.alternate_sources`.
 
     Raises:
       UserError: the query does not fit the bank.
@@ -177,6 +177,9 @@ def select(
     wide = max(config.candidates, k) + len(exclude)
     _, ids = bank.search(np.asarray(query_embedding)[None], wide)
     rows = bank.take(ids[0])
+    source_of = None
+    if config.alternate_sources and sources_of is not None:
+        source_of = sources_of([int(name) for name in ids[0] if name != NONE]).__getitem__
     chosen = diverse(ids[0], rows, k, config, document, exclude, source_of)
     return [int(name) for name in ids[0][chosen]]
 
@@ -268,11 +271,6 @@ def find_neighbours(
     ids[rows] = np.where(chosen, np.take_along_axis(names, places, axis=1), NONE)
     scores[rows] = np.where(chosen, np.take_along_axis(found, places, axis=1), -np.inf)
     return ids, scores
-
-
-def origin(document: Document) -> str:
-    """Where a document comes from; "" if that is not known."""
-    return document.provenance.source if document.provenance else ""
 
 
 def parts(document: Document) -> tuple[str, np.ndarray]:

@@ -16,11 +16,12 @@ from leon_jax import config as configuration
 from leon_jax import model_files
 from leon_jax.config import UserError
 from leon_jax.data import pipeline
-from leon_jax.decode.engine import Engine, Prompt, Sample
-from leon_jax.decode.grammar import ImageSpan
-from leon_jax.decode.guidance import make_guidance
-from leon_jax.decode.strategy import Strategy
 from leon_jax.documents import Document, Hole, Text
+from leon_jax.engine import scheduler
+from leon_jax.engine.engine import Engine, Sample, TokenRequest
+from leon_jax.engine.grammar import ImageSpan
+from leon_jax.engine.guidance import make_guidance
+from leon_jax.engine.sampling_params import SamplingParams
 from leon_jax.tokenizers.documents import DocumentTokenizer
 from leon_jax.tokenizers.image import ImageTokenizer, to_pixels
 from leon_jax.tokenizers.text import TextTokenizer
@@ -98,15 +99,15 @@ class DecoderProgram:
         if not config.image or not config.captions:
             return {}
         vocabulary, (rows, columns) = self.config.vocabulary, self.config.data.image_shape
-        strategy = Strategy(make_guidance(config.guidance))
+        params = SamplingParams(make_guidance(config.guidance))
         free = self.documents.prompt(Document((Hole("text"), Hole("image"))))
         prompts = []
         for seed, caption in enumerate(config.captions):
             bound = self.documents.prompt(Document((Text(caption), Hole("image"))))
-            script = (ImageSpan(rows * columns),)
-            prompts.append(Prompt((bound, free), script, (Sample(seed, strategy),)))
-        answers = Engine(state.model, vocabulary).answer(prompts)
-        codes = np.stack([parts[0].ids - vocabulary.image_start for ((parts),) in answers])
+            grammar = (ImageSpan(rows * columns),)
+            prompts.append(TokenRequest((bound, free), grammar, (Sample(seed, params),)))
+        outputs = scheduler.generate(Engine(state.model, vocabulary), prompts)
+        codes = np.stack([spans[0].ids - vocabulary.image_start for (spans,) in outputs])
         tokenizer = ImageTokenizer.load(config.image)
         if tokenizer.shape != (rows, columns) or tokenizer.codes != vocabulary.image_codes:
             raise UserError(

@@ -1,5 +1,6 @@
 """`leon generate`: what a person can get wrong is one sentence, exit code 2, and no trace."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -14,7 +15,8 @@ import PIL.Image
 import PIL.PngImagePlugin
 import pytest
 
-from leon_jax.cli import generate, main
+from leon_jax.cli import main
+from leon_jax.generate.journal import file_name
 from leon_jax.leon import Leon
 from tests import tiny
 
@@ -28,7 +30,7 @@ def run(tmp_path, monkeypatch, capsys):
     checkpoint, prepared = tiny.folders()
 
     def command(*arguments: str, verb: str = "generate") -> tuple[int, str, str]:
-        named = [f"--checkpoint={checkpoint}", f"--index={prepared}"] if verb == "generate" else []
+        named = [f"--model={checkpoint}", f"--index={prepared}"] if verb == "generate" else []
         code = main.run([verb, *named, *arguments])
         printed = capsys.readouterr()
         return code, printed.out, printed.err
@@ -85,7 +87,7 @@ class TestRefusals:
             ([], "--prompt is missing"),
             (["--prompt="], "prompt is empty"),
             (["--prompt=  \n "], "prompt is empty"),
-            (["--prompt=" + "x y " * 2500], "10000 characters"),
+            (["--prompt=" + "x y " * 2500], "9999 characters"),
             ([PROMPT, "--guidance=-1"], "guidance is -1"),
             ([PROMPT, "--guidance=nan"], "guidance is nan"),
             ([PROMPT, "--guidance=much"], "--guidance=much"),
@@ -104,7 +106,7 @@ class TestRefusals:
             ([PROMPT, "cat"], "'cat' is not a flag"),
             ([PROMPT, "--out=/proc/leon"], "cannot write into /proc/leon"),
             ([PROMPT, "--out=/dev/null/x"], "/dev/null is not a folder"),
-            ([PROMPT, "--checkpoint=nowhere"], "there is no model folder nowhere"),
+            ([PROMPT, "--model=nowhere"], "there is no model folder nowhere"),
             ([PROMPT, "--index=nowhere"], "nowhere is not a prepared folder"),
             (["--task=caption"], "--image is missing"),
             (["--task=caption", "--image=none.png"], "there is no picture at none.png"),
@@ -147,10 +149,10 @@ class TestRefusals:
 def test_pictures_are_written_with_their_story(run, tmp_path):
     code, out, err = run(PROMPT, "--num_images=2", "--seed=7", "--guidance=2", "--out=a/b")
     assert (code, err) == (0, "")
-    names = ["a/b/cat-face-twemoji-style-7.png", "a/b/cat-face-twemoji-style-8.png"]
+    names = [f"a/b/{file_name(tiny.PROMPT, seed)}" for seed in (7, 8)]
     assert out.splitlines()[:2] == names
     assert "retrieved:" in out and "CC-BY" in out
-    assert files(tmp_path) == {"a", "a/b", *names}
+    assert files(tmp_path) == {"a", "a/b", "a/b/generated.jsonl", *names}
     with PIL.Image.open(tmp_path / names[1]) as picture:
         assert picture.size == (tiny.RESOLUTION, tiny.RESOLUTION)
         assert {"prompt", "seed", "model", "guidance", "retrieved"} <= set(picture.text)
@@ -183,13 +185,15 @@ def test_a_write_that_fails_leaves_no_half_picture(run, tmp_path, monkeypatch):
         ("cat face, Twemoji style", "cat-face-twemoji-style"),
         ("../../etc/passwd", "etc-passwd"),
         ("日本", "日本"),
-        ("!!!", "picture"),
+        ("!!!", "image"),
         ("a" * 300, "a" * 60),
         ("𐐨" * 300, "𐐨" * 30),  # of four bytes
     ],
 )
 def test_file_names_stay_inside_the_folder(prompt, name):
-    assert generate.slug(prompt) == name
+    assert (
+        file_name(prompt, 7) == f"{name}-{hashlib.sha256(prompt.encode()).hexdigest()[:12]}-7.png"
+    )
 
 
 def test_control_c_is_exit_code_130(run, monkeypatch):
@@ -221,7 +225,7 @@ def test_flags_start_anew_with_every_command(run):
 
 def test_the_process_ends_with_the_exit_code(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "leon_jax.cli.main", "generate", "--checkpoint=nowhere", PROMPT],
+        [sys.executable, "-m", "leon_jax.cli.main", "generate", "--model=nowhere", PROMPT],
         capture_output=True,
         text=True,
         cwd=tmp_path,
@@ -233,13 +237,13 @@ def test_the_process_ends_with_the_exit_code(tmp_path):
 
 
 def test_a_file_of_prompts_is_drawn_and_gone_on_with(run, tmp_path):
-    lines = [tiny.PROMPT, "", "cat " * 900, "a dog", "a dog", "𝒜" * 20]
+    lines = [tiny.PROMPT, "", "cat " * 900, "a dog", "a dog", "日" * 20]
     (tmp_path / "prompts.txt").write_text("\n".join(lines), encoding="utf-8")
     asked = "--prompts=prompts.txt", "--num_images=2", "--num_docs=0", "--seed=7"
     code, said, error = run(*asked)
     assert code == 2 and "line 3: the prompt has 3599 characters" in error
-    assert "1 of 4 prompts could not be drawn" in error
-    drawn = sorted((tmp_path / "out").iterdir())
+    assert "1 of 4 prompts have no images" in error
+    drawn = sorted((tmp_path / "out").glob("*.png"))
     assert set(said.split()) == {str(path.relative_to(tmp_path)) for path in drawn}
     stories = [(text["prompt"], text["seed"]) for text in map(story, drawn)]
     assert sorted(stories) == sorted(
@@ -251,8 +255,8 @@ def test_a_file_of_prompts_is_drawn_and_gone_on_with(run, tmp_path):
     gone.unlink()
     (tmp_path / "prompts.txt").write_text("\n".join(["a dog!", *lines[::-1]]), encoding="utf-8")
     code, said, _ = run(*asked)
-    assert "2 of 5 prompts have their pictures already" in said
-    assert gone.read_bytes() == before and len(files(tmp_path / "out")) == 8
+    assert "2 of 5 prompts have their images already" in said
+    assert gone.read_bytes() == before and len(list((tmp_path / "out").glob("*.png"))) == 8
     assert [path.stat().st_mtime_ns for path in drawn if path.name.startswith("cat")] <= [times] * 2
 
 
@@ -272,20 +276,20 @@ def test_pictures_that_were_drawn_in_another_way_are_drawn_anew(run, tmp_path, o
     asked = "--prompts=prompts.txt", "--num_images=1", "--num_docs=0", "--seed=7"
     assert run(*asked)[0] == 0
     code, said, _ = run(*asked)
-    assert code == 0 and "1 of 1 prompts have their pictures already" in said
+    assert code == 0 and "1 of 1 prompts have their images already" in said
     code, said, _ = run(*asked, other)
     assert code == 0 and "already" not in said and said.endswith(".png\n")
     code, said, _ = run(*asked, other)
-    assert code == 0 and "1 of 1 prompts have their pictures already" in said
+    assert code == 0 and "1 of 1 prompts have their images already" in said
 
 
 def test_pictures_of_other_weights_are_drawn_anew(run, tmp_path):
     (tmp_path / "prompts.txt").write_text("a dog")
     model = tmp_path / "other" / tiny.folders()[0].name
     shutil.copytree(tiny.folders()[0], model)
-    asked = "--prompts=prompts.txt", "--num_images=1", "--num_docs=0", f"--checkpoint={model}"
+    asked = "--prompts=prompts.txt", "--num_images=1", "--num_docs=0", f"--model={model}"
     assert run(*asked)[0] == 0
-    assert "1 of 1 prompts have their pictures already" in run(*asked)[1]
+    assert "1 of 1 prompts have their images already" in run(*asked)[1]
     weights = bytearray((model / "decoder.safetensors").read_bytes())
     weights[-1000:] = bytes(1000)
     (model / "decoder.safetensors").write_bytes(weights)
@@ -296,13 +300,13 @@ def test_a_file_that_lies_in_the_folder_stops_nothing(run, tmp_path):
     (tmp_path / "prompts.txt").write_text("a dog")
     asked = "--prompts=prompts.txt", "--num_images=1", "--num_docs=0"
     assert run(*asked)[0] == 0
-    (drawn,) = (tmp_path / "out").iterdir()
+    (drawn,) = (tmp_path / "out").glob("*.png")
     text = PIL.PngImagePlugin.PngInfo()
     text.add_text("much", "x" * 2_000_000, zip=True)
     for name, content in (("1", b""), ("2", b"no picture")):
         drawn.with_stem(f"{drawn.stem[:-1]}{name}").write_bytes(content)
     PIL.Image.new("RGB", (4, 4)).save(drawn.with_stem(f"{drawn.stem[:-1]}3"), pnginfo=text)
-    assert "1 of 1 prompts have their pictures already" in run(*asked)[1]
+    assert "1 of 1 prompts have their images already" in run(*asked)[1]
 
 
 def test_what_is_warmed_is_compiled_and_nothing_is_drawn(run, tmp_path):
@@ -315,12 +319,12 @@ def test_what_is_warmed_is_compiled_and_nothing_is_drawn(run, tmp_path):
 
 def test_small_weights_and_caches(run, tmp_path):
     code, _, error = run(PROMPT, "--num_images=1", "--weights=int8", "--cache=int8")
-    assert (code, error) == (0, "") and len(files(tmp_path / "out")) == 1
+    assert (code, error) == (0, "") and len(list((tmp_path / "out").glob("*.png"))) == 1
 
 
 def test_the_best_of_several_are_written(run, tmp_path):
     code, _, _ = run(PROMPT, "--num_images=1", "--best_of=3", "--num_docs=0")
-    assert code == 0 and len(files(tmp_path / "out")) == 1
+    assert code == 0 and len(list((tmp_path / "out").glob("*.png"))) == 1
     code, _, error = run(PROMPT, "--num_images=4", "--best_of=3")
     assert code == 2 and "--best_of is 3; it must be at least --num_images, 4" in error
 

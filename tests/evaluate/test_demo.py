@@ -9,7 +9,7 @@ import pytest
 
 from leon_jax.documents import Document, Hole, Text
 from leon_jax.evaluate import demo, page
-from leon_jax.leon import Generation, Leon
+from leon_jax.leon import GeneratedImage, Leon
 from leon_jax.retrieval.prepared import Prepared
 from tests import tiny
 
@@ -46,7 +46,7 @@ def test_perplexity_is_the_exponential_of_the_mean_likelihood(leon, documents, n
         retrieved = leon.retrieve(prompt, num_docs)
         both = leon.likelihood(document, retrieved=retrieved)
         # What the picture adds to the text: the chain rule, with <break> and </s> taken out.
-        ids = leon.checkpoint.documents.encode([*retrieved, document])
+        ids = leon.model.tokenizer.encode([*retrieved, document])
         weights = np.zeros(len(ids), np.float32)
         weights[-1 - tiny.GRID**2 : -1] = 1
         (score,) = _score(leon, ids, weights)
@@ -66,7 +66,7 @@ def test_ranks_follow_the_scores(leon, documents, num_docs):
     caption, picture = documents[2].parts[0], documents[1].parts[1]
     retrieved = leon.retrieve(Document((caption, Hole("image"))), num_docs)
     assert len(retrieved) == num_docs
-    ids = leon.checkpoint.documents.encode([*retrieved, Document((caption, picture))])
+    ids = leon.model.tokenizer.encode([*retrieved, Document((caption, picture))])
     weights = np.zeros(len(ids), np.float32)
     weights[-1 - tiny.GRID**2 : -1] = 1
     assert scores[1, 2] == pytest.approx(_score(leon, ids, weights)[0], rel=1e-4)
@@ -74,15 +74,15 @@ def test_ranks_follow_the_scores(leon, documents, num_docs):
 
 def test_a_judge_that_knows_the_pictures_matches_them_all(leon, documents, monkeypatch):
     generations = [
-        Generation(PIL.Image.fromarray(d.parts[1].pixels), d.parts[0].text, 0, 1.0, (), "")
+        GeneratedImage(PIL.Image.fromarray(d.parts[1].pixels), d.parts[0].text, 0, 1.0, (), "")
         for d in documents
     ]
-    monkeypatch.setattr(leon.encoder, "embed_images", lambda pictures: np.eye(4))
-    monkeypatch.setattr(leon.encoder, "embed_texts", lambda texts: np.eye(4))
+    monkeypatch.setattr(leon.model.encoder, "embed_images", lambda pictures: np.eye(4))
+    monkeypatch.setattr(leon.model.encoder, "embed_texts", lambda texts: np.eye(4))
     assert demo.prompt_match(leon, generations) == 1.0
-    monkeypatch.setattr(leon.encoder, "embed_texts", lambda texts: np.roll(np.eye(4), 1, 0))
+    monkeypatch.setattr(leon.model.encoder, "embed_texts", lambda texts: np.roll(np.eye(4), 1, 0))
     assert demo.prompt_match(leon, generations) == 0.0
-    monkeypatch.setattr(leon.encoder, "embed_texts", lambda texts: np.eye(4)[[0, 1, 3, 2]])
+    monkeypatch.setattr(leon.model.encoder, "embed_texts", lambda texts: np.eye(4)[[0, 1, 3, 2]])
     assert demo.prompt_match(leon, generations) == 0.5
 
 
@@ -136,5 +136,5 @@ def test_the_page_is_well_formed_and_credits_what_was_retrieved(leon, documents)
 def _score(leon, ids, weights):
     import jax
 
-    with jax.set_mesh(leon.mesh):
-        return leon.engine.score([ids], [weights])
+    with jax.set_mesh(leon.model.mesh):
+        return leon.model.engine.score([ids], [weights])

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from leon_jax import sharding
-from leon_jax.decode.cache import Cache, own
+from leon_jax.engine.kv_cache import KVCache, valid_slots
 from leon_jax.models.decoder import Decoder, DecoderConfig
 from leon_jax.ops.cross_entropy import chunked_cross_entropy
 
@@ -50,12 +50,12 @@ def compute(shape):
 
         def decode(model):
             _, keys, values = model.prefill(ids[:, :8])
-            cache = Cache.empty(CONFIG, 8, 2, 9, 4)
+            cache = KVCache.empty(CONFIG, 8, 2, 9, 4)
             cache = cache.insert(np.arange(8), keys, values, np.full(8, 8, np.int32))
-            seen = own(4, np.int32(0), np.zeros((8, 2), np.int32))
+            valid = valid_slots(4, np.int32(0), np.zeros((8, 2), np.int32))
             new = np.stack([ids[:, 8], ids[:, 0]], axis=-1)[None]
-            place = np.full(new.shape, 8, np.int32)
-            return model.decode_step(new, place, [cache.prompt()], [cache.answer(seen)])
+            positions = np.full(new.shape, 8, np.int32)
+            return model.decode_step(new, positions, [cache.prompt()], [cache.output(valid)])
 
         results = jax.jit(lambda m: (jax.grad(loss, has_aux=True)(m), decode(m)))(model)
         gradients = results[0][0]

@@ -7,12 +7,12 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from leon_jax.leon import model_folder
+from leon_jax.model_folder import shipped_folder
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOK = ROOT / "notebooks" / "leon_colab.ipynb"
-SHIPPED = (model_folder(None) / "decoder.safetensors").is_file()
+SHIPPED = (shipped_folder() / "decoder.safetensors").is_file()
 
 # The shipped model retrieves from thousands of documents, which are drawn and indexed first.
 MODELS = ["tiny", *([pytest.param("shipped", marks=pytest.mark.slow)] if SHIPPED else [])]

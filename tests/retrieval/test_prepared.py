@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from leon_jax.config import UserError
-from leon_jax.decode import library
+from leon_jax.generate import retriever
 from leon_jax.documents import Document, Image, Text
 from leon_jax.retrieval.bank import save_rows
 from leon_jax.retrieval.neighbours import FIELDS, Neighbours, row_type
@@ -66,4 +66,4 @@ def test_a_folder_of_another_program_can_be_trained_on_but_not_searched(tmp_path
         prepared.selection  # noqa: B018
     model = tiny.folders()[0]
     with pytest.raises(UserError, match="was prepared with another tokenizer file"):
-        library.check(tmp_path, model)
+        retriever.check_index(tmp_path, model)

@@ -1,0 +1,454 @@
+"""The compiled programs of the engine, and the state that they carry for all rows.
+
+`prefill` reads prompts into some groups of slots. `decode` generates one id a row and step, until
+all rows of a group are done. `finish` ends rows early.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, UInt
+
+from leon_jax import sharding
+from leon_jax.engine.grammar import IMAGE, TEXT, Grammar, GrammarState, max_new_tokens
+from leon_jax.engine.kv_cache import CacheDtype, KVCache, valid_slots
+from leon_jax.engine.sampling_params import BatchedParams, SamplingParams
+from leon_jax.models.decoder import Decoder, DecoderConfig
+from leon_jax.vocabulary import Vocabulary
+
+# Sizes are rounded up to multiples of these, so that few programs are compiled.
+_TOKENS_MULTIPLE, _SPANS_MULTIPLE = 32, 4
+
+
+def output_sizes(grammars: Sequence[Grammar]) -> tuple[int, int]:
+    """The axes of spans and of new tokens that hold any of these grammars, rounded up."""
+    spans, tokens = max(map(len, grammars)), max(map(max_new_tokens, grammars))
+    return (
+        -(-spans // _SPANS_MULTIPLE) * _SPANS_MULTIPLE,
+        -(-tokens // _TOKENS_MULTIPLE) * _TOKENS_MULTIPLE,
+    )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RowInputs:
+    """What every row is to generate: its grammar, its parameters, and its random key as words."""
+
+    grammar: GrammarState
+    params: BatchedParams
+    seeds: UInt[Array, "group sample 2"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodeState:
+    """What the loop carries.
+
+    Attributes:
+      hidden: the decoder's output at the last id of every row.
+      positions: the position of the next id of every row.
+      caches: one a stream.
+      grammar, params, seeds: what every row is to generate, and how far it is.
+      tokens, scores: the ids that it generated, and the log-probability of each.
+      counts: how many ids these are.
+      failed: whether no id could be sampled for a row, because its logits were not finite.
+      step: how many steps were made.
+    """
+
+    hidden: Float[Array, "streams group sample embed"]
+    positions: Int[Array, "streams group sample"]
+    caches: tuple[KVCache, ...]
+    grammar: GrammarState
+    params: BatchedParams
+    seeds: UInt[Array, "group sample 2"]
+    tokens: Int[Array, "group sample max_new_tokens"]
+    scores: Float[Array, "group sample max_new_tokens"]
+    counts: Int[Array, "group sample"]
+    failed: Bool[Array, "group sample"]
+    step: Int[Array, ""]
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("config", "prompt_lengths", "max_new_tokens", "cache_dtype", "stacks"),
+)
+def init_state(
+    config: DecoderConfig,
+    rows: RowInputs,
+    prompt_lengths: tuple[int, ...],
+    max_new_tokens: int,
+    cache_dtype: CacheDtype = "compute",
+    stacks: int = 1,
+) -> DecodeState:
+    """The state before the rows have read their prompts.
+
+    Args:
+      config: the model.
+      rows: what they are to generate.
+      prompt_lengths: of each stream, the padded length of the longest prompt.
+      max_new_tokens: the most ids that a row generates.
+      cache_dtype: the dtype of the cached keys and values.
+      stacks: the number of stacks of layers that the decoder has.
+    """
+    groups, samples, _ = rows.seeds.shape
+    layout = sharding.spec(None, "batch", None, "embed")
+    zeros = functools.partial(jnp.zeros, (groups, samples, max_new_tokens))
+    return DecodeState(
+        hidden=jnp.zeros(
+            (len(prompt_lengths), groups, samples, config.embed), config.dtype, out_sharding=layout
+        ),
+        positions=jnp.zeros((len(prompt_lengths), groups, samples), jnp.int32),
+        caches=tuple(
+            KVCache.empty(config, groups, samples, length, max_new_tokens, cache_dtype, stacks)
+            for length in prompt_lengths
+        ),
+        grammar=rows.grammar,
+        params=rows.params,
+        seeds=rows.seeds,
+        tokens=zeros(jnp.int32),
+        scores=zeros(jnp.float32),
+        counts=jnp.zeros((groups, samples), jnp.int32),
+        failed=jnp.zeros((groups, samples), bool),
+        step=jnp.int32(0),
+    )
+
+
+class PaddedPrompts(NamedTuple):
+    """Prompts of one stream, padded on the right.
+
+    Attributes:
+      ids, positions: int32[new, bucket].
+      lengths: int32[new], the number of ids that are not padding.
+      extents: int32[new], the position of the id after the prompt.
+    """
+
+    ids: Int[Array, "new bucket"]
+    positions: Int[Array, "new bucket"]
+    lengths: Int[Array, "new"]
+    extents: Int[Array, "new"]
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def prefill(
+    decoder: Decoder,
+    state: DecodeState,
+    source: Int[Array, "group"],
+    prompts: Sequence[PaddedPrompts],
+    rows: RowInputs,
+) -> DecodeState:
+    """The state with new prompts in some groups.
+
+    Args:
+      decoder: the model.
+      state: is donated.
+      source: the index of the new prompt that a group takes; -1: the group stays as it is.
+      prompts: one array a stream.
+      rows: what the rows of the new prompts are to generate.
+    """
+    is_new = (source >= 0)[:, None]
+    hidden, positions, caches = [], [], []
+    for stream, prompt in enumerate(prompts):
+        states, keys, values = decoder.prefill(prompt.ids, prompt.positions)
+        last = jax.nn.one_hot(prompt.lengths - 1, prompt.ids.shape[1], dtype=states.dtype)
+        last = jax.reshard(last, sharding.spec("batch", "length"))
+        ends = jnp.einsum("btd,bt->bd", states, last, out_sharding=jax.P(None, None))
+        ends = jax.reshard(
+            ends[jnp.maximum(source, 0)][:, None], sharding.spec("batch", None, None)
+        )
+        hidden.append(jnp.where(is_new[..., None], ends, state.hidden[stream]))
+        extents = jax.reshard(prompt.extents, jax.P(None))[jnp.maximum(source, 0)][:, None]
+        positions.append(jnp.where(is_new, extents, state.positions[stream]))
+        caches.append(state.caches[stream].insert(source, keys, values, prompt.lengths))
+
+    def merge(new: Array, old: Array) -> Array:
+        return jnp.where(is_new.reshape(is_new.shape + (1,) * (new.ndim - 2)), new, old)
+
+    old_rows = RowInputs(state.grammar, state.params, state.seeds)
+    merged = jax.tree.map(merge, rows, old_rows)
+    return dataclasses.replace(
+        state,
+        hidden=jnp.stack(hidden),
+        positions=jnp.stack(positions),
+        caches=tuple(caches),
+        grammar=merged.grammar,
+        params=merged.params,
+        seeds=merged.seeds,
+        counts=jnp.where(is_new, 0, state.counts),
+        failed=state.failed & ~is_new,
+    )
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def finish(state: DecodeState, groups: Bool[Array, "group"]) -> DecodeState:
+    """The state with all rows of these groups done."""
+    rows = jnp.broadcast_to(groups[:, None], state.counts.shape)
+    return dataclasses.replace(state, grammar=state.grammar.finish(rows))
+
+
+class Heads(NamedTuple):
+    """The output heads for image ids, and for all ids; see `Decoder.head`."""
+
+    image: Float[Array, "embed image_ids"]
+    whole: Float[Array, "embed ids"]
+
+    @classmethod
+    @functools.partial(jax.jit, static_argnums=(0, 2))
+    def of(cls, decoder: Decoder, vocabulary: Vocabulary) -> "Heads":
+        """Both heads. They are made once, outside the loop."""
+        return cls(decoder.head(vocabulary.image_start, vocabulary.image_stop), decoder.head())
+
+
+@functools.partial(jax.jit, static_argnames=("vocabulary", "text_size"), donate_argnames="state")
+def decode(
+    decoder: Decoder,
+    heads: Heads,
+    state: DecodeState,
+    busy: Bool[Array, "group"],
+    max_steps: Int[Array, ""],
+    *,
+    vocabulary: Vocabulary,
+    text_size: int | None,
+) -> DecodeState:
+    """Steps until all rows of one busy group are done, or `max_steps` steps are made.
+
+    Args:
+      decoder, heads: the model.
+      state: is donated.
+      busy: the groups that hold a request.
+      max_steps: the most steps.
+      vocabulary: the id layout.
+      text_size: the size of the text tokenizer; larger text ids are never sampled. None: all
+        text ids of the vocabulary may be sampled.
+    """
+    last_step = state.step + max_steps
+
+    def is_running(state: DecodeState) -> Bool[Array, ""]:
+        return (state.step < last_step) & ~(busy & state.grammar.done.all(axis=1)).any()
+
+    return jax.lax.while_loop(
+        is_running,
+        lambda state: feed_tokens(
+            decoder,
+            state,
+            sample_tokens(decoder, state, heads, vocabulary, text_size),
+            vocabulary,
+        ),
+        state,
+    )
+
+
+class SampledTokens(NamedTuple):
+    """One id for each row.
+
+    Attributes:
+      ids: of the joint vocabulary.
+      scores: the log-probability of the id under stream 0, within the grammar.
+      failed: whether no id could be sampled.
+    """
+
+    ids: Int[Array, "group sample"]
+    scores: Float[Array, "group sample"]
+    failed: Bool[Array, "group sample"]
+
+
+def sample_tokens(
+    decoder: Decoder,
+    state: DecodeState,
+    heads: Heads,
+    vocabulary: Vocabulary,
+    text_size: int | None,
+) -> SampledTokens:
+    """Samples an id for each row that is inside an image or a text.
+
+    Only the logits that some row needs are computed: those of the image ids, or all. How an id is
+    sampled does not depend on what the other rows generate.
+    """
+    current, params, used = state.grammar.current, state.params, state.grammar.used
+    keys = jax.random.wrap_key_data(state.seeds, impl="threefry2x32")
+    keys = jax.vmap(jax.vmap(jax.random.fold_in))(keys, state.counts)
+
+    def replicate(logits: Array) -> Array:
+        # Every device holds all logits of a step: they are few, and rows and streams can then be
+        # taken apart without regard to how they are split.
+        return jax.reshard(logits, jax.P(*[None] * logits.ndim)).astype(jnp.float32)
+
+    def score(logits: Array, ids: Array) -> Array:
+        likelihoods = jax.nn.log_softmax(logits, axis=-1)
+        return jnp.take_along_axis(likelihoods, ids[..., None], axis=-1)[..., 0]
+
+    def sample_image() -> tuple[Array, Array, Array]:
+        logits = replicate(decoder.logits(state.hidden, heads.image))
+        ids, usable = params.sample_image(logits, used, keys)
+        return ids + vocabulary.image_start, score(logits[0], ids), ~usable
+
+    def sample_text() -> tuple[Array, Array, Array]:
+        ids = jnp.arange(vocabulary.size)
+        text_stop = vocabulary.text_start + (text_size or vocabulary.text_tokens)
+        may_stop = (used >= current.min_tokens)[..., None]
+        is_stop = (ids == current.stops[..., None]).any(axis=-2) & may_stop
+        allowed = ((ids >= vocabulary.text_start) & (ids < text_stop)) | is_stop
+        logits = replicate(decoder.logits(state.hidden[0], heads.whole))
+        logits = jnp.where(allowed, logits, -jnp.inf)
+        sampled, usable = params.sample_text(logits, keys)
+        return sampled, score(logits, sampled), ~usable
+
+    def skip() -> tuple[Array, Array, Array]:
+        zeros = jnp.zeros_like(state.counts)
+        return zeros, zeros.astype(jnp.float32), zeros.astype(bool)
+
+    is_image, is_text = current.kind == IMAGE, current.kind == TEXT
+    image = jax.lax.cond(is_image.any(), sample_image, skip)
+    text = jax.lax.cond(is_text.any(), sample_text, skip)
+    ids, scores, unusable = (jnp.where(is_image, *both) for both in zip(image, text, strict=True))
+    # A text that has reached its limit is closed whatever is sampled.
+    is_sampled = is_image | (is_text & (used < current.limit))
+    return SampledTokens(ids, scores, unusable & is_sampled)
+
+
+def feed_tokens(
+    decoder: Decoder, state: DecodeState, sampled: SampledTokens, vocabulary: Vocabulary
+) -> DecodeState:
+    """The state after each row was given its id, and all its streams have read it.
+
+    A row that failed is given no id; it is done.
+    """
+    active = ~state.grammar.done & ~sampled.failed
+    grammar, written, was_sampled = state.grammar.advance(sampled.ids)
+    grammar = grammar.finish(sampled.failed)
+    is_next = (jnp.arange(state.tokens.shape[-1]) == state.counts[..., None]) & active[..., None]
+    streams, ring_size = len(state.caches), state.caches[0].ring_size
+    ids = jax.reshard(written, jax.P(None, *sharding.spec("batch"), None))
+    positions = jax.reshard(state.positions, jax.typeof(ids).sharding.spec)
+    valid = valid_slots(ring_size, state.step, state.counts)
+
+    def read(count: int) -> tuple[Array, list[Array], list[Array]]:
+        """The first `count` streams read the ids; the others keep what they had."""
+        hidden, keys, values = decoder.decode_step(
+            ids[:count],
+            positions[:count],
+            [cache.prompt() for cache in state.caches[:count]],
+            [cache.output(valid) for cache in state.caches[:count]],
+        )
+        hidden = jnp.concatenate([hidden.astype(state.hidden.dtype), state.hidden[count:]])
+        missing = ((0, 0), (0, streams - count), (0, 0), (0, 0), (0, 0), (0, 0))
+        keys, values = ([jnp.pad(each, missing) for each in both] for both in (keys, values))
+        return hidden, keys, values
+
+    if streams == 1:
+        hidden, keys, values = read(1)
+    else:
+        # The other streams serve guidance alone: after the last guided id they are left out.
+        is_image = grammar.current.kind == IMAGE
+        is_later = jnp.arange(grammar.kind.shape[-1]) > grammar.span[..., None]
+        has_later_image = ((grammar.kind == IMAGE) & is_later).any(axis=-1)
+        used = jnp.where(is_image, grammar.used, 2**30)
+        needed = state.params.needs_guidance(used, has_later_image)
+        hidden, keys, values = jax.lax.cond(needed.any(), lambda: read(streams), lambda: read(1))
+    # All reads of the caches come before the writes, so that the writes are in place.
+    caches, hidden = jax.lax.optimization_barrier((state.caches, hidden))
+    after = state.positions + 1
+    part_step = decoder.config.part_step
+    after = jnp.where(written == vocabulary.break_id, after + -after % part_step, after)
+    return dataclasses.replace(
+        state,
+        hidden=hidden,
+        positions=jnp.where(active, after, state.positions),
+        caches=tuple(
+            cache.append(
+                state.step, [each[:, stream] for each in keys], [each[:, stream] for each in values]
+            )
+            for stream, cache in enumerate(caches)
+        ),
+        grammar=grammar,
+        tokens=jnp.where(is_next, written[0][..., None], state.tokens),
+        scores=jnp.where(
+            is_next, jnp.where(was_sampled, sampled.scores, 0)[..., None], state.scores
+        ),
+        counts=state.counts + active,
+        failed=state.failed | sampled.failed,
+        step=state.step + 1,
+    )
+
+
+def lower_programs(
+    decoder: Decoder,
+    vocabulary: Vocabulary,
+    rows: int,
+    prompt_lengths: tuple[int, ...],
+    grammar: Grammar,
+    params: SamplingParams,
+    cache_dtype: CacheDtype = "compute",
+) -> tuple[DecodeState, Callable[[], jax.stages.Lowered], Callable[[], jax.stages.Lowered]]:
+    """What the engine runs for a full batch, to be compiled for devices that are not there.
+
+    Args:
+      decoder: may be abstract.
+      vocabulary: its id layout.
+      rows: prompts with one sample each; a multiple of what the mesh splits the batch into.
+      prompt_lengths: padded length of the prompts, by stream.
+      grammar, params: of all rows.
+      cache_dtype: see `init_state`.
+
+    Returns:
+      The abstract state; a function that lowers `prefill` of all rows; one that lowers `decode`.
+    """
+    streams, (spans, new_tokens) = len(prompt_lengths), output_sizes([grammar])
+    inputs = RowInputs(
+        GrammarState.of([[grammar]] * rows, streams, spans),
+        BatchedParams.of([[params]] * rows, [params]),
+        np.zeros((rows, 1, 2), np.uint32),  # type: ignore[arg-type]  # nothing is on a device
+    )
+    mesh = jax.sharding.get_mesh()
+
+    def array(shape: tuple[int, ...], dtype, *names: str) -> Any:
+        layout = jax.NamedSharding(mesh, sharding.spec(*names))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=layout)
+
+    inputs = jax.tree.map(lambda x: array(x.shape, x.dtype), inputs)
+    state = jax.eval_shape(
+        functools.partial(
+            init_state,
+            decoder.config,
+            prompt_lengths=prompt_lengths,
+            max_new_tokens=new_tokens,
+            cache_dtype=cache_dtype,
+            stacks=len(decoder.stacks),
+        ),
+        inputs,
+    )
+    heads = jax.eval_shape(lambda: Heads.of(decoder, vocabulary))
+    prompts = [
+        PaddedPrompts(
+            array((rows, length), jnp.int32, "batch", "length"),
+            array((rows, length), jnp.int32, "batch", "length"),
+            array((rows,), jnp.int32, "batch"),
+            array((rows,), jnp.int32, "batch"),
+        )
+        for length in prompt_lengths
+    ]
+    return (
+        state,
+        lambda: prefill.lower(decoder, state, array((rows,), jnp.int32), prompts, inputs),
+        lambda: decode.lower(
+            decoder, heads, state, array((rows,), jnp.bool_), array((), jnp.int32),
+            vocabulary=vocabulary, text_size=None,
+        ),
+    )  # fmt: skip
+
+
+def replicate(tree: Any) -> Any:
+    """Puts small arrays on every device of the mesh."""
+    layout = jax.NamedSharding(jax.sharding.get_mesh(), jax.P())
+    return jax.tree.map(lambda x: jax.device_put(x, layout), tree)
+
+
+def round_up_rows(rows: int) -> int:
+    """`rows`, rounded up so that the batch splits evenly over the mesh."""
+    shape = jax.sharding.get_mesh().shape
+    shards = shape.get("data", 1) * shape.get("fsdp", 1)
+    return -(-rows // shards) * shards

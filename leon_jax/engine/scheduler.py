@@ -1,0 +1,502 @@
+"""The scheduler: a queue of requests that lives while the engine decodes.
+
+    scheduler = Scheduler(engine)
+    number = scheduler.submit(request)     # at any time, also while others run
+    for event in scheduler.step(): ...     # Admitted, Tokens, Done, Failed
+    scheduler.cancel(number)
+
+The state of all slots is on the devices. Slots come in groups: the samples of a group share one
+prompt and its cached keys and values. A request takes one or more groups. A group whose samples are
+all done is given to the next request; no other group waits for it.
+
+The compiled programs have fixed sizes (`BatchSizes`). A request that needs larger ones waits until
+the slots are empty; then the state is made anew with sizes that fit it too.
+"""
+
+import collections
+import dataclasses
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from leon_jax import sharding
+from leon_jax.config import UserError
+from leon_jax.engine.decode_loop import (
+    DecodeState,
+    RowInputs,
+    decode,
+    finish,
+    init_state,
+    output_sizes,
+    prefill,
+    replicate,
+    round_up_rows,
+)
+from leon_jax.engine.engine import Engine, Sample, TokenRequest
+from leon_jax.engine.grammar import Grammar, GrammarState, ImageSpan, SpanOutput, split_output
+from leon_jax.engine.sampling_params import BatchedParams, SamplingParams, distinct_variants
+
+
+class Admitted(NamedTuple):
+    """Some samples of a request have slots now."""
+
+    request: int
+    samples: range
+
+
+class Tokens(NamedTuple):
+    """What a sample has generated so far.
+
+    Attributes:
+      request, sample: the number that `submit` returned, and the index of the sample.
+      outputs: one for each span of the grammar that was reached.
+    """
+
+    request: int
+    sample: int
+    outputs: list[SpanOutput]
+
+
+class Done(NamedTuple):
+    """All that a sample has generated; see `Tokens`."""
+
+    request: int
+    sample: int
+    outputs: list[SpanOutput]
+
+
+class Failed(NamedTuple):
+    """A sample that cannot be finished; see `Tokens`."""
+
+    request: int
+    sample: int
+    error: UserError
+
+
+Event = Admitted | Tokens | Done | Failed
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchSizes:
+    """The static sizes of the compiled programs.
+
+    Attributes:
+      groups: groups of slots.
+      samples: slots of a group.
+      prompt_lengths: padded length of the prompts of each stream.
+      spans, max_new_tokens: the longest grammar.
+      variants: one example of each variant of sampling parameters.
+    """
+
+    groups: int
+    samples: int
+    prompt_lengths: tuple[int, ...]
+    spans: int
+    max_new_tokens: int
+    variants: tuple[SamplingParams, ...]
+
+    @classmethod
+    def of(cls, engine: Engine, requests: Sequence[TokenRequest]) -> "BatchSizes":
+        """The sizes that suit these requests if they are all that there is."""
+        params = [sample.params for request in requests for sample in request.samples]
+        samples = group_size([len(request.samples) for request in requests], engine.slots)
+        units = sum(-(-len(request.samples) // samples) for request in requests)
+        streams = max(each.guidance.streams for each in params)
+        spans, new_tokens = output_sizes([request.grammar for request in requests])
+        return cls(
+            # A power of two, so that few programs serve all queues.
+            round_up_rows(min(engine.slots // samples, _next_power(units))),
+            samples,
+            tuple(
+                engine.bucket(max(len(stream_ids(request, stream)) for request in requests))
+                for stream in range(streams)
+            ),
+            spans,
+            new_tokens,
+            distinct_variants(params),
+        )
+
+    def grow(self, other: "BatchSizes") -> "BatchSizes":
+        """`other`, with lengths and variants that suit both."""
+        longer, shorter = self.prompt_lengths, other.prompt_lengths
+        if len(longer) < len(shorter):
+            longer, shorter = shorter, longer
+        lengths = [max(pair) for pair in zip(longer, shorter, strict=False)]
+        return dataclasses.replace(
+            other,
+            prompt_lengths=(*lengths, *longer[len(shorter) :]),
+            spans=max(self.spans, other.spans),
+            max_new_tokens=max(self.max_new_tokens, other.max_new_tokens),
+            variants=distinct_variants([*self.variants, *other.variants]),
+        )
+
+    def fits(self, request: TokenRequest) -> bool:
+        """Whether the request can run within these sizes."""
+        params = [sample.params for sample in request.samples]
+        streams = max(each.guidance.streams for each in params)
+        spans, new_tokens = output_sizes([request.grammar])
+        variants = {str(jax.tree.structure(variant)) for variant in self.variants}
+        return (
+            streams <= len(self.prompt_lengths)
+            and all(
+                len(stream_ids(request, stream)) <= length
+                for stream, length in enumerate(self.prompt_lengths)
+            )
+            and spans <= self.spans
+            and new_tokens <= self.max_new_tokens
+            and all(str(jax.tree.structure(each)) in variants for each in params)
+        )
+
+
+class _Unit(NamedTuple):
+    """Samples of one request that share a group."""
+
+    request: int
+    samples: range
+
+
+class Scheduler:
+    """Runs requests through an engine; see the top of this file.
+
+    Args:
+      engine: the decoder.
+      every: if set, `step` also returns the `Tokens` of all running samples whenever so many more
+        ids are generated; inside an image, whenever a multiple of so many of its ids are. None:
+        `step` runs until some group is done.
+    """
+
+    def __init__(self, engine: Engine, every: int | None = None):
+        self.engine, self.every = engine, every
+        self._requests: dict[int, TokenRequest] = {}
+        self._unfinished: dict[int, int] = {}  # samples of each request that are not finished
+        self._waiting: collections.deque[int] = collections.deque()
+        self._started: dict[int, int] = {}  # samples of each waiting request that were admitted
+        self._groups: list[_Unit | None] = []
+        self._sizes: BatchSizes | None = None
+        self._state: DecodeState | None = None
+        self._next_number = 0
+        self._max_steps = every
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a request waits or runs."""
+        return bool(self._requests)
+
+    @property
+    def waiting(self) -> int:
+        """How many requests have samples that wait for slots."""
+        return len(self._waiting)
+
+    def submit(self, request: TokenRequest) -> int:
+        """Adds a request to the queue.
+
+        Returns:
+          Its number, which events carry.
+
+        Raises:
+          UserError, ValueError: see `Engine.check`.
+        """
+        self.engine.check(request)
+        number = self._next_number
+        self._next_number += 1
+        self._requests[number] = request
+        self._unfinished[number], self._started[number] = len(request.samples), 0
+        self._waiting.append(number)
+        return number
+
+    def cancel(self, number: int) -> None:
+        """Ends a request; no event comes of it from now on. Its slots are free at once.
+
+        A number that is not in the queue (any more) is ignored.
+        """
+        if self._requests.pop(number, None) is None:
+            return
+        del self._unfinished[number]
+        if number in self._started:
+            del self._started[number]
+            self._waiting.remove(number)
+        running = np.array([u is not None and u.request == number for u in self._groups])
+        if running.any():
+            assert self._state is not None
+            with jax.set_mesh(self.engine.mesh):
+                self._state = finish(self._state, replicate(running))
+            self._groups = [
+                None if is_running else unit
+                for unit, is_running in zip(self._groups, running, strict=True)
+            ]
+
+    def step(self) -> list[Event]:
+        """Gives free slots to waiting requests, and decodes until some group is done.
+
+        With `every` it returns earlier, see there. Without requests it returns nothing.
+        """
+        if not self.is_busy:
+            return []
+        engine = self.engine
+        with jax.set_mesh(engine.mesh):
+            events: list[Event] = [Admitted(*unit) for unit in self._admit()]
+            assert self._state is not None and self._sizes is not None
+            busy = np.array([unit is not None for unit in self._groups])
+            max_steps = self._sizes.max_new_tokens if self._max_steps is None else self._max_steps
+            self._state = state = decode(
+                engine.decoder,
+                engine.heads,
+                self._state,
+                replicate(busy),
+                replicate(np.int32(max_steps)),
+                vocabulary=engine.vocabulary,
+                text_size=engine.text_size,
+            )
+            done, failed, span, used, counts, tokens, scores = sharding.fetch(
+                (
+                    state.grammar.done, state.failed, state.grammar.span, state.grammar.used,
+                    state.counts, state.tokens, state.scores,
+                )
+            )  # fmt: skip
+        steps_to_row_end = []
+        for group, unit in enumerate(self._groups):
+            if unit is None:
+                continue
+            is_done = bool(done[group].all())
+            if not is_done and self.every is None:
+                continue
+            request = self._requests[unit.request]
+            for slot, sample in enumerate(unit.samples):
+                count = counts[group, slot]
+                if is_done and failed[group, slot]:
+                    events.append(Failed(unit.request, sample, _not_finite(count)))
+                    continue
+                outputs = split_output(
+                    request.grammar,
+                    tokens[group, slot, :count],
+                    scores[group, slot, :count],
+                    self.engine.vocabulary,
+                )
+                kind = Done if is_done else Tokens
+                events.append(kind(unit.request, sample, outputs))
+                if self.every and not is_done and self._is_image(request, span[group, slot]):
+                    steps_to_row_end.append(self.every - used[group, slot] % self.every)
+            if is_done:
+                self._release(group, unit)
+        self._max_steps = min(steps_to_row_end, default=self.every)
+        return events
+
+    def warm(self, requests: Sequence[TokenRequest]) -> int:
+        """Compiles what a queue of requests like these needs, however long their streams 0 are.
+
+        With JAX's persistent compilation cache other processes need not compile it either.
+
+        Returns:
+          For how many prompt lengths.
+
+        Raises:
+          UserError, ValueError: see `Engine.check`.
+        """
+        for request in requests:
+            self.engine.check(request)
+        longest = min(self.engine.longest_prompt(request.grammar) for request in requests)
+        lengths = sorted({min(bucket, longest) for bucket in self.engine.buckets})
+        for length in lengths:
+            # Texts take as many positions as they have ids.
+            ids = np.full(length, self.engine.vocabulary.text_start, np.int32)
+            trial = Scheduler(self.engine, self.every)
+            for each in requests:
+                trial.submit(dataclasses.replace(each, streams=(ids, *each.streams[1:])))
+            trial.compile()
+        return len(lengths)
+
+    def compile(self) -> None:
+        """Compiles the programs for the requests that wait, and generates nothing."""
+        with jax.set_mesh(self.engine.mesh):
+            units = self._waiting_units(self._resize())
+            count = 1
+            while True:  # as many prompts as may be read at once
+                self._prefill(list(enumerate(units[: min(count, len(self._groups))])))
+                if count >= min(len(self._groups), len(units)):
+                    break
+                count *= 2
+        self._max_steps = 0
+        self.step()
+
+    def _admit(self) -> list[_Unit]:
+        """Gives free groups to waiting requests; returns the units that were admitted."""
+        if not self._waiting:
+            return []
+        if not any(self._groups) and not self._suits_waiting():
+            self._resize()
+        free = [group for group, unit in enumerate(self._groups) if unit is None]
+        admitted: list[tuple[int, _Unit]] = []
+        while self._waiting and len(admitted) < len(free):
+            number = self._waiting[0]
+            request = self._requests[number]
+            assert self._sizes is not None
+            if not self._sizes.fits(request):
+                break  # it waits until the slots are empty, and so do those behind it
+            start = self._started[number]
+            stop = min(start + self._sizes.samples, len(request.samples))
+            admitted.append((free[len(admitted)], _Unit(number, range(start, stop))))
+            self._started[number] = stop
+            if stop == len(request.samples):
+                self._waiting.popleft()
+                del self._started[number]
+        if admitted:
+            self._prefill(admitted)
+        return [unit for _, unit in admitted]
+
+    def _suits_waiting(self) -> bool:
+        """Whether the sizes suit the requests that wait, if nothing runs."""
+        sizes = self._sizes
+        if sizes is None or not sizes.fits(self._requests[self._waiting[0]]):
+            return False
+        if len(self._waiting_units(sizes)) <= sizes.groups:
+            return True
+        wanted = BatchSizes.of(self.engine, self._waiting_requests())
+        return (wanted.groups, wanted.samples) == (sizes.groups, sizes.samples)
+
+    def _waiting_requests(self) -> list[TokenRequest]:
+        return [self._requests[number] for number in self._waiting]
+
+    def _resize(self) -> BatchSizes:
+        """Makes the state anew, with sizes that suit the requests that wait."""
+        sizes = BatchSizes.of(self.engine, self._waiting_requests())
+        if self._sizes is not None:
+            sizes = self._sizes.grow(sizes)
+        self._sizes, self._groups = sizes, [None] * sizes.groups
+        self._state = init_state(
+            self.engine.decoder.config, replicate(self._row_inputs([])), sizes.prompt_lengths,
+            sizes.max_new_tokens, self.engine.cache_dtype, len(self.engine.decoder.stacks),
+        )  # fmt: skip
+        return sizes
+
+    def _waiting_units(self, sizes: BatchSizes) -> list[_Unit]:
+        """The samples that wait, as they share groups of these sizes."""
+        units = []
+        for number in self._waiting:
+            count = len(self._requests[number].samples)
+            for start in range(self._started[number], count, sizes.samples):
+                units.append(_Unit(number, range(start, min(start + sizes.samples, count))))
+        return units
+
+    def _prefill(self, units: Sequence[tuple[int, _Unit]]) -> None:
+        """Reads the prompts of units into groups that are free."""
+        assert self._state is not None and self._sizes is not None
+        source = np.full(len(self._groups), -1, np.int32)
+        for index, (group, unit) in enumerate(units):
+            source[group], self._groups[group] = index, unit
+        count = min(round_up_rows(_next_power(len(units))), len(self._groups))
+        requests = [self._requests[unit.request] for _, unit in units]
+        requests += [requests[-1]] * (count - len(requests))
+        prompts = [
+            self.engine.pad([stream_ids(request, stream) for request in requests])
+            for stream in range(len(self._sizes.prompt_lengths))
+        ]
+        self._state = prefill(
+            self.engine.decoder, self._state, replicate(source), prompts,
+            replicate(self._row_inputs(units)),
+        )  # fmt: skip
+
+    def _row_inputs(self, units: Sequence[tuple[int, _Unit]]) -> RowInputs:
+        """What every row is to generate if only these groups have something to generate."""
+        assert self._sizes is not None
+        sizes = self._sizes
+        grammars: list[list[Grammar]] = [[()] * sizes.samples for _ in range(sizes.groups)]
+        params = [[sizes.variants[0]] * sizes.samples for _ in range(sizes.groups)]
+        seeds = np.zeros((sizes.groups, sizes.samples, 2), np.uint32)
+        for group, unit in units:
+            request = self._requests[unit.request]
+            salt = zlib.crc32(np.asarray(request.streams[0], np.int32).tobytes())
+            for slot, number in enumerate(unit.samples):
+                sample: Sample = request.samples[number]
+                grammars[group][slot] = request.grammar
+                params[group][slot] = sample.params
+                seeds[group, slot] = salt, sample.seed
+        return RowInputs(
+            GrammarState.of(grammars, len(sizes.prompt_lengths), sizes.spans),
+            BatchedParams.of(params, sizes.variants),
+            seeds,  # type: ignore[arg-type]  # all of it goes to the devices at once
+        )
+
+    def _release(self, group: int, unit: _Unit) -> None:
+        """Frees a group; a request whose samples are all finished leaves the queue."""
+        self._groups[group] = None
+        self._unfinished[unit.request] -= len(unit.samples)
+        if not self._unfinished[unit.request]:
+            del self._requests[unit.request], self._unfinished[unit.request]
+
+    @staticmethod
+    def _is_image(request: TokenRequest, span: int) -> bool:
+        return span < len(request.grammar) and isinstance(request.grammar[span], ImageSpan)
+
+
+def run(
+    engine: Engine, requests: Iterable[TokenRequest], every: int | None = None
+) -> Iterator[Event]:
+    """The events of these requests, numbered from 0 in their order, until all are finished.
+
+    Raises:
+      UserError, ValueError: see `Engine.check`; the message names the request, and nothing is run.
+    """
+    scheduler = Scheduler(engine, every)
+    for number, request in enumerate(requests):
+        try:
+            scheduler.submit(request)
+        except (UserError, ValueError) as error:
+            raise type(error)(f"request {number}: {error}") from error
+    while scheduler.is_busy:
+        yield from scheduler.step()
+
+
+def generate(engine: Engine, requests: Sequence[TokenRequest]) -> list[list[list[SpanOutput]]]:
+    """What every sample of every request generates.
+
+    A sample depends on its prompt, parameters and seed only, not on what else is generated.
+
+    Returns:
+      For each request, for each of its samples, one output for each span that was reached.
+
+    Raises:
+      UserError, ValueError: see `run`; or no id could be sampled for a sample.
+    """
+    outputs: list[list] = [[None] * len(request.samples) for request in requests]
+    for event in run(engine, requests):
+        if isinstance(event, Failed):
+            raise UserError(f"request {event.request}: {event.error}") from event.error
+        if isinstance(event, Done):
+            outputs[event.request][event.sample] = event.outputs
+    return outputs
+
+
+def stream_ids(request: TokenRequest, stream: int) -> np.ndarray:
+    """The ids of a stream; one id if the request has fewer streams: no row of it reads them."""
+    streams = request.streams
+    return streams[stream] if stream < len(streams) else streams[0][:1]
+
+
+def group_size(samples: Sequence[int], slots: int) -> int:
+    """How many samples share a group: the fewest rounds, then the fewest prompts to read.
+
+    Args:
+      samples: the number of samples of each request.
+      slots: how many samples run side by side.
+    """
+
+    def cost(size: int) -> tuple[int, int, int]:
+        units = sum(-(-count // size) for count in samples)
+        return -(-units // (slots // size)), units, size
+
+    return min(range(1, min(slots, max(samples)) + 1), key=cost)
+
+
+def _next_power(count: int) -> int:
+    """The next power of two."""
+    return 1 << (count - 1).bit_length()
+
+
+def _not_finite(count: int) -> UserError:
+    return UserError(
+        f"after {count} ids no id could be sampled: no score that the grammar allows was finite; "
+        "use less guidance, or a model whose weights are sound"
+    )

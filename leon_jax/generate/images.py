@@ -1,0 +1,108 @@
+"""Images for prompts: prompts to requests, and completed requests to images, ranked if asked."""
+
+from collections.abc import Callable
+
+import jax
+import numpy as np
+import PIL.Image
+
+from leon_jax.config import UserError
+from leon_jax.documents import Document, Hole, Image, Text
+from leon_jax.engine.scheduler import Scheduler
+from leon_jax.generate import ranking
+from leon_jax.generate.completion import Completion
+from leon_jax.generate.inputs import text_part
+from leon_jax.generate.model import Model
+from leon_jax.generate.prompt_builder import PromptBuilder, Request
+from leon_jax.generate.results import GeneratedImage, ImageSettings, settings_text
+
+# (prompt, how many documents at most, how many tokens are generated) -> documents to read first.
+Retrieve = Callable[[Document, int, int], tuple[Document, ...]]
+
+
+def image_request(
+    model: Model, retrieve: Retrieve, prompt: str, settings: ImageSettings
+) -> Request | UserError:
+    """The request of a prompt, or what is wrong with it."""
+    tokenizer = model.tokenizer
+    try:
+        text = text_part("prompt", prompt)
+        model.folder.check_prompt(text.text, settings.num_docs)
+        document = Document((text, Hole("image")))
+        if settings.best_of is not None and settings.rank_by == "likelihood":
+            # The prompt will be scored as a caption, which takes more tokens.
+            blank = Image(codes=np.zeros(tokenizer.image_shape, int))
+            ids, _ = ranking.scored_ids(tokenizer, document.replace(1, blank), 0)
+            model.engine.check_sequence(ids)
+        retrieved = retrieve(document, settings.num_docs, tokenizer.image_tokens)
+    except UserError as error:
+        return error
+    return Request(document, retrieved, settings.samples)
+
+
+def finished_images(
+    model: Model,
+    completion: Completion,
+    prompt: str,
+    settings: ImageSettings,
+    task: str = "generate",
+) -> list[GeneratedImage]:
+    """The last images of a request's documents, or the best of them.
+
+    Args:
+      model: what generated them.
+      completion: of the request.
+      prompt: what the images are for.
+      settings: how they were generated.
+      task: what was done; see `settings_text`.
+
+    Raises:
+      UserError: that of the request.
+    """
+    if completion.error:
+        raise completion.error
+    request, images = completion.request, []
+    assert request is not None
+    documents = model.decode_images(completion.documents)
+    for document, sample in zip(documents, request.samples, strict=True):
+        image = document.parts[-1]
+        assert isinstance(image, Image) and image.pixels is not None
+        images.append(
+            GeneratedImage(
+                PIL.Image.fromarray(image.pixels), prompt, sample.seed, sample.params,
+                request.retrieved, model.folder.name,
+                settings_text(
+                    sample.params, model.state, settings.num_docs, settings.best_of,
+                    settings.rank_by, task,
+                ),
+            )
+        )  # fmt: skip
+    if settings.best_of is None:
+        return images
+    with jax.set_mesh(model.mesh):
+        if settings.rank_by == "likelihood":
+            rows = [ranking.scored_ids(model.tokenizer, document, 0) for document in documents]
+            scores = model.engine.score([ids for ids, _ in rows], [weights for _, weights in rows])
+        else:
+            pixels = [np.asarray(each.image) for each in images]
+            scores = ranking.clip_scores(model.encoder, prompt, pixels)
+    return [images[index] for index in ranking.best(scores, settings.num_images)]
+
+
+def warm_up(model: Model, settings: ImageSettings, prompts: int) -> int:
+    """Compiles what so many prompts need, whatever their lengths.
+
+    Returns:
+      For how many lengths of prompts.
+
+    Raises:
+      UserError: there are no prompts, or the images do not fit the context.
+    """
+    if prompts < 1:
+        raise UserError(f"prompts is {prompts}; it must be at least 1")
+    request = Request(Document((Text("a"), Hole("image"))), samples=settings.samples)
+    with jax.set_mesh(model.mesh):
+        codes = np.zeros((len(settings.samples), *model.tokenizer.image_shape), np.int32)
+        model.image_tokenizer.decode(codes)
+    token_request = PromptBuilder(model.tokenizer, request).build()
+    return Scheduler(model.engine).warm([token_request] * prompts)

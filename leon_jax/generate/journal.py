@@ -1,0 +1,161 @@
+"""Names of image files, and the journal of the images that a folder holds.
+
+The journal is a file of JSON lines, `["file name", "key"]`, that is only ever appended to. The key
+is a hash of everything that an image depends on. So a job of many prompts sees what is finished
+without opening an image. Images that stand in the folder but not in the journal are opened once.
+"""
+
+import hashlib
+import json
+import os
+import pathlib
+import re
+from collections.abc import Iterator, Sequence
+
+import PIL.Image
+
+from leon_jax.documents import normalise_text
+from leon_jax.generate.results import (
+    GeneratedImage,
+    ImageSettings,
+    ModelState,
+    former_settings_text,
+    settings_text,
+)
+
+JOURNAL = "generated.jsonl"
+
+
+def file_name(prompt: str, seed: int) -> str:
+    """The name of an image's file. Two prompts never have one name.
+
+    It begins with the words of the prompt (60 characters and 120 bytes at most, for a file system
+    takes 255 bytes) and 12 digits of its SHA-256.
+    """
+    words = re.sub(r"[^\w]+", "-", prompt).strip("-_").lower()[:60]
+    stem = words.encode()[:120].decode(errors="ignore").rstrip("-_") or "image"
+    return f"{stem}-{hashlib.sha256(prompt.encode()).hexdigest()[:12]}-{seed}.png"
+
+
+def image_key(prompt: str, seed: str, model: str, settings: str) -> str:
+    """20 hexadecimal digits that are equal for images of equal prompt, seed, model and settings."""
+    parts = json.dumps([prompt, seed, model, settings])
+    return hashlib.sha256(parts.encode()).hexdigest()[:20]
+
+
+class Journal:
+    """The images that a folder holds.
+
+    Args:
+      folder: may be missing; then it holds none.
+
+    Attributes:
+      keys: `image_key` of every image in the folder.
+    """
+
+    def __init__(self, folder: pathlib.Path):
+        self.folder, self._path = folder, folder / JOURNAL
+        try:
+            images = {entry.name for entry in os.scandir(folder) if entry.name.endswith(".png")}
+        except OSError:
+            images = set()
+        keys = dict(self._entries())
+        scanned = {name: _key_of(folder / name) for name in sorted(images - keys.keys())}
+        if scanned:
+            self._append(scanned)
+        self.keys = {key for name, key in (keys | scanned).items() if name in images}
+
+    def add(self, images: Sequence[GeneratedImage]) -> list[pathlib.Path]:
+        """Writes images, each whole or not at all, and their lines.
+
+        Returns:
+          The files.
+
+        Raises:
+          OSError: a file cannot be written.
+        """
+        entries = {}
+        for image in images:
+            name = file_name(image.prompt, image.seed)
+            image.save(self.folder / name)
+            entries[name] = image_key(image.prompt, str(image.seed), image.model, image.settings)
+        self._append(entries)
+        self.keys.update(entries.values())
+        return [self.folder / name for name in entries]
+
+    def _entries(self) -> Iterator[tuple[str, str]]:
+        """File names and keys. A line that was cut when a process died is passed over."""
+        try:
+            text = self._path.read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return
+        for line in text.split("\n"):
+            try:
+                name, key = json.loads(line)
+            except ValueError:
+                continue
+            yield name, key
+
+    def _append(self, entries: dict[str, str]) -> None:
+        lines = "".join(f"{json.dumps([name, key])}\n" for name, key in entries.items())
+        with self._path.open("ab+") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":  # the last line was cut
+                    lines = "\n" + lines
+            file.write(lines.encode())
+
+
+class FinishedImages:
+    """Tells which prompts have all their images.
+
+    Args:
+      journal: of the folder.
+      settings: how images are generated.
+      model: what would generate them.
+      former_digests: digests that the decoder had in earlier versions of this project.
+    """
+
+    def __init__(
+        self,
+        journal: Journal,
+        settings: ImageSettings,
+        model: ModelState,
+        former_digests: Sequence[str] = (),
+    ):
+        self._keys, self._model, self._num_images = journal.keys, model.name, settings.num_images
+        rest = settings.num_docs, settings.best_of, settings.rank_by
+        former = [
+            ModelState(model.name, digest, model.weights, model.cache) for digest in former_digests
+        ]
+        # For each sample its seed, and the settings under which its image counts as finished.
+        self._samples = [
+            (
+                str(sample.seed),
+                [
+                    settings_text(sample.params, model, *rest),
+                    *(former_settings_text(sample.params, state, *rest) for state in former),
+                ],
+            )
+            for sample in settings.samples
+        ]
+
+    def __contains__(self, prompt: str) -> bool:
+        """Whether as many images of a prompt are there as are asked for."""
+        finished = 0
+        for seed, settings in self._samples:
+            keys = (image_key(prompt, seed, self._model, text) for text in settings)
+            finished += any(key in self._keys for key in keys)
+        return finished >= self._num_images
+
+
+def _key_of(path: pathlib.Path) -> str:
+    """The key of an image by its metadata; "" if it is damaged or not ours."""
+    try:
+        with PIL.Image.open(path) as image:
+            text: dict[str, str] = getattr(image, "text", {})
+    except (OSError, ValueError, SyntaxError):
+        return ""
+    if not {"prompt", "seed", "model", "settings"} <= set(text):
+        return ""
+    return image_key(normalise_text(text["prompt"]), text["seed"], text["model"], text["settings"])

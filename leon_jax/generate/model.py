@@ -1,0 +1,127 @@
+"""A loaded model: its folder, its engine, its image tokenizer and its retrieval encoder."""
+
+import dataclasses
+import os
+from typing import get_args
+
+import jax
+import numpy as np
+
+from leon_jax import sharding
+from leon_jax.config import UserError
+from leon_jax.documents import Document, Image
+from leon_jax.engine.engine import Engine
+from leon_jax.engine.kv_cache import CacheDtype
+from leon_jax.generate.results import ModelState
+from leon_jax.model_folder import ModelFolder, encoder_path
+from leon_jax.models.decoder import WeightType
+from leon_jax.retrieval.encoder import Encoder
+from leon_jax.tokenizers.documents import DocumentTokenizer
+from leon_jax.tokenizers.image import ImageTokenizer, to_pixels
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """Everything of a model folder that answers requests, on the devices of a mesh.
+
+    Attributes:
+      folder: where it comes from.
+      engine: the decoder and its cache.
+      image_tokenizer: pixels to codes and back.
+      encoder: retrieves documents and ranks images.
+      mesh: the devices.
+
+    Raises:
+      UserError: image tokenizer and decoder have different codes.
+    """
+
+    folder: ModelFolder
+    engine: Engine
+    image_tokenizer: ImageTokenizer
+    encoder: Encoder
+    mesh: jax.sharding.Mesh
+
+    def __post_init__(self):
+        codes = self.image_tokenizer.shape, self.image_tokenizer.codes
+        expected = self.tokenizer.image_shape, self.tokenizer.vocabulary.image_codes
+        if codes != expected:
+            raise UserError(
+                f"tokenizer.safetensors in {self.folder.path} makes images of {codes[0]} codes out "
+                f"of {codes[1]}, but the decoder reads {expected[0]} out of {expected[1]}"
+            )
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | os.PathLike | ModelFolder | None = None,
+        weights: WeightType = "float32",
+        cache: CacheDtype = "compute",
+    ) -> "Model":
+        """Reads a model folder, onto the mesh that is set or one over all devices.
+
+        Args:
+          folder: None: the model that comes with the package.
+          weights: the dtype of the decoder's weights.
+          cache: the dtype of cached keys and values.
+
+        Raises:
+          UserError: a file is missing or damaged, the files do not belong together, or there is no
+            such dtype.
+        """
+        for name, value, kinds in (
+            ("weights", weights, get_args(WeightType)),
+            ("cache", cache, get_args(CacheDtype)),
+        ):
+            if value not in kinds:
+                raise UserError(f"{name} is {value!r}; it must be one of {', '.join(kinds)}")
+        folder = folder if isinstance(folder, ModelFolder) else ModelFolder.open(folder)
+        mesh, tokenizer = sharding.current_mesh(), folder.tokenizer
+        with jax.set_mesh(mesh):
+            engine = Engine(
+                folder.load_decoder(weights), tokenizer.vocabulary,
+                text_size=tokenizer.text.size, cache_dtype=cache,
+            )  # fmt: skip
+            image_tokenizer = ImageTokenizer.load(folder.path / "tokenizer.safetensors")
+            encoder = Encoder.load(encoder_path(folder.path), tokenizer.text, batch_size=8)
+        return cls(folder, engine, image_tokenizer, encoder, mesh)
+
+    @property
+    def tokenizer(self) -> DocumentTokenizer:
+        """Documents to ids and back."""
+        return self.folder.tokenizer
+
+    @property
+    def state(self) -> ModelState:
+        """What an image depends on beside its request."""
+        return ModelState(
+            self.folder.name, self.folder.digest, self.engine.decoder.stored,
+            self.engine.cache_dtype,
+        )  # fmt: skip
+
+    def encode_images(self, document: Document) -> Document:
+        """The document with codes beside the pixels of every image."""
+        for index, part in enumerate(document.parts):
+            if isinstance(part, Image) and part.codes is None and part.pixels is not None:
+                pixels = self.image_tokenizer.preprocess(part.pixels)
+                with jax.set_mesh(self.mesh):
+                    codes = np.asarray(self.image_tokenizer.encode(pixels[None])[0], np.int32)
+                document = document.replace(index, Image(part.pixels, codes))
+        return document
+
+    def decode_images(self, documents: list[Document]) -> list[Document]:
+        """The documents with pixels for every image that has codes only."""
+        missing = [
+            (number, index, part.codes)
+            for number, document in enumerate(documents)
+            for index, part in enumerate(document.parts)
+            if isinstance(part, Image) and part.pixels is None and part.codes is not None
+        ]
+        if not missing:
+            return documents
+        with jax.set_mesh(self.mesh):
+            codes = np.stack([codes for _, _, codes in missing])
+            decoded = to_pixels(self.image_tokenizer.decode(codes))
+        documents = list(documents)
+        for (number, index, part_codes), pixels in zip(missing, decoded, strict=True):
+            documents[number] = documents[number].replace(index, Image(pixels, part_codes))
+        return documents

@@ -1,0 +1,262 @@
+"""A model folder: what it holds, known without reading its weights, and what fits its context.
+
+A model folder is what training, conversion and tuning end in, and what everything else loads.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import importlib.resources
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+import safetensors
+from flax import nnx
+
+from leon_jax import __version__, model_files
+from leon_jax.config import UserError, build
+from leon_jax.documents import Document, Hole, Text
+from leon_jax.models.decoder import Decoder, DecoderConfig, WeightType
+from leon_jax.tokenizers.documents import DocumentTokenizer
+from leon_jax.tokenizers.text import TextTokenizer
+from leon_jax.vocabulary import Vocabulary
+
+FILES = ("decoder.safetensors", "tokenizer.safetensors", "text.json")
+# The retrieval encoder: one of ours, or a folder with OpenAI's CLIP as transformers writes it.
+ENCODERS = ("encoder.safetensors", "encoder")
+
+
+def encoder_path(folder: pathlib.Path) -> pathlib.Path:
+    """The retrieval encoder of a model folder, for `leon_jax.retrieval.encoder.Encoder.load`.
+
+    Raises:
+      UserError: there is none.
+    """
+    for name in ENCODERS:
+        path = folder / name
+        if path.is_dir() or (path.is_file() and path.stat().st_size):
+            return path
+    raise UserError(
+        f"the model folder {folder} has no {ENCODERS[0]} or it is empty, and no folder "
+        f"{ENCODERS[1]} with a CLIP"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFolder:
+    """A folder with `FILES` and one of `ENCODERS`; open one with `ModelFolder.open`.
+
+    Attributes:
+      path: the folder.
+      config: the decoder's shape.
+      tokenizer: documents to ids, with the text tokenizer and the vocabulary.
+    """
+
+    path: pathlib.Path
+    config: DecoderConfig
+    tokenizer: DocumentTokenizer
+
+    @classmethod
+    def open(cls, folder: str | os.PathLike | None = None) -> "ModelFolder":
+        """Reads the text tokenizer and the decoder's header; no weights.
+
+        Args:
+          folder: None: the model that comes with the package.
+
+        Raises:
+          UserError: the folder, one of `FILES` or the encoder is missing, empty or damaged.
+        """
+        folder = shipped_folder() if folder is None else pathlib.Path(folder)
+        if not folder.is_dir():
+            expected = ", ".join((*FILES, ENCODERS[0]))
+            raise UserError(f"there is no model folder {folder}; it would hold {expected}")
+        for name in FILES:
+            if not (folder / name).is_file() or not (folder / name).stat().st_size:
+                raise UserError(f"the model folder {folder} has no {name}, or it is empty")
+        encoder_path(folder)
+        path = folder / "decoder.safetensors"
+        header = _header(path)
+        try:
+            config = build(DecoderConfig, header["model"], "model")
+            vocabulary = build(Vocabulary, header["vocabulary"], "vocabulary")
+            rows, columns = header["image_shape"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"the header of {path} is not a decoder's: {error}") from error
+        text = TextTokenizer.load(folder / "text.json")
+        return cls(folder, config, DocumentTokenizer(vocabulary, text, (rows, columns)))
+
+    def load_decoder(self, weights: WeightType = "float32") -> Decoder:
+        """The decoder for inference, its layers unstacked. The mesh must be set.
+
+        Args:
+          weights: the dtype of its weights.
+
+        Raises:
+          UserError: the file is damaged, or of another configuration.
+        """
+        path = self.path / "decoder.safetensors"
+        arrays, _ = model_files.load(path, "decoder")
+        abstract = jax.eval_shape(lambda: Decoder(self.config, rngs=nnx.Rngs(0)))
+        decoder = model_files.restore(abstract, arrays, str(path))
+        if weights != "float32":
+            decoder = jax.jit(lambda model: model.stored_as(weights))(decoder)
+        return decoder.split()
+
+    def copy_to(self, folder: str | os.PathLike) -> None:
+        """Copies the files to another folder, each whole or not at all; not onto themselves."""
+        folder = pathlib.Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        if folder.samefile(self.path):
+            return
+        for name in (*FILES, "selection.json", encoder_path(self.path).name):
+            source, temporary = self.path / name, folder / f"{name}.tmp"
+            if source.is_file():
+                shutil.copyfile(source, temporary)
+                os.replace(temporary, folder / name)
+            elif source.is_dir():
+                shutil.rmtree(temporary, ignore_errors=True)
+                shutil.copytree(source, temporary)
+                shutil.rmtree(folder / name, ignore_errors=True)
+                os.replace(temporary, folder / name)
+
+    @property
+    def name(self) -> str:
+        """Name and version of the model, for people and for the metadata of images."""
+        return f"leon_jax {__version__} {self.path.absolute().name}"
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """12 hexadecimal digits that tell the weights of one decoder from those of another.
+
+        They are made of the file's size and of 64 pieces of it, for reading all of a large model
+        takes minutes. Training changes every weight; a file that was changed in few places only
+        may have the same digest.
+        """
+        path = self.path / "decoder.safetensors"
+        total, size = hashlib.sha256(), path.stat().st_size
+        total.update(str(size).encode())
+        with path.open("rb") as file:
+            for piece in range(64):
+                file.seek(size * piece // 64)
+                total.update(file.read(4096))
+        return total.hexdigest()[:12]
+
+    @property
+    def former_digests(self) -> list[str]:
+        """The digests that earlier versions of this project gave to the same weights."""
+        return [self.digest]
+
+    @property
+    def context(self) -> int:
+        """The number of positions of the decoder."""
+        return self.config.max_length
+
+    def check_prompt(self, prompt: str, num_docs: int) -> None:
+        """Checks a prompt for an image, and how many documents are read with it.
+
+        Raises:
+          UserError: the prompt is empty or too long, or so many documents cannot fit.
+        """
+        if not prompt.strip():
+            raise UserError("the prompt is empty; say what the image should show")
+        try:
+            document = Document((Text(prompt), Hole("image")))
+        except ValueError as error:
+            raise UserError(f"the prompt cannot be read: {error}") from error
+        used = self._extent(self.tokenizer.encode(document)) + self.tokenizer.image_tokens
+        if used > self.context:
+            tokens = len(self.tokenizer.text.encode(prompt))
+            raise UserError(
+                f"the prompt has {len(prompt)} characters or {tokens} tokens; with the image "
+                f"there is room for {tokens + self.context - used} tokens, so make it shorter"
+            )
+        self._check_documents(used, num_docs)
+
+    def check_caption(self, max_tokens: int, num_docs: int) -> None:
+        """Checks the length limit of a caption, and how many documents are read with it.
+
+        Raises:
+          UserError: a number is out of range.
+        """
+        if max_tokens < 1:
+            raise UserError(f"max_tokens is {max_tokens}; a caption has at least 1 token")
+        vocabulary = self.tokenizer.vocabulary
+        image = [vocabulary.image_start] * self.tokenizer.image_tokens
+        before = [vocabulary.eos, vocabulary.sentinel(0), vocabulary.break_id, *image]
+        used = self._extent(np.array([*before, vocabulary.eos, vocabulary.sentinel(0)]))
+        used += max_tokens
+        if used > self.context:
+            raise UserError(
+                f"max_tokens is {max_tokens}; beside an image there is room for "
+                f"{max_tokens + self.context - used}"
+            )
+        self._check_documents(used, num_docs)
+
+    def check_num_docs(self, num_docs: int) -> None:
+        """Checks how many documents are read with any prompt for an image.
+
+        Raises:
+          UserError: the number is negative, or so many fit beside no prompt.
+        """
+        vocabulary = self.tokenizer.vocabulary
+        shortest = np.array([vocabulary.eos, vocabulary.text_start, vocabulary.break_id])
+        self._check_documents(self._extent(shortest) + self.tokenizer.image_tokens, num_docs)
+
+    def _check_documents(self, used: int, num_docs: int) -> None:
+        if num_docs < 0:
+            raise UserError(f"num_docs is {num_docs}; it must be 0 or more")
+        # A retrieved document is at least a one-token text, an image and a <break> after each.
+        step = self.config.part_step
+        shortest = sum(-(-part // step) * step for part in (2, self.tokenizer.image_tokens + 1))
+        limit = (self.context - used) // shortest
+        if num_docs > limit:
+            raise UserError(
+                f"num_docs is {num_docs}; the model's context of {self.context} positions holds "
+                f"at most {limit} documents beside this request; ask for fewer, or shorten it"
+            )
+
+    def select_fitting(
+        self, retrieved: Sequence[Document], query: Document, new_tokens: int
+    ) -> list[Document]:
+        """The retrieved documents that fit beside the query, in the order they are read.
+
+        The most relevant one is read last, next to the query. The least relevant ones are left out
+        first.
+
+        Args:
+          retrieved: the most relevant first.
+          query: a document with a hole.
+          new_tokens: how many tokens are generated.
+        """
+        fitting = list(retrieved)
+        while fitting:
+            # A query that is not open is followed by one sentinel.
+            used = self._extent(self.tokenizer.encode([*fitting[::-1], query])) + 1
+            if used + new_tokens <= self.context:
+                break
+            fitting.pop()
+        return fitting[::-1]
+
+    def _extent(self, ids: np.ndarray) -> int:
+        return self.tokenizer.vocabulary.extent(ids, self.config.part_step)
+
+
+def shipped_folder() -> pathlib.Path:
+    """The folder of the model that comes with the package."""
+    return pathlib.Path(str(importlib.resources.files("leon_jax"))) / "weights" / "emoji"
+
+
+def _header(path: pathlib.Path) -> dict:
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+    except Exception as error:  # the library raises several kinds for damaged files
+        raise UserError(f"{path} is not a whole safetensors file: {error}") from error
+    if metadata.get("format") != model_files.FORMAT or metadata.get("kind") != "decoder":
+        raise UserError(f"{path} does not hold a leon_jax decoder")
+    return json.loads(metadata["config"])

@@ -1,0 +1,19 @@
+"""Small engines."""
+
+import pytest
+
+from leon_jax.engine.engine import Engine
+from tests.engine.small import VOCABULARY, make
+
+
+@pytest.fixture(params=[1, 4])
+def either(request) -> Engine:
+    """With parts that start anywhere, and with parts that start at every fourth position."""
+    return make(request.param)
+
+
+@pytest.fixture
+def engine() -> Engine:
+    """With layers that are split, as `Leon` has them."""
+    made = make(4)
+    return Engine(made.decoder.split(), VOCABULARY, buckets=(8, 16))

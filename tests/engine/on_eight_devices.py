@@ -1,0 +1,38 @@
+"""The engine on meshes of eight devices, beside the same on one; `test_engine.py` starts it."""
+
+import jax
+import numpy as np
+
+from leon_jax import sharding
+from leon_jax.engine.engine import Engine
+from leon_jax.engine.scheduler import generate
+from tests.engine.small import VOCABULARY, make
+from tests.engine.test_engine import UNLIKE
+
+MESHES = [(2, 2, 1, 2), (8, 1, 1, 1)]
+
+
+def answers(shape: tuple[int, ...], weights: str = "float32", kept: str = "compute") -> list:
+    """What every sample of `UNLIKE` wrote on a mesh."""
+    with jax.set_mesh(sharding.make_mesh(shape, jax.devices()[: np.prod(shape)])):
+        decoder = jax.jit(lambda model: model.stored_as(weights).split())(make(4).decoder)
+        engine = Engine(decoder, VOCABULARY, buckets=(8, 16), cache_dtype=kept)
+        return [parts for samples in generate(engine, UNLIKE) for parts in samples]
+
+
+for kind in (("float32", "compute"), ("int8", "int8")):
+    expected = answers((1, 1, 1, 1), *kind)
+    for shape in MESHES:
+        for found, wanted in zip(answers(shape, *kind), expected, strict=True):
+            for ours, theirs in zip(found, wanted, strict=True):
+                # In 8 bits a number at the border of two steps may fall on either side.
+                if kind[0] == "float32":
+                    np.testing.assert_array_equal(ours.ids, theirs.ids)
+                    np.testing.assert_allclose(
+                        ours.log_probabilities, theirs.log_probabilities, atol=1e-4
+                    )
+                else:
+                    np.testing.assert_allclose(
+                        ours.log_probabilities[:1], theirs.log_probabilities[:1], atol=0.05
+                    )
+        print(shape, *kind, "equal", flush=True)
