@@ -15,7 +15,7 @@ import numpy as np
 import PIL.Image
 
 from benchmarks.turns import ROOT
-from leon_jax.data.emoji import EmojiSource
+from leon_jax.datasets import demo
 from leon_jax.decode.cache import Cache, CacheType, own
 from leon_jax.decode.complete import Request, complete
 from leon_jax.decode.engine import Engine
@@ -111,7 +111,7 @@ def main() -> None:
     vocabulary, size = leon.checkpoint.documents.vocabulary, leon.checkpoint.documents.text.size
     rows, pictures = [], []
     with jax.set_mesh(leon.mesh):
-        source = EmojiSource("unseen_design", arguments.data_dir)
+        source = demo.source("unseen_design", arguments.data_dir)
         documents = [leon.tokenize(document) for document in source]
         for name, weights, kept in (
             ("float32", "float32", "compute"),

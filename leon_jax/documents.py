@@ -139,7 +139,7 @@ class Provenance:
     """Where a document came from and what may be done with it.
 
     Attributes:
-      key: names the document within its source, for example "twemoji/1F431".
+      key: names the document within its source, for example "cats/0001".
       source: the collection or package it came from.
       licence: an SPDX licence identifier, for example "CC-BY-4.0".
       attribution: the credit line that the licence asks for; may be empty.

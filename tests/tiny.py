@@ -131,7 +131,7 @@ def preparation(
 ) -> tuple[PrepareConfig, prepare.Sources]:
     """What `prepare` takes: a configuration, and documents of memory as its sources."""
     values = {
-        "sources": tuple(SourceConfig("emoji", "tiny", split) for split in splits),
+        "sources": tuple(SourceConfig("jsonl", "tiny", split) for split in splits),
         "tokenizer": str(checkpoint / "tokenizer.safetensors"),
         "encoder": str(checkpoint / "encoder.safetensors"),
         "text": str(checkpoint / "text.json"),

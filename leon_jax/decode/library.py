@@ -10,11 +10,9 @@ from typing import Any
 import numpy as np
 
 from leon_jax.config import UserError, build
-from leon_jax.data import emoji
+from leon_jax.datasets import demo
 from leon_jax.decode.checkpoint import encoder_path
 from leon_jax.documents import Document, Image, Text
-from leon_jax.prepare import prepare as preparing
-from leon_jax.prepare.config import emoji_config
 from leon_jax.prepare.models import digest
 from leon_jax.retrieval.encoder import Encoder, normalise
 from leon_jax.retrieval.prepared import Prepared, read_manifest
@@ -115,8 +113,7 @@ def find(model: pathlib.Path, index: str | os.PathLike | None) -> pathlib.Path:
             folder.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot make the cache {folder.parent}: {error.strerror}") from error
-        emoji.prepare(cache() / "emoji")
-        preparing.prepare(emoji_config(str(cache() / "emoji"), **paths), folder)
+        demo.prepare_documents(cache() / "emoji", folder, **paths)
     return folder
 
 

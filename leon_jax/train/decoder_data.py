@@ -75,7 +75,7 @@ def balanced(
 ) -> Float64[np.ndarray, "documents"]:
     """A weight for each document: (documents of its group) ** -exponent; without one it is alone.
 
-    Half of an emoji set are people in five skin tones; without weights a model learns little else.
+    Without weights a model learns mostly what comes in the most variations, such as skin tones.
     """
     numbers: dict[str, int] = {}
     names = (document.get("group") for document in listing)

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from leon_jax import config as configs
 from leon_jax import model_files
-from leon_jax.data.emoji import EmojiSource
+from leon_jax.datasets import demo
 from leon_jax.models.discriminator import PatchDiscriminator, hinge_loss
 from leon_jax.models.perceptual import Network, lpips
 from leon_jax.models.vqgan import VQGAN, VQGANConfig, conv, quantize
@@ -244,7 +244,7 @@ class TokenizerProgram:
     def batches(self, shard: int = 0, shards: int = 1) -> grain.IterDataset:
         config = self.config
         return (
-            grain.MapDataset.source(EmojiSource("train", config.data.dir))
+            grain.MapDataset.source(demo.source("train", config.data.dir))
             .seed(config.seed)
             .shuffle()
             .repeat()
@@ -256,7 +256,7 @@ class TokenizerProgram:
 
     def samples(self, state: TrainState) -> dict[str, np.ndarray]:
         """Sixteen pictures of `unseen_design` above their reconstructions."""
-        source = EmojiSource("unseen_design", self.config.data.dir)
+        source = demo.source("unseen_design", self.config.data.dir)
         resolution = self.config.model.resolution
         pixels = np.stack([_picture(source[i], resolution) for i in range(16)])
         rebuilt = _rebuild(state.model.generator, normalize(pixels))
