@@ -30,7 +30,7 @@ from leon_jax.train.state import TrainState
 # Where a run ends, and so the end of its learning-rate schedule; and what no result depends on.
 MAY_CHANGE = ("steps", "optimizer.total_steps", "data.threads")
 # Settings that earlier versions had, and the value that this version always takes.
-REMOVED = {"data.spare_spans": 4}
+REMOVED = {"data.spare_spans": 4, "data.flip": True, "data.min_crop": 0.75}
 
 
 class Checkpoints:
