@@ -6,6 +6,7 @@ Everything here is an immutable value: equal contents compare equal and hash equ
 """
 
 import dataclasses
+import unicodedata
 from collections.abc import Sequence
 from typing import Literal, Protocol, Self, get_args
 
@@ -238,6 +239,16 @@ class Document:
         parts = list(self.parts)
         parts[index] = part
         return dataclasses.replace(self, parts=tuple(parts))
+
+
+def normalise_text(text: str) -> str:
+    """The text in Unicode's form NFC, words parted by one space, nothing at the ends.
+
+    One text has one spelling then: "e" with a combining accent becomes the letter with the accent,
+    and tabs, line ends and other white space become a space. Time grows with the square of the
+    longest run of combining marks.
+    """
+    return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 class Source(Protocol):

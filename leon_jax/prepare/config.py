@@ -69,7 +69,7 @@ class PrepareConfig:
         cropped; 0 takes the image tokenizer's resolution.
       min_side: pictures with a shorter side (in pixels) are refused.
       max_aspect: so are pictures whose longer side is more than so many times the shorter one.
-      max_text: so are documents with more characters of text.
+      max_text: so are documents with more characters of text, as it came.
       max_tokens: so are documents with more token ids.
       duplicates: what is too close to what.
       selection: how neighbours are found.

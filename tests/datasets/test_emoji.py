@@ -13,7 +13,7 @@ import pytest
 from leon_jax.config import UserError
 from leon_jax.datasets import demo
 from leon_jax.datasets.emoji import captions, designs, source, splits
-from leon_jax.documents import Image, Text
+from leon_jax.documents import Image, Text, normalise_text
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +157,7 @@ class TestDocuments:
             for document in members:
                 text = document.parts[0].text
                 assert not set("_:’“”«»") & set(text)
-                assert text == " ".join(text.split())
+                assert text == normalise_text(text)
 
     def test_pictures_are_on_white_and_none_is_empty(self, documents):
         """Most corners are white; a black canvas or a lost drawing would show here."""

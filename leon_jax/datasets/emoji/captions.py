@@ -1,9 +1,9 @@
 """What the emoji are called: names in 14 languages, from the package `emoji`, and captions."""
 
 import functools
-import unicodedata
 
 from leon_jax.datasets.emoji.designs import OPENMOJI, TWEMOJI, Design, files, import_package
+from leon_jax.documents import normalise_text
 
 # Besides English.
 LANGUAGES = ("es", "ja", "ko", "pt", "it", "fr", "de", "fa", "id", "zh", "ru", "tr", "ar")
@@ -24,9 +24,7 @@ def caption(design: Design, concept: str, language: str) -> str:
 
 def clean(name: str) -> str:
     """`:woman’s_hat:` -> `woman's hat`."""
-    name = unicodedata.normalize("NFC", name.strip(":").replace("_", " "))
-    name = name.translate(_PUNCTUATION)
-    return " ".join(name.split())
+    return normalise_text(name.strip(":").replace("_", " ")).translate(_PUNCTUATION)
 
 
 @functools.cache
