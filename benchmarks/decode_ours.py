@@ -19,6 +19,7 @@ from leon_jax.engine.grammar import ImageSpan
 from leon_jax.engine.guidance import ClassifierFree, Plain
 from leon_jax.engine.samplers import Greedy
 from leon_jax.engine.sampling_params import SamplingParams
+from leon_jax.engine.scheduler import generate
 from leon_jax.models.decoder import Decoder, DecoderConfig
 from leon_jax.vocabulary import Vocabulary
 from tests.models.opt_weights import to_opt
@@ -74,15 +75,15 @@ class Ours:
 
     def run(self, batch: int, new: int, guidance: float) -> list:
         """Seconds for `new` greedy ids after each of the first `batch` prompts; and the ids."""
-        strategy = SamplingParams(Plain() if guidance == 1 else ClassifierFree(guidance), Greedy())
+        params = SamplingParams(Plain() if guidance == 1 else ClassifierFree(guidance), Greedy())
         prompts = [
-            TokenRequest((self._ids[row], self._bare), (ImageSpan(new),), (Sample(0, strategy),))
+            TokenRequest((self._ids[row], self._bare), (ImageSpan(new),), (Sample(0, params),))
             for row in range(batch)
         ]
         began = time.monotonic()
-        answers = self._engine.answer(prompts)
+        outputs = generate(self._engine, prompts)
         seconds = time.monotonic() - began
-        return [seconds, [parts[0].ids.tolist() for (parts,) in answers]]
+        return [seconds, [spans[0].ids.tolist() for (spans,) in outputs]]
 
     def facts(self) -> dict:
         devices = jax.devices()

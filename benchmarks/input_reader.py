@@ -46,7 +46,7 @@ class Case:
     Attributes:
       records: "codes", or "pictures": the same with a PNG beside the codes.
       retrieved: documents retrieved for every query.
-      packing, threads: as in `leon_jax.train.decoder_config.DecoderData`.
+      packing, threads: as in `leon_jax.data.config.DataConfig`.
       cores: that the process may use.
       delay: seconds that every record takes to come, on top.
       cold: when a measurement begins, the records are on the disk only.

@@ -15,14 +15,14 @@ import numpy as np
 import PIL.Image
 
 from benchmarks.turns import ROOT
-from leon_jax.data.emoji import EmojiSource
+from leon_jax.datasets import demo
+from leon_jax.documents import Document, Hole, Text
+from leon_jax.engine.engine import Engine, Sample
+from leon_jax.engine.guidance import ClassifierFree
 from leon_jax.engine.kv_cache import CacheDtype, KVCache, valid_slots
+from leon_jax.engine.sampling_params import SamplingParams
 from leon_jax.generate.completion import complete
 from leon_jax.generate.prompt_builder import Request
-from leon_jax.engine.engine import Engine
-from leon_jax.engine.guidance import ClassifierFree
-from leon_jax.engine.sampling_params import SamplingParams
-from leon_jax.documents import Document, Hole, Text
 from leon_jax.leon import Leon
 from leon_jax.models.decoder import Decoder
 from leon_jax.tokenizers.image import to_pixels
@@ -45,7 +45,7 @@ def likelihood(decoder: Decoder, ids, positions, weights, kept: CacheDtype):
     """
     rows, length = ids.shape
     hidden, keys, values = decoder.prefill(ids[:, :1], positions[:, :1])
-    cache = KVCache.empty(decoder.config, rows, 1, 1, length - 1, kept, len(decoder.pieces))
+    cache = KVCache.empty(decoder.config, rows, 1, 1, length - 1, kept, len(decoder.stacks))
     cache = cache.insert(jnp.arange(rows), keys, values, jnp.ones(rows, jnp.int32))
     head = decoder.head()
 
@@ -93,13 +93,14 @@ def perplexity(leon: Leon, decoder: Decoder, kept: CacheDtype, documents: list[D
 
 def drawn(leon: Leon, engine: Engine) -> np.ndarray:
     """The prompts' pictures side by side, uint8[height, width, 3]."""
-    strategy = SamplingParams(ClassifierFree(3.0))
+    samples = (Sample(SEED, SamplingParams(ClassifierFree(3.0))),)
     requests = [
-        Request(Document((Text(prompt), Hole("image"))), seed=SEED, strategy=strategy)
-        for prompt in PROMPTS
+        Request(Document((Text(prompt), Hole("image"))), samples=samples) for prompt in PROMPTS
     ]
-    done = complete(engine, leon.model.tokenizer, requests)
-    codes = np.stack([document.parts[1].codes for document in done])
+    codes = [None] * len(requests)
+    for done in complete(engine, leon.model.tokenizer, requests):
+        codes[done.index] = done.documents[0].parts[1].codes
+    codes = np.stack(codes)
     return np.concatenate(list(to_pixels(leon.model.image_tokenizer.decode(codes))), axis=1)
 
 
@@ -112,7 +113,7 @@ def main() -> None:
     vocabulary, size = leon.model.tokenizer.vocabulary, leon.model.tokenizer.text.size
     rows, pictures = [], []
     with jax.set_mesh(leon.model.mesh):
-        source = EmojiSource("unseen_design", arguments.data_dir)
+        source = demo.source("unseen_design", arguments.data_dir)
         documents = [leon.tokenize(document) for document in source]
         for name, weights, kept in (
             ("float32", "float32", "compute"),
@@ -122,7 +123,9 @@ def main() -> None:
         ):
             decoder = leon.model.engine.decoder.stored_as(weights)
             found = perplexity(leon, decoder, kept, documents)
-            pictures.append(drawn(leon, Engine(decoder, vocabulary, text_tokens=size, cache_dtype=kept)))
+            pictures.append(
+                drawn(leon, Engine(decoder, vocabulary, text_size=size, cache_dtype=kept))
+            )
             first = rows[0][1] if rows else found
             change = [f"{100 * (found[kind] / first[kind] - 1):+.2f} %" for kind in found]
             rows.append((name, found, change))

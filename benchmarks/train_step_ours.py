@@ -12,10 +12,11 @@ from safetensors.numpy import save_file
 from benchmarks.shapes import OPTIMIZER, Shape
 from benchmarks.turns import ROOT, serve
 from leon_jax import sharding
+from leon_jax.data.config import DataConfig
 from leon_jax.models.decoder import DecoderConfig
 from leon_jax.train import hardware
 from leon_jax.train.decoder import DecoderProgram
-from leon_jax.train.decoder_config import DecoderData, DecoderTraining
+from leon_jax.train.decoder_config import DecoderTraining
 from leon_jax.train.loop import compile_step
 from leon_jax.train.optimizer import OptimizerConfig
 from leon_jax.train.state import TrainState
@@ -65,7 +66,7 @@ class Ours:
             optimizer=OptimizerConfig(total_steps=1, schedule="constant", **OPTIMIZER),
             batch_size=shape.batch,
             steps=1,
-            data=DecoderData(text=str(text_file), image_shape=(8, 8), length=shape.length),
+            data=DataConfig(text=str(text_file), image_shape=(8, 8), length=shape.length),
             **training,
         )  # fmt: skip
         self._shape, self._program = shape, DecoderProgram(config)

@@ -68,7 +68,7 @@ def get_config() -> ConfigDict:
             "data": {
                 "dir": "data/emoji",
                 "text": "runs/text/export/text.json",
-                "keep_style": 1.0,
+                "name_style": 1.0,
                 "drop_words": 0.0,
             },
             "loop": {},

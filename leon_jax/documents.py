@@ -140,7 +140,7 @@ class Provenance:
     """Where a document came from and what may be done with it.
 
     Attributes:
-      key: names the document within its source, for example "twemoji/1F431".
+      key: names the document within its source, for example "cats/0001".
       source: the collection or package it came from.
       licence: an SPDX licence identifier, for example "CC-BY-4.0".
       attribution: the credit line that the licence asks for; may be empty.
@@ -241,17 +241,20 @@ class Document:
         return dataclasses.replace(self, parts=tuple(parts))
 
 
+def normalise_text(text: str) -> str:
+    """The text in Unicode NFC, with single spaces between words and none at its ends.
+
+    The time grows with the square of the longest run of combining marks.
+    """
+    return " ".join(unicodedata.normalize("NFC", text).split())
+
+
 class Source(Protocol):
     """Documents with random access: a list, or a dataset's split."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> Document: ...
-
-
-def normalise_text(text: str) -> str:
-    """The text in Unicode NFC, with single spaces between words and none at its ends."""
-    return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 def _frozen(array: np.ndarray) -> np.ndarray:

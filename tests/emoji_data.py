@@ -7,12 +7,12 @@ import functools
 import os
 from pathlib import Path
 
-from leon_jax.data import emoji
+from leon_jax.datasets import demo
 
 
 @functools.cache
 def data_dir() -> str:
     """The `data_dir` of a prepared emoji dataset."""
     folder = os.environ.get("LEON_TEST_DATA", Path(__file__).resolve().parents[1] / "data/emoji")
-    emoji.prepare(folder)
+    demo.make_dataset(folder)
     return os.fspath(folder)

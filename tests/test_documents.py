@@ -5,7 +5,7 @@ import pickle
 import numpy as np
 import pytest
 
-from leon_jax.documents import Document, Hole, Image, Provenance, Text
+from leon_jax.documents import Document, Hole, Image, Provenance, Text, normalise_text
 
 
 def picture(value=0):
@@ -97,3 +97,19 @@ def test_a_document_is_read_by_its_text_pixels_and_codes():
         _ = empty.pixels
     with pytest.raises(ValueError, match="no picture with codes"):
         _ = empty.codes
+
+
+@pytest.mark.parametrize(
+    ("text", "normal"),
+    [
+        ("a grey cat", "a grey cat"),
+        ("  a\tgrey\r\n cat\u00a0\u2028", "a grey cat"),
+        ("cafe\u0301", "caf\u00e9"),
+        ("\u1112\u1161\u11ab\u3000\ud55c", "\ud55c \ud55c"),
+        # Joiners and what only looks alike stay: NFC changes no meaning.
+        ("\U0001f468\u200d\U0001f680 \ufb01", "\U0001f468\u200d\U0001f680 \ufb01"),
+        (" \n", ""),
+    ],
+)
+def test_one_text_has_one_spelling(text, normal):
+    assert normalise_text(text) == normal == normalise_text(normal)

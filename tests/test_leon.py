@@ -434,9 +434,8 @@ def test_without_a_prepared_folder_one_is_made_in_the_cache(monkeypatch, tmp_pat
     checkpoint, _ = tiny.folders()
     made = []
     monkeypatch.setenv("LEON_CACHE", str(tmp_path))
-    monkeypatch.setattr(retriever.emoji, "prepare", lambda folder: made.append(folder))
     monkeypatch.setattr(
-        retriever.preparing, "prepare", lambda data, out, *files, **settings: made.append(out)
+        retriever.demo, "prepare_documents", lambda data, out, **files: made.extend((data, out))
     )
     folder = retriever.find_index(checkpoint, None)
     assert folder.parent == tmp_path

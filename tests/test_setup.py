@@ -116,8 +116,8 @@ def test_our_environment_never_holds_pytorch():
 
 
 def test_the_splits_belong_to_the_pinned_pictures():
-    """emoji_splits.json was made for exact versions of the picture packages; these are locked."""
-    splits = json.loads((ROOT / "leon_jax" / "data" / "emoji_splits.json").read_text())
+    """splits.json was made for exact versions of the picture packages; these are locked."""
+    splits = json.loads((ROOT / "leon_jax" / "datasets" / "emoji" / "splits.json").read_text())
     locked = dict(PINNED.findall((ROOT / "requirements" / "dev.txt").read_text()))
     assert {name: locked[name] for name in splits["packages"]} == splits["packages"]
 
@@ -135,7 +135,7 @@ def test_the_wheel_holds_every_module_and_every_data_file(tmp_path):
         packed = {name for name in archive.namelist() if name.startswith("leon_jax/")}
     files = {
         path.relative_to(ROOT).as_posix()
-        for pattern in ("**/*.py", "weights/**/*", "data/*.json")
+        for pattern in ("**/*.py", "weights/**/*", "datasets/**/*.json")
         for path in (ROOT / "leon_jax").glob(pattern)
         if path.is_file()
     }

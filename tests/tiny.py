@@ -13,7 +13,6 @@ from flax import nnx
 
 from leon_jax import model_files, sharding
 from leon_jax.config import to_dict
-from leon_jax.data.sources.listed import Listed
 from leon_jax.data.sources.raw import SourceConfig
 from leon_jax.documents import Document, Image, Provenance, Text
 from leon_jax.models.clip import CLIPConfig, TextConfig, VisionConfig, create
@@ -24,6 +23,7 @@ from leon_jax.prepare.config import DuplicatesConfig, PrepareConfig
 from leon_jax.retrieval.selection import SelectionConfig
 from leon_jax.tokenizers.text import TextTokenizer
 from leon_jax.vocabulary import Vocabulary
+from tests.listed import Listed
 
 CONCEPTS = ("cat face", "red heart", "blue car", "green tree", "old clock", "ripe apple")
 PROMPT = "cat face, Twemoji style"
@@ -131,7 +131,7 @@ def preparation(
 ) -> tuple[PrepareConfig, prepare.Sources]:
     """What `prepare` takes: a configuration, and documents of memory as its sources."""
     values = {
-        "sources": tuple(SourceConfig("emoji", "tiny", split) for split in splits),
+        "sources": tuple(SourceConfig("jsonl", "tiny", split) for split in splits),
         "tokenizer": str(checkpoint / "tokenizer.safetensors"),
         "encoder": str(checkpoint / "encoder.safetensors"),
         "text": str(checkpoint / "text.json"),

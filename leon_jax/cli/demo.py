@@ -57,21 +57,19 @@ def main(argv: list[str]) -> None:
     except OSError as error:
         raise UserError(f"the folder {out} cannot be made: {error.strerror}") from error
 
-    from leon_jax.data import emoji
+    from leon_jax.datasets import demo as dataset
     from leon_jax.evaluate import demo, page
     from leon_jax.generate.retriever import model_files
     from leon_jax.leon import Leon
     from leon_jax.model_folder import shipped_folder
-    from leon_jax.prepare import prepare as preparing
-    from leon_jax.prepare.config import emoji_config
     from leon_jax.retrieval.prepared import Prepared
 
     model = pathlib.Path(_MODEL.value) if _MODEL.value else shipped_folder()
     prepared = data / "emoji_prepared"
     _say("1/5 the dataset: drawing 7,900 emoji")
-    emoji.prepare(data / "emoji")
+    dataset.make_dataset(data / "emoji")
     _say("2/5 picture codes, embeddings, index and neighbours")
-    preparing.prepare(emoji_config(str(data / "emoji"), **model_files(model)), prepared)
+    dataset.prepare_documents(data / "emoji", prepared, **model_files(model))
 
     _say("3/5 pictures and captions for what training never saw")
     leon = Leon.load(_MODEL.value, prepared)

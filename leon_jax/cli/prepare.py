@@ -29,13 +29,14 @@ from absl import flags
 from leon_jax import config as configs
 from leon_jax.cli import config_flag
 from leon_jax.config import UserError
-from leon_jax.data import emoji, pictures
+from leon_jax.data import pictures
 from leon_jax.data.sources.raw import SourceConfig
+from leon_jax.datasets import demo
 from leon_jax.generate import retriever
 from leon_jax.model_folder import shipped_folder
 from leon_jax.prepare import edit, licences
 from leon_jax.prepare import prepare as preparing
-from leon_jax.prepare.config import LICENCES, TRAIN, PrepareConfig, emoji_config
+from leon_jax.prepare.config import LICENCES, TRAIN, PrepareConfig
 
 FLAGS = flags.FlagValues()
 _CONFIG = config_flag.define(FLAGS)
@@ -108,7 +109,7 @@ def main(argv: list[str]) -> None:
         if _REMOVE_KEYS.value is not None:
             _remove(_OUT.value, _REMOVE_KEYS.value)
         return
-    emojis = _CONFIG.value is None and not _SOURCE.value
+    demonstration = _CONFIG.value is None and not _SOURCE.value
     if (_LICENCE.value or _ATTRIBUTION.value) and not _SOURCE.value:
         raise UserError(
             "--licence and --attribution say what holds for the sources of --source, which is "
@@ -116,15 +117,15 @@ def main(argv: list[str]) -> None:
         )
     if _LICENCE.value and licences.normal(_LICENCE.value) is None:
         raise UserError(f"--licence={_LICENCE.value} is no SPDX licence expression")
-    out = _OUT.value or (str(retriever.DEFAULT_FOLDER) if emojis else None)
+    out = _OUT.value or (str(retriever.DEFAULT_FOLDER) if demonstration else None)
     if out is None:
         raise UserError("--out is missing; for example --out=data/mine")
-    config = None if _DATASET_ONLY.value else _configuration(emojis)
-    if emojis or _DATASET_ONLY.value:
+    config = None if _DATASET_ONLY.value else _configuration(demonstration)
+    if demonstration or _DATASET_ONLY.value:
         pictures.check_folder(_DATA_DIR.value)
         if config is not None:
             pictures.check_folder(out)
-        emoji.prepare(_DATA_DIR.value)
+        demo.make_dataset(_DATA_DIR.value)
         print(f"the data set is in {_DATA_DIR.value}")
     if _DATASET_ONLY.value:
         return
@@ -138,7 +139,7 @@ def main(argv: list[str]) -> None:
     print(f"what is in it, and what is not and why: {pathlib.Path(out) / 'card.md'}")
 
 
-def _configuration(emojis: bool) -> PrepareConfig | None:
+def _configuration(demonstration: bool) -> PrepareConfig | None:
     """What the flags and the config file say; None if there are no models to encode with."""
     values: dict[str, Any] = {}
     if _CONFIG.value is not None:
@@ -156,9 +157,9 @@ def _configuration(emojis: bool) -> PrepareConfig | None:
         if "sources" in values:
             raise UserError("--source is given, but --config names the sources already")
         values["sources"] = [dataclasses.asdict(source) for source in map(_source, _SOURCE.value)]
-    if emojis:
-        values = configs.to_dict(emoji_config(_DATA_DIR.value, **values))
-    if "selection" not in values or emojis:
+    if demonstration:
+        values = configs.to_dict(demo.prepare_config(_DATA_DIR.value, **values))
+    if "selection" not in values or demonstration:
         values["selection"] = configs.to_dict(retriever.selection(files["encoder"].parent))
     if _ACCEPT.value:
         values["licences"] = [*values.get("licences", LICENCES), *_ACCEPT.value]
@@ -177,7 +178,7 @@ def _source(text: str) -> SourceConfig:
             f"--source={text} is not of the form [SPLIT=]KIND:PATH, for example jsonl:my_cats"
         )
     return SourceConfig(
-        kind,  # type: ignore[arg-type]
+        kind,
         path,
         split=split if equals else TRAIN,
         licence=_LICENCE.value,

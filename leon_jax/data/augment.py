@@ -2,7 +2,7 @@
 
 Zoom, shift, mirror and blur are one resampling matrix an axis; all colour changes are one 3x3
 matrix. Two views carry a drawing from one design family towards another: *closing* wipes thin dark
-lines out (OpenMoji's outlines) and *outlining* draws dark lines where colours meet.
+lines out and *outlining* draws dark lines where colours meet.
 """
 
 import dataclasses

@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import Float64, Int32
 
 from leon_jax.config import UserError
+from leon_jax.data.config import DEFAULTS, MixtureComponent
 from leon_jax.data.masking import TOKENS_PER_SPAN, Masked, MaskingConfig, mask
 from leon_jax.documents import Document, Source
 from leon_jax.vocabulary import Vocabulary
@@ -32,7 +33,7 @@ Neighbours = Callable[[np.random.Generator, int, int], Sequence[int]]
 Variant = Callable[[int, int], Document]
 
 
-class Encoder(Protocol):
+class DocumentEncoder(Protocol):
     """Documents to ids, for example `leon_jax.tokenizers.documents.DocumentTokenizer`."""
 
     vocabulary: Vocabulary
@@ -41,81 +42,74 @@ class Encoder(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
-    """Documents to make examples of, and how; a mixture has several.
+class Component:
+    """A component of a mixture, opened: documents, and how examples are made of them.
 
     Attributes:
+      settings: what the configuration says; where it has None, `DEFAULTS` counts.
       source: the documents.
-      name: what error messages call them; may be empty.
-      weight: how many examples come from here, relative to the other parts of the mixture.
-      retrieved: probabilities of 0, 1, 2, ... retrieved documents; (1.0,) turns retrieval off.
       neighbours: which documents to put before a query; None: none.
-      balance: how often each document is a query, relative to the others; then queries are drawn
-        with replacement. None: every document once an epoch.
-      variant: the documents in variants of their pictures; None: only as they are.
-      variants: of how many variants one is drawn for an example with retrieved documents, the same
-        for all of them; 1 takes every picture as it is.
-      plain_variants: of how many, counted from the first, for an example without: those that
-        change no colours, which nothing in such an example could tell.
-      unchanged: probability that an example takes its pictures as they are instead of drawing.
+      query_weights: how often each document is a query, relative to the others; then queries are
+        drawn with replacement. None: every document once an epoch.
+      variant: the documents in variants of their images; None: only as they are.
+      plain_variants: from how many variants, counted from the first, one is chosen for an example
+        without retrieved documents: those that change no colours, which nothing in such an example
+        could tell.
 
     Raises:
-      UserError: there are no documents, or a value is out of range or does not fit them.
+      UserError: there are no documents, or a value does not fit them.
     """
 
+    settings: MixtureComponent
     source: Source
-    name: str = ""
-    weight: float = 1.0
-    retrieved: tuple[float, ...] = (1.0,)
     neighbours: Neighbours | None = None
-    balance: Float64[np.ndarray, "documents"] | None = None
+    query_weights: Float64[np.ndarray, "documents"] | None = None
     variant: Variant | None = None
-    variants: int = 1
     plain_variants: int = 1
-    unchanged: float = 0.0
 
     def __post_init__(self) -> None:
+        settings = self.settings.filled(DEFAULTS)
+        object.__setattr__(self, "settings", settings)
+        assert settings.variants is not None, "it is filled"
         if len(self.source) == 0:
             raise UserError(
                 "the training data is empty; prepare a folder with at least one document"
             )
-        if not self.weight > 0:
-            raise UserError(f"weight is {self.weight}; it must be above 0")
-        if not self.retrieved or min(self.retrieved) < 0 or abs(sum(self.retrieved) - 1) > 1e-6:
-            raise UserError(f"retrieved is {self.retrieved}; probabilities must sum to 1")
-        for name in ("variants", "plain_variants"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if not 0 <= self.unchanged <= 1:
-            raise UserError(f"unchanged is {self.unchanged}; it must be between 0 and 1")
-        if self.plain_variants > self.variants:
+        if not 1 <= self.plain_variants <= settings.variants:
             raise UserError(
-                f"plain_variants is {self.plain_variants}; it must be at most variants, "
-                f"{self.variants}"
+                f"plain_variants is {self.plain_variants}; it must be at least 1 and at most "
+                f"variants, {settings.variants}"
             )
-        if self.variant is None and self.variants > 1:
-            raise UserError(f"variants is {self.variants}, but the data holds none")
-        if self.balance is not None and len(self.balance) != len(self.source):
+        if self.variant is None and settings.variants > 1:
+            raise UserError(f"variants is {settings.variants}, but the data holds none")
+        if self.query_weights is not None and len(self.query_weights) != len(self.source):
             raise UserError(
-                f"{len(self.balance)} weights were given for {len(self.source)} documents"
+                f"{len(self.query_weights)} weights were given for {len(self.source)} documents"
             )
+
+    @property
+    def name(self) -> str:
+        """What error messages call the documents."""
+        return f"{self.settings.folder} ({self.settings.split})"
+
+
+# An example keeps tokens free for so many masked spans; more are masked only where they fit.
+SPARE_SPANS = 4
 
 
 @dataclasses.dataclass(frozen=True)
-class Room:
+class Limits:
     """How long an example may be; retrieved documents are left out to keep within it.
 
     Attributes:
       tokens: of a row, which holds all ids of an example but the last.
       positions: that an example may take.
       part_step: see `leon_jax.vocabulary.Vocabulary.positions`.
-      spare_spans: an example keeps room for this many masked spans; more only where it fits.
     """
 
     tokens: int = sys.maxsize
     positions: int = sys.maxsize
     part_step: int = 1
-    spare_spans: int = 4
 
 
 class Joined(NamedTuple):
@@ -168,16 +162,16 @@ class MakeExample:
         else that goes wrong is raised as it is, with notes that name the documents.
     """
 
-    part: Part
-    encoder: Encoder
+    component: Component
+    encoder: DocumentEncoder
     masking: MaskingConfig
-    room: Room = Room()
+    limits: Limits = Limits()
 
     def __call__(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        part, index = self.part, int(index)
-        if part.balance is not None:
+        weights, index = self.component.query_weights, int(index)
+        if weights is not None:
             index = int(np.searchsorted(self._cumulative, rng.random(), side="right"))
-            index = min(index, len(part.balance) - 1)
+            index = min(index, len(weights) - 1)
         try:
             masked, positions = self._make(index, rng)
         except Exception as error:
@@ -194,25 +188,28 @@ class MakeExample:
         self, index: int, rng: np.random.Generator
     ) -> tuple[Masked, Int32[np.ndarray, "masked-1"]]:
         """The masked example whose query is document `index`, and the positions of its inputs."""
-        part, room, vocabulary = self.part, self.room, self.encoder.vocabulary
-        number = int(rng.choice(len(part.retrieved), p=part.retrieved))
-        found: Sequence[int] = ()
-        if number and part.neighbours is not None:
-            found = part.neighbours(rng, index, number)[:number]
-        variants = part.variants if len(found) else part.plain_variants
+        component, limits, vocabulary = self.component, self.limits, self.encoder.vocabulary
+        settings = component.settings
+        assert settings.retrieved is not None, "a component's settings are filled"
+        assert settings.variants is not None and settings.unchanged is not None
+        number = int(rng.choice(len(settings.retrieved), p=settings.retrieved))
+        neighbours: Sequence[int] = ()
+        if number and component.neighbours is not None:
+            neighbours = component.neighbours(rng, index, number)[:number]
+        variants = settings.variants if len(neighbours) else component.plain_variants
         variant = 0
-        if variants > 1 and rng.random() >= part.unchanged:
+        if variants > 1 and rng.random() >= settings.unchanged:
             variant = int(rng.integers(variants))
         # A row holds ids[:-1] as inputs and ids[1:] as targets: one id more than its length.
-        longest = room.tokens + 1
+        longest = limits.tokens + 1
         query = self._encode(index, variant)
         if len(query) > longest:
             raise UserError(
                 f"{self._name(index)} has {len(query)} tokens, but a row holds {longest}; raise "
                 "data.length, or prepare the data with a smaller max_tokens"
             )
-        retrieved = [self._encode(int(i), variant) for i in found]
-        spare = TOKENS_PER_SPAN * room.spare_spans
+        retrieved = [self._encode(int(i), variant) for i in neighbours]
+        spare = TOKENS_PER_SPAN * SPARE_SPANS
         while True:
             ids, query_start = join(query, retrieved, vocabulary, longest - spare)
             masked = mask(
@@ -223,21 +220,22 @@ class MakeExample:
                 query_start=query_start,
                 room=longest - len(ids),
             )
-            positions = vocabulary.positions(masked.ids[:-1], room.part_step)
-            if positions[-1] < room.positions:
+            positions = vocabulary.positions(masked.ids[:-1], limits.part_step)
+            if positions[-1] < limits.positions:
                 return masked, positions
             if not retrieved:
                 raise UserError(
                     f"{self._name(index)} takes {positions[-1] + 1} positions; the model has "
-                    f"{room.positions}, so raise its max_length"
+                    f"{limits.positions}, so raise its max_length"
                 )
             retrieved.pop()
 
     def _encode(self, index: int, variant: int) -> Int32[np.ndarray, "length"]:
-        part = self.part
+        component = self.component
         try:
-            document = part.variant(index, variant) if part.variant else part.source[index]
-            return self.encoder.encode(document)
+            if component.variant is not None:
+                return self.encoder.encode(component.variant(index, variant))
+            return self.encoder.encode(component.source[index])
         except UserError as error:
             raise UserError(f"{self._name(index)}: {error}") from error
         except Exception as error:
@@ -247,11 +245,12 @@ class MakeExample:
     def _name(self, index: int) -> str:
         shown = f"document {index}"
         with contextlib.suppress(Exception):  # it may be the one that cannot be read
-            if provenance := self.part.source[index].provenance:
+            if provenance := self.component.source[index].provenance:
                 shown += f" ({provenance.key})"
-        return shown + (f" of {self.part.name}" if self.part.name else "")
+        return f"{shown} of {self.component.name}"
 
     @functools.cached_property
     def _cumulative(self) -> Float64[np.ndarray, "documents"]:
-        assert self.part.balance is not None
-        return np.cumsum(self.part.balance) / np.sum(self.part.balance)
+        weights = self.component.query_weights
+        assert weights is not None
+        return np.cumsum(weights) / np.sum(weights)

@@ -1,85 +1,48 @@
 """Decoder training data: a mixture of documents becomes packed, masked token rows.
 
-    documents -> examples (data/examples.py) -> drawn by weight from the parts of a mixture
+    documents -> examples (data/examples.py) -> chosen by weight from the components of a mixture
               -> rows (data/packing.py) -> batches
 
-Everything random is a function of (seed, part, index of the example), and the order is index
+Everything random is a function of (seed, component, index of the example), and the order is index
 arithmetic, so an iterator resumes exactly, whatever the number of threads that read ahead.
 """
 
-import dataclasses
 from collections.abc import Sequence
-from typing import Literal
 
 import grain
 
 from leon_jax.config import UserError
 from leon_jax.data import packing
-from leon_jax.data.examples import Encoder, MakeExample, Part, Room
+from leon_jax.data.config import DataConfig
+from leon_jax.data.examples import Component, DocumentEncoder, Limits, MakeExample
 from leon_jax.data.masking import MaskingConfig
 
-# Between the seeds of two parts, because every epoch takes the next seed.
-_SEEDS_OF_A_PART = 2**20
-
-
-@dataclasses.dataclass(frozen=True)
-class PipelineConfig:
-    """Settings of `make`.
-
-    Attributes:
-      length: tokens of a row.
-      max_positions: how many positions an example may take; by default as many as a row has.
-      part_step: see `leon_jax.vocabulary.Vocabulary.positions`.
-      batch_size: rows of a batch (of this process).
-      seed: decides order, neighbours and masks.
-      packing: how examples become rows (see `leon_jax.data.packing`): "whole", none is cut, and
-        retrieved documents that do not fit the row are left out; or "stream", examples of any
-        length, cut where a row is full.
-      packing_bins: of "whole": rows that are filled side by side, in batches; more bins pad less,
-        and cost a longer replay after a restart.
-      spare_spans: of "whole": an example keeps room for this many masked spans; more only where it
-        fits.
-      threads: threads that make examples ahead; 0 makes them when they are needed.
-    """
-
-    length: int
-    batch_size: int
-    seed: int = 0
-    packing: Literal["whole", "stream"] = "whole"
-    packing_bins: int = 4
-    spare_spans: int = 4
-    threads: int = 2
-    max_positions: int | None = None
-    part_step: int = 1
-
-    def __post_init__(self) -> None:
-        for name in ("length", "batch_size", "packing_bins", "part_step"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.threads < 0:
-            raise UserError(f"threads is {self.threads}; it must be at least 0")
-        if self.packing == "stream" and self.part_step > 1:
-            raise UserError(
-                f"part_step is {self.part_step}, but a stream is cut inside parts, which then "
-                'start nowhere; set model.part_step to 1 or data.packing to "whole"'
-            )
+# Between the seeds of two components, because every epoch takes the next seed.
+_SEEDS_OF_A_COMPONENT = 2**20
 
 
 def make(
-    parts: Sequence[Part],
-    encoder: Encoder,
-    config: PipelineConfig,
+    components: Sequence[Component],
+    encoder: DocumentEncoder,
+    config: DataConfig,
     masking: MaskingConfig,
     *,
+    batch_size: int,
+    seed: int = 0,
+    max_positions: int | None = None,
+    part_step: int = 1,
     shard: tuple[int, int] = (0, 1),
 ) -> grain.IterDataset:
     """Endless batches, with an iterator that can be checkpointed.
 
     Args:
-      parts: a mixture; its examples are drawn in proportion to the parts' weights.
+      components: a mixture; its examples are chosen in proportion to the components' weights.
       encoder: documents to ids.
-      config: sizes and seed.
+      config: the length of a row, how it is packed, and how many threads work ahead.
       masking: the CM3 objective.
+      batch_size: rows of a batch (of this process), at least 1.
+      seed: decides order, neighbours and masks.
+      max_positions, part_step: as for `examples`.
       shard: (index, count) of this process; processes read disjoint examples of one order.
 
     Returns:
@@ -88,51 +51,81 @@ def make(
       example; `weights` is 0 where there is none.
 
     Raises:
-      UserError: the shard does not exist; while iterating, see `MakeExample`.
+      UserError: the shard does not exist, or a value does not fit; while iterating, see
+        `MakeExample`.
     """
-    threads = config.threads
-    made = examples(parts, encoder, config, masking, shard=shard).to_iter_dataset(
-        grain.ReadOptions(num_threads=threads, prefetch_buffer_size=8 * max(threads, 1))
+    if batch_size < 1:
+        raise UserError(f"batch_size is {batch_size}; it must be at least 1")
+    made = examples(
+        components,
+        encoder,
+        config,
+        masking,
+        seed=seed,
+        max_positions=max_positions,
+        part_step=part_step,
+        shard=shard,
+    ).to_iter_dataset(
+        grain.ReadOptions(
+            num_threads=config.threads, prefetch_buffer_size=8 * max(config.threads, 1)
+        )
     )
     if config.packing == "stream":
         rows: grain.IterDataset = packing.Stream(made, config.length)
     else:
-        bins = config.batch_size * config.packing_bins
-        rows = packing.whole(made, config.length, bins, config.seed, encoder.vocabulary)
-    return rows.batch(config.batch_size, drop_remainder=True)
+        bins = batch_size * config.packing_bins
+        rows = packing.whole(made, config.length, bins, seed, encoder.vocabulary)
+    return rows.batch(batch_size, drop_remainder=True)
 
 
 def examples(
-    parts: Sequence[Part],
-    encoder: Encoder,
-    config: PipelineConfig,
+    components: Sequence[Component],
+    encoder: DocumentEncoder,
+    config: DataConfig,
     masking: MaskingConfig,
     *,
+    seed: int = 0,
+    max_positions: int | None = None,
+    part_step: int = 1,
     shard: tuple[int, int] = (0, 1),
 ) -> grain.MapDataset:
-    """What `make` packs: endless examples (see `MakeExample`), shuffled anew every epoch of a part.
+    """What `make` packs: endless examples (see `MakeExample`), shuffled anew every epoch.
 
-    Any run of examples, in any shard, holds each part's share of them, to within one example.
+    Any run of examples, in any shard, holds each component's share of them, to within one example.
     Shares are those of the weights in hundredths of the smallest, rounded down.
+
+    Args:
+      components, encoder, config, masking, seed, shard: as for `make`.
+      max_positions: how many positions an example may take; by default as many as a row has.
+      part_step: see `leon_jax.vocabulary.Vocabulary.positions`.
+
+    Raises:
+      UserError: the shard does not exist, or `part_step` does not fit.
     """
     index, count = shard
     if not 0 <= index < count:
         raise UserError(f"shard is {shard}; the index must be between 0 and the count")
-    room = Room()
+    if part_step < 1:
+        raise UserError(f"part_step is {part_step}; it must be at least 1")
+    if config.packing == "stream" and part_step > 1:
+        raise UserError(
+            f"part_step is {part_step}, but a stream is cut inside parts, which then "
+            'start nowhere; set model.part_step to 1 or data.packing to "whole"'
+        )
+    limits = Limits()
     if config.packing == "whole":
-        positions = config.max_positions or config.length
-        room = Room(config.length, positions, config.part_step, config.spare_spans)
+        limits = Limits(config.length, max_positions or config.length, part_step)
     datasets = []
-    for number, part in enumerate(parts):
-        seed = config.seed + number * _SEEDS_OF_A_PART
+    for number, component in enumerate(components):
+        first = seed + number * _SEEDS_OF_A_COMPONENT
         datasets.append(
-            grain.MapDataset.range(len(part.source))
-            .seed(seed % 2**32)
+            grain.MapDataset.range(len(component.source))
+            .seed(first % 2**32)
             .shuffle()
             .repeat()
             # Before the cut into shards, so that no two of them draw the same random numbers.
-            .random_map(MakeExample(part, encoder, masking, room), seed=(seed + 1) % 2**32)
+            .random_map(MakeExample(component, encoder, masking, limits), seed=(first + 1) % 2**32)
             .slice(slice(index, None, count))
         )
-    # After it: a cut through the mixture could fall in step with it, one part a shard.
-    return grain.MapDataset.mix(datasets, [part.weight for part in parts])
+    # After it: a cut through the mixture could fall in step with it, one component a shard.
+    return grain.MapDataset.mix(datasets, [component.settings.weight for component in components])

@@ -14,11 +14,9 @@ from typing import Any
 import numpy as np
 
 from leon_jax.config import UserError, build
-from leon_jax.data import emoji
+from leon_jax.datasets import demo
 from leon_jax.documents import Document, Image, Text
 from leon_jax.model_folder import encoder_path
-from leon_jax.prepare import prepare as preparing
-from leon_jax.prepare.config import emoji_config
 from leon_jax.prepare.models import digest
 from leon_jax.retrieval.encoder import Encoder, normalise
 from leon_jax.retrieval.prepared import MANIFEST, Prepared, read_manifest
@@ -171,8 +169,7 @@ def find_index(model: pathlib.Path, index: str | os.PathLike | None) -> pathlib.
             folder.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot make the cache {folder.parent}: {error.strerror}") from error
-        emoji.prepare(cache_dir() / "emoji")
-        preparing.prepare(emoji_config(str(cache_dir() / "emoji"), **paths), folder)
+        demo.prepare_documents(cache_dir() / "emoji", folder, **paths)
     return folder
 
 

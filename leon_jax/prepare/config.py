@@ -1,7 +1,6 @@
 """What `leon prepare` is told: sources, models, filters, rules."""
 
 import dataclasses
-from typing import Any
 
 from leon_jax.config import UserError
 from leon_jax.data.sources.raw import SourceConfig
@@ -70,7 +69,7 @@ class PrepareConfig:
         cropped; 0 takes the image tokenizer's resolution.
       min_side: pictures with a shorter side (in pixels) are refused.
       max_aspect: so are pictures whose longer side is more than so many times the shorter one.
-      max_text: so are documents with more characters of text.
+      max_text: so are documents with more characters of text, as it came.
       max_tokens: so are documents with more token ids.
       duplicates: what is too close to what.
       selection: how neighbours are found.
@@ -128,23 +127,3 @@ class PrepareConfig:
         """Train first, then the others in the order of the sources."""
         found = dict.fromkeys(source.split for source in self.sources)
         return (TRAIN, *(split for split in found if split != TRAIN))
-
-
-def emoji_config(data_dir: str, **values: Any) -> PrepareConfig:
-    """The emoji drawings of the demonstration, as they are: 96 pixels, nothing dropped.
-
-    Designs of one concept, skin tones and flags are near copies of each other on purpose.
-
-    Args:
-      data_dir: where `leon_jax.data.emoji.prepare` put them.
-      values: further fields of `PrepareConfig`, the model files among them.
-    """
-    splits = (TRAIN, "unseen_design", "unseen_concept")
-    return PrepareConfig(
-        sources=tuple(
-            SourceConfig("emoji", data_dir, split=split, shard_size=1000) for split in splits
-        ),
-        picture_side=96,
-        duplicates=DuplicatesConfig(exact=False),
-        **values,
-    )

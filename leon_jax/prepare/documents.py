@@ -9,7 +9,7 @@ from jaxtyping import UInt8
 
 from leon_jax.data import pictures
 from leon_jax.data.sources.raw import LARGEST_PICTURE, Raw, Reason, Reject, SourceConfig
-from leon_jax.documents import Document, Image, Part, Provenance, Text
+from leon_jax.documents import Document, Image, Part, Provenance, Text, normalise_text
 from leon_jax.prepare import licences
 from leon_jax.prepare.config import PrepareConfig
 from leon_jax.tokenizers.image import fit_picture
@@ -79,6 +79,14 @@ class Reader:
     def _read(self, raw: Raw) -> Ready:
         # What costs nothing is asked first.
         provenance = self._provenance(raw)
+        # Before the text is normalised, which takes long for a long text made to take long.
+        self._check_length(raw)
+        raw = dataclasses.replace(
+            raw,
+            parts=tuple(
+                normalise_text(part) if isinstance(part, str) else part for part in raw.parts
+            ),
+        )
         self._check_text(raw)
         parts: list[Part] = []
         squares, views, size = [], [], None
@@ -121,13 +129,15 @@ class Reader:
         except ValueError as error:
             raise Refused("missing_field", str(error)) from None
 
-    def _check_text(self, raw: Raw) -> None:
-        texts = [part for part in raw.parts if isinstance(part, str)]
-        length = sum(map(len, texts))
+    def _check_length(self, raw: Raw) -> None:
+        length = sum(len(part) for part in raw.parts if isinstance(part, str))
         if length > self.config.max_text:
             raise Refused(
                 "text_too_long", f"{length} characters; {self.config.max_text} are allowed"
             )
+
+    def _check_text(self, raw: Raw) -> None:
+        texts = [part for part in raw.parts if isinstance(part, str)]
         if not "".join(texts).strip():
             raise Refused("no_text", "the record holds no text")
         for text in (raw.key, raw.attribution, raw.language, raw.origin, raw.group, *texts):

@@ -56,5 +56,5 @@ def replace(folder: pathlib.Path, new: pathlib.Path) -> None:
 
 
 def beside(folder: pathlib.Path, what: str) -> pathlib.Path:
-    """A hidden name beside a folder, for example `.emoji.lock`."""
+    """A hidden name beside a folder, for example `.data.lock`."""
     return folder.parent / f".{folder.name}.{what}"

@@ -178,10 +178,6 @@ class Encoder:
         np.add.at(total, [n for n, _ in images], self.embed_images([image for _, image in images]))
         return normalise(total)
 
-    def embed_document(self, document: Document) -> Float32[np.ndarray, "d"]:
-        """`embed_documents` of one: the renormalised mean of its parts' unit vectors."""
-        return self.embed_documents([document])[0]
-
     def _run(self, function, rows) -> Float32[np.ndarray, "n d"]:
         results = [np.zeros((0, self.dimensions), np.float32)]
         for batch in _batches(rows, self.batch_size):

@@ -21,7 +21,7 @@ from jaxtyping import Float, UInt8
 
 from leon_jax import sharding
 from leon_jax.config import UserError
-from leon_jax.data.emoji import EmojiSource
+from leon_jax.datasets import demo
 from leon_jax.documents import Document
 from leon_jax.retrieval.encoder import Encoder, normalise
 from leon_jax.retrieval.selection import parts
@@ -78,7 +78,7 @@ def kinships(
 ) -> dict[str, list[tuple[int, int]]]:
     """Pairs of rows by kind: designs, tones and strangers; at most `limit` of each.
 
-    A provenance key is "design/concept"; see `leon_jax.data.emoji_designs`.
+    A provenance key is "design/concept"; see `leon_jax.datasets.emoji.designs`.
     """
     rng = np.random.default_rng(seed)
     concepts: dict[str, list[int]] = {}
@@ -162,11 +162,11 @@ def main(argv: list[str]) -> None:
     with jax.set_mesh(sharding.make_mesh()):
         encoder = Encoder.load(_ENCODER.value)
         for split in ("unseen_design", "unseen_concept"):
-            source = EmojiSource(split, _DATA.value)
+            source = demo.source(split, _DATA.value)
             for way, groups in accuracy(encoder, list(source)).items():
                 shown = ", ".join(f"{100 * group:.0f}" for group in groups)
                 print(f"{split} {way}: right among 50, % of each group in order: {shown}")
-        train = list(EmojiSource("train", _DATA.value))
+        train = list(demo.source("train", _DATA.value))
         report(distributions(encoder, train, _PAIRS.value))
 
 

@@ -29,6 +29,8 @@ from leon_jax.train.state import TrainState
 
 # Where a run ends, and so the end of its learning-rate schedule; and what no result depends on.
 MAY_CHANGE = ("steps", "optimizer.total_steps", "data.threads")
+# Settings that earlier versions had, and the value that this version always takes.
+REMOVED = {"data.spare_spans": 4, "data.flip": True, "data.min_crop": 0.75}
 
 
 class Checkpoints:
@@ -214,7 +216,8 @@ def check_config(path: pathlib.Path, config: dict[str, Any]) -> None:
 
     Where there are no checkpoints yet there is nothing to go on with, and the new one is kept.
 
-    What is in `MAY_CHANGE` and in `loop` may differ between starts: a run can be made longer.
+    What is in `MAY_CHANGE` and in `loop` may differ between starts: a run can be made longer. What
+    is in `REMOVED` may be missing now, if the run had the value that this version takes.
 
     Raises:
       UserError: the kept configuration differs; the message names the first key that does.
@@ -223,7 +226,13 @@ def check_config(path: pathlib.Path, config: dict[str, Any]) -> None:
     if path.exists() and any(path.parent.glob("checkpoints/[0-9]*")):
         kept = json.loads(path.read_text())
         for key, (old, new) in _differences(kept, config).items():
-            if key not in MAY_CHANGE and not key.startswith("loop."):
+            if key in REMOVED and new is None:
+                if old != REMOVED[key]:
+                    raise UserError(
+                        f"{path.parent} holds a run with {key} = {old!r}, but this version always "
+                        f"takes {REMOVED[key]!r}; use another --workdir"
+                    )
+            elif key not in MAY_CHANGE and not key.startswith("loop."):
                 raise UserError(
                     f"{path.parent} holds a run with {key} = {old!r}, but it is now {new!r}; "
                     "use another --workdir or put the value back"

@@ -72,19 +72,17 @@ class DecoderProgram:
     def batches(self, shard: int = 0, shards: int = 1) -> grain.IterDataset:
         """Endless packed batches, or one of their equal parts, seeded by `config.seed`."""
         config, data = self.config, self.config.data
-        settings = pipeline.PipelineConfig(
-            length=data.length,
+        return pipeline.make(
+            decoder_data.open_components(data),
+            self.documents,
+            data,
+            config.masking,
             batch_size=rows_of_shard(config.batch_size, shards),
             seed=config.seed,
-            packing=data.packing,
-            packing_bins=data.packing_bins,
-            spare_spans=data.spare_spans,
-            threads=data.threads,
             max_positions=config.model.max_length,
             part_step=config.model.part_step,
+            shard=(shard, shards),
         )
-        parts = decoder_data.parts(data)
-        return pipeline.make(parts, self.documents, settings, config.masking, shard=(shard, shards))
 
     def samples(self, state: TrainState) -> dict[str, np.ndarray]:
         """One row of pictures, one for each of `config.samples.captions`.

@@ -1,9 +1,9 @@
 """What a training run of the decoder depends on."""
 
 import dataclasses
-from typing import Literal
 
 from leon_jax.config import UserError
+from leon_jax.data.config import DataConfig
 from leon_jax.data.masking import MaskingConfig
 from leon_jax.models.decoder import DecoderConfig
 from leon_jax.train.optimizer import OptimizerConfig
@@ -11,73 +11,6 @@ from leon_jax.train.state import rows_of_shard
 from leon_jax.vocabulary import Vocabulary
 
 KIND = "decoder"
-
-
-@dataclasses.dataclass(frozen=True)
-class MixturePart:
-    """One of the prepared folders of a mixture.
-
-    Attributes:
-      folder, split: as in `DecoderData`.
-      weight: how many examples come from here, relative to the other parts.
-      retrieved, variants, unchanged, balance: as in `DecoderData`, whose values count where they
-        are left out.
-    """
-
-    folder: str
-    split: str = "train"
-    weight: float = 1.0
-    retrieved: tuple[float, ...] | None = None
-    variants: int | None = None
-    unchanged: float | None = None
-    balance: float | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class DecoderData:
-    """What the decoder is trained on: one prepared folder (`leon prepare`), or a mixture.
-
-    Attributes:
-      folder: a prepared folder; "" for a mixture.
-      split: which of its record files.
-      mixture: several folders instead; examples are drawn in proportion to their weights.
-      text: the text tokenizer's file.
-      image_shape: rows and columns of a picture's codes.
-      length: tokens of a row; the model's `max_length` or less.
-      retrieved: probabilities of 0, 1, 2, ... retrieved documents.
-      per_modality: how many of a document's neighbours retrieved ones are drawn from, of those
-        found through its text and of those found through its picture; the best of each.
-      variants: of how many variants of the pictures one is drawn for each example (see
-        `leon_jax.data.variants`); 1: the pictures as they are.
-      unchanged: probability that an example takes the pictures as they are all the same.
-      balance: 0 takes every document equally often as a query, 1 every group of documents (see
-        `Provenance.group`); in between, groups of n count as n ** (1 - balance).
-      packing, packing_bins, spare_spans, threads: see `leon_jax.data.pipeline.PipelineConfig`.
-    """
-
-    folder: str = ""
-    split: str = "train"
-    mixture: tuple[MixturePart, ...] = ()
-    text: str = "runs/emoji/text/export/text.json"
-    image_shape: tuple[int, ...] = (12, 12)
-    length: int = 512
-    retrieved: tuple[float, ...] = (1.0,)
-    per_modality: int = 2
-    variants: int = 1
-    unchanged: float = 0.0
-    balance: float = 0.0
-    packing: Literal["whole", "stream"] = "whole"
-    packing_bins: int = 4
-    spare_spans: int = 4
-    threads: int = 2
-
-    def __post_init__(self) -> None:
-        if self.folder and self.mixture:
-            raise UserError(
-                f"folder is {self.folder!r}, but there is a mixture too; leave one of them empty"
-            )
-        if self.per_modality < 1:
-            raise UserError(f"per_modality is {self.per_modality}; it must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +36,7 @@ class DecoderTraining:
       model: shape of the decoder.
       vocabulary: id layout; its size is the model's `vocab_size`.
       optimizer: see `leon_jax.train.optimizer`.
+      data: what it is trained on.
       batch_size: rows of a global batch.
       steps: updates.
       seed: decides initialisation, order, neighbours and masks.
@@ -121,7 +55,7 @@ class DecoderTraining:
     steps: int
     seed: int = 0
     kind: str = KIND
-    data: DecoderData = dataclasses.field(default_factory=DecoderData)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
     masking: MaskingConfig = dataclasses.field(default_factory=MaskingConfig)
     samples: SampleConfig = dataclasses.field(default_factory=SampleConfig)
     loss_chunk: int = 2048

@@ -1,6 +1,5 @@
-"""The prepared folders that a decoder's configuration names, as parts of a mixture."""
+"""Opens the prepared folders that a decoder's configuration names."""
 
-import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -8,63 +7,54 @@ import numpy as np
 from jaxtyping import Float64
 
 from leon_jax.config import UserError
-from leon_jax.data import examples, variants
+from leon_jax.data import variants
+from leon_jax.data.config import DataConfig, MixtureComponent
+from leon_jax.data.examples import Component, Neighbours
 from leon_jax.retrieval.prepared import TRAIN, Prepared
 from leon_jax.retrieval.selection import sample_neighbours
-from leon_jax.train.decoder_config import DecoderData, MixturePart
 
 
-def parts(data: DecoderData) -> list[examples.Part]:
-    """What `data` says to train on, opened.
+def open_components(data: DataConfig) -> list[Component]:
+    """Opens the prepared folders that `data` says to train on.
 
     Raises:
       UserError: there is nothing to train on, a file is missing or damaged, or a setting does not
         fit what a folder holds; the sentence begins with the key.
     """
-    if not data.folder and not data.mixture:
+    if not data.components:
         raise UserError("config.data.folder is empty; name a prepared folder, or give data.mixture")
-    alone = MixturePart(
-        data.folder,
-        data.split,
-        retrieved=data.retrieved,
-        variants=data.variants,
-        unchanged=data.unchanged,
-        balance=data.balance,
-    )
     if not data.mixture:
-        return [_part("config.data", alone, data.per_modality)]
-    opened = []
-    for number, part in enumerate(data.mixture):
-        given = {name: value for name, value in vars(part).items() if value is not None}
-        whole = dataclasses.replace(alone, **given)
-        opened.append(_part(f"config.data.mixture[{number}]", whole, data.per_modality))
-    return opened
+        return [_open("config.data", data.components[0], data.per_modality)]
+    return [
+        _open(f"config.data.mixture[{number}]", settings, data.per_modality)
+        for number, settings in enumerate(data.components)
+    ]
 
 
-def _part(key: str, part: MixturePart, per_modality: int) -> examples.Part:
-    """`part`, in which nothing is left out; `key` is what a person calls it."""
-    assert part.retrieved is not None and part.balance is not None
-    assert part.variants is not None and part.unchanged is not None
+def _open(key: str, settings: MixtureComponent, per_modality: int) -> Component:
+    """Opens one folder; `key` is what a person calls it, and `settings` has no None."""
+    assert settings.retrieved is not None and settings.variants is not None
     try:
-        folder = Prepared(part.folder)
-        source = folder.records(part.split, pixels=False)
-        shown = folder.variants(source, part.split) if part.variants > 1 else None
-        if shown is not None and shown.count < part.variants:
-            raise UserError(f"variants is {part.variants}, but {part.folder} holds {shown.count}")
+        folder = Prepared(settings.folder)
+        source = folder.records(settings.split, pixels=False)
+        shown = folder.variants(source, settings.split) if settings.variants > 1 else None
+        if shown is not None and shown.count < settings.variants:
+            raise UserError(
+                f"variants is {settings.variants}, but {settings.folder} holds {shown.count}"
+            )
         draw = None
-        if any(part.retrieved[1:]):
-            draw = neighbours(folder, part.split, per_modality)
-        return examples.Part(
+        if any(settings.retrieved[1:]):
+            draw = neighbours(folder, settings.split, per_modality)
+        weights = None
+        if settings.balance:
+            weights = balanced(folder.listing(settings.split), settings.balance)
+        return Component(
+            settings,
             source,
-            name=f"{part.folder} ({part.split})",
-            weight=part.weight,
-            retrieved=part.retrieved,
             neighbours=draw,
-            balance=balanced(folder.listing(part.split), part.balance) if part.balance else None,
+            query_weights=weights,
             variant=shown,
-            variants=part.variants,
-            plain_variants=min(variants.plain(shown.count), part.variants) if shown else 1,
-            unchanged=part.unchanged,
+            plain_variants=min(variants.plain(shown.count), settings.variants) if shown else 1,
         )
     except UserError as error:
         raise UserError(f"{key}: {error}") from error
@@ -75,7 +65,7 @@ def balanced(
 ) -> Float64[np.ndarray, "documents"]:
     """A weight for each document: (documents of its group) ** -exponent; without one it is alone.
 
-    Half of an emoji set are people in five skin tones; without weights a model learns little else.
+    Without weights a model learns mostly what comes in the most variations, such as skin tones.
     """
     numbers: dict[str, int] = {}
     names = (document.get("group") for document in listing)
@@ -87,7 +77,7 @@ def balanced(
     return sizes.astype(np.float64) ** -exponent
 
 
-def neighbours(folder: Prepared, split: str, per_modality: int) -> examples.Neighbours:
+def neighbours(folder: Prepared, split: str, per_modality: int) -> Neighbours:
     """Draws the documents to put before a query from the folder's neighbour table.
 
     Args:

@@ -22,7 +22,7 @@ from leon_jax import config as configuration
 from leon_jax import model_files
 from leon_jax.config import UserError
 from leon_jax.data.augment import AugmentConfig, augment
-from leon_jax.data.emoji import EmojiSource
+from leon_jax.datasets import demo
 from leon_jax.documents import Document, Image, Source, Text
 from leon_jax.models.clip import CLIP, CLIPConfig, create
 from leon_jax.retrieval.encoder import KIND, SPECIALS, frame
@@ -134,7 +134,7 @@ class EncoderProgram:
     def batches(self, shard: int = 0, shards: int = 1) -> grain.IterDataset:
         """Endless shuffled batches of random views, or a part, seeded by `config.seed`."""
         config = self.config
-        concepts = Concepts(EmojiSource(config.data.split, config.data.dir))
+        concepts = Concepts(demo.source(config.data.split, config.data.dir))
         pairs = rows_of_shard(config.batch_size // VIEWS, shards)
         if config.batch_size % VIEWS or config.batch_size // VIEWS > len(concepts):
             raise UserError(

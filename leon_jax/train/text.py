@@ -4,7 +4,7 @@ import dataclasses
 import pathlib
 from typing import Literal
 
-from leon_jax.data.emoji import EmojiSource
+from leon_jax.datasets import demo
 from leon_jax.documents import Text
 from leon_jax.tokenizers.text import TextTokenizer
 
@@ -32,7 +32,7 @@ class TextConfig:
 
 def run(config: TextConfig, workdir: pathlib.Path) -> TextTokenizer:
     """Trains on the captions of `train` and writes `workdir/export/text.json`."""
-    source = EmojiSource("train", config.data.dir)
+    source = demo.source("train", config.data.dir)
     captions = (
         part.text for document in source for part in document.parts if isinstance(part, Text)
     )

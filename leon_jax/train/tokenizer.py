@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from leon_jax import config as configs
 from leon_jax import model_files
-from leon_jax.data.emoji import EmojiSource
+from leon_jax.datasets import demo
 from leon_jax.models.discriminator import PatchDiscriminator, hinge_loss
 from leon_jax.models.perceptual import Network, lpips
 from leon_jax.models.vqgan import VQGAN, VQGANConfig, conv, quantize
@@ -27,20 +27,15 @@ from leon_jax.tokenizers.image import fit_picture, normalize, to_pixels
 from leon_jax.train import optimizer, perceptual_weights
 from leon_jax.train.state import TrainState, rows_of_shard
 
+# The smallest side of a random crop, as a share of the image's.
+MIN_CROP = 0.75
+
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerData:
-    """Where pictures come from.
-
-    Attributes:
-      dir: the dataset folder made by `leon prepare`.
-      flip: mirror half of the pictures.
-      min_crop: the smallest side of a random square crop, as a share of the picture.
-    """
+    """Where images come from: the dataset folder made by `leon prepare`."""
 
     dir: str
-    flip: bool = True
-    min_crop: float = 0.75
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,19 +239,19 @@ class TokenizerProgram:
     def batches(self, shard: int = 0, shards: int = 1) -> grain.IterDataset:
         config = self.config
         return (
-            grain.MapDataset.source(EmojiSource("train", config.data.dir))
+            grain.MapDataset.source(demo.source("train", config.data.dir))
             .seed(config.seed)
             .shuffle()
             .repeat()
             .slice(slice(shard, None, shards))
-            .random_map(Augment(config.data, config.model.resolution))
+            .random_map(Augment(config.model.resolution))
             .batch(rows_of_shard(config.batch_size, shards))
             .to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=64))
         )
 
     def samples(self, state: TrainState) -> dict[str, np.ndarray]:
         """Sixteen pictures of `unseen_design` above their reconstructions."""
-        source = EmojiSource("unseen_design", self.config.data.dir)
+        source = demo.source("unseen_design", self.config.data.dir)
         resolution = self.config.model.resolution
         pixels = np.stack([_picture(source[i], resolution) for i in range(16)])
         rebuilt = _rebuild(state.model.generator, normalize(pixels))
@@ -275,18 +270,17 @@ class TokenizerProgram:
 
 
 class Augment(grain.transforms.RandomMap):
-    """Document -> {"images": float32[r, r, 3] in [-1, 1]}, randomly cropped and mirrored."""
+    """Document -> {"images": float32[r, r, 3] in [-1, 1]}: a random square crop, half mirrored."""
 
-    def __init__(self, data: TokenizerData, resolution: int) -> None:
-        self.data = data
+    def __init__(self, resolution: int) -> None:
         self.resolution = resolution
 
     def random_map(self, document, rng: np.random.Generator) -> dict[str, np.ndarray]:
         pixels = document.parts[1].pixels
-        side = round(pixels.shape[0] * rng.uniform(self.data.min_crop, 1.0))
+        side = round(pixels.shape[0] * rng.uniform(MIN_CROP, 1.0))
         top, left = rng.integers(0, pixels.shape[0] - side + 1, 2)
         pixels = pixels[top : top + side, left : left + side]
-        if self.data.flip and rng.random() < 0.5:
+        if rng.random() < 0.5:
             pixels = pixels[:, ::-1]
         pixels = fit_picture(np.ascontiguousarray(pixels), self.resolution)
         return {"images": normalize(pixels)}

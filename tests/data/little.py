@@ -3,9 +3,9 @@
 import numpy as np
 
 from leon_jax.data import pipeline
-from leon_jax.data.examples import Part
+from leon_jax.data.config import DataConfig, MixtureComponent
+from leon_jax.data.examples import Component
 from leon_jax.data.masking import MaskingConfig
-from leon_jax.data.pipeline import PipelineConfig
 from leon_jax.documents import Document, Image, Text
 from leon_jax.tokenizers.documents import DocumentTokenizer
 from leon_jax.tokenizers.text import TextTokenizer
@@ -13,6 +13,7 @@ from leon_jax.vocabulary import Vocabulary
 
 PICTURE = (2, 3)
 WORDS = ("red", "green", "blue", "heart", "star", "cat")
+OPENED = ("query_weights", "variant", "plain_variants")
 NEVER = MaskingConfig(spans="fixed", count=0)
 
 
@@ -37,7 +38,7 @@ def make_tokenizer():
 
 
 DOCUMENTS = make_documents(23)
-CONFIG = PipelineConfig(length=80, batch_size=4, threads=1)
+CONFIG = DataConfig(length=80, threads=1)
 
 
 def ring(rng, index, number):
@@ -45,15 +46,25 @@ def ring(rng, index, number):
     return [(index + 1 + i) % len(DOCUMENTS) for i in range(number)]
 
 
-def part(documents=DOCUMENTS, **others):
-    """A part whose examples have 0, 1 or 2 retrieved documents, unless `others` say otherwise."""
-    return Part(documents, **{"retrieved": (0.4, 0.3, 0.3), "neighbours": ring, **others})
+def component(documents=DOCUMENTS, folder="little", neighbours=ring, **others):
+    """Documents whose examples have 0, 1 or 2 retrieved ones, unless `others` say otherwise.
+
+    `others` are fields of `Component`, or of its settings.
+    """
+    opened = {name: others.pop(name) for name in list(others) if name in OPENED}
+    settings = MixtureComponent(folder, **{"retrieved": (0.4, 0.3, 0.3), **others})
+    return Component(settings, documents, neighbours, **opened)
 
 
-def make(tokenizer, config=CONFIG, masking=None, parts=None, shard=(0, 1), **others):
-    """Batches of `parts`, or of one `part(**others)`."""
-    masking = masking or MaskingConfig()
-    return pipeline.make(parts or [part(**others)], tokenizer, config, masking, shard=shard)
+def make(
+    tokenizer, config=CONFIG, masking=None, components=None, *, batch_size=4, max_positions=None,
+    part_step=1, shard=(0, 1), **others,
+):  # fmt: skip
+    """Batches of `components`, or of one `component(**others)`."""
+    return pipeline.make(
+        components or [component(**others)], tokenizer, config, masking or MaskingConfig(),
+        batch_size=batch_size, max_positions=max_positions, part_step=part_step, shard=shard,
+    )  # fmt: skip
 
 
 def take(iterator, count):

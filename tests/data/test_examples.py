@@ -4,16 +4,17 @@ import numpy as np
 import pytest
 
 from leon_jax.config import UserError
-from leon_jax.data.examples import MakeExample, Part, join
+from leon_jax.data.config import MixtureComponent
+from leon_jax.data.examples import Component, MakeExample, join
 from leon_jax.documents import Document, Image, Provenance, Text
 from tests.data.little import (
     CONFIG,
     DOCUMENTS,
     NEVER,
     PICTURE,
+    component,
     make,
     make_tokenizer,
-    part,
     take,
     unpack,
 )  # fmt: skip
@@ -60,14 +61,16 @@ def test_some_examples_take_their_pictures_unchanged(tokenizer):
     assert abs(share - expected) < 4 * np.sqrt(expected * (1 - expected) / counts.sum())
 
 
-def test_balance_decides_how_often_a_document_is_a_query(tokenizer):
-    balance = np.ones(len(DOCUMENTS))
-    balance[5], balance[7] = 12.0, 0.0
+def test_weights_decide_how_often_a_document_is_a_query(tokenizer):
+    weights = np.ones(len(DOCUMENTS))
+    weights[5], weights[7] = 12.0, 0.0
     counts = np.zeros(len(DOCUMENTS))
-    for batch in take(iter(make(tokenizer, CONFIG, NEVER, retrieved=(1.0,), balance=balance)), 60):
+    for batch in take(
+        iter(make(tokenizer, CONFIG, NEVER, retrieved=(1.0,), query_weights=weights)), 60
+    ):
         for ids, _ in unpack(batch, tokenizer.vocabulary.eos):
             counts[int(tokenizer.decode(ids).text.split()[0])] += 1
-    expected = balance / balance.sum() * counts.sum()
+    expected = weights / weights.sum() * counts.sum()
     assert counts[7] == 0
     others = np.delete(np.arange(len(DOCUMENTS)), 7)
     statistic = ((counts[others] - expected[others]) ** 2 / expected[others]).sum()
@@ -77,29 +80,35 @@ def test_balance_decides_how_often_a_document_is_a_query(tokenizer):
 @pytest.mark.parametrize(
     ("others", "message"),
     [
-        ({"source": []}, "training data is empty"),
+        ({"documents": []}, "training data is empty"),
         ({"weight": 0.0}, r"weight is 0\.0; it must be above 0"),
         ({"retrieved": (0.5, 0.6)}, "probabilities must sum to 1"),
         ({"variants": 4}, "variants is 4, but the data holds none"),
         ({"variants": 2, "plain_variants": 3, "variant": shaded}, "plain_variants is 3"),
         ({"unchanged": 1.5}, r"unchanged is 1\.5"),
-        ({"balance": np.ones(3)}, "3 weights were given for 23 documents"),
+        ({"query_weights": np.ones(3)}, "3 weights were given for 23 documents"),
     ],
 )
 def test_settings_that_do_not_fit_are_named(others, message):
     with pytest.raises(UserError, match=message):
-        Part(**{"source": DOCUMENTS, **others})
+        component(**{"retrieved": (1.0,), **others})
 
 
-def example(tokenizer, part, index=4):
-    return MakeExample(part, tokenizer, NEVER)(index, np.random.default_rng(0))
+def test_settings_that_are_left_out_take_the_defaults():
+    settings = Component(MixtureComponent("web"), DOCUMENTS).settings
+    assert (settings.retrieved, settings.variants) == ((1.0,), 1)
+    assert (settings.unchanged, settings.balance) == (0.0, 0.0)
+
+
+def example(tokenizer, documents, index=4):
+    return MakeExample(documents, tokenizer, NEVER)(index, np.random.default_rng(0))
 
 
 def test_a_document_that_cannot_be_encoded_is_named_be_it_query_or_neighbour(tokenizer):
     documents = list(DOCUMENTS)
     documents[5] = Document((Text("no codes"), Image(pixels=np.zeros((4, 4, 3), np.uint8))))
     for index, retrieved in ((5, (1.0,)), (4, (0.0, 1.0))):
-        broken = part(documents, retrieved=retrieved, name="data/web (train)")
+        broken = component(documents, retrieved=retrieved, folder="data/web")
         with pytest.raises(UserError, match=r"^document 5 of data/web \(train\): the picture has"):
             example(tokenizer, broken, index)
 
@@ -108,8 +117,10 @@ def test_a_document_is_named_by_its_key_where_it_has_one(tokenizer):
     documents = list(DOCUMENTS)
     origin = Provenance("cats/5", "web", "CC0-1.0", "me")
     documents[5] = Document((Text("no codes"), Image(pixels=np.zeros((4, 4, 3), np.uint8))), origin)
-    with pytest.raises(UserError, match=r"^document 5 \(cats/5\) of web: the picture has"):
-        example(tokenizer, part(documents, name="web"), 5)
+    with pytest.raises(
+        UserError, match=r"^document 5 \(cats/5\) of web \(train\): the picture has"
+    ):
+        example(tokenizer, component(documents, folder="web"), 5)
 
 
 class Failing:
@@ -126,7 +137,8 @@ class Failing:
 
 def test_other_errors_keep_their_kind_and_say_where_they_were_met(tokenizer):
     with pytest.raises(OSError, match="the disk is gone") as error:
-        example(tokenizer, part(Failing(), retrieved=(0.0, 1.0)))
+        example(tokenizer, component(Failing(), retrieved=(0.0, 1.0)))
     assert error.value.__notes__ == [
-        "while reading document 5", "while making an example of document 4",
+        "while reading document 5 of little (train)",
+        "while making an example of document 4 of little (train)",
     ]  # fmt: skip

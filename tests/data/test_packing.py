@@ -9,15 +9,15 @@ import pytest
 
 from leon_jax.config import UserError
 from leon_jax.data import pipeline
+from leon_jax.data.config import DataConfig
 from leon_jax.data.masking import MaskingConfig, unmask
 from leon_jax.data.packing import Stream
-from leon_jax.data.pipeline import PipelineConfig
 from tests.data.little import (
     CONFIG,
     DOCUMENTS,
+    component,
     make,
     make_tokenizer,
-    part,
     ring,
     take,
     unpack,
@@ -60,19 +60,18 @@ def test_every_packed_document_is_whole_and_is_its_query_behind_its_neighbours(t
 
 
 def test_retrieved_documents_that_do_not_fit_are_left_out(tokenizer):
-    config = PipelineConfig(length=40, batch_size=2, threads=0)
+    config = DataConfig(length=40, threads=0)
     breaks = [
         (unmask(ids, tokenizer.vocabulary) == tokenizer.vocabulary.break_id).sum()
-        for batch in take(iter(make(tokenizer, config, retrieved=(0, 0, 1.0))), 20)
+        for batch in take(iter(make(tokenizer, config, batch_size=2, retrieved=(0, 0, 1.0))), 20)
         for ids, _ in unpack(batch, tokenizer.vocabulary.eos)
     ]
     assert set(breaks) <= {1, 3} and 1 in breaks
 
 
 def test_parts_start_at_multiples_of_the_part_step(tokenizer):
-    config = dataclasses.replace(CONFIG, part_step=8, max_positions=60)
     vocabulary, ends = tokenizer.vocabulary, set()
-    for batch in take(iter(make(tokenizer, config)), 10):
+    for batch in take(iter(make(tokenizer, part_step=8, max_positions=60)), 10):
         for row in range(len(batch["ids"])):
             segments, positions = batch["segment_ids"][row], batch["positions"][row]
             for segment in range(1, segments.max() + 1):
@@ -87,18 +86,18 @@ def test_parts_start_at_multiples_of_the_part_step(tokenizer):
     assert max(ends) < 60
     # Retrieved documents were left out to keep within the positions; a query alone never is.
     with pytest.raises(UserError, match="the model has 9, so raise its max_length"):
-        next(iter(make(tokenizer, dataclasses.replace(config, max_positions=9))))
+        next(iter(make(tokenizer, part_step=8, max_positions=9)))
 
 
 def test_a_document_longer_than_a_row_is_named(tokenizer):
-    config = PipelineConfig(length=10, batch_size=1, threads=1)
-    with pytest.raises(UserError, match=r"document \d+ has \d+ tokens, but a row holds 11"):
-        next(iter(make(tokenizer, config)))
+    config = DataConfig(length=10, threads=1)
+    with pytest.raises(UserError, match=r"document \d+ of .* has \d+ tokens, but a row holds 11"):
+        next(iter(make(tokenizer, config, batch_size=1)))
 
 
 def all_examples(tokenizer, config, count, **others):
     """The examples of `make(tokenizer, config, **others)`, before they are packed."""
-    found = pipeline.examples([part(**others)], tokenizer, config, MaskingConfig())
+    found = pipeline.examples([component(**others)], tokenizer, config, MaskingConfig())
     return [found[i] for i in range(count)]
 
 
@@ -166,6 +165,6 @@ def test_the_stream_goes_on_from_every_state_after_it_was_json(length):
             np.testing.assert_array_equal(next(again)["ids"], expected)
 
 
-def test_a_stream_is_not_cut_where_parts_have_places_of_their_own():
+def test_a_stream_is_not_cut_where_parts_have_places_of_their_own(tokenizer):
     with pytest.raises(UserError, match=r"part_step is 32, but .* model\.part_step to 1 or data"):
-        dataclasses.replace(STREAM, part_step=32)
+        make(tokenizer, STREAM, part_step=32)

@@ -14,21 +14,21 @@ import pytest
 
 from leon_jax.config import UserError
 from leon_jax.data import pipeline
+from leon_jax.data.config import DataConfig
 from leon_jax.data.masking import MaskingConfig, unmask
-from leon_jax.data.pipeline import PipelineConfig
 from tests.data.little import (
     CONFIG,
     DOCUMENTS,
     NEVER,
+    component,
     make,
     make_documents,
     make_tokenizer,
-    part,
     take,
     unpack,
 )  # fmt: skip
 
-SINGLE = PipelineConfig(length=80, batch_size=1, packing_bins=1, threads=0)
+SINGLE = DataConfig(length=80, packing_bins=1, threads=0)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def tokenizer():
 def test_an_epoch_holds_every_document_once_and_epochs_differ(tokenizer):
     names = {tokenizer.encode(d).tobytes(): i for i, d in enumerate(DOCUMENTS)}
     order = []
-    for batch in take(iter(make(tokenizer, SINGLE, retrieved=(1.0,))), 30):
+    for batch in take(iter(make(tokenizer, SINGLE, batch_size=1, retrieved=(1.0,))), 30):
         for ids, _ in unpack(batch, tokenizer.vocabulary.eos):
             order.append(names[unmask(ids, tokenizer.vocabulary).tobytes()])
     count = len(DOCUMENTS)
@@ -50,20 +50,23 @@ def test_an_epoch_holds_every_document_once_and_epochs_differ(tokenizer):
 
 def test_masks_differ_between_epochs(tokenizer):
     seen = {}
-    batches = make(tokenizer, SINGLE, MaskingConfig(spans="fim"), retrieved=(1.0,))
+    batches = make(tokenizer, SINGLE, MaskingConfig(spans="fim"), batch_size=1, retrieved=(1.0,))
     for batch in take(iter(batches), 60):
         for ids, _ in unpack(batch, tokenizer.vocabulary.eos):
             seen.setdefault(unmask(ids, tokenizer.vocabulary).tobytes(), set()).add(ids.tobytes())
     assert np.mean([len(instances) > 1 for instances in seen.values()]) > 0.9
 
 
-# Captions of the second part begin with numbers from 100 on.
-MIXTURE = (part(weight=3.0), part(make_documents(7, first=100), weight=1.5, retrieved=(1.0,)))
+# Captions of the second component begin with numbers from 100 on.
+MIXTURE = (
+    component(weight=3.0),
+    component(make_documents(7, first=100), weight=1.5, retrieved=(1.0,)),
+)
 
 
-def numbers(tokenizer, parts, count, shard=(0, 1), config=SINGLE):
+def numbers(tokenizer, components, count, shard=(0, 1), config=SINGLE):
     """The number that the query's caption begins with, of so many examples."""
-    found = pipeline.examples(parts, tokenizer, config, NEVER, shard=shard)
+    found = pipeline.examples(components, tokenizer, config, NEVER, shard=shard)
     texts = []
     for i in range(count):
         example = found[i]
@@ -75,18 +78,18 @@ def numbers(tokenizer, parts, count, shard=(0, 1), config=SINGLE):
 
 @pytest.mark.parametrize("weights", [(3.0, 1.5), (0.3, 0.2, 0.5), (1, 1000)])
 @pytest.mark.parametrize("shard", [(0, 1), (1, 2)])
-def test_any_run_of_a_mixture_holds_the_share_of_every_part(tokenizer, weights, shard):
-    parts = [
-        part(make_documents(5, first=100 * i), weight=weight, retrieved=(1.0,))
+def test_any_run_of_a_mixture_holds_the_share_of_every_component(tokenizer, weights, shard):
+    components = [
+        component(make_documents(5, first=100 * i), weight=weight, retrieved=(1.0,))
         for i, weight in enumerate(weights)
     ]
-    drawn = numbers(tokenizer, parts, 300, shard) // 100
+    drawn = numbers(tokenizer, components, 300, shard) // 100
     share = np.array(weights) / sum(weights)
     seen = np.cumsum(drawn[:, None] == np.arange(len(weights)), axis=0)
     assert np.abs(seen - share * np.arange(1, 301)[:, None]).max() < 2
 
 
-def test_each_part_of_a_mixture_keeps_its_own_epochs_and_random_numbers(tokenizer):
+def test_each_component_of_a_mixture_keeps_its_own_epochs_and_random_numbers(tokenizer):
     drawn = numbers(tokenizer, MIXTURE, 3 * 23)
     first, second = drawn[drawn < 100], drawn[drawn >= 100]
     assert len(first) == 46 and len(second) == 23
@@ -94,23 +97,28 @@ def test_each_part_of_a_mixture_keeps_its_own_epochs_and_random_numbers(tokenize
         assert set(epoch) == set(range(23))
     for epoch in second[:21].reshape(3, 7):
         assert set(epoch) == set(range(100, 107))
-    # What else is in a mixture changes when a part's examples come, not what they are.
+    # What else is in a mixture changes when a component's examples come, not what they are.
     np.testing.assert_array_equal(first, numbers(tokenizer, MIXTURE[:1], 46))
-    twins = (part(retrieved=(1.0,)), part(make_documents(23, first=100), retrieved=(1.0,)))
+    twins = (
+        component(retrieved=(1.0,)),
+        component(make_documents(23, first=100), retrieved=(1.0,)),
+    )
     drawn = numbers(tokenizer, twins, 46)
-    assert (drawn[drawn < 100] != drawn[drawn >= 100] - 100).any(), "parts of one size in one order"
+    assert (drawn[drawn < 100] != drawn[drawn >= 100] - 100).any(), (
+        "components of one size in one order"
+    )
 
 
-@pytest.mark.parametrize("balance", [None, np.arange(23.0)])
+@pytest.mark.parametrize("weighting", [None, np.arange(23.0)])
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (3.0, 1.0)])
-def test_shards_share_out_the_examples_of_one_order(tokenizer, weights, balance):
+def test_shards_share_out_the_examples_of_one_order(tokenizer, weights, weighting):
     """Also where the pattern of the mixture has the period of the shards."""
-    parts = [
-        part(weight=weights[0], balance=balance),
-        part(make_documents(8, first=100), weight=weights[1], retrieved=(1.0,)),
+    components = [
+        component(weight=weights[0], query_weights=weighting),
+        component(make_documents(8, first=100), weight=weights[1], retrieved=(1.0,)),
     ]
-    whole = numbers(tokenizer, parts, 96)
-    shards = [numbers(tokenizer, parts, 48, (index, 2)) for index in range(2)]
+    whole = numbers(tokenizer, components, 96)
+    shards = [numbers(tokenizer, components, 48, (index, 2)) for index in range(2)]
     for kind in (whole < 100, whole >= 100):
         expected = whole[kind]
         halves = [shard[(shard < 100) == (expected[0] < 100)] for shard in shards]
@@ -123,7 +131,8 @@ def test_shards_share_out_the_examples_of_one_order(tokenizer, weights, balance)
 def test_two_processes_read_disjoint_documents(tokenizer):
     halves = []
     for shard in range(2):
-        iterator, seen = iter(make(tokenizer, SINGLE, retrieved=(1.0,), shard=(shard, 2))), []
+        seen = []
+        iterator = iter(make(tokenizer, SINGLE, batch_size=1, retrieved=(1.0,), shard=(shard, 2)))
         while len(seen) < len(DOCUMENTS) // 2:
             for ids, _ in unpack(next(iterator), tokenizer.vocabulary.eos):
                 seen.append(unmask(ids, tokenizer.vocabulary).tobytes())
@@ -131,17 +140,19 @@ def test_two_processes_read_disjoint_documents(tokenizer):
     assert not halves[0] & halves[1]
 
 
-# Three batches are more than an epoch of the larger part.
-RESUMED = PipelineConfig(length=80, batch_size=3, packing_bins=3)
+# Three batches are more than an epoch of the larger component.
+RESUMED = DataConfig(length=80, packing_bins=3)
 
 
 @pytest.mark.parametrize("packing", ["whole", "stream"])
-@pytest.mark.parametrize("parts", [MIXTURE[:1], MIXTURE], ids=["alone", "mixture"])
+@pytest.mark.parametrize("components", [MIXTURE[:1], MIXTURE], ids=["alone", "mixture"])
 @pytest.mark.parametrize("saving", [0, 1, 4])
-def test_any_number_of_threads_goes_on_exactly_from_every_batch(tokenizer, saving, parts, packing):
+def test_any_number_of_threads_goes_on_exactly_from_every_batch(
+    tokenizer, saving, components, packing
+):
     def start(threads):
         config = dataclasses.replace(RESUMED, packing=packing, threads=threads)
-        return iter(make(tokenizer, config, parts=parts))
+        return iter(make(tokenizer, config, components=components, batch_size=3))
 
     iterator, states, batches = start(saving), [], []
     for _ in range(8):
@@ -159,7 +170,7 @@ def test_any_number_of_threads_goes_on_exactly_from_every_batch(tokenizer, savin
 @pytest.mark.parametrize("packing", ["whole", "stream"])
 def test_grain_agrees_that_checkpoints_are_exact(tokenizer, packing):
     config = dataclasses.replace(CONFIG, packing=packing)
-    first = grain.experimental.LimitIterDataset(make(tokenizer, config, parts=MIXTURE), 6)
+    first = grain.experimental.LimitIterDataset(make(tokenizer, config, components=MIXTURE), 6)
     grain.experimental.assert_equal_output_after_checkpoint(first)
 
 
@@ -168,6 +179,10 @@ def test_wrong_settings_are_named(tokenizer):
         dataclasses.replace(CONFIG, packing_bins=0)
     with pytest.raises(UserError, match="threads is -1; it must be at least 0"):
         dataclasses.replace(CONFIG, threads=-1)
+    with pytest.raises(UserError, match="batch_size is 0; it must be at least 1"):
+        make(tokenizer, batch_size=0)
+    with pytest.raises(UserError, match="part_step is 0; it must be at least 1"):
+        make(tokenizer, part_step=0)
     with pytest.raises(UserError, match="shard"):
         make(tokenizer, shard=(2, 2))
 
@@ -183,8 +198,11 @@ class Source(list):
         return super().__getitem__(index)
 
 config = dataclasses.replace(t.CONFIG, packing={packing!r}, threads=4)
-parts = [t.part(Source(t.DOCUMENTS), name="first"), t.part(t.make_documents(30, 100), weight=2.0)]
-iterator = iter(t.make(t.make_tokenizer(), config, parts=parts))
+components = [
+    t.component(Source(t.DOCUMENTS), folder="first"),
+    t.component(t.make_documents(30, 100), weight=2.0),
+]
+iterator = iter(t.make(t.make_tokenizer(), config, components=components))
 for _ in range(30 if {where!r} == "thread" else 1):
     next(iterator)
 if {where!r} == "loop":

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from leon_jax.data.emoji import EmojiSource
+from leon_jax.datasets import demo
 from leon_jax.engine.engine import Engine, Sample, TokenRequest
 from leon_jax.engine.grammar import ImageSpan
 from leon_jax.engine.guidance import ClassifierFree
@@ -103,7 +103,7 @@ def small_cache(engine: Engine):
 def test_the_shipped_models_perplexity_in_eight_bits_is_within_one_per_cent(emoji_data_dir):
     leon = Leon.load()
     documents = [
-        leon.tokenize(one) for one in list(EmojiSource("unseen_design", emoji_data_dir))[:24]
+        leon.tokenize(one) for one in list(demo.source("unseen_design", emoji_data_dir))[:24]
     ]
     tokenizer = leon.model.tokenizer
     ids = [tokenizer.encode(document) for document in documents]

@@ -5,11 +5,12 @@ import types
 
 import pytest
 
+from leon_jax.data.config import DataConfig
 from leon_jax.models.decoder import DecoderConfig
 from leon_jax.plan import train
 from leon_jax.plan.plan import DoesNotFit, Roofline
 from leon_jax.plan.train import REMAT, Setting
-from leon_jax.train.decoder_config import DecoderData, DecoderTraining
+from leon_jax.train.decoder_config import DecoderTraining
 from leon_jax.train.optimizer import OptimizerConfig
 from leon_jax.vocabulary import Vocabulary
 
@@ -20,7 +21,7 @@ CONFIG = DecoderTraining(
     optimizer=OptimizerConfig(1e-3, 100),
     batch_size=512,
     steps=1,
-    data=DecoderData(length=1024),
+    data=DataConfig(length=1024),
 )
 POD = types.SimpleNamespace(devices=(None,) * 16)
 MESH = (1, 16, 1, 1)

@@ -5,10 +5,10 @@ import pathlib
 import pytest
 
 from leon_jax.config import UserError
-from leon_jax.data.sources.listed import Listed
 from leon_jax.prepare import prepare as preparing
 from leon_jax.prepare.beam import on_beam
 from tests import tiny
+from tests.listed import Listed
 from tests.prepare.made import files_of
 
 

@@ -8,6 +8,8 @@ import PIL.Image
 import pytest
 
 from leon_jax.data.sources.raw import REASONS, Raw, Reject, SourceConfig
+from leon_jax.documents import Text
+from leon_jax.prepare import documents
 from leon_jax.prepare.config import PrepareConfig
 from leon_jax.prepare.documents import Reader
 
@@ -57,6 +59,20 @@ def test_a_picture_is_upright_on_white_cropped_and_fitted_for_every_model():
     assert (picture[:10] == (255, 0, 0)).all() and (picture[10:] == 255).all()
     assert [square.shape for square in ready.squares] == [(16, 16, 3)]
     assert [view.shape for view in ready.views] == [(9, 9, 3)]
+
+
+def test_texts_are_brought_to_one_spelling():
+    """NFC and single spaces, whatever a source wrote; tokens are counted of the result."""
+    ready = read("  cafe\u0301\t au\r\n\u3000lait\u00a0", GOOD, " \u1112\u1161\u11ab\n")
+    texts = [part.text for part in ready.document.parts if isinstance(part, Text)]
+    assert texts == ["caf\u00e9 au lait", "\ud55c"]
+    assert not isinstance(read("a" + " " * 60 + "b", GOOD), Reject), "three tokens of text"
+
+
+def test_a_long_text_is_refused_before_it_is_normalised(monkeypatch):
+    """Normalising takes time that grows with the square of a run of combining marks."""
+    monkeypatch.setattr(documents, "normalise_text", lambda text: pytest.fail("normalised"))
+    assert read("e" + "\u0301\u0323" * 50, GOOD).reason == "text_too_long"
 
 
 def test_provenance_comes_from_the_record_before_the_source():

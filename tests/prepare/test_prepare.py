@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from leon_jax.config import UserError
-from leon_jax.data.sources.listed import Listed
 from leon_jax.data.sources.raw import SourceConfig
 from leon_jax.documents import Image
 from leon_jax.prepare import place
@@ -22,6 +21,7 @@ from leon_jax.retrieval.prepared import Prepared
 from leon_jax.tokenizers.image import ImageTokenizer, fit_picture, normalize
 from leon_jax.tokenizers.text import TextTokenizer
 from tests import tiny
+from tests.listed import Listed
 from tests.prepare.made import NEVER_NEAR, files_of, left_beside, make, splits
 
 

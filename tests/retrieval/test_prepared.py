@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from leon_jax.config import UserError
-from leon_jax.generate import retriever
 from leon_jax.documents import Document, Image, Text
+from leon_jax.generate import retriever
 from leon_jax.retrieval.bank import save_rows
 from leon_jax.retrieval.neighbours import FIELDS, Neighbours, row_type
 from leon_jax.retrieval.prepared import Prepared, write_split

@@ -1,5 +1,7 @@
 """Checkpoints, apart from the loop: silent damage is found, and arrays keep their kind."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -74,3 +76,17 @@ def test_a_run_goes_on_with_other_threads_but_not_with_other_data(tmp_path):
     other = [{"folder": "a", "weight": 2.0}]
     with pytest.raises(UserError, match=r"a run with data\.mixture = .*weight.*put the value back"):
         check_config(tmp_path / "config.json", kept | {"data": {"threads": 2, "mixture": other}})
+
+
+def test_a_run_of_a_version_with_more_settings_goes_on_if_it_had_their_values(tmp_path):
+    (tmp_path / "checkpoints" / "100").mkdir(parents=True)
+    path, now = tmp_path / "config.json", {"steps": 10, "data": {"length": 8}}
+    path.write_text(json.dumps({"steps": 10, "data": {"length": 8, "spare_spans": 4}}))
+    check_config(path, now)
+    assert json.loads(path.read_text()) == now
+    path.write_text(json.dumps({"steps": 10, "data": {"length": 8, "spare_spans": 7}}))
+    with pytest.raises(UserError, match=r"data\.spare_spans = 7, but this version always takes 4"):
+        check_config(path, now)
+    path.write_text(json.dumps({"steps": 10, "data": {"length": 8, "other": 4}}))
+    with pytest.raises(UserError, match=r"data\.other = 4, but it is now None"):
+        check_config(path, now)

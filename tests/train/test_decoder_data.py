@@ -1,6 +1,7 @@
-"""Prepared folders as parts of a mixture: whose settings count, mistakes, exact resumption."""
+"""Prepared folders as components of a mixture: whose settings count, mistakes, exact resumption."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -9,14 +10,14 @@ import pytest
 from flax import nnx
 
 from leon_jax import sharding
-from leon_jax.config import ConfigError, UserError, build
+from leon_jax.config import ConfigError, UserError, build, to_dict
+from leon_jax.data.config import DataConfig, MixtureComponent
 from leon_jax.documents import Document, Image, Provenance, Text
 from leon_jax.retrieval.prepared import Prepared, write_split
 from leon_jax.tokenizers.text import TextTokenizer
 from leon_jax.train.checkpoint import Checkpoints
 from leon_jax.train.decoder import DecoderProgram
-from leon_jax.train.decoder_config import DecoderData, MixturePart
-from leon_jax.train.decoder_data import balanced, neighbours, parts
+from leon_jax.train.decoder_data import balanced, neighbours, open_components
 from leon_jax.train.feed import Feed
 from leon_jax.train.state import TrainState
 from leon_jax.vocabulary import Vocabulary
@@ -92,21 +93,39 @@ def test_one_folder_is_a_mixture_of_one(folder):
             np.testing.assert_array_equal(first[name], second[name])
 
 
-def test_a_part_has_its_own_settings_and_those_of_data_where_it_has_none(folder):
-    data = DecoderData(
+def test_a_component_has_its_own_settings_and_those_of_data_where_it_has_none(folder):
+    data = DataConfig(
         mixture=(
-            MixturePart(str(folder / "web"), weight=3.0, retrieved=(0.5, 0.5), balance=0.0),
-            MixturePart(str(folder / "art")),
+            MixtureComponent(str(folder / "web"), weight=3.0, retrieved=(0.5, 0.5), balance=0.0),
+            MixtureComponent(str(folder / "art")),
         ),
         balance=1.0,
     )
-    web, art = parts(data)
-    assert (web.weight, web.retrieved, web.balance) == (3.0, (0.5, 0.5), None)
-    assert (art.weight, art.retrieved, art.neighbours) == (1.0, (1.0,), None)
+    web, art = open_components(data)
+    assert (web.settings.weight, web.settings.retrieved) == (3.0, (0.5, 0.5))
+    assert web.query_weights is None and web.neighbours is not None
+    assert (art.settings.weight, art.settings.retrieved) == (1.0, (1.0,))
+    assert (art.settings.balance, art.neighbours) == (1.0, None)
     # Documents 0, 4 and 8 are one group, the other six the other.
-    np.testing.assert_allclose(art.balance, [1 / 3, *[1 / 6] * 3] * 2 + [1 / 3])
+    np.testing.assert_allclose(art.query_weights, [1 / 3, *[1 / 6] * 3] * 2 + [1 / 3])
     assert (len(web.source), len(art.source)) == (20, 9)
     assert web.name == f"{folder / 'web'} (train)"
+
+
+def test_a_run_keeps_every_value_and_a_component_what_it_was_given():
+    """As runs of earlier versions kept them in config.json."""
+    kept = to_dict(DataConfig(mixture=(MixtureComponent("a", variants=3),), unchanged=0.5))
+    kept = json.loads(json.dumps(kept))
+    assert kept == {
+        "folder": "", "split": "train", "text": "runs/emoji/text/export/text.json",
+        "image_shape": [12, 12], "length": 512, "retrieved": [1.0], "per_modality": 2,
+        "variants": 1, "unchanged": 0.5, "balance": 0.0, "packing": "whole", "packing_bins": 4,
+        "threads": 2,
+        "mixture": [
+            {"folder": "a", "split": "train", "weight": 1.0, "retrieved": None, "variants": 3,
+             "unchanged": None, "balance": None}
+        ],
+    }  # fmt: skip
 
 
 def test_a_document_without_a_group_is_alone():
@@ -149,18 +168,18 @@ def test_mistakes_are_named_by_their_key(folder, data, message):
         part["folder"] = places.get(part["folder"], part["folder"])
     write(folder / "web", 20, split="unseen")
     with pytest.raises(UserError, match=message):
-        parts(build(DecoderData, data))
+        open_components(build(DataConfig, data))
 
 
 def test_contradictions_are_refused_when_the_configuration_is_built():
     with pytest.raises(ConfigError, match=r"config: folder is 'a', but there is a mixture too"):
-        build(DecoderData, {"folder": "a", "mixture": [{"folder": "b"}]})
+        build(DataConfig, {"folder": "a", "mixture": [{"folder": "b"}]})
     with pytest.raises(ConfigError, match=r"config\.mixture\[0\]\.folder is missing"):
-        build(DecoderData, {"mixture": [{"weight": 2.0}]})
+        build(DataConfig, {"mixture": [{"weight": 2.0}]})
     with pytest.raises(ConfigError, match=r"unknown key config\.mixture\[0\]\.wieght; .*weight"):
-        build(DecoderData, {"mixture": [{"folder": "b", "wieght": 2.0}]})
+        build(DataConfig, {"mixture": [{"folder": "b", "wieght": 2.0}]})
     with pytest.raises(ConfigError, match="per_modality is 0"):
-        build(DecoderData, {"per_modality": 0})
+        build(DataConfig, {"per_modality": 0})
 
 
 def test_a_table_of_other_documents_is_refused(tmp_path):

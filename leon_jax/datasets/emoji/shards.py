@@ -1,27 +1,28 @@
-"""The emoji designs (`leon_jax.data.emoji`) as a source; they are drawn if they are not there."""
+"""The emoji data set as a source of `leon prepare`, of kind `emoji`."""
 
-from leon_jax.data import emoji
 from leon_jax.data.sources.numbered import Numbered
 from leon_jax.data.sources.raw import Raw, Reject, SourceConfig
+from leon_jax.datasets.emoji.make import make
+from leon_jax.datasets.emoji.source import VERSION, EmojiSource
 
 
-class Emoji(Numbered):
-    """A source of one split of the emoji designs in the folder `path`.
+class EmojiShards(Numbered):
+    """One split of the data set in the folder `path`, which is drawn if it is not there.
 
     Raises:
-      UserError: there is no such split, or the designs cannot be drawn or read.
+      UserError: there is no such split, or the data set cannot be drawn or read.
     """
 
     def __init__(self, config: SourceConfig):
-        emoji.prepare(config.path)
+        make(config.path)
         super().__init__(config)
 
     def version(self, shard: str) -> str:
         """Of the drawings; it goes up with any change of them."""
-        return emoji.VERSION
+        return VERSION
 
-    def _open(self) -> emoji.EmojiSource:
-        return emoji.EmojiSource(self.split, self.config.path)
+    def _open(self) -> EmojiSource:
+        return EmojiSource(self.split, self.config.path)
 
     def _read(self, index: int) -> list[Raw | Reject]:
         text, png, provenance = self._rows.stored(index)
