@@ -24,6 +24,7 @@ from leon_jax.decode.strategy import Strategy
 from leon_jax.documents import Document, Hole, Text
 from leon_jax.leon import Leon
 from leon_jax.models.decoder import Decoder
+from leon_jax.models.inference_weights import convert_weights
 from leon_jax.tokenizers.image import to_pixels
 
 PROMPTS = (
@@ -44,7 +45,7 @@ def likelihood(decoder: Decoder, ids, positions, weights, kept: CacheType):
     """
     rows, length = ids.shape
     hidden, keys, values = decoder.prefill(ids[:, :1], positions[:, :1])
-    cache = Cache.empty(decoder.config, rows, 1, 1, length - 1, kept, len(decoder.pieces))
+    cache = Cache.empty(decoder.config, rows, 1, 1, length - 1, kept, len(decoder.stacks))
     cache = cache.insert(jnp.arange(rows), keys, values, jnp.ones(rows, jnp.int32))
     head = decoder.head()
 
@@ -119,7 +120,7 @@ def main() -> None:
             ("int8 weights", "int8", "compute"),
             ("int8 weights and cache", "int8", "int8"),
         ):
-            decoder = leon.decoder.stored_as(weights)
+            decoder = convert_weights(leon.decoder, weights)
             found = perplexity(leon, decoder, kept, documents)
             pictures.append(drawn(leon, Engine(decoder, vocabulary, text_tokens=size, kept=kept)))
             first = rows[0][1] if rows else found
@@ -134,7 +135,7 @@ def main() -> None:
     ]
     arguments.out.write_text(f"""# Eight bits
 
-What [`Decoder.stored_as`](../leon_jax/models/decoder.py) and `Engine(kept="int8")` cost the
+What [`convert_weights`](../leon_jax/models/inference_weights.py) and `Engine(kept="int8")` cost the
 demonstration's model. Written by `python -m benchmarks.int8`.
 
 Perplexity of the {len(documents)} held-out drawings of `unseen_design`: of a picture's tokens given

@@ -25,7 +25,8 @@ from leon_jax.decode.inputs import Picture, picture_part, text_part
 from leon_jax.decode.library import find
 from leon_jax.decode.results import Caption, Generation, credit
 from leon_jax.documents import Document, Hole, Text
-from leon_jax.models.decoder import Decoder, WeightType
+from leon_jax.models.decoder import Decoder
+from leon_jax.models.inference_weights import WeightType, convert_weights, unstack
 from leon_jax.retrieval.encoder import Encoder
 from leon_jax.tokenizers.image import ImageTokenizer
 
@@ -52,7 +53,7 @@ class Leon(Drawer):
           index: the prepared folder to retrieve from; None: one is found, or made when it is first
             needed (see `leon_jax.decode.library.find`).
           weights: what the decoder's weights are kept in: "float32", "bfloat16" or "int8" (see
-            `Decoder.stored_as`).
+            `leon_jax.models.inference_weights.convert_weights`).
           cache: what keys and values are kept in: the decoder's "compute" dtype, or "int8".
 
         Raises:
@@ -75,8 +76,8 @@ class Leon(Drawer):
             abstract = jax.eval_shape(lambda: Decoder(found.config, rngs=nnx.Rngs(0)))
             decoder = model_files.restore(abstract, arrays, str(path))
             if weights != "float32":
-                decoder = jax.jit(lambda model: model.stored_as(weights))(decoder)
-            decoder = decoder.split()
+                decoder = jax.jit(lambda model: convert_weights(model, weights))(decoder)
+            decoder = unstack(decoder)
             tokenizer = ImageTokenizer.load(found.folder / "tokenizer.safetensors")
             text = found.documents.text
             encoder = Encoder.load(encoder_path(found.folder), text, batch_size=8)

@@ -34,7 +34,7 @@ from leon_jax.decode.completer import check_seeds, make_strategy
 from leon_jax.decode.library import cache, check
 from leon_jax.decode.results import Generation, credit, settings
 from leon_jax.leon import Leon
-from leon_jax.models.decoder import WeightType
+from leon_jax.models.inference_weights import WeightType
 
 _TASKS = ("text_to_image", "caption")
 

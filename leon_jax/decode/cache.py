@@ -33,7 +33,7 @@ CacheType = Literal["compute", "int8"]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """Keys and values of one stream, by pieces of the decoder (`Decoder.pieces`).
+    """Keys and values of one stream, by stacks of the decoder (`Decoder.stacks`).
 
     Attributes:
       prompt_keys, prompt_values: [layers, group, heads, slots, head_dim] each.

@@ -22,6 +22,7 @@ from leon_jax.decode.sampling import make_sampler
 from leon_jax.decode.strategy import Strategy
 from leon_jax.documents import Document, Hole, Image, Text
 from leon_jax.models.decoder import Decoder
+from leon_jax.models.inference_weights import weight_dtype
 from leon_jax.retrieval.encoder import Encoder
 from leon_jax.tokenizers.image import ImageTokenizer
 
@@ -402,7 +403,8 @@ class Drawer(Completer):
                     asked.guidance, tuple(retrieved), self.name,
                     settings(
                         strategy, asked.num_docs, self.checkpoint.digest,
-                        (self.decoder.stored, self.engine.kept), best_of, asked.rank_by, asked.task,
+                        (weight_dtype(self.decoder), self.engine.kept),
+                        best_of, asked.rank_by, asked.task,
                     ),
                 )
             )  # fmt: skip

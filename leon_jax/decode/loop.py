@@ -351,7 +351,7 @@ def programs(
     layout = jax.tree.map(lambda x: array(x.shape, x.dtype), layout)
     state = jax.eval_shape(
         functools.partial(
-            empty, decoder.config, slots=slots, ring=ring, kept=kept, pieces=len(decoder.pieces)
+            empty, decoder.config, slots=slots, ring=ring, kept=kept, pieces=len(decoder.stacks)
         ),
         layout,
     )

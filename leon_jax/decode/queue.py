@@ -86,7 +86,7 @@ class Run:
         )
         self.state = empty(
             engine.decoder.config, put(self.layout([])), slots, self.ring, engine.kept,
-            len(engine.decoder.pieces),
+            len(engine.decoder.stacks),
         )  # fmt: skip
 
     def warm(self) -> None:
