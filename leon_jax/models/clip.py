@@ -6,7 +6,7 @@ vision tower, a causal text tower read at its end-of-text token, and bias-free p
 Layers are stacked on a leading axis and scanned. A stem of small convolutions in place of the patch
 projection is ours: with few pictures and little time it learns several times faster.
 
-Einsum letters: b batch, t/s query/key positions, d width, c the three of q, k, v, h heads,
+Einsum letters: b batch, t position, d width, c the three of q, k, v, h heads,
 k size of a head, m hidden size of the MLP, e embedding, (y, x) grid of patches, (p, q)
 inside a patch, r colour.
 """
@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from leon_jax.ops.attention import attention
 from leon_jax.sharding import spec
 
 LAYER_NORM_EPSILON = 1e-5
@@ -174,15 +175,8 @@ def _attention(block: Blocks, x: Float[Array, "b t d"], causal: bool) -> Float[A
     names = (None, "batch", None, "heads", None)
     qkv = jnp.einsum("btd,dchk->cbthk", x, block.qkv[...], out_sharding=spec(*names))
     query, key, value = qkv + block.qkv_bias[...][:, None, None]
-    scale = query.shape[-1] ** -0.5
-    pairs = spec("batch", "heads", None, None)
-    scores = jnp.einsum("bthk,bshk->bhts", query * scale, key, out_sharding=pairs)
-    if causal:
-        length = x.shape[1]
-        allowed = jnp.tril(jnp.ones((length, length), bool))
-        scores = jnp.where(allowed, scores, jnp.finfo(scores.dtype).min)
-    weights = jax.nn.softmax(scores, axis=-1)
-    mixed = jnp.einsum("bhts,bshk->bthk", weights, value, out_sharding=spec(*names[1:]))
+    # Rows are short, and no kernel takes their lengths.
+    mixed = attention(query, key, value, causal=causal, implementation="xla")
     out = jnp.einsum("bthk,hkd->btd", mixed, block.out[...], out_sharding=spec("batch", None, None))
     return out + block.out_bias[...]
 
