@@ -14,7 +14,8 @@ inside a patch, r colour.
 import dataclasses
 import itertools
 import math
-from typing import Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,8 @@ from leon_jax.ops.attention import attention
 from leon_jax.sharding import spec
 
 LAYER_NORM_EPSILON = 1e-5
+# Where the scale of the cosines (not its logarithm) is clipped.
+MAX_SCALE = 100.0
 # Mean and standard deviation of OpenAI's training pictures, for RGB in [0, 1].
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 DEVIATION = (0.26862954, 0.26130258, 0.27577711)
@@ -108,8 +111,9 @@ class CLIPConfig:
     embed_dim: int = 512
     activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
     logit_scale: float = math.log(1 / 0.07)  # where the learned log-scale starts
-    max_scale: float = 100.0  # the scale (not its logarithm) is clipped here
     remat: bool = False  # recompute a layer in the backward pass instead of keeping its insides
+
+    FORMER_KEYS: ClassVar[Mapping[str, float]] = {"max_scale": MAX_SCALE}
 
 
 def _parameter(
@@ -293,7 +297,7 @@ class CLIP(nnx.Module):
 
     def scale(self) -> Float[Array, ""]:
         """What cosines are multiplied by before the softmax: exp(logit_scale), clipped."""
-        return jnp.minimum(jnp.exp(self.logit_scale[0]), self.config.max_scale)
+        return jnp.minimum(jnp.exp(self.logit_scale[0]), MAX_SCALE)
 
     def _project(self, x: Float[Array, "b d"], projection: nnx.Param) -> Float[Array, "b e"]:
         out = spec("batch", None)

@@ -16,8 +16,8 @@ Axes: b batch, t length, d embed, h heads, k head_dim, f mlp, v vocab. In an ein
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,9 @@ from leon_jax.config import UserError
 from leon_jax.models.inference_weights import product
 from leon_jax.ops.attention import SAVED, Implementation, Past, attention, cached_attention
 from leon_jax.sharding import RULES, spec
+
+# The embedding row that starts as zeros: `leon_jax.vocabulary.Vocabulary.pad`.
+_PAD = 1
 
 # What a layer does with its (query, key, value): all that differs between training, prefill and a
 # decoding step.
@@ -54,7 +57,6 @@ class DecoderConfig:
         3.5, with `max_length` for 10,000). They are learned from there either way; from
         sinusoids, "one row up" in a picture is a rotation at once and need not be found first,
         which saves a small model much of its training.
-      pad_id: the embedding row that starts as zeros.
       part_step: every part of a document starts at a multiple of this many positions (see
         `leon_jax.vocabulary.Vocabulary.positions`); 1, as in the paper: positions have no gaps.
         A small model then finds "the same place in the retrieved picture" with one attention
@@ -73,8 +75,9 @@ class DecoderConfig:
     init_std: float = 0.006
     position_std: float = 0.0002
     position_init: Literal["normal", "sinusoids"] = "normal"
-    pad_id: int = 1
     part_step: int = 1
+
+    FORMER_KEYS: ClassVar[Mapping[str, int]] = {"pad_id": _PAD}
 
     def __post_init__(self):
         for name in ("vocab_size", "max_length", "layers", "embed", "heads", "mlp", "part_step"):
@@ -174,7 +177,7 @@ class Decoder(nnx.Module):
             jnp.float32,
             spec("vocab", "weight_embed"),
         )
-        keep = jnp.arange(config.vocab_size)[:, None] != config.pad_id
+        keep = jnp.arange(config.vocab_size)[:, None] != _PAD
         self.table = nnx.Param(table * keep)
         start = _sinusoids if config.position_init == "sinusoids" else _truncated_normal
         self.positions = nnx.Param(

@@ -29,6 +29,8 @@ from leon_jax.train.state import TrainState
 
 # Where a run ends, and so the end of its learning-rate schedule; and what no result depends on.
 MAY_CHANGE = ("steps", "optimizer.total_steps", "data.threads")
+# Keys that older versions kept, with the values that are constants now.
+_FORMER_KEYS = {"model.max_scale": 100.0, "model.pad_id": 1}
 
 
 class Checkpoints:
@@ -223,7 +225,8 @@ def check_config(path: pathlib.Path, config: dict[str, Any]) -> None:
     if path.exists() and any(path.parent.glob("checkpoints/[0-9]*")):
         kept = json.loads(path.read_text())
         for key, (old, new) in _differences(kept, config).items():
-            if key not in MAY_CHANGE and not key.startswith("loop."):
+            constant = new is None and _FORMER_KEYS.get(key) == old
+            if key not in MAY_CHANGE and not key.startswith("loop.") and not constant:
                 raise UserError(
                     f"{path.parent} holds a run with {key} = {old!r}, but it is now {new!r}; "
                     "use another --workdir or put the value back"

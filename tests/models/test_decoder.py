@@ -13,13 +13,15 @@ from flax import nnx
 from scipy import stats
 
 from leon_jax import sharding
-from leon_jax.config import UserError
+from leon_jax.config import UserError, build, to_dict
 from leon_jax.models.decoder import Decoder, DecoderConfig
 from leon_jax.models.inference_weights import convert_weights, unstack, weight_dtype
 from leon_jax.ops.attention import Kept, Past
+from leon_jax.vocabulary import Vocabulary
 from tests.tiny import random_decoder, randomise
 
 CONFIG = DecoderConfig(vocab_size=48, max_length=16, layers=3, embed=32, heads=4, mlp=64)
+PAD = Vocabulary().pad
 PAPER = {  # layers, embed, heads, and the parameters of Table 3's names in millions
     "350M": (24, 1024, 16, 373),
     "760M": (24, 1536, 16, 786),
@@ -66,11 +68,11 @@ def test_initial_weights_are_cut_normals_and_the_pad_row_is_zero():
     config = DecoderConfig(2000, 512, 2, 64, 4, 256)
     model = Decoder(config, rngs=nnx.Rngs(0))
     table, positions = np.asarray(model.table[...]), np.asarray(model.positions[...])
-    assert not table[config.pad_id].any()
+    assert not table[PAD].any()
     assert not np.asarray(model.blocks.out[...]).any()
     assert not np.asarray(model.blocks.fc2[...]).any()
     for weights, std in [
-        (np.delete(table, config.pad_id, axis=0), 0.006),
+        (np.delete(table, PAD, axis=0), 0.006),
         (positions, 0.0002),
         (np.asarray(model.blocks.query[...]), 0.006),
         (np.asarray(model.blocks.fc1[...]), 0.006),
@@ -205,6 +207,13 @@ def test_unstacked_layers_compute_the_very_same(model):
     np.testing.assert_array_equal(np.concatenate(keys), stacked_keys)
     assert weight_dtype(convert_weights(unstacked, "int8")) == "int8"
     assert weight_dtype(model) == "float32"
+
+
+def test_a_configuration_of_an_older_version_is_read():
+    values = to_dict(CONFIG)
+    assert build(DecoderConfig, values | {"pad_id": 1}) == CONFIG
+    with pytest.raises(UserError, match=r"config\.pad_id is 0; it can only be 1 now"):
+        build(DecoderConfig, values | {"pad_id": 0})
 
 
 def test_impossible_shapes_are_refused():

@@ -1,5 +1,7 @@
 """Checkpoints, apart from the loop: silent damage is found, and arrays keep their kind."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -62,6 +64,17 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"checkpoints cannot be kept in .*file"):
         Checkpoints(tmp_path / "file" / "checkpoints")
+
+
+def test_a_run_of_an_older_version_goes_on_without_the_keys_that_are_gone(tmp_path):
+    (tmp_path / "checkpoints" / "100").mkdir(parents=True)
+    for former in ({"max_scale": 100.0}, {"pad_id": 1}):
+        kept = {"model": {"layers": 2} | former}
+        (tmp_path / "config.json").write_text(json.dumps(kept))
+        check_config(tmp_path / "config.json", {"model": {"layers": 2}})
+    (tmp_path / "config.json").write_text(json.dumps({"model": {"layers": 2, "pad_id": 3}}))
+    with pytest.raises(UserError, match=r"a run with model\.pad_id = 3, but it is now None"):
+        check_config(tmp_path / "config.json", {"model": {"layers": 2}})
 
 
 def test_a_run_goes_on_with_other_threads_but_not_with_other_data(tmp_path):
