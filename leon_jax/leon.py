@@ -15,7 +15,7 @@ from typing import get_args
 import jax
 from flax import nnx
 
-from leon_jax import model_files
+from leon_jax import weight_files
 from leon_jax.config import UserError
 from leon_jax.decode.cache import CacheType
 from leon_jax.decode.checkpoint import CAPTION_TOKENS, FILES, Checkpoint, encoder_path, model_folder
@@ -72,9 +72,9 @@ class Leon(Drawer):
         path = found.folder / "decoder.safetensors"
         mesh = current_mesh()
         with jax.set_mesh(mesh):
-            arrays, _ = model_files.load(path, "decoder")
+            arrays, _ = weight_files.load(path, "decoder")
             abstract = jax.eval_shape(lambda: Decoder(found.config, rngs=nnx.Rngs(0)))
-            decoder = model_files.restore(abstract, arrays, str(path))
+            decoder = weight_files.restore(abstract, arrays, str(path))
             if weights != "float32":
                 decoder = jax.jit(lambda model: convert_weights(model, weights))(decoder)
             decoder = unstack(decoder)

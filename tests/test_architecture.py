@@ -17,7 +17,7 @@ ALL_SOURCES = sorted(
 )
 
 FOUNDATION = {"config", "documents", "vocabulary", "sharding", "ops"}
-BELOW_DATA = FOUNDATION | {"models", "model_files", "tokenizers"}
+BELOW_DATA = FOUNDATION | {"models", "tensor_files", "weight_files", "tokenizers"}
 BELOW_TRAINING = BELOW_DATA | {"retrieval", "data"}
 
 # A room is a folder or a file of leon_jax. Each may import itself and what stands here.
@@ -28,8 +28,9 @@ MAY_IMPORT = {
     "sharding": set(),
     "ops": set(),
     "models": {"ops", "sharding", "config", "vocabulary"},
-    "model_files": {"config", "sharding"},
-    "tokenizers": FOUNDATION | {"models", "model_files"},
+    "tensor_files": {"config"},
+    "weight_files": {"config", "sharding", "tensor_files", "models"},
+    "tokenizers": FOUNDATION | {"models", "weight_files"},
     "data": BELOW_DATA,
     # What is retrieved are records.
     "retrieval": BELOW_DATA | {"data"},

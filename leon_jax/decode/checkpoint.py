@@ -4,14 +4,12 @@ import dataclasses
 import functools
 import hashlib
 import importlib.resources
-import json
 import os
 import pathlib
 
 import numpy as np
-import safetensors
 
-from leon_jax import __version__, model_files
+from leon_jax import __version__, weight_files
 from leon_jax.config import UserError, build
 from leon_jax.documents import Document, Hole, Text
 from leon_jax.models.decoder import DecoderConfig
@@ -72,7 +70,7 @@ class Checkpoint:
                 raise UserError(f"the model folder {folder} has no {name}, or it is empty")
         encoder_path(folder)
         path = folder / "decoder.safetensors"
-        header = _header(path)
+        header = weight_files.read_config(path, "decoder")
         try:
             config = build(DecoderConfig, header["model"], "model")
             vocabulary = build(Vocabulary, header["vocabulary"], "vocabulary")
@@ -198,14 +196,3 @@ def model_folder(checkpoint: str | os.PathLike | None) -> pathlib.Path:
     if checkpoint is not None:
         return pathlib.Path(checkpoint)
     return pathlib.Path(str(importlib.resources.files("leon_jax"))) / "weights" / "emoji"
-
-
-def _header(path: pathlib.Path) -> dict:
-    try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-    except Exception as error:  # the library raises several kinds for damaged files
-        raise UserError(f"{path} is not a whole safetensors file: {error}") from error
-    if metadata.get("format") != model_files.FORMAT or metadata.get("kind") != "decoder":
-        raise UserError(f"{path} does not hold a leon_jax decoder")
-    return json.loads(metadata["config"])

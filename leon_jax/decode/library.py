@@ -15,7 +15,7 @@ from leon_jax.decode.checkpoint import encoder_path
 from leon_jax.documents import Document, Image, Text
 from leon_jax.prepare import prepare as preparing
 from leon_jax.prepare.config import emoji_config
-from leon_jax.prepare.models import digest
+from leon_jax.prepare.models import digest, matches
 from leon_jax.retrieval.encoder import Encoder, normalise
 from leon_jax.retrieval.prepared import Prepared, read_manifest
 from leon_jax.retrieval.selection import SelectionConfig, origin, select
@@ -105,18 +105,21 @@ def find(model: pathlib.Path, index: str | os.PathLike | None) -> pathlib.Path:
     paths = files(model)
     digests = [digest(paths[kind]) for kind in ("tokenizer", "encoder", "text")]
     folder = cache() / f"emoji-{hashlib.sha256(''.join(digests).encode()).hexdigest()[:12]}"
-    if not _serves(folder, model):
-        print(
-            f"Making the documents to retrieve from in {folder}; this happens once and takes "
-            "about three minutes on a CPU.",
-            file=sys.stderr,
-        )
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot make the cache {folder.parent}: {error.strerror}") from error
-        emoji.prepare(cache() / "emoji")
-        preparing.prepare(emoji_config(str(cache() / "emoji"), **paths), folder)
+    # One that an older version made is named after other digests of the same files.
+    for made in (folder, *sorted(cache().glob("emoji-*"))):
+        if _serves(made, model):
+            return made
+    print(
+        f"Making the documents to retrieve from in {folder}; this happens once and takes "
+        "about three minutes on a CPU.",
+        file=sys.stderr,
+    )
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the cache {folder.parent}: {error.strerror}") from error
+    emoji.prepare(cache() / "emoji")
+    preparing.prepare(emoji_config(str(cache() / "emoji"), **paths), folder)
     return folder
 
 
@@ -182,7 +185,7 @@ def _disagreement(index: pathlib.Path, model: pathlib.Path) -> str | None:
         (
             kind
             for kind in ("tokenizer", "encoder", "text")
-            if digest(paths[kind]) != recorded.get(kind)
+            if not matches(paths[kind], recorded.get(kind))
         ),
         None,
     )
