@@ -278,9 +278,7 @@ def replace(name, make):
             r"visual_projection\.weight in .* is of type I8",
         ),
         (
-            replace(
-                "visual_projection.weight", lambda old: np.where(old == old[0, 0], np.inf, old)
-            ),
+            replace("visual_projection.weight", lambda old: old * np.inf),
             r"clip holds NaN or infinite numbers in 'visual_projection\.weight'",
         ),
         (
