@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from leon_jax import model_files
+from leon_jax import weight_files
 
 # What a line of metrics says about the training itself; the rest is about time.
 LOGGED = ("step", "loss", "loss_text", "loss_image", "gradient_norm", "learning_rate", "skipped")
@@ -52,7 +52,7 @@ def contents(workdir: pathlib.Path) -> dict[str, Any]:
         logged = {name: values[name] for name in LOGGED if name in values}
         found[f"what was logged of step {values['step']}"] = logged
     # Not its bytes: safetensors writes the entries of a header in any order.
-    arrays, config = model_files.load(workdir / "export" / "decoder.safetensors", "decoder")
+    arrays, config = weight_files.load(workdir / "export" / "decoder.safetensors", "decoder")
     found |= {f"exported {name}": array for name, array in arrays.items()}
     return found | {"exported configuration": config}
 

@@ -21,6 +21,7 @@ from leon_jax.engine.samplers import Greedy
 from leon_jax.engine.sampling_params import SamplingParams
 from leon_jax.engine.scheduler import generate
 from leon_jax.models.decoder import Decoder, DecoderConfig
+from leon_jax.models.inference_weights import unstack
 from leon_jax.vocabulary import Vocabulary
 from tests.models.opt_weights import to_opt
 
@@ -59,7 +60,7 @@ class Ours:
         self._model = jax.tree.unflatten(structure, drawn)
         vocabulary = Vocabulary.compact(shape.vocab - OTHERS, 4, 4 + 2)
         self._vocabulary, self._config = vocabulary, config
-        self._engine = Engine(self._model.split(), vocabulary, buckets=(prompt,))
+        self._engine = Engine(unstack(self._model), vocabulary, buckets=(prompt,))
         # Of image ids, as most of what a prompt with retrieved documents holds.
         low, high = vocabulary.image_start, vocabulary.image_stop
         self._ids = rng.integers(low, high, (64, prompt)).astype(np.int32)

@@ -25,6 +25,7 @@ from leon_jax.generate.completion import complete
 from leon_jax.generate.prompt_builder import Request
 from leon_jax.leon import Leon
 from leon_jax.models.decoder import Decoder
+from leon_jax.models.inference_weights import convert_weights
 from leon_jax.tokenizers.image import to_pixels
 
 PROMPTS = (
@@ -121,7 +122,7 @@ def main() -> None:
             ("int8 weights", "int8", "compute"),
             ("int8 weights and cache", "int8", "int8"),
         ):
-            decoder = leon.model.engine.decoder.stored_as(weights)
+            decoder = convert_weights(leon.model.engine.decoder, weights)
             found = perplexity(leon, decoder, kept, documents)
             pictures.append(
                 drawn(leon, Engine(decoder, vocabulary, text_size=size, cache_dtype=kept))
@@ -138,7 +139,7 @@ def main() -> None:
     ]
     arguments.out.write_text(f"""# Eight bits
 
-What [`Decoder.stored_as`](../leon_jax/models/decoder.py) and `Engine(cache_dtype="int8")` cost the
+What [`convert_weights`](../leon_jax/models/inference_weights.py) and `Engine(cache_dtype="int8")` cost the
 demonstration's model. Written by `python -m benchmarks.int8`.
 
 Perplexity of the {len(documents)} held-out drawings of `unseen_design`: of a picture's tokens given

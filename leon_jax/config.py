@@ -23,6 +23,9 @@ class ConfigError(UserError):
 def build[T](cls: type[T], values: Mapping[str, Any], path: str = "config") -> T:
     """Builds the frozen dataclass `cls` from a mapping, checking keys and types recursively.
 
+    Files of older versions hold keys that are constants now. Where `cls` has a class variable
+    `FORMER_KEYS`, such a key is read over if it has the value given there.
+
     Args:
       cls: a dataclass; fields may be numbers, strings, booleans, tuples, Literals, optional
         values or further dataclasses.
@@ -40,8 +43,12 @@ def build[T](cls: type[T], values: Mapping[str, Any], path: str = "config") -> T
         values = to_dict()
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     hints = typing.get_type_hints(cls)
-    for key in values:
-        if key not in fields:
+    former = getattr(cls, "FORMER_KEYS", {})
+    for key, value in values.items():
+        if key in former:
+            if value != former[key]:
+                raise ConfigError(f"{path}.{key} is {value!r}; it can only be {former[key]!r} now")
+        elif key not in fields:
             close = difflib.get_close_matches(key, fields, n=1)
             hint = f"did you mean {path}.{close[0]}?" if close else f"known: {', '.join(fields)}"
             raise ConfigError(f"unknown key {path}.{key}; {hint}")

@@ -5,9 +5,7 @@ A model folder is what training, conversion and tuning end in, and what everythi
 
 import dataclasses
 import functools
-import hashlib
 import importlib.resources
-import json
 import os
 import pathlib
 import shutil
@@ -15,13 +13,13 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-import safetensors
 from flax import nnx
 
-from leon_jax import __version__, model_files
+from leon_jax import __version__, weight_files
 from leon_jax.config import UserError, build
 from leon_jax.documents import Document, Hole, Text
-from leon_jax.models.decoder import Decoder, DecoderConfig, WeightType
+from leon_jax.models.decoder import Decoder, DecoderConfig
+from leon_jax.models.inference_weights import WeightType, convert_weights, unstack
 from leon_jax.tokenizers.documents import DocumentTokenizer
 from leon_jax.tokenizers.text import TextTokenizer
 from leon_jax.vocabulary import Vocabulary
@@ -80,7 +78,7 @@ class ModelFolder:
                 raise UserError(f"the model folder {folder} has no {name}, or it is empty")
         encoder_path(folder)
         path = folder / "decoder.safetensors"
-        header = _header(path)
+        header = weight_files.read_config(path, "decoder")
         try:
             config = build(DecoderConfig, header["model"], "model")
             vocabulary = build(Vocabulary, header["vocabulary"], "vocabulary")
@@ -100,12 +98,12 @@ class ModelFolder:
           UserError: the file is damaged, or of another configuration.
         """
         path = self.path / "decoder.safetensors"
-        arrays, _ = model_files.load(path, "decoder")
+        arrays, _ = weight_files.load(path, "decoder")
         abstract = jax.eval_shape(lambda: Decoder(self.config, rngs=nnx.Rngs(0)))
-        decoder = model_files.restore(abstract, arrays, str(path))
+        decoder = weight_files.restore(abstract, arrays, str(path))
         if weights != "float32":
-            decoder = jax.jit(lambda model: model.stored_as(weights))(decoder)
-        return decoder.split()
+            decoder = jax.jit(lambda model: convert_weights(model, weights))(decoder)
+        return unstack(decoder)
 
     def copy_to(self, folder: str | os.PathLike) -> None:
         """Copies the files to another folder, each whole or not at all; not onto themselves."""
@@ -131,25 +129,13 @@ class ModelFolder:
 
     @functools.cached_property
     def digest(self) -> str:
-        """12 hexadecimal digits that tell the weights of one decoder from those of another.
+        """12 digits that tell the decoder's weights from others; see `sampled_digest`."""
+        return weight_files.sampled_digest(self.path / "decoder.safetensors")
 
-        They are made of the file's size and of 64 pieces of it, for reading all of a large model
-        takes minutes. Training changes every weight; a file that was changed in few places only
-        may have the same digest.
-        """
-        path = self.path / "decoder.safetensors"
-        total, size = hashlib.sha256(), path.stat().st_size
-        total.update(str(size).encode())
-        with path.open("rb") as file:
-            for piece in range(64):
-                file.seek(size * piece // 64)
-                total.update(file.read(4096))
-        return total.hexdigest()[:12]
-
-    @property
+    @functools.cached_property
     def former_digests(self) -> list[str]:
         """The digests that earlier versions of this project gave to the same weights."""
-        return [self.digest]
+        return weight_files.former_sampled_digests(self.path / "decoder.safetensors")
 
     @property
     def context(self) -> int:
@@ -249,14 +235,3 @@ class ModelFolder:
 def shipped_folder() -> pathlib.Path:
     """The folder of the model that comes with the package."""
     return pathlib.Path(str(importlib.resources.files("leon_jax"))) / "weights" / "emoji"
-
-
-def _header(path: pathlib.Path) -> dict:
-    try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-    except Exception as error:  # the library raises several kinds for damaged files
-        raise UserError(f"{path} is not a whole safetensors file: {error}") from error
-    if metadata.get("format") != model_files.FORMAT or metadata.get("kind") != "decoder":
-        raise UserError(f"{path} does not hold a leon_jax decoder")
-    return json.loads(metadata["config"])

@@ -18,7 +18,7 @@ ALL_SOURCES = sorted(
 )
 
 FOUNDATION = {"config", "documents", "vocabulary", "sharding", "ops"}
-BELOW_DATA = FOUNDATION | {"models", "model_files", "tokenizers"}
+BELOW_DATA = FOUNDATION | {"models", "tensor_files", "weight_files", "tokenizers"}
 BELOW_TRAINING = BELOW_DATA | {"retrieval", "data"}
 
 # A room is a folder or a file of leon_jax. Each may import itself and what stands here.
@@ -29,8 +29,9 @@ MAY_IMPORT = {
     "sharding": set(),
     "ops": set(),
     "models": {"ops", "sharding", "config", "vocabulary"},
-    "model_files": {"config", "sharding"},
-    "tokenizers": FOUNDATION | {"models", "model_files"},
+    "tensor_files": {"config"},
+    "weight_files": {"config", "sharding", "tensor_files", "models"},
+    "tokenizers": FOUNDATION | {"models", "weight_files"},
     "data": BELOW_DATA,
     # What is retrieved are records.
     "retrieval": BELOW_DATA | {"data"},
@@ -150,6 +151,73 @@ def test_data_sets_are_reached_through_one_door():
 def test_nothing_imports_the_programs_that_may_import_more():
     programs = {PACKAGE / name for name in PROGRAMS_MAY_IMPORT}
     assert not [path for path in SOURCES if programs & imported_files(path)]
+
+
+def test_the_package_itself_loads_neither_jax_nor_flax():
+    program = (
+        "import sys, leon_jax\n"
+        "assert leon_jax.__version__\n"
+        "assert not {'jax', 'flax', 'numpy'} & set(sys.modules), set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def loads_flax(path: Path) -> bool:
+    """Whether a file imports flax itself."""
+    return any(
+        name.split(".")[0] == "flax"
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        for name in (
+            [alias.name for alias in node.names]
+            if isinstance(node, ast.Import)
+            else [node.module or ""]
+            if isinstance(node, ast.ImportFrom)
+            else []
+        )
+    )
+
+
+def test_whatever_loads_flax_loads_models_which_sets_its_mode():
+    """Loading any file of `models` runs its __init__.py first."""
+    assert '"nnx_graph_mode", False' in (PACKAGE / "models" / "__init__.py").read_text()
+    setters = {path for path in SOURCES if room(path) == "models"}
+    # Files that load one of `models`, however far.
+    while True:
+        more = {
+            path
+            for path in SOURCES
+            if path not in setters
+            and (
+                "models" in {name.split(".")[0] for name in imports(path, on_load=True)}
+                or imported_files(path) & setters
+            )
+        }
+        if not more:
+            break
+        setters |= more
+    users = {path for path in SOURCES if loads_flax(path)}
+    assert len(users) > 5
+    assert not users - setters
+
+
+def test_flax_is_in_tree_mode_in_all_threads_when_weight_files_are_loaded_alone():
+    program = (
+        "import threading\n"
+        "from leon_jax import weight_files\n"
+        "from flax import nnx\n"
+        "modes = []\n"
+        "def look():\n"
+        "    modes.append(nnx.set_graph_mode.current_value())\n"
+        "    modes.append(nnx.set_graph_updates.current_value())\n"
+        "look()\n"
+        "thread = threading.Thread(target=look)\n"
+        "thread.start()\n"
+        "thread.join()\n"
+        "assert modes == [False] * 4, modes\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_package_itself_imports_no_room():

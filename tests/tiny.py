@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from leon_jax import model_files, sharding
+from leon_jax import sharding, weight_files
 from leon_jax.config import to_dict
 from leon_jax.data.sources.raw import SourceConfig
 from leon_jax.documents import Document, Image, Provenance, Text
@@ -102,20 +102,20 @@ def write_checkpoint(folder: pathlib.Path) -> pathlib.Path:
         "vocabulary": to_dict(vocabulary),
         "image_shape": [GRID, GRID],
     }
-    model_files.save(folder / "decoder.safetensors", decoder, "decoder", header)
+    weight_files.save(folder / "decoder.safetensors", decoder, "decoder", header)
     config = VQGANConfig(
         resolution=RESOLUTION, channels=8, multipliers=(1, 1, 2), blocks=1, attention_sizes=(),
         groups=4, latent=8, code_dim=4, codes=CODES,
     )  # fmt: skip
     vqgan = randomise(jax.eval_shape(lambda: VQGAN(config, rngs=nnx.Rngs(0))))
-    model_files.save(folder / "tokenizer.safetensors", vqgan, "tokenizer", to_dict(config))
+    weight_files.save(folder / "tokenizer.safetensors", vqgan, "tokenizer", to_dict(config))
     clip = CLIPConfig(
         VisionConfig(image_size=RESOLUTION, patch_size=8, width=16, layers=1, heads=2),
         TextConfig(context_length=24, vocab_size=text.size + 3, width=16, layers=1, heads=2),
         embed_dim=8,
     )
     encoder = randomise(jax.eval_shape(lambda: create(clip, jax.random.key(0))))
-    model_files.save(folder / "encoder.safetensors", encoder, "encoder", to_dict(clip))
+    weight_files.save(folder / "encoder.safetensors", encoder, "encoder", to_dict(clip))
     return folder
 
 

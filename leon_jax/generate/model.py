@@ -14,7 +14,7 @@ from leon_jax.engine.engine import Engine
 from leon_jax.engine.kv_cache import CacheDtype
 from leon_jax.generate.results import ModelState
 from leon_jax.model_folder import ModelFolder, encoder_path
-from leon_jax.models.decoder import WeightType
+from leon_jax.models.inference_weights import WeightType, weight_dtype
 from leon_jax.retrieval.encoder import Encoder
 from leon_jax.tokenizers.documents import DocumentTokenizer
 from leon_jax.tokenizers.image import ImageTokenizer, to_pixels
@@ -94,7 +94,7 @@ class Model:
     def state(self) -> ModelState:
         """What an image depends on beside its request."""
         return ModelState(
-            self.folder.name, self.folder.digest, self.engine.decoder.stored,
+            self.folder.name, self.folder.digest, weight_dtype(self.engine.decoder),
             self.engine.cache_dtype,
         )  # fmt: skip
 

@@ -17,7 +17,7 @@ from leon_jax.config import UserError, build
 from leon_jax.datasets import demo
 from leon_jax.documents import Document, Image, Text
 from leon_jax.model_folder import encoder_path
-from leon_jax.prepare.models import digest
+from leon_jax.prepare.models import digest, matches
 from leon_jax.retrieval.encoder import Encoder, normalise
 from leon_jax.retrieval.prepared import MANIFEST, Prepared, read_manifest
 from leon_jax.retrieval.selection import SelectionConfig, select
@@ -159,17 +159,20 @@ def find_index(model: pathlib.Path, index: str | os.PathLike | None) -> pathlib.
     paths = model_files(model)
     digests = [digest(paths[kind]) for kind in ("tokenizer", "encoder", "text")]
     folder = cache_dir() / f"emoji-{hashlib.sha256(''.join(digests).encode()).hexdigest()[:12]}"
-    if not _suits(folder, model):
-        print(
-            f"Making the documents to retrieve from in {folder}; this happens once and takes "
-            "about three minutes on a CPU.",
-            file=sys.stderr,
-        )
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot make the cache {folder.parent}: {error.strerror}") from error
-        demo.prepare_documents(cache_dir() / "emoji", folder, **paths)
+    # A folder that an older version made is named after other digests of the same files.
+    for existing in (folder, *sorted(cache_dir().glob("emoji-*"))):
+        if _suits(existing, model):
+            return existing
+    print(
+        f"Making the documents to retrieve from in {folder}; this happens once and takes "
+        "about three minutes on a CPU.",
+        file=sys.stderr,
+    )
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the cache {folder.parent}: {error.strerror}") from error
+    demo.prepare_documents(cache_dir() / "emoji", folder, **paths)
     return folder
 
 
@@ -237,7 +240,7 @@ def _differing_file(index: pathlib.Path, model: pathlib.Path) -> str | None:
         (
             kind
             for kind in ("tokenizer", "encoder", "text")
-            if digest(paths[kind]) != recorded.get(kind)
+            if not matches(paths[kind], recorded.get(kind))
         ),
         None,
     )

@@ -6,7 +6,7 @@ vision tower, a causal text tower read at its end-of-text token, and bias-free p
 Layers are stacked on a leading axis and scanned. A stem of small convolutions in place of the patch
 projection is ours: with few pictures and little time it learns several times faster.
 
-Einsum letters: b batch, t/s query/key positions, d width, c the three of q, k, v, h heads,
+Einsum letters: b batch, t position, d width, c the three of q, k, v, h heads,
 k size of a head, m hidden size of the MLP, e embedding, (y, x) grid of patches, (p, q)
 inside a patch, r colour.
 """
@@ -14,16 +14,20 @@ inside a patch, r colour.
 import dataclasses
 import itertools
 import math
-from typing import Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from leon_jax.ops.attention import attention
 from leon_jax.sharding import spec
 
 LAYER_NORM_EPSILON = 1e-5
+# Where the scale of the cosines (not its logarithm) is clipped.
+MAX_SCALE = 100.0
 # Mean and standard deviation of OpenAI's training pictures, for RGB in [0, 1].
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 DEVIATION = (0.26862954, 0.26130258, 0.27577711)
@@ -107,8 +111,9 @@ class CLIPConfig:
     embed_dim: int = 512
     activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
     logit_scale: float = math.log(1 / 0.07)  # where the learned log-scale starts
-    max_scale: float = 100.0  # the scale (not its logarithm) is clipped here
     remat: bool = False  # recompute a layer in the backward pass instead of keeping its insides
+
+    FORMER_KEYS: ClassVar[Mapping[str, float]] = {"max_scale": MAX_SCALE}
 
 
 def _parameter(
@@ -174,15 +179,8 @@ def _attention(block: Blocks, x: Float[Array, "b t d"], causal: bool) -> Float[A
     names = (None, "batch", None, "heads", None)
     qkv = jnp.einsum("btd,dchk->cbthk", x, block.qkv[...], out_sharding=spec(*names))
     query, key, value = qkv + block.qkv_bias[...][:, None, None]
-    scale = query.shape[-1] ** -0.5
-    pairs = spec("batch", "heads", None, None)
-    scores = jnp.einsum("bthk,bshk->bhts", query * scale, key, out_sharding=pairs)
-    if causal:
-        length = x.shape[1]
-        allowed = jnp.tril(jnp.ones((length, length), bool))
-        scores = jnp.where(allowed, scores, jnp.finfo(scores.dtype).min)
-    weights = jax.nn.softmax(scores, axis=-1)
-    mixed = jnp.einsum("bhts,bshk->bthk", weights, value, out_sharding=spec(*names[1:]))
+    # Rows are short, and no kernel takes their lengths.
+    mixed = attention(query, key, value, causal=causal, implementation="xla")
     out = jnp.einsum("bthk,hkd->btd", mixed, block.out[...], out_sharding=spec("batch", None, None))
     return out + block.out_bias[...]
 
@@ -299,7 +297,7 @@ class CLIP(nnx.Module):
 
     def scale(self) -> Float[Array, ""]:
         """What cosines are multiplied by before the softmax: exp(logit_scale), clipped."""
-        return jnp.minimum(jnp.exp(self.logit_scale[0]), self.config.max_scale)
+        return jnp.minimum(jnp.exp(self.logit_scale[0]), MAX_SCALE)
 
     def _project(self, x: Float[Array, "b d"], projection: nnx.Param) -> Float[Array, "b e"]:
         out = spec("batch", None)

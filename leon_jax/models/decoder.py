@@ -16,8 +16,8 @@ Axes: b batch, t length, d embed, h heads, k head_dim, f mlp, v vocab. In an ein
 """
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Literal, Self
+from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -25,12 +25,16 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from leon_jax.config import UserError
-from leon_jax.ops import int8
+from leon_jax.models.int8_weight import product
 from leon_jax.ops.attention import SAVED, Implementation, LayerCache, attention, cached_attention
 from leon_jax.sharding import RULES, spec
 
-# What weights are kept in for inference; see `Decoder.stored_as`.
-WeightType = Literal["float32", "bfloat16", "int8"]
+# The embedding row that starts as zeros: `leon_jax.vocabulary.Vocabulary.pad`.
+_PAD = 1
+
+# What a layer does with its (query, key, value): all that differs between training, prefill and a
+# decoding step.
+Attend = Callable[[Array, Array, Array], Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +57,6 @@ class DecoderConfig:
         3.5, with `max_length` for 10,000). They are learned from there either way; from
         sinusoids, "one row up" in a picture is a rotation at once and need not be found first,
         which saves a small model much of its training.
-      pad_id: the embedding row that starts as zeros.
       part_step: every part of a document starts at a multiple of this many positions (see
         `leon_jax.vocabulary.Vocabulary.positions`); 1, as in the paper: positions have no gaps.
         A small model then finds "the same place in the retrieved picture" with one attention
@@ -72,8 +75,9 @@ class DecoderConfig:
     init_std: float = 0.006
     position_std: float = 0.0002
     position_init: Literal["normal", "sinusoids"] = "normal"
-    pad_id: int = 1
     part_step: int = 1
+
+    FORMER_KEYS: ClassVar[Mapping[str, int]] = {"pad_id": _PAD}
 
     def __post_init__(self):
         for name in ("vocab_size", "max_length", "layers", "embed", "heads", "mlp", "part_step"):
@@ -104,8 +108,8 @@ class DecoderConfig:
         return 6 * weights + 6 * self.layers * length * self.embed
 
 
-class Block(nnx.Module):
-    """All layers' weights, stacked; inside the layer scan the same methods see one layer's."""
+class Blocks(nnx.Module):
+    """The weights of all layers, stacked. In the scan over layers an instance holds one layer's."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         layers, embed, mlp = config.layers, config.embed, config.mlp
@@ -127,31 +131,39 @@ class Block(nnx.Module):
         self.fc1 = weight(normal, (embed, mlp), "weight_embed", "mlp")
         self.fc2 = weight(zeros, (mlp, embed), "mlp", "weight_embed")
 
-    def project(self, x: Float[Array, "*lead embed"]):
-        """(query, key, value) of the normed input, each [*lead, heads, head_dim]."""
-        x = _norm(x)
+    def __call__(self, x: Float[Array, "*lead embed"], attend: Attend):
+        """One layer: x + attention(norm(x)), then x + mlp(norm(x)).
+
+        Args:
+          x: the residual stream.
+          attend: (query, key, value), each [*lead, heads, head_dim], to what is attended,
+            [*lead, heads, head_dim].
+
+        Returns:
+          The new residual stream, and (key, value).
+        """
+        q, k, v = self.qkv(_norm(x))
+        x = x + self.output(attend(q, k, v))
+        x = x + self.mlp(_norm(x))
+        return x, (k, v)
+
+    def qkv(self, x: Float[Array, "*lead embed"]):
+        """(query, key, value), each [*lead, heads, head_dim]."""
         sharding = jax.P(*_lead(x), *spec("heads", "head_dim"))
         return tuple(
-            _product("...d,dhk->...hk", x, weight, sharding)
+            product("...d,dhk->...hk", x, weight, sharding)
             for weight in (self.query, self.key, self.value)
         )
 
-    def finish(
-        self, x: Float[Array, "*lead embed"], attended: Float[Array, "*lead heads head_dim"]
-    ) -> Float[Array, "*lead embed"]:
-        """Adds the attention branch's output, then the MLP branch."""
-        narrow, wide = jax.P(*_lead(x), None), jax.P(*_lead(x), *spec("mlp"))
-        x = x + _product("...hk,hkd->...d", attended, self.out, narrow)
-        hidden = jax.nn.relu(_product("...d,df->...f", _norm(x), self.fc1, wide))
-        return x + _product("...f,fd->...d", hidden, self.fc2, narrow)
+    def output(self, attended: Float[Array, "*lead heads head_dim"]) -> Float[Array, "*lead embed"]:
+        """The heads' results, mixed back into the width of the model."""
+        narrow = jax.P(*_lead(attended, 2), None)
+        return product("...hk,hkd->...d", attended, self.out, narrow)
 
-
-class Int8Weight(nnx.Module):
-    """A stacked weight of `Block` in 8 bits, with a scale for each layer and output channel."""
-
-    def __init__(self, weight: Float[Array, "layers ..."], summed: tuple[int, ...]):
-        values, scale = int8.quantize(weight, summed)
-        self.values, self.scale = nnx.Param(values), nnx.Param(scale)
+    def mlp(self, x: Float[Array, "*lead embed"]) -> Float[Array, "*lead embed"]:
+        """Two products with a ReLU between them."""
+        hidden = product("...d,df->...f", x, self.fc1, jax.P(*_lead(x), *spec("mlp")))
+        return product("...f,fd->...d", jax.nn.relu(hidden), self.fc2, jax.P(*_lead(x), None))
 
 
 class Decoder(nnx.Module):
@@ -165,7 +177,7 @@ class Decoder(nnx.Module):
             jnp.float32,
             spec("vocab", "weight_embed"),
         )
-        keep = jnp.arange(config.vocab_size)[:, None] != config.pad_id
+        keep = jnp.arange(config.vocab_size)[:, None] != _PAD
         self.table = nnx.Param(table * keep)
         start = _sinusoids if config.position_init == "sinusoids" else _truncated_normal
         self.positions = nnx.Param(
@@ -176,58 +188,12 @@ class Decoder(nnx.Module):
                 spec(None, "weight_embed"),
             )
         )
-        self.blocks: Block | nnx.List = Block(config, rngs=rngs)
+        self.blocks: Blocks | nnx.List = Blocks(config, rngs=rngs)
 
     @property
-    def stacks(self) -> list[Block]:
-        """The layers in order: stacked in one block, or, after `split`, in a block each."""
-        return [self.blocks] if isinstance(self.blocks, Block) else list(self.blocks)
-
-    @property
-    def stored(self) -> str:
-        """What the weights are kept in, as `stored_as` calls it."""
-        small = isinstance(self.stacks[0].query, Int8Weight)
-        return "int8" if small else str(self.table.dtype)
-
-    def split(self) -> Self:
-        """The same model for inference alone, with every layer's weights in arrays of their own.
-
-        A scan over stacked layers copies each layer's weights and cache out of the stack before it
-        reads them (XLA on CPUs), which takes longer than decoding a token from them.
-        """
-        other = nnx.clone(self)
-        layers = range(self.config.layers)
-        other.blocks = nnx.List(
-            [jax.tree.map(lambda x, at=layer: x[at : at + 1], self.blocks) for layer in layers]
-        )
-        return other
-
-    def stored_as(self, dtype: WeightType) -> Self:
-        """The same model for inference alone, with weights kept in another type.
-
-        `int8` keeps the blocks' weights in 8 bits, one scale for each output channel, and the
-        tables in the compute dtype. What is computed in stays `config.dtype`.
-        """
-        other = nnx.clone(self)
-        kept = self.config.dtype if dtype == "int8" else dtype
-        for name in ("table", "positions"):
-            weight = getattr(other, name)
-            setattr(other, name, nnx.Param(weight[...].astype(kept)))
-        # The axes that a product sums over; the first is that of the layers.
-        summed = {
-            "query": (1,),
-            "key": (1,),
-            "value": (1,),
-            "out": (1, 2),
-            "fc1": (1,),
-            "fc2": (1,),
-        }
-        for piece in other.stacks:
-            for name, axes in summed.items():
-                weight = getattr(piece, name)[...]
-                small = Int8Weight(weight, axes) if dtype == "int8" else None
-                setattr(piece, name, small or nnx.Param(weight.astype(kept)))
-        return other
+    def stacks(self) -> list[Blocks]:
+        """The layers in order: one stack of all, or, after `unstack`, a stack of one for each."""
+        return [self.blocks] if isinstance(self.blocks, Blocks) else list(self.blocks)
 
     def __call__(
         self,
@@ -246,16 +212,16 @@ class Decoder(nnx.Module):
           ValueError: rows longer than `max_length` without explicit positions.
         """
 
-        def layer(x, block):
-            q, k, v = block.project(x)
-            attended = attention(
-                q, k, v, segment_ids=segment_ids, implementation=self.config.attention
-            )
-            return block.finish(x, attended), None
+        def attend(q, k, v):
+            return attention(q, k, v, segment_ids=segment_ids, implementation=self.config.attention)
+
+        def layer(x, blocks):
+            x, _ = blocks(x, attend)
+            return x, None
 
         x = self._embed(ids, positions)
-        for piece in self.stacks:
-            x, _ = jax.lax.scan(_remat(layer, self.config.remat), x, piece)
+        for stack in self.stacks:
+            x, _ = jax.lax.scan(_remat(layer, self.config.remat), x, stack)
         return _norm(x)
 
     def head(self, start: int = 0, stop: int | None = None) -> Float[Array, "embed ids"]:
@@ -292,32 +258,34 @@ class Decoder(nnx.Module):
         list[Float[Array, "layers batch heads length head_dim"]],
         list[Float[Array, "layers batch heads length head_dim"]],
     ]:
-        """(hidden states after the final norm, keys, values) of prompts; the last two by piece.
+        """(hidden states after the final norm, keys, values) of prompts; the last two by stack.
 
         Prompts are padded on the right: attention is causal, so what comes after the last real
         token cannot change it, and `decode_step` is told by `LayerCache.valid` which slots hold tokens.
         """
 
-        def layer(x, block):
-            q, k, v = block.project(x)
+        def attend(q, k, v):
+            return attention(q, k, v, implementation=self.config.attention)
+
+        def layer(x, blocks):
+            x, keys_values = blocks(x, attend)
             # A cache is never split over its length, so that one slot can be written cheaply.
             cache = spec("batch", "heads", None, "head_dim")
-            saved = [jax.reshard(jnp.swapaxes(array, 1, 2), cache) for array in (k, v)]
-            attended = attention(q, k, v, implementation=self.config.attention)
-            return block.finish(x, attended), saved
+            return x, [jax.reshard(jnp.swapaxes(array, 1, 2), cache) for array in keys_values]
 
-        x, saved = self._embed(ids, positions), []
-        for piece in self.stacks:
-            x, both = jax.lax.scan(layer, x, piece)
-            saved.append(both)
-        return _norm(x), [keys for keys, _ in saved], [values for _, values in saved]
+        x, keys, values = self._embed(ids, positions), [], []
+        for stack in self.stacks:
+            x, (stack_keys, stack_values) = jax.lax.scan(layer, x, stack)
+            keys.append(stack_keys)
+            values.append(stack_values)
+        return _norm(x), keys, values
 
     def decode_step(
         self,
         ids: Int[Array, "streams group sample"],
         positions: Int[Array, "streams group sample"],
         prompts: Sequence[LayerCache],
-        answers: Sequence[LayerCache],
+        outputs: Sequence[LayerCache],
     ) -> tuple[
         Float[Array, "streams group sample embed"],
         list[Float[Array, "layers streams group sample heads head_dim"]],
@@ -326,39 +294,45 @@ class Decoder(nnx.Module):
         """(hidden state, new keys, new values) of one more token a sample of every stream.
 
         The cache is only read: the caller writes the new keys and values of all layers at once.
-        Keys and values, old and new, are by piece.
+        Keys and values, old and new, are lists by stack (`stacks`).
 
         Args:
           ids: the new tokens.
           positions: their rows of the position table.
-          prompts, answers: the cache, one of each a stream, as `cached_attention` takes them but
-            with lists of stacks, each with a leading axis of layers, for keys and values.
+          prompts, outputs: the cache, one of each a stream, as `cached_attention` takes them but
+            keys and values are lists by stack, each with a leading axis of layers.
         """
-        masks = [(p.valid, a.valid) for p, a in zip(prompts, answers, strict=True)]
+        masks = [(p.valid, o.valid) for p, o in zip(prompts, outputs, strict=True)]
 
         def layer(x, inputs):
-            block, cache = inputs
-            q, k, v = block.project(x)
-            attended = [
-                cached_attention(
-                    q[stream], k[stream], v[stream],
-                    LayerCache(keys, values, masks[stream][0]),
-                    LayerCache(answer_keys, answer_values, masks[stream][1]),
-                )
-                for stream, (keys, values, answer_keys, answer_values) in enumerate(cache)
-            ]  # fmt: skip
-            return block.finish(x, jnp.stack(attended)), (k, v)
+            blocks, cache = inputs
 
-        x, saved = self._embed(ids, positions, jax.P(None, *spec("batch"), None)), []
-        for number, piece in enumerate(self.stacks):
+            def attend(q, k, v):
+                attended = [
+                    cached_attention(
+                        q[stream], k[stream], v[stream],
+                        LayerCache(keys, values, masks[stream][0]),
+                        LayerCache(output_keys, output_values, masks[stream][1]),
+                    )
+                    for stream, (keys, values, output_keys, output_values) in enumerate(cache)
+                ]  # fmt: skip
+                return jnp.stack(attended)
+
+            return blocks(x, attend)
+
+        x, keys, values = self._embed(ids, positions, jax.P(None, *spec("batch"), None)), [], []
+        for number, stack in enumerate(self.stacks):
             cache = [
-                (p.keys[number], p.values[number], a.keys[number], a.values[number])
-                for p, a in zip(prompts, answers, strict=True)
+                (p.keys[number], p.values[number], o.keys[number], o.values[number])
+                for p, o in zip(prompts, outputs, strict=True)
             ]
-            # A piece of one layer is no loop, and its arrays are used where they are.
-            x, both = jax.lax.scan(layer, x, (piece, cache), unroll=len(self.stacks) > 1)
-            saved.append(both)
-        return _norm(x), [keys for keys, _ in saved], [values for _, values in saved]
+            # A stack of one layer is no loop, and its arrays are used where they are.
+            x, (stack_keys, stack_values) = jax.lax.scan(
+                layer, x, (stack, cache), unroll=len(self.stacks) > 1
+            )
+            keys.append(stack_keys)
+            values.append(stack_values)
+        return _norm(x), keys, values
 
     def _embed(self, ids, positions, sharding: jax.P | None = None):
         """Token plus position embeddings, [*ids, embed] in the compute dtype."""
@@ -373,13 +347,6 @@ class Decoder(nnx.Module):
         return x.astype(self.config.dtype)
 
 
-def _product(subscripts: str, x: Array, weight: nnx.Param | Int8Weight, sharding: jax.P) -> Array:
-    """`jnp.einsum` of activations and a weight, in the dtype of the activations."""
-    if isinstance(weight, Int8Weight):
-        return int8.einsum(subscripts, x, weight.values[...], weight.scale[...], sharding)
-    return jnp.einsum(subscripts, x, weight[...].astype(x.dtype), out_sharding=sharding)
-
-
 def _lookup(table, ids, sharding: jax.P):
     """Rows of a table whose columns are split over the axes that also split the batch.
 
@@ -391,17 +358,17 @@ def _lookup(table, ids, sharding: jax.P):
     rest = jax.P(
         *(tuple(axis for axis in _axes(entry) if axis not in _axes(columns)) for entry in sharding)
     )
-    found = table.at[jax.reshard(ids, rest)].get(out_sharding=jax.P(*rest, columns))
-    return jax.reshard(found, jax.P(*sharding, None))
+    rows = table.at[jax.reshard(ids, rest)].get(out_sharding=jax.P(*rest, columns))
+    return jax.reshard(rows, jax.P(*sharding, None))
 
 
 def _axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
-def _lead(x) -> tuple:
-    """How all axes of `x` but the last are split."""
-    return tuple(jax.typeof(x).sharding.spec)[: x.ndim - 1]
+def _lead(x, last: int = 1) -> tuple:
+    """How all axes of `x` but the last ones are split."""
+    return tuple(jax.typeof(x).sharding.spec)[: x.ndim - last]
 
 
 def _norm(x):

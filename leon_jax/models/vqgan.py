@@ -68,10 +68,6 @@ class VQGANConfig:
         return self.resolution // self.factor
 
 
-def _replicated(*names: None) -> jax.P:
-    return jax.P(*names)
-
-
 class Conv(nnx.Module):
     """A convolution on NHWC with its bias; weights are whole on every device."""
 

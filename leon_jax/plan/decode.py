@@ -12,7 +12,8 @@ from leon_jax.engine.grammar import ImageSpan
 from leon_jax.engine.guidance import make_guidance
 from leon_jax.engine.kv_cache import CacheDtype
 from leon_jax.engine.sampling_params import SamplingParams
-from leon_jax.models.decoder import Decoder, WeightType
+from leon_jax.models.decoder import Decoder
+from leon_jax.models.inference_weights import WeightType, convert_weights
 from leon_jax.plan import plan as plans
 from leon_jax.plan import roofline
 from leon_jax.plan.plan import Plan, Roofline
@@ -33,8 +34,8 @@ class Setting:
       rows: pictures drawn at once.
       guidance: weight; 1 is none, more takes two streams a row.
       prompt: tokens of a prompt, padding included; the unconditional stream has few.
-      weights: what they are kept in (`leon_jax.models.decoder.Decoder.stored_as`).
-      cache: what it keeps keys and values in (`leon_jax.engine.kv_cache.CacheDtype`).
+      weights: their dtype.
+      cache: the dtype of cached keys and values.
     """
 
     mesh: tuple[int, ...]
@@ -70,7 +71,7 @@ def plan(config: DecoderTraining, topology: Topology, setting: Setting) -> Plan:
     mesh = sharding.make_mesh(setting.mesh, topology.devices)
     with jax.set_mesh(mesh):
         decoder = jax.eval_shape(
-            lambda: Decoder(model, rngs=nnx.Rngs(0)).stored_as(setting.weights)
+            lambda: convert_weights(Decoder(model, rngs=nnx.Rngs(0)), setting.weights)
         )
         state, prefill, decode = decode_loop.lower_programs(
             decoder,

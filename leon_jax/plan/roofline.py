@@ -10,7 +10,8 @@ Letters: E embed, F mlp, V vocab, T length.
 import dataclasses
 
 from leon_jax.engine.kv_cache import CacheDtype
-from leon_jax.models.decoder import DecoderConfig, WeightType
+from leon_jax.models.decoder import DecoderConfig
+from leon_jax.models.inference_weights import WeightType
 from leon_jax.ops.attention import BLOCKS
 
 

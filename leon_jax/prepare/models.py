@@ -8,7 +8,7 @@ import threading
 
 import jax
 
-from leon_jax import sharding
+from leon_jax import sharding, weight_files
 from leon_jax.config import UserError
 from leon_jax.retrieval.encoder import Encoder
 from leon_jax.tokenizers.image import ImageTokenizer
@@ -54,18 +54,43 @@ _loading = threading.Lock()
 
 
 def digest(path: str | os.PathLike) -> str:
-    """SHA-256 of a file, or of all files of a folder with their names.
+    """SHA-256 of a model: of a weight file's contents, of another file or folder as it is.
+
+    Weights that are saved again keep their digest (see `leon_jax.weight_files.content_digest`). Of
+    a folder all files count, with their names.
 
     Raises:
       UserError: it cannot be read.
     """
     path = pathlib.Path(path)
+    if weight_files.is_weight_file(path):
+        return weight_files.content_digest(path)
+    return _bytes_digest(path)
+
+
+def matches(path: str | os.PathLike, recorded: str | None) -> bool:
+    """Whether a recorded digest is that of this model, now or in an older version.
+
+    Older versions recorded the digest of a weight file's bytes.
+
+    Raises:
+      UserError: the model cannot be read.
+    """
+    if recorded is None:
+        return False
+    path = pathlib.Path(path)
+    if weight_files.is_weight_file(path):
+        return weight_files.same_weights(path, recorded)
+    return recorded == _bytes_digest(path)
+
+
+def _bytes_digest(path: pathlib.Path) -> str:
     try:
         if path.is_dir():
             files = sorted(file for file in path.rglob("*") if file.is_file())
             total = hashlib.sha256()
             for file in files:
-                total.update(f"{file.relative_to(path)} {digest(file)}\n".encode())
+                total.update(f"{file.relative_to(path)} {_bytes_digest(file)}\n".encode())
             return total.hexdigest()
         with path.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -34,7 +34,7 @@ from leon_jax.data.sources.raw import Shards, SourceConfig
 from leon_jax.prepare import gather, licences, place
 from leon_jax.prepare.card import write_card
 from leon_jax.prepare.config import TRAIN, PrepareConfig
-from leon_jax.prepare.models import digest, load_models
+from leon_jax.prepare.models import digest, load_models, matches
 from leon_jax.prepare.shard import Shard, Worker, plan
 from leon_jax.retrieval.bank import Bank, save_rows
 from leon_jax.retrieval.mining import PASS
@@ -87,11 +87,12 @@ def prepare(
     wanted = settings(config, sources, shards)
     work = place.beside(out, "preparing")
     made = _made(out)
-    if made and serves(made, wanted) and not work.exists():
+    if made and serves(made, _as_recorded(wanted, made, config)) and not work.exists():
         return made
     with place.hold(out):
         made = _made(out)
-        if made and serves(made, wanted):  # by a process that held it before
+        # A process that held the folder before may have made it.
+        if made and serves(made, _as_recorded(wanted, made, config)):
             _clear(work)
             return made
         if out.exists() and made is None and (not out.is_dir() or any(out.iterdir())):
@@ -100,7 +101,7 @@ def prepare(
             print(f"{out} was made from other things; this will replace it", file=sys.stderr)
         try:
             removed = read_removed(out)
-            _begin(work, wanted)
+            wanted = _begin(work, wanted, config)
             return _fill(config, out, work, wanted, sources, shards, removed, run, progress)
         except OSError as error:
             raise UserError(
@@ -166,8 +167,7 @@ def in_process(progress: bool = True) -> Runner:
 
 def settings(config: PrepareConfig, sources: Sources, shards: Iterable[Shard]) -> dict[str, Any]:
     """What decides the folder's content: the beginning of its manifest."""
-    paths = {"tokenizer": config.tokenizer, "encoder": config.encoder, "text": config.text}
-    values = to_dict(config)
+    paths, values = _model_paths(config), to_dict(config)
     # Where files lie says nothing; the digests do.
     for name in paths:
         del values[name]
@@ -184,6 +184,25 @@ def settings(config: PrepareConfig, sources: Sources, shards: Iterable[Shard]) -
             for shard in shards
         },
     }
+
+
+def _model_paths(config: PrepareConfig) -> dict[str, str]:
+    return {"tokenizer": config.tokenizer, "encoder": config.encoder, "text": config.text}
+
+
+def _as_recorded(
+    wanted: dict[str, Any], recorded: dict[str, Any], config: PrepareConfig
+) -> dict[str, Any]:
+    """`wanted` with the digests that a folder records, if they mean the same models.
+
+    A folder of an older version records digests of bytes; it stays one that is wanted.
+    """
+    digests, paths = recorded["sha256"], _model_paths(config)
+    if isinstance(digests, dict) and all(
+        matches(path, digests.get(name)) for name, path in paths.items()
+    ):
+        return wanted | {"sha256": digests}
+    return wanted
 
 
 def serves(made: dict[str, Any], wanted: dict[str, Any]) -> bool:
@@ -285,17 +304,23 @@ def neighbour_rows(
     return table
 
 
-def _begin(work: pathlib.Path, wanted: dict[str, Any]) -> None:
-    """Makes the working folder ready; what was begun with other settings is thrown away."""
+def _begin(work: pathlib.Path, wanted: dict[str, Any], config: PrepareConfig) -> dict[str, Any]:
+    """Makes the working folder ready; what was begun with other settings is thrown away.
+
+    Returns:
+      The settings to go on with: `wanted`, or as an older version wrote them.
+    """
     path = work / _SETTINGS
     try:
         begun = json.loads(path.read_text())
-    except (OSError, ValueError):
-        begun = None
-    if begun != wanted:
-        _clear(work)
-        work.mkdir()
-        _write(path, wanted)
+        if begun == _as_recorded(wanted, begun, config):
+            return begun
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass  # there is nothing, or what a killed run left half written
+    _clear(work)
+    work.mkdir()
+    _write(path, wanted)
+    return wanted
 
 
 def _clear(work: pathlib.Path) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import PIL.Image
 from jaxtyping import Float32, Int32, UInt8
 
-from leon_jax import model_files, sharding
+from leon_jax import sharding, weight_files
 from leon_jax.config import UserError, build
 from leon_jax.data.augment import plain
 from leon_jax.documents import Document, Image, Text
@@ -82,7 +82,7 @@ class Encoder:
         path = pathlib.Path(path)
         if path.is_dir():
             return cls(*openai_clip.load(path), batch_size)
-        arrays, values = model_files.load(path, KIND)
+        arrays, values = weight_files.load(path, KIND)
         text = text_tokenizer or TextTokenizer.load(path.with_name("text.json"))
         config = build(CLIPConfig, values)
         if config.text.vocab_size != text.size + SPECIALS:
@@ -91,7 +91,7 @@ class Encoder:
                 f"{config.text.vocab_size - SPECIALS} entries, not {text.size}"
             )
         abstract = jax.eval_shape(lambda: create(config, jax.random.key(0)))
-        model = model_files.restore(abstract, arrays, str(path))
+        model = weight_files.restore(abstract, arrays, str(path))
         square = functools.partial(plain_square, size=config.vision.image_size)
         return cls(model, text, square, batch_size)
 

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import safetensors
 
-from leon_jax import model_files
+from leon_jax import weight_files
 from leon_jax.config import UserError
 from leon_jax.models.clip import CLIP, CLIPConfig, create
 
@@ -53,16 +53,18 @@ def load(folder: pathlib.Path, config: CLIPConfig) -> CLIP:
       UserError: a file is missing or damaged, or a tensor is missing, misshaped or unknown.
     """
     abstract = jax.eval_shape(lambda: create(config, jax.random.key(0)))
-    shapes = {name: leaf.shape for name, leaf in model_files.flatten(abstract).items()}
+    shapes = {name: leaf.shape for name, leaf in weight_files.flatten(abstract).items()}
     with contextlib.ExitStack() as stack:
         files = _open(folder, stack)
         found = origins(config)
         _check(files, found.values(), folder)
 
         def read(name: str) -> np.ndarray:
-            return np.asarray(files[name].get_tensor(name), np.float32)
+            array = np.asarray(files[name].get_tensor(name), np.float32)
+            weight_files.check_finite(array, name, str(folder))
+            return array
 
-        return model_files.restore(abstract, _Arrays(found, shapes, read), str(folder))
+        return weight_files.restore(abstract, _Arrays(found, shapes, read), str(folder))
 
 
 def origins(config: CLIPConfig) -> dict[str, Origin]:
@@ -171,7 +173,7 @@ def _open(folder: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, Any]:
         try:
             file = stack.enter_context(safetensors.safe_open(path, framework="numpy"))
         except Exception as error:  # the library raises several kinds for damaged files
-            raise UserError(f"{path} is not a whole safetensors file: {error}") from error
+            raise UserError(f"{path} is not a whole safetensors file") from error
         files.update(dict.fromkeys(file.keys(), file))
     return files
 

@@ -44,7 +44,7 @@ class Prepared:
     Attributes:
       folder: where it is.
       manifest: `splits` (documents in each), `shards` (documents in each shard of each split),
-        `sha256` of the model files, `config`, `counts`.
+        `sha256` (digests of the models; of weight files, of their contents), `config`, `counts`.
 
     Raises:
       UserError: the folder is not a prepared one, or one of an older version.

@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Float, Int, UInt8
 
 from leon_jax import config as configs
-from leon_jax import model_files, sharding
+from leon_jax import sharding, weight_files
 from leon_jax.models.vqgan import VQGAN, VQGANConfig
 
 
@@ -35,10 +35,10 @@ class ImageTokenizer:
         Raises:
           UserError: the file is missing, damaged or of another kind.
         """
-        arrays, values = model_files.load(path, "tokenizer")
+        arrays, values = weight_files.load(path, "tokenizer")
         config = configs.build(VQGANConfig, values, "config")
         abstract = jax.eval_shape(lambda: VQGAN(config, rngs=nnx.Rngs(0)))
-        return cls(model_files.restore(abstract, arrays, str(path)), batch_size)
+        return cls(weight_files.restore(abstract, arrays, str(path)), batch_size)
 
     @property
     def resolution(self) -> int:

@@ -13,7 +13,7 @@ import shutil
 import sys
 import threading
 import traceback
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -23,14 +23,20 @@ from jax.experimental import multihost_utils
 from jaxtyping import Array, UInt32
 from orbax.checkpoint import v1 as ocp
 
-from leon_jax import model_files
+from leon_jax import weight_files
 from leon_jax.config import UserError
 from leon_jax.train.state import TrainState
 
 # Where a run ends, and so the end of its learning-rate schedule; and what no result depends on.
 MAY_CHANGE = ("steps", "optimizer.total_steps", "data.threads")
 # Settings that earlier versions had, and the value that this version always takes.
-REMOVED = {"data.spare_spans": 4, "data.flip": True, "data.min_crop": 0.75}
+REMOVED = {
+    "data.spare_spans": 4,
+    "data.flip": True,
+    "data.min_crop": 0.75,
+    "model.max_scale": 100.0,
+    "model.pad_id": 1,
+}
 
 
 class Checkpoints:
@@ -66,7 +72,7 @@ class Checkpoints:
         Raises:
           UserError: this or the last checkpoint could not be written (disk full, no permission).
         """
-        arrays = {name: _raw(leaf) for name, leaf in model_files.flatten(state).items()}
+        arrays = {name: _raw(leaf) for name, leaf in weight_files.flatten(state).items()}
         sums = {name: str(value) for name, value in _checksums(arrays).items()}
         try:
             self._checkpointer.save_checkpointables_async(
@@ -144,13 +150,12 @@ class Checkpoints:
 
     def _load(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, str]]:
         leaves, structure = jax.tree.flatten(abstract)
-        names = list(model_files.flatten(abstract))
+        sums = self._checkpointer.load_checkpointables(step, {"checksums": None})["checksums"]
+        names = _stored_names(weight_files.flatten(abstract), sums)
         targets = {name: _target(leaf) for name, leaf in zip(names, leaves, strict=True)}
-        loaded = self._checkpointer.load_checkpointables(
-            step, {"state": targets, "data": None, "checksums": None}
-        )
-        found = {name: str(value) for name, value in _checksums(loaded["state"]).items()}
-        if wrong := [name for name in names if found[name] != loaded["checksums"][name]]:
+        loaded = self._checkpointer.load_checkpointables(step, {"state": targets, "data": None})
+        read = {name: str(value) for name, value in _checksums(loaded["state"]).items()}
+        if wrong := [name for name in names if read[name] != sums[name]]:
             raise UserError(f"{wrong[0]} is not what was written")
         arrays = [
             jax.random.wrap_key_data(loaded["state"][name]) if _is_key(leaf) else array
@@ -191,7 +196,10 @@ def load_weights(
 
     Args:
       directory: `checkpoints` of a run.
-      names: dotted paths (see `leon_jax.model_files.flatten`) to shapes, dtypes and shardings.
+      names: dotted paths (see `leon_jax.weight_files.flatten`) to shapes, dtypes and shardings.
+
+    Returns:
+      The arrays by the same paths.
 
     Raises:
       UserError: there is no checkpoint, or it has no such arrays of these shapes.
@@ -200,13 +208,16 @@ def load_weights(
     if not steps:
         raise UserError(f"there is no checkpoint in {directory}")
     path = directory.absolute() / str(max(steps))
-    targets = {name: _target(leaf) for name, leaf in names.items()}
     options = ocp.options.PyTreeOptions(
         loading=ocp.options.PyTreeOptions.Loading(partial_load=True)
     )
     try:
         with ocp.Context(pytree_options=options):
-            return ocp.load_checkpointables(path, {"state": targets})["state"]
+            sums = ocp.load_checkpointables(path, {"checksums": None})["checksums"]
+            stored = dict(zip(names, _stored_names(names, sums), strict=True))
+            targets = {stored[name]: _target(leaf) for name, leaf in names.items()}
+            arrays = ocp.load_checkpointables(path, {"state": targets})["state"]
+            return {name: arrays[stored[name]] for name in names}
     except Exception as error:
         raise UserError(f"the weights in {path} do not fit: {_reason(error)}") from error
 
@@ -250,6 +261,15 @@ def _differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, A
     for key in [*new, *(key for key in old if key not in new)]:
         found |= _differences(old.get(key), new.get(key), f"{prefix}{key}.")
     return found
+
+
+def _stored_names(names: Iterable[str], stored: Container[str]) -> list[str]:
+    """What a checkpoint calls these arrays: older versions left out path parts called `value`."""
+    names = list(names)
+    if all(name in stored for name in names):
+        return names
+    former = [weight_files.former_name(name) for name in names]
+    return former if all(name in stored for name in former) else names
 
 
 def _checksums(arrays: dict[str, Array]) -> dict[str, int]:

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array
 
 from leon_jax import config as configuration
-from leon_jax import model_files
+from leon_jax import weight_files
 from leon_jax.config import UserError
 from leon_jax.data import pipeline
 from leon_jax.documents import Document, Hole, Text
@@ -123,6 +123,6 @@ class DecoderProgram:
             "vocabulary": configuration.to_dict(config.vocabulary),
             "image_shape": list(config.data.image_shape),
         }
-        model_files.save(directory / "decoder.safetensors", state.model, KIND, header)
+        weight_files.save(directory / "decoder.safetensors", state.model, KIND, header)
         if jax.process_index() == 0:
             self.text.save(directory / "text.json")

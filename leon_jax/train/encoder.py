@@ -19,7 +19,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from leon_jax import config as configuration
-from leon_jax import model_files
+from leon_jax import weight_files
 from leon_jax.config import UserError
 from leon_jax.data.augment import AugmentConfig, augment
 from leon_jax.datasets import demo
@@ -162,7 +162,7 @@ class EncoderProgram:
         """Writes `encoder.safetensors`, and `text.json`, which it cannot be used without."""
         directory = pathlib.Path(directory)
         config = configuration.to_dict(self.config.model)
-        model_files.save(directory / "encoder.safetensors", state.model, KIND, config)
+        weight_files.save(directory / "encoder.safetensors", state.model, KIND, config)
         if jax.process_index() == 0:
             self.text.save(directory / "text.json")
 

@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 from jaxtyping import Array
 
 from leon_jax import config as configs
-from leon_jax import model_files
+from leon_jax import weight_files
 from leon_jax.config import UserError
 from leon_jax.train.checkpoint import Checkpoints, check_config, load_weights
 from leon_jax.train.feed import Feed
@@ -213,13 +213,13 @@ def _first_state(
         return state
     if pathlib.Path(init_from).is_dir():
         leaves, structure = jax.tree.flatten(abstract.model)
-        names = [f"model.{name}" for name in model_files.flatten(abstract.model)]
+        names = [f"model.{name}" for name in weight_files.flatten(abstract.model)]
         wanted = dict(zip(names, leaves, strict=True))
         found = load_weights(pathlib.Path(init_from) / "checkpoints", wanted)
         model = jax.tree.unflatten(structure, [found[name] for name in names])
     else:
-        arrays, _ = model_files.load(init_from, program.kind)
-        model = model_files.restore(state.model, arrays, init_from)
+        arrays, _ = weight_files.load(init_from, program.kind)
+        model = weight_files.restore(state.model, arrays, init_from)
     return dataclasses.replace(state, model=model)
 
 

@@ -18,7 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from leon_jax import config as configs
-from leon_jax import model_files
+from leon_jax import weight_files
 from leon_jax.datasets import demo
 from leon_jax.models.discriminator import PatchDiscriminator, hinge_loss
 from leon_jax.models.perceptual import Network, lpips
@@ -260,7 +260,7 @@ class TokenizerProgram:
 
     def export(self, state: TrainState, directory: pathlib.Path) -> None:
         """Writes `tokenizer.safetensors`, stored in bfloat16."""
-        model_files.save(
+        weight_files.save(
             directory / "tokenizer.safetensors",
             state.model.generator,
             "tokenizer",

@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks import soak
 from benchmarks.compare_runs import differences
-from leon_jax import model_files
+from leon_jax import weight_files
 from leon_jax.train.checkpoint import Checkpoints
 from leon_jax.train.state import TrainState
 from tests import tiny
@@ -55,7 +55,7 @@ def finished(tmp_path):
             {"step": 2, "loss": loss, "seconds_per_step": 0.1},
         ]
         (workdir / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
-        model_files.save(workdir / "export" / "decoder.safetensors", model, "decoder", {})
+        weight_files.save(workdir / "export" / "decoder.safetensors", model, "decoder", {})
         return workdir
 
     return make

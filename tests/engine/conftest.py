@@ -3,6 +3,7 @@
 import pytest
 
 from leon_jax.engine.engine import Engine
+from leon_jax.models.inference_weights import unstack
 from tests.engine.small import VOCABULARY, make
 
 
@@ -16,4 +17,4 @@ def either(request) -> Engine:
 def engine() -> Engine:
     """With layers that are split, as `Leon` has them."""
     made = make(4)
-    return Engine(made.decoder.split(), VOCABULARY, buckets=(8, 16))
+    return Engine(unstack(made.decoder), VOCABULARY, buckets=(8, 16))

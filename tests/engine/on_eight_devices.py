@@ -6,6 +6,7 @@ import numpy as np
 from leon_jax import sharding
 from leon_jax.engine.engine import Engine
 from leon_jax.engine.scheduler import generate
+from leon_jax.models.inference_weights import convert_weights, unstack
 from tests.engine.small import VOCABULARY, make
 from tests.engine.test_engine import UNLIKE
 
@@ -15,7 +16,7 @@ MESHES = [(2, 2, 1, 2), (8, 1, 1, 1)]
 def answers(shape: tuple[int, ...], weights: str = "float32", kept: str = "compute") -> list:
     """What every sample of `UNLIKE` wrote on a mesh."""
     with jax.set_mesh(sharding.make_mesh(shape, jax.devices()[: np.prod(shape)])):
-        decoder = jax.jit(lambda model: model.stored_as(weights).split())(make(4).decoder)
+        decoder = jax.jit(lambda model: unstack(convert_weights(model, weights)))(make(4).decoder)
         engine = Engine(decoder, VOCABULARY, buckets=(8, 16), cache_dtype=kept)
         return [parts for samples in generate(engine, UNLIKE) for parts in samples]
 

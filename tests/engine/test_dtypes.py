@@ -13,6 +13,7 @@ from leon_jax.engine.samplers import Greedy
 from leon_jax.engine.sampling_params import SamplingParams
 from leon_jax.engine.scheduler import generate
 from leon_jax.leon import Leon
+from leon_jax.models.inference_weights import convert_weights
 from tests.engine.small import LENGTHS, VOCABULARY, all_ids, make, prompt
 from tests.tiny import random_decoder
 
@@ -29,8 +30,8 @@ def sizes(decoder) -> dict[str, int]:
 def test_weights_are_kept_as_asked():
     decoder = random_decoder(VOCABULARY.size, max_length=64)
     whole = sizes(decoder)["float32"]
-    assert sizes(decoder.stored_as("bfloat16")) == {"bfloat16": whole // 2}
-    small = sizes(decoder.stored_as("int8"))
+    assert sizes(convert_weights(decoder, "bfloat16")) == {"bfloat16": whole // 2}
+    small = sizes(convert_weights(decoder, "int8"))
     assert small["int8"] == whole // 4 and small["float32"] < whole // 10
     assert sizes(decoder) == {"float32": whole}, "the model itself stays as it is"
 
@@ -39,14 +40,14 @@ def test_a_model_in_eight_bits_is_nearly_the_same():
     decoder = random_decoder(VOCABULARY.size, max_length=64)
     ids = jnp.asarray(np.random.default_rng(0).integers(4, VOCABULARY.size, (2, 20)))
     logits = jax.jit(lambda model: model.logits(model(ids)))
-    exact, small = logits(decoder), logits(decoder.stored_as("int8"))
+    exact, small = logits(decoder), logits(convert_weights(decoder, "int8"))
     assert np.std(small - exact) < 0.02 * np.std(exact)
     assert (np.asarray(small) != np.asarray(exact)).any()
 
 
 def test_decoding_with_eight_bits_agrees_with_the_same_model_uncached():
     """Weights in 8 bits change the model, not the agreement of its two ways of being run."""
-    decoder = random_decoder(VOCABULARY.size, max_length=64).stored_as("int8")
+    decoder = convert_weights(random_decoder(VOCABULARY.size, max_length=64), "int8")
     engine = Engine(decoder, VOCABULARY, buckets=(8, 16))
     whole = jax.jit(lambda model, ids: model.logits(model(ids)))
     asked = [
@@ -112,9 +113,7 @@ def test_the_shipped_models_perplexity_in_eight_bits_is_within_one_per_cent(emoj
     def perplexity(decoder) -> float:
         return float(np.exp(-Engine(decoder, tokenizer.vocabulary).score(ids).sum() / count))
 
-    exact, small = (
-        perplexity(leon.model.engine.decoder),
-        perplexity(leon.model.engine.decoder.stored_as("int8")),
-    )
+    decoder = leon.model.engine.decoder
+    exact, small = perplexity(decoder), perplexity(convert_weights(decoder, "int8"))
     assert small == pytest.approx(exact, rel=0.01)
     assert small != exact

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from leon_jax import sharding
+from leon_jax.config import UserError, build, to_dict
 from leon_jax.models.clip import (
     DEVIATION,
     MEAN,
@@ -143,6 +144,12 @@ def test_the_scale_starts_at_one_over_007_and_never_exceeds_100():
     assert float(model.scale()) == pytest.approx(1 / 0.07, rel=1e-5)
     huge = create(CLIPConfig(CONFIG.vision, CONFIG.text, 6, logit_scale=9.0), jax.random.key(0))
     assert float(huge.scale()) == 100
+
+
+def test_a_configuration_of_an_older_version_is_read():
+    assert build(CLIPConfig, to_dict(CONFIG) | {"max_scale": 100.0}) == CONFIG
+    with pytest.raises(UserError, match=r"config\.max_scale is 50\.0; it can only be 100\.0 now"):
+        build(CLIPConfig, to_dict(CONFIG) | {"max_scale": 50.0})
 
 
 def test_vit_b32_has_the_published_number_of_parameters():

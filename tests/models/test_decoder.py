@@ -13,12 +13,15 @@ from flax import nnx
 from scipy import stats
 
 from leon_jax import sharding
-from leon_jax.config import UserError
+from leon_jax.config import UserError, build, to_dict
 from leon_jax.models.decoder import Decoder, DecoderConfig
+from leon_jax.models.inference_weights import convert_weights, unstack, weight_dtype
 from leon_jax.ops.attention import Kept, Past
+from leon_jax.vocabulary import Vocabulary
 from tests.tiny import random_decoder, randomise
 
 CONFIG = DecoderConfig(vocab_size=48, max_length=16, layers=3, embed=32, heads=4, mlp=64)
+PAD = Vocabulary().pad
 PAPER = {  # layers, embed, heads, and the parameters of Table 3's names in millions
     "350M": (24, 1024, 16, 373),
     "760M": (24, 1536, 16, 786),
@@ -65,11 +68,11 @@ def test_initial_weights_are_cut_normals_and_the_pad_row_is_zero():
     config = DecoderConfig(2000, 512, 2, 64, 4, 256)
     model = Decoder(config, rngs=nnx.Rngs(0))
     table, positions = np.asarray(model.table[...]), np.asarray(model.positions[...])
-    assert not table[config.pad_id].any()
+    assert not table[PAD].any()
     assert not np.asarray(model.blocks.out[...]).any()
     assert not np.asarray(model.blocks.fc2[...]).any()
     for weights, std in [
-        (np.delete(table, config.pad_id, axis=0), 0.006),
+        (np.delete(table, PAD, axis=0), 0.006),
         (positions, 0.0002),
         (np.asarray(model.blocks.query[...]), 0.006),
         (np.asarray(model.blocks.fc1[...]), 0.006),
@@ -175,6 +178,42 @@ def test_bfloat16_compute_keeps_float32_weights_and_logits():
     assert {leaf.dtype for leaf in jax.tree.leaves(model)} == {jnp.dtype("float32")}
     reference = randomise(reference, 0.1)
     np.testing.assert_allclose(hidden.astype(jnp.float32), reference(draw_ids()), atol=0.15)
+
+
+def test_a_layer_adds_attention_and_then_the_mlp(model):
+    """By hand, with an attention that lets every position see only itself: its own value."""
+    layer = jax.tree.map(lambda x: x[0], model.blocks)
+    x = np.random.default_rng(0).normal(size=(2, 3, 32)).astype(np.float32)
+
+    def norm(x):
+        return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+
+    after, (key, value) = layer(jnp.asarray(x), lambda q, k, v: v)
+    expected_value = np.einsum("btd,dhk->bthk", norm(x), layer.value[...])
+    np.testing.assert_allclose(value, expected_value, atol=1e-5)
+    np.testing.assert_allclose(key, np.einsum("btd,dhk->bthk", norm(x), layer.key[...]), atol=1e-5)
+    x = x + np.einsum("bthk,hkd->btd", expected_value, layer.out[...])
+    x = x + np.maximum(norm(x) @ layer.fc1[...], 0) @ layer.fc2[...]
+    np.testing.assert_allclose(after, x, atol=1e-4)
+
+
+def test_unstacked_layers_compute_the_very_same(model):
+    run = jax.jit(lambda model, ids: (model.logits(model(ids)), model.prefill(ids)))
+    unstacked = unstack(model)
+    assert [stack.query.shape[0] for stack in unstacked.stacks] == [1, 1]
+    ours, (_, keys, _) = run(unstacked, draw_ids())
+    whole, (_, (stacked_keys,), _) = run(model, draw_ids())
+    np.testing.assert_array_equal(ours, whole)
+    np.testing.assert_array_equal(np.concatenate(keys), stacked_keys)
+    assert weight_dtype(convert_weights(unstacked, "int8")) == "int8"
+    assert weight_dtype(model) == "float32"
+
+
+def test_a_configuration_of_an_older_version_is_read():
+    values = to_dict(CONFIG)
+    assert build(DecoderConfig, values | {"pad_id": 1}) == CONFIG
+    with pytest.raises(UserError, match=r"config\.pad_id is 0; it can only be 1 now"):
+        build(DecoderConfig, values | {"pad_id": 0})
 
 
 def test_impossible_shapes_are_refused():

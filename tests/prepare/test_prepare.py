@@ -3,15 +3,19 @@
 import contextlib
 import dataclasses
 import errno
+import hashlib
 import json
 import os
+import shutil
 import threading
 
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 
-from leon_jax.config import UserError
+from leon_jax import tensor_files, weight_files
+from leon_jax.config import UserError, to_dict
 from leon_jax.data.sources.raw import SourceConfig
 from leon_jax.documents import Image
 from leon_jax.prepare import place
@@ -120,6 +124,55 @@ def test_more_variants_than_asked_for_serve_and_fewer_do_not(checkpoint, out):
     for record, variants in zip(Prepared(out).records(), codes, strict=True):
         np.testing.assert_array_equal(record.codes, variants[0])
     assert make(checkpoint, out, variants=4)["config"]["variants"] == 4
+
+
+def as_an_older_version_recorded(path, checkpoint):
+    """A manifest or settings with the digests of the files' bytes."""
+    values = json.loads(path.read_text())
+    for name in ("tokenizer", "encoder"):
+        data = (checkpoint / f"{name}.safetensors").read_bytes()
+        assert values["sha256"][name] != hashlib.sha256(data).hexdigest()
+        values["sha256"][name] = hashlib.sha256(data).hexdigest()
+    path.write_text(json.dumps(values, indent=1) + "\n")
+    return values
+
+
+def test_a_folder_that_records_digests_of_bytes_serves_as_before(checkpoint, out, tmp_path):
+    make(checkpoint, out)
+    older = as_an_older_version_recorded(out / "manifest.json", checkpoint)
+    assert make(checkpoint, out, run=lambda *_: pytest.fail("prepared again")) == older
+    # Of other weights it is still another folder.
+    other = shutil.copytree(checkpoint, tmp_path / "other")
+    with jax.set_mesh(tiny.sharding.make_mesh()):
+        tokenizer = ImageTokenizer.load(other / "tokenizer.safetensors").model
+    changed, config = tiny.randomise(tokenizer, seed=5), to_dict(tokenizer.config)
+    weight_files.save(other / "tokenizer.safetensors", changed, "tokenizer", config)
+    assert make(other, out)["sha256"] != older["sha256"]
+
+
+def test_a_run_begun_by_an_older_version_goes_on(checkpoint, out, monkeypatch):
+    def stop(*arguments, **options):
+        raise Unplugged
+
+    with monkeypatch.context() as patch, contextlib.suppress(Unplugged):
+        patch.setattr(preparing.gather, "gather", stop)
+        make(checkpoint, out)
+    work = out.parent / f".{out.name}.preparing"
+    before = json.loads((work / "settings.json").read_text())
+    older = as_an_older_version_recorded(work / "settings.json", checkpoint)
+    names = [hashlib.sha256(json.dumps(s).encode()).hexdigest()[:16] for s in (before, older)]
+    os.rename(work / f"shards-{names[0]}", work / f"shards-{names[1]}")
+    made = make(checkpoint, out, run=lambda *_: pytest.fail("the shards were done"))
+    assert made["sha256"] == older["sha256"]
+
+
+def test_saving_the_models_again_leaves_a_folder_valid(checkpoint, out, tmp_path):
+    make(checkpoint, out)
+    other = shutil.copytree(checkpoint, tmp_path / "other")
+    path = other / "tokenizer.safetensors"
+    metadata, arrays = tensor_files.read(path)
+    path.write_bytes(safetensors.numpy.save({k: np.array(v) for k, v in arrays.items()}, metadata))
+    make(other, out, run=lambda *_: pytest.fail("prepared again"))
 
 
 class Unplugged(BaseException):

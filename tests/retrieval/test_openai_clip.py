@@ -278,6 +278,10 @@ def replace(name, make):
             r"visual_projection\.weight in .* is of type I8",
         ),
         (
+            replace("visual_projection.weight", lambda old: old * np.inf),
+            r"clip holds NaN or infinite numbers in 'visual_projection\.weight'",
+        ),
+        (
             lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
             r"has no model\.safetensors, the only format",
         ),

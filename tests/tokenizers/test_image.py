@@ -5,7 +5,7 @@ import PIL.Image
 import pytest
 from flax import nnx
 
-from leon_jax import model_files
+from leon_jax import weight_files
 from leon_jax.config import UserError, to_dict
 from leon_jax.models.vqgan import VQGAN, VQGANConfig
 from leon_jax.tokenizers.image import ImageTokenizer, fit_picture, normalize, to_pixels
@@ -24,7 +24,7 @@ def pictures():
 def test_a_saved_tokenizer_gives_the_same_codes(tmp_path, pictures):
     model = VQGAN(TINY, rngs=nnx.Rngs(0))
     path = tmp_path / "tokenizer.safetensors"
-    model_files.save(path, model, "tokenizer", to_dict(TINY))
+    weight_files.save(path, model, "tokenizer", to_dict(TINY))
     loaded = ImageTokenizer.load(path)
     assert (loaded.resolution, loaded.shape, loaded.codes) == (16, (8, 8), 32)
     images = normalize(pictures)
@@ -65,6 +65,6 @@ def test_pixels_survive_normalisation_exactly():
 
 def test_a_file_of_another_kind_is_refused(tmp_path):
     path = tmp_path / "x.safetensors"
-    model_files.save(path, VQGAN(TINY, rngs=nnx.Rngs(0)), "encoder", to_dict(TINY))
+    weight_files.save(path, VQGAN(TINY, rngs=nnx.Rngs(0)), "encoder", to_dict(TINY))
     with pytest.raises(UserError, match="tokenizer file is needed"):
         ImageTokenizer.load(path)

@@ -5,11 +5,13 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
+from leon_jax import weight_files
 from leon_jax.config import UserError
-from leon_jax.train.checkpoint import Checkpoints, check_config
+from leon_jax.train.checkpoint import Checkpoints, check_config, load_weights
 from leon_jax.train.state import TrainState
 
 
@@ -45,6 +47,53 @@ def test_what_is_restored_is_what_was_saved(tmp_path):
         np.testing.assert_array_equal(np.asarray(got, np.float64), np.asarray(saved, np.float64))
 
 
+class Layers(nnx.Module):
+    """Names as in the decoder, of which older versions left out every `value`."""
+
+    def __init__(self, *, rngs: nnx.Rngs):
+        self.query = nnx.Param(jax.random.normal(rngs.params(), (4, 4)))
+        self.value = nnx.Param(jax.random.normal(rngs.params(), (4, 5)))
+
+
+class Layered(nnx.Module):
+    def __init__(self, *, rngs: nnx.Rngs):
+        self.blocks = Layers(rngs=rngs)
+
+
+def layered(seed: int) -> TrainState:
+    model = Layered(rngs=nnx.Rngs(seed))
+    moments = optax.adam(1e-3).init(model)
+    moments = jax.tree.map(lambda x: x + jnp.ones_like(x), moments)
+    return TrainState(jnp.int32(3), model, moments, jax.random.key(seed))
+
+
+@pytest.mark.parametrize("former", [False, True])
+def test_a_checkpoint_of_an_older_version_is_restored_exactly(tmp_path, monkeypatch, former):
+    flatten = weight_files.flatten
+    names = [weight_files.former_name(name) for name in flatten(layered(0))]
+    assert "model.blocks" in names and "model.blocks.value" in flatten(layered(0))
+    with monkeypatch.context() as patch:
+        if former:
+            patch.setattr(
+                weight_files,
+                "flatten",
+                lambda tree: dict(zip(names, flatten(tree).values(), strict=True)),
+            )
+        checkpoints = Checkpoints(tmp_path / "checkpoints")
+        checkpoints.save(layered(0), {"0": "x"})
+        checkpoints.close()
+    abstract = jax.eval_shape(lambda: layered(0))
+    step, restored, _ = Checkpoints(tmp_path / "checkpoints").restore(abstract)
+    assert step == 3
+    raw = lambda x: jax.random.key_data(x) if x.dtype == restored.key.dtype else x  # noqa: E731
+    for got, saved in zip(jax.tree.leaves(restored), jax.tree.leaves(layered(0)), strict=True):
+        np.testing.assert_array_equal(raw(got), raw(saved))
+    wanted = {f"model.{name}": leaf for name, leaf in flatten(abstract.model).items()}
+    weights = load_weights(tmp_path / "checkpoints", wanted)
+    for name, array in flatten(layered(0).model).items():
+        np.testing.assert_array_equal(weights[f"model.{name}"], array)
+
+
 def test_bytes_that_changed_silently_are_found(tmp_path, capsys):
     save_two(tmp_path / "checkpoints")
     files = [path for path in (tmp_path / "checkpoints/2/state").rglob("d/*") if path.is_file()]
@@ -64,6 +113,17 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"checkpoints cannot be kept in .*file"):
         Checkpoints(tmp_path / "file" / "checkpoints")
+
+
+def test_a_run_of_an_older_version_goes_on_without_the_keys_that_are_gone(tmp_path):
+    (tmp_path / "checkpoints" / "100").mkdir(parents=True)
+    for former in ({"max_scale": 100.0}, {"pad_id": 1}):
+        kept = {"model": {"layers": 2} | former}
+        (tmp_path / "config.json").write_text(json.dumps(kept))
+        check_config(tmp_path / "config.json", {"model": {"layers": 2}})
+    (tmp_path / "config.json").write_text(json.dumps({"model": {"layers": 2, "pad_id": 3}}))
+    with pytest.raises(UserError, match=r"a run with model\.pad_id = 3, but it is now None"):
+        check_config(tmp_path / "config.json", {"model": {"layers": 2}})
 
 
 def test_a_run_goes_on_with_other_threads_but_not_with_other_data(tmp_path):

@@ -11,7 +11,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from leon_jax import config as configuration
-from leon_jax import model_files, sharding
+from leon_jax import sharding, weight_files
 from leon_jax.config import ConfigError, UserError
 from leon_jax.documents import Document, Image, Text
 from leon_jax.models.decoder import Decoder, DecoderConfig
@@ -47,7 +47,7 @@ def write_folder(folder: pathlib.Path) -> None:
         groups=4, latent=8, code_dim=4, codes=16,
     )  # fmt: skip
     vqgan = jax.jit(lambda: VQGAN(shape, rngs=nnx.Rngs(0)))()
-    model_files.save(
+    weight_files.save(
         folder / "tokenizer.safetensors", vqgan, "tokenizer", configuration.to_dict(shape)
     )
 
@@ -217,13 +217,13 @@ def test_a_trained_model_samples_pictures(trained):
 def test_the_export_is_complete(trained, tmp_path):
     program, state, _ = trained
     program.export(state, tmp_path)
-    arrays, header = model_files.load(tmp_path / "decoder.safetensors", "decoder")
+    arrays, header = weight_files.load(tmp_path / "decoder.safetensors", "decoder")
     config = configuration.build(DecoderConfig, header["model"])
     assert configuration.build(Vocabulary, header["vocabulary"]) == program.config.vocabulary
     assert header["image_shape"] == [2, 2]
     assert TextTokenizer.load(tmp_path / "text.json").size == program.text.size
     abstract = jax.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
-    model = model_files.restore(abstract, arrays)
+    model = weight_files.restore(abstract, arrays)
     ids = np.arange(10, dtype=np.int32)[None]
     np.testing.assert_array_equal(model(ids), state.model(ids))
 

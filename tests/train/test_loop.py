@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from leon_jax import model_files
+from leon_jax import weight_files
 from leon_jax.config import UserError
 from leon_jax.train import loop, optimizer
 from leon_jax.train.checkpoint import Checkpoints
@@ -78,14 +78,14 @@ class ToyProgram:
         return {"kernel": np.zeros((2, 2, 3), np.uint8)}
 
     def export(self, state, directory):
-        model_files.save(directory / "toy.safetensors", state.model, "toy", {})
+        weight_files.save(directory / "toy.safetensors", state.model, "toy", {})
 
 
 SETTINGS = loop.LoopConfig(log_every=3, save_every=4, sample_every=5)
 
 
 def final(workdir: pathlib.Path) -> np.ndarray:
-    return model_files.load(workdir / "export" / "toy.safetensors", "toy")[0]["kernel"]
+    return weight_files.load(workdir / "export" / "toy.safetensors", "toy")[0]["kernel"]
 
 
 @pytest.fixture(scope="module")

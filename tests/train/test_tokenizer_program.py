@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from leon_jax import model_files
+from leon_jax import weight_files
 from leon_jax.models.vqgan import VQGANConfig
 from leon_jax.train.optimizer import OptimizerConfig
 from leon_jax.train.tokenizer import (
@@ -114,9 +114,9 @@ def test_the_adaptive_weight_is_the_ratio_of_last_layer_gradients(history):
 def test_the_exported_file_is_the_trained_generator(history, tmp_path):
     program, _, states, _ = history
     program.export(states[-1], tmp_path)
-    arrays, config = model_files.load(tmp_path / "tokenizer.safetensors", "tokenizer")
+    arrays, config = weight_files.load(tmp_path / "tokenizer.safetensors", "tokenizer")
     assert config["codes"] == 64
-    restored = model_files.restore(states[-1].model.generator, arrays)
+    restored = weight_files.restore(states[-1].model.generator, arrays)
     np.testing.assert_allclose(
         restored.codebook[...], states[-1].model.generator.codebook[...], rtol=2**-8, atol=1e-6
     )

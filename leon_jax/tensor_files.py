@@ -1,0 +1,112 @@
+"""The safetensors container, written so that equal contents are equal bytes.
+
+    8 bytes      the header's length, little-endian
+    header       JSON: `__metadata__`, then for each tensor its dtype, shape and data_offsets;
+                 padded with spaces to a multiple of 8
+    data         the tensors one after the other, little-endian, C order
+
+The safetensors library orders the metadata at random in every process. Here metadata and tensors
+are sorted by name; tensors of wider types come first, so that each is aligned to its type.
+"""
+
+import json
+import math
+import mmap
+import os
+import pathlib
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+import numpy as np
+
+from leon_jax.config import UserError
+
+_DTYPES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
+    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
+    "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
+}  # fmt: skip
+_CODES = {name: code for code, name in _DTYPES.items()}
+_METADATA = "__metadata__"
+
+
+def write(
+    path: pathlib.Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]
+) -> None:
+    """Writes a file, whole or not at all; parents are made.
+
+    Args:
+      path: the file; one that is there is replaced.
+      arrays: tensors by name, of any layout in memory.
+      metadata: texts for the header.
+    """
+    names = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))
+    header: dict[str, object] = {_METADATA: dict(sorted(metadata.items()))}
+    end = 0
+    for name in names:
+        array = arrays[name]
+        start, end = end, end + array.nbytes
+        header[name] = {
+            "dtype": _CODES[array.dtype.name],
+            "shape": list(array.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            file.write(content(arrays[name]).data)
+    os.replace(temporary, path)
+
+
+def read_metadata(path: pathlib.Path) -> dict[str, str]:
+    """The texts of a file's header.
+
+    Raises:
+      UserError: the file cannot be read, or it is not a whole safetensors file.
+    """
+    return read(path)[0]
+
+
+def read(path: pathlib.Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
+    """The metadata, and the tensors by name: read-only, mapped from the file.
+
+    A tensor takes memory only where it is read. Copy what has to outlive the file.
+
+    Raises:
+      UserError: the file cannot be read, or it is not a whole safetensors file.
+    """
+    try:
+        with path.open("rb") as file:
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:  # an empty file
+        raise UserError(f"{path} is not a whole safetensors file; it is empty") from error
+    try:
+        begin = 8 + int.from_bytes(data[:8], "little")
+        header = json.loads(data[8:begin])
+        metadata = header.pop(_METADATA, {})
+        arrays, end = {}, begin
+        for name, entry in header.items():
+            dtype, shape = jnp.dtype(_DTYPES[entry["dtype"]]), tuple(entry["shape"])
+            start, stop = (begin + offset for offset in entry["data_offsets"])
+            if stop - start != math.prod(shape) * dtype.itemsize:
+                raise ValueError(name)
+            arrays[name] = np.ndarray(shape, dtype, data, start)
+            end = max(end, stop)
+        if end != len(data):
+            raise ValueError("length")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path} is not a whole safetensors file; its header and its length do not agree"
+        ) from error
+    return metadata, arrays
+
+
+def content(array: np.ndarray) -> np.ndarray:
+    """The bytes of a tensor as the file holds them: uint8[bytes], without a copy if it can be."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)

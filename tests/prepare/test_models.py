@@ -1,0 +1,36 @@
+"""Digests of the models that a folder is prepared with."""
+
+import hashlib
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from leon_jax import weight_files
+from leon_jax.config import UserError
+from leon_jax.prepare.models import digest, matches
+from tests.retrieval import clip_folder
+
+
+def test_a_weight_file_is_told_by_its_contents_or_the_bytes_it_had(checkpoint):
+    path = checkpoint / "encoder.safetensors"
+    in_bytes = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert digest(path) == weight_files.content_digest(path) != in_bytes
+    assert matches(path, digest(path)) and matches(path, in_bytes)
+    assert not matches(path, digest(checkpoint / "tokenizer.safetensors"))
+    assert not matches(path, None)
+
+
+def test_other_files_and_folders_are_told_by_their_bytes(checkpoint, tmp_path):
+    text, foreign = checkpoint / "text.json", tmp_path / "foreign.safetensors"
+    safetensors.numpy.save_file({"a": np.zeros(2)}, foreign)
+    for path in (text, foreign):
+        assert digest(path) == hashlib.sha256(path.read_bytes()).hexdigest()
+        assert matches(path, digest(path)) and not matches(path, "0" * 64)
+    folder = clip_folder.write(tmp_path / "clip")
+    before = digest(folder)
+    assert matches(folder, before)
+    (folder / "config.json").write_text("{}")
+    assert not matches(folder, before)
+    with pytest.raises(UserError, match=r"cannot read .*none\.json"):
+        digest(tmp_path / "none.json")
