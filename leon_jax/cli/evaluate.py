@@ -9,7 +9,6 @@ import json
 import sys
 from statistics import fmean
 
-import numpy as np
 from absl import flags
 
 from leon_jax.config import UserError
@@ -33,6 +32,8 @@ def main(argv: list[str]) -> None:
       UserError: a file is missing, or a number is out of range.
     """
     del argv
+    import numpy as np
+
     from leon_jax.evaluate import demo
     from leon_jax.leon import Leon
     from leon_jax.retrieval.prepared import Prepared

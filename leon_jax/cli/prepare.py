@@ -22,20 +22,18 @@ import dataclasses
 import json
 import pathlib
 import shlex
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
 from leon_jax import config as configs
 from leon_jax.cli import config_flag
 from leon_jax.config import UserError
-from leon_jax.data import emoji, pictures
-from leon_jax.data.sources.raw import SourceConfig
-from leon_jax.decode import library
-from leon_jax.decode.checkpoint import model_folder
-from leon_jax.prepare import edit, licences
-from leon_jax.prepare import prepare as preparing
-from leon_jax.prepare.config import LICENCES, TRAIN, PrepareConfig, emoji_config
+
+if TYPE_CHECKING:
+    from leon_jax.data.sources.raw import SourceConfig
+    from leon_jax.prepare.config import PrepareConfig
+    from leon_jax.prepare.prepare import Runner
 
 FLAGS = flags.FlagValues()
 _CONFIG = config_flag.define(FLAGS)
@@ -62,7 +60,7 @@ _ENCODER = flags.DEFINE_string(
 )  # fmt: skip
 _TEXT = flags.DEFINE_string("text", None, "the text tokenizer's file", flag_values=FLAGS)
 _OUT = flags.DEFINE_string("out", None, "the prepared folder; replaced if outdated (default: "
-                           f"{library.HERE}, for the emoji)", flag_values=FLAGS)  # fmt: skip
+                           "data/emoji_prepared, for the emoji)", flag_values=FLAGS)  # fmt: skip
 _VARIANTS = flags.DEFINE_integer(
     "variants", None, "how many variants of each train picture to encode, for training the decoder",
     lower_bound=1, flag_values=FLAGS,
@@ -99,6 +97,11 @@ def main(argv: list[str]) -> None:
       UserError: a file is missing or damaged, a flag does not fit, or a folder cannot be written.
     """
     del argv
+    from leon_jax.data import emoji, pictures
+    from leon_jax.decode import library
+    from leon_jax.prepare import licences
+    from leon_jax.prepare import prepare as preparing
+
     if _AUDIT.value is not None or _REMOVE_KEYS.value is not None:
         if not _OUT.value:
             raise UserError("--out is missing; it names the prepared folder")
@@ -137,8 +140,11 @@ def main(argv: list[str]) -> None:
     print(f"what is in it, and what is not and why: {pathlib.Path(out) / 'card.md'}")
 
 
-def _configuration(emojis: bool) -> PrepareConfig | None:
+def _configuration(emojis: bool) -> "PrepareConfig | None":
     """What the flags and the config file say; None if there are no models to encode with."""
+    from leon_jax.decode import library
+    from leon_jax.prepare.config import LICENCES, PrepareConfig, emoji_config
+
     values: dict[str, Any] = {}
     if _CONFIG.value is not None:
         values = config_flag.read(_CONFIG, "configs/prepare.py")
@@ -166,7 +172,10 @@ def _configuration(emojis: bool) -> PrepareConfig | None:
     return configs.build(PrepareConfig, values)
 
 
-def _source(text: str) -> SourceConfig:
+def _source(text: str) -> "SourceConfig":
+    from leon_jax.data.sources.raw import SourceConfig
+    from leon_jax.prepare.config import TRAIN
+
     kind, colon, path = text.partition(":")
     split, equals, rest = kind.partition("=")
     if equals:
@@ -184,7 +193,7 @@ def _source(text: str) -> SourceConfig:
     )
 
 
-def _runner() -> preparing.Runner | None:
+def _runner() -> "Runner | None":
     if _RUNNER.value is None:
         if _BEAM.value:
             raise UserError("--beam gives options to --runner, which is missing")
@@ -195,10 +204,14 @@ def _runner() -> preparing.Runner | None:
 
 
 def _audit(folder: str, key: str) -> None:
+    from leon_jax.prepare import edit
+
     print(json.dumps(edit.audit(folder, key), indent=1, ensure_ascii=False))
 
 
 def _remove(folder: str, path: str) -> None:
+    from leon_jax.prepare import edit
+
     count, unknown = edit.remove(folder, edit.read_keys(path))
     print(f"{count} documents were removed from {folder}")
     if unknown:
@@ -208,6 +221,8 @@ def _remove(folder: str, path: str) -> None:
 
 def _model_files(named: dict[str, str | None]) -> dict[str, pathlib.Path] | None:
     """The three models: those named, those of the package beside them, or None at all."""
+    from leon_jax.decode.checkpoint import model_folder
+
     shipped = model_folder(None)
     files = {
         kind: pathlib.Path(path) if path else shipped / _FILES[kind] for kind, path in named.items()

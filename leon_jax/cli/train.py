@@ -14,11 +14,9 @@ import os
 import pathlib
 import sys
 
-import jax
 from absl import flags
 
 from leon_jax import config as configs
-from leon_jax import sharding
 from leon_jax.cli import config_flag
 from leon_jax.config import UserError
 
@@ -62,6 +60,9 @@ def main(argv: list[str]) -> None:
         print(f"{tokenizer.size} entries -> {workdir / 'export'}", file=sys.stderr)
         return
 
+    import jax
+
+    from leon_jax import sharding
     from leon_jax.train import loop
 
     _join_processes()
@@ -92,6 +93,8 @@ def _join_processes() -> None:
         return
     if any(given) and not all(given):
         raise UserError("give all of --coordinator, --processes and --process_id, or none of them")
+    import jax
+
     try:
         jax.distributed.initialize(*explicit)
     except (ValueError, RuntimeError) as error:
