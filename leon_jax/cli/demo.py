@@ -167,7 +167,7 @@ def _train(workdir: pathlib.Path, prepared: pathlib.Path, model: pathlib.Path) -
 
 def _write(path: pathlib.Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
 

@@ -3,15 +3,19 @@
 A verb is a module of this package with a docstring, its own absl flags and `main(argv)`. It is
 imported only when it is used, so `leon --help` is quick. Its flags are absl's global ones, or a
 `FlagValues` of its own called FLAGS, so that several verbs can be used in one process. What a
-person can fix is one sentence on stderr and exit code 2; Ctrl-C is exit code 130.
+person can fix is one sentence on stderr and exit code 2; Ctrl-C is exit code 130. Characters that a
+terminal cannot show are printed as escapes. A reader that closes the pipe ends the command quietly,
+with exit code 141, as the shell reports it of other programs.
 """
 
 import contextlib
 import difflib
 import importlib
 import inspect
+import io
 import os
 import resource
+import select
 import sys
 import types
 from collections.abc import Sequence
@@ -43,10 +47,36 @@ leon --version     prints the version
 
 for example: leon generate --prompt="cat face, Twemoji style" --num_images=4 --out=pictures"""
 
+# 128 + SIGPIPE.
+PIPE_CLOSED = 141
+
 
 def main() -> None:
     """The console entry point."""
-    sys.exit(run(sys.argv[1:]))
+    streams = [s for s in (sys.stdout, sys.stderr) if isinstance(s, io.TextIOWrapper)]
+    for stream in streams:
+        stream.reconfigure(errors="backslashreplace")
+    try:
+        try:
+            code = run(sys.argv[1:])
+        finally:  # what is still in the buffer is written here, not while Python ends
+            for stream in streams:
+                stream.flush()
+    except BrokenPipeError:
+        closed = [stream for stream in streams if _is_closed(stream)]
+        if not closed:
+            raise
+        for stream in closed:  # Python flushes them once more when it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        code = PIPE_CLOSED
+    sys.exit(code)
+
+
+def _is_closed(stream: io.TextIOWrapper) -> bool:
+    """Whether the stream is a pipe that nobody reads any more."""
+    poll = select.poll()
+    poll.register(stream, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 def run(arguments: Sequence[str]) -> int:
