@@ -1,4 +1,4 @@
-"""`leon --help` and `leon VERB --help`: what they load, and that their choices are the real ones."""
+"""`leon --help` and `leon VERB --help`: what they load; a flag has the choices of its type."""
 
 import subprocess
 import sys
