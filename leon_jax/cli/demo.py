@@ -27,19 +27,6 @@ _FIRST_STEPS, _ALL_STEPS = 60, 120
 
 _CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "emoji" / "decoder.py"
 
-_MEANINGS = {
-    "tokenizer_psnr_db": "peak signal-to-noise ratio of pictures after the image tokenizer, dB",
-    "codes_used": "share of the codebook that the held-out pictures use",
-    "image_perplexity": "perplexity of a picture token given the caption, by documents read first",
-    "caption_rank1_of_50": "pictures whose true caption, with the 2 documents it finds, makes them "
-    "likelier than the 49 others do with theirs",
-    "caption_rank1_of_50_without_documents": "the same by captions alone",
-    "prompt_match_of_50": "drawn pictures that the retrieval encoder matches to their own prompt "
-    "among 50, by documents read first",
-    "real_match_of_50": "the same for the real held-out pictures, to know the judge by",
-    "seconds": "wall-clock time of this demo after installation",
-}
-
 
 def main(argv: list[str]) -> None:
     """Runs `leon demo`.
@@ -59,7 +46,7 @@ def main(argv: list[str]) -> None:
 
     from leon_jax.data import emoji
     from leon_jax.decode.library import files
-    from leon_jax.evaluate import demo, page
+    from leon_jax.evaluate import demo, meanings, page
     from leon_jax.leon import Leon, model_folder
     from leon_jax.prepare import prepare as preparing
     from leon_jax.prepare.config import emoji_config
@@ -85,14 +72,18 @@ def main(argv: list[str]) -> None:
     ]
     _say("4/5 numbers")
     ranks = {n: demo.caption_ranks(leon, documents, n)[0] for n in (0, 2)}
-    metrics = {
+    metrics: dict[str, meanings.Number] = {
+        "candidates": _MEASURED,
         "tokenizer_psnr_db": rebuilt.psnr_db,
-        "codes_used": rebuilt.codes_used,
-        "image_perplexity": {str(n): demo.image_perplexity(leon, documents, n) for n in (0, 1, 2)},
-        "caption_rank1_of_50": float((ranks[2] == 0).mean()),
-        "caption_rank1_of_50_without_documents": float((ranks[0] == 0).mean()),
-        "prompt_match_of_50": {str(n): demo.prompt_match(leon, drawn[n]) for n in drawn},
-        "real_match_of_50": demo.real_match(leon, documents),
+        "codes_used_share": rebuilt.codes_used,
+        "image_perplexity_by_documents": {
+            str(n): demo.image_perplexity(leon, documents, n) for n in (0, 1, 2)
+        },
+        "caption_rank1_share_by_documents": {str(n): float((ranks[n] == 0).mean()) for n in ranks},
+        "prompt_match_share_by_documents": {
+            str(n): demo.prompt_match(leon, drawn[n]) for n in drawn
+        },
+        "real_match_share": demo.real_match(leon, documents),
     }
     pictures = out / "pictures"
     pictures.mkdir(exist_ok=True)
@@ -113,7 +104,7 @@ def main(argv: list[str]) -> None:
             "4.0 by the OpenMoji project; Twemoji is CC BY 4.0 by Twitter, Inc and other "
             "contributors.</p>",
         ),
-        ("Numbers", page.numbers(metrics, _MEANINGS)),
+        ("Numbers", page.numbers(metrics)),
         (
             "Pictures for held-out prompts",
             page.drawings(shown, drawn[0][:_SHOWN], drawn[2][:_SHOWN]),
@@ -131,7 +122,7 @@ def main(argv: list[str]) -> None:
             "Training goes on",
             f"<p>The shipped decoder trained for {_ALL_STEPS} more steps, stopped after step "
             f"{_FIRST_STEPS} and resumed from its own checkpoint.</p>"
-            + page.curve(losses, _FIRST_STEPS, "training loss by step"),
+            + page.curve(losses, _FIRST_STEPS, "training loss, nats a token"),
         ),
     ]
     _write(out / "index.html", page.page("leon_jax: the demo", sections, metrics))

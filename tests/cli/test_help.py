@@ -1,16 +1,20 @@
 """`leon --help` and `leon VERB --help`: what they load; a flag has the choices of its type."""
 
+import ast
+import pathlib
+import shlex
 import subprocess
 import sys
 from typing import get_args
 
 import pytest
 
-from leon_jax.cli import plan, prepare
 from leon_jax.cli.main import VERBS
 from leon_jax.decode.cache import CacheType
 from leon_jax.decode.library import HERE
 from leon_jax.models.decoder import WeightType
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 # Packages that take long to load. Help needs none of them.
 HEAVY = {
@@ -38,13 +42,45 @@ def test_help_loads_no_heavy_package(arguments):
     assert done.stdout.startswith("leon") or "flags of leon" in done.stdout
 
 
+def python(program: str) -> str:
+    """What a program of a process of its own prints: loading a verb defines global flags."""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 @pytest.mark.parametrize(
-    ("values", "flag", "type_"),
-    [(plan.FLAGS, "weights", WeightType), (plan.FLAGS, "cache", CacheType)],
+    ("verb", "flag", "type_"), [("plan", "weights", WeightType), ("plan", "cache", CacheType)]
 )
-def test_the_choices_of_a_flag_are_those_of_the_type(values, flag, type_):
-    assert tuple(values[flag].parser.enum_values) == get_args(type_)
+def test_the_choices_of_a_flag_are_those_of_the_type(verb, flag, type_):
+    values = f"{verb}.FLAGS[{flag!r}].parser.enum_values"
+    printed = python(f"from leon_jax.cli import {verb}; print(*{values})")
+    assert tuple(printed.split()) == get_args(type_)
 
 
 def test_the_default_folder_of_prepare_is_the_one_that_models_look_in():
-    assert f"(default: {HERE}, for the emoji)" in prepare.FLAGS["out"].help
+    printed = python("from leon_jax.cli import prepare; print(prepare.FLAGS['out'].help)")
+    assert f"(default: {HERE}, for the emoji)" in printed
+
+
+def help_commands(verb: str) -> list[list[str]]:
+    """The commands that a verb's help shows, without `leon VERB`."""
+    tree = ast.parse((ROOT / "leon_jax" / "cli" / f"{verb}.py").read_text(encoding="utf-8"))
+    text = (ast.get_docstring(tree) or "").replace("\\\n", " ")
+    lines = [line.strip() for line in text.splitlines()]
+    return [shlex.split(line)[2:] for line in lines if line.startswith(f"leon {verb} ")]
+
+
+def test_the_model_that_the_help_of_evaluate_names_is_a_whole_one():
+    flags = [flag for command in help_commands("evaluate") for flag in command]
+    (folder,) = [flag.split("=")[1] for flag in flags if flag.startswith("--checkpoint=")]
+    for name in ("decoder.safetensors", "tokenizer.safetensors", "encoder.safetensors"):
+        assert (ROOT / folder / name).is_file()
+    assert f"--index={HERE}" in flags
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_commands_in_help_have_flags_that_exist(verb):
+    names = {flag.partition("=")[0] for command in help_commands(verb) for flag in command}
+    text = python(f"from leon_jax.cli import main, {verb}; print(main.describe({verb}, 'x'))")
+    assert not [name for name in names if f"\n  {name}: " not in text]
