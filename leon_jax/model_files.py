@@ -81,7 +81,7 @@ def load(path: str | os.PathLike, kind: str) -> tuple[dict[str, np.ndarray], dic
             metadata = file.metadata() or {}
             arrays = {name: np.asarray(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
     except Exception as error:  # the library raises several kinds for damaged files
-        raise UserError(f"{path} is not a whole safetensors file: {error}") from error
+        raise UserError(f"{path} is not a whole safetensors file") from error
     if metadata.get("format") != FORMAT or metadata.get("kind") != kind:
         found = metadata.get("kind", "no leon_jax model")
         raise UserError(f"{path} holds {found}; a {kind} file is needed here")

@@ -32,7 +32,7 @@ _TOP_P = flags.DEFINE_float(
 _CAPTION_DOCS = flags.DEFINE_multi_integer(
     "caption_docs",
     [0],
-    "Documents that are read before each caption that is ranked; may be given several times.",
+    "Documents that are read before each caption that is ranked.",
 )
 
 

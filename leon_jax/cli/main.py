@@ -17,10 +17,14 @@ import os
 import resource
 import select
 import sys
+import traceback
 import types
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from absl import app, flags
+from absl import flags
+
+from leon_jax.cli import flag_errors
+from leon_jax.config import UserError
 
 # NumPy multiplies only small matrices here (augmentation, neighbours), on threads that already run
 # side by side; BLAS threads of its own would make each of them wait. Read when NumPy is loaded.
@@ -44,6 +48,8 @@ usage: leon VERB [--flag=value ...]
 
 leon VERB --help   says what a verb does and what its flags are
 leon --version     prints the version
+
+LEON_DEBUG=1 leon VERB ...   also shows where in the program an error comes from
 
 for example: leon generate --prompt="cat face, Twemoji style" --num_images=4 --out=pictures"""
 
@@ -101,12 +107,11 @@ def run(arguments: Sequence[str]) -> int:
 
 def run_verb(verb: str, arguments: Sequence[str]) -> int:
     """Parses a verb's flags, runs its `main`, and turns errors into messages and exit codes."""
-    from leon_jax.config import UserError
-
     name = f"leon {verb}"
     _allow_many_files()
     try:
-        module = importlib.import_module(f"leon_jax.cli.{verb}")
+        with _argv([name]):  # the definition of --config reads it
+            module = importlib.import_module(f"leon_jax.cli.{verb}")
         if {"--help", "-h", "-help"} & set(arguments):
             print(describe(module, verb))
             return 0
@@ -114,7 +119,9 @@ def run_verb(verb: str, arguments: Sequence[str]) -> int:
         if len(rest) > 1:
             raise UserError(f"{rest[1]!r} is not a flag; flags are written --name=value")
         module.main(rest)
-    except (UserError, flags.Error, app.UsageError) as error:
+    except UserError as error:
+        if os.environ.get("LEON_DEBUG"):
+            traceback.print_exc()
         return _refuse(name, str(error))
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
@@ -132,15 +139,21 @@ def _parse(module: types.ModuleType, argv: list[str]) -> list[str]:
         for flag in values:
             values[flag].unparse()
         flags.FLAGS.mark_as_parsed()
-    # The overrides of a config's keys are looked for in there.
-    previous, sys.argv = sys.argv, argv
     try:
-        return values(argv)
-    except flags.Error:
+        with _argv(argv):  # the overrides of a config's keys are looked for in there
+            return values(argv)
+    except UserError:
         raise
     except Exception as error:  # a config file is a program and may raise anything
-        wrong = str(error).strip("\"'")
-        raise app.UsageError(f"a flag or its config file cannot be read: {wrong}") from error
+        raise UserError(flag_errors.sentence(values, argv, error)) from error
+
+
+@contextlib.contextmanager
+def _argv(argv: list[str]) -> Iterator[None]:
+    """Makes `argv` the command line of this process for a while."""
+    previous, sys.argv = sys.argv, argv
+    try:
+        yield
     finally:
         sys.argv = previous
 

@@ -156,8 +156,15 @@ def _mesh(default, pod) -> tuple[int, ...]:
     """The sizes that were asked for, without -1."""
     from leon_jax import sharding
 
+    wanted = default
+    if _MESH.value is not None:
+        try:
+            wanted = tuple(int(size) for size in _MESH.value)
+        except ValueError as error:
+            raise UserError(
+                f"--mesh={','.join(_MESH.value)} must be four whole numbers, for example -1,64,1,1"
+            ) from error
     try:
-        wanted = default if _MESH.value is None else tuple(int(size) for size in _MESH.value)
         return tuple(sharding.make_mesh(wanted, pod.devices).shape.values())
     except ValueError as error:
         name = "config.loop.mesh" if _MESH.value is None else "--mesh"

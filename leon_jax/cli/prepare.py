@@ -37,14 +37,12 @@ if TYPE_CHECKING:
 
 FLAGS = flags.FlagValues()
 _CONFIG = config_flag.define(FLAGS)
-_SOURCE = flags.DEFINE_multi_string(
-    "source", [], "[SPLIT=]KIND:PATH; may be given several times", flag_values=FLAGS
-)
+_SOURCE = flags.DEFINE_multi_string("source", [], "[SPLIT=]KIND:PATH", flag_values=FLAGS)
 _LICENCE = flags.DEFINE_string(
     "licence", "", "SPDX licence of records that state none", flag_values=FLAGS
 )
 _ACCEPT = flags.DEFINE_multi_string(
-    "accept", [], "a further licence that is accepted; may be given several times",
+    "accept", [], "a further licence that is accepted",
     flag_values=FLAGS,
 )  # fmt: skip
 _ATTRIBUTION = flags.DEFINE_string(
@@ -110,7 +108,7 @@ def main(argv: list[str]) -> None:
         if _REMOVE_KEYS.value is not None:
             _remove(_OUT.value, _REMOVE_KEYS.value)
         return
-    emojis = _CONFIG.value is None and not _SOURCE.value
+    emojis = not _CONFIG.present and not _SOURCE.value
     if (_LICENCE.value or _ATTRIBUTION.value) and not _SOURCE.value:
         raise UserError(
             "--licence and --attribution say what holds for the sources of --source, which is "
@@ -146,7 +144,7 @@ def _configuration(emojis: bool) -> "PrepareConfig | None":
     from leon_jax.prepare.config import LICENCES, PrepareConfig, emoji_config
 
     values: dict[str, Any] = {}
-    if _CONFIG.value is not None:
+    if _CONFIG.present:
         values = config_flag.read(_CONFIG, "configs/prepare.py")
     named = {
         "tokenizer": _TOKENIZER.value or values.get("tokenizer"),

@@ -132,8 +132,8 @@ class EmojiSource:
             )
         except Exception as error:
             raise UserError(
-                f"the emoji dataset in {folder} cannot be read ({error}); remove the folder and "
-                "run: leon prepare"
+                f"the emoji dataset in {folder} cannot be read; remove the folder and run: "
+                "leon prepare"
             ) from error
 
 

@@ -171,7 +171,7 @@ def _open(folder: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, Any]:
         try:
             file = stack.enter_context(safetensors.safe_open(path, framework="numpy"))
         except Exception as error:  # the library raises several kinds for damaged files
-            raise UserError(f"{path} is not a whole safetensors file: {error}") from error
+            raise UserError(f"{path} is not a whole safetensors file") from error
         files.update(dict.fromkeys(file.keys(), file))
     return files
 
