@@ -16,7 +16,7 @@ ALL_SOURCES = sorted(
     for path in (ROOT / folder).rglob("*.py")
 )
 
-FOUNDATION = {"config", "documents", "vocabulary", "sharding", "ops"}
+FOUNDATION = {"config", "documents", "vocabulary", "sharding", "ops", "compilation_cache"}
 BELOW_DATA = FOUNDATION | {"models", "model_files", "tokenizers"}
 BELOW_TRAINING = BELOW_DATA | {"retrieval", "data"}
 
@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "vocabulary": set(),
     "sharding": set(),
     "ops": set(),
+    "compilation_cache": {"config"},
     "models": {"ops", "sharding", "config", "vocabulary"},
     "model_files": {"config", "sharding"},
     "tokenizers": FOUNDATION | {"models", "model_files"},

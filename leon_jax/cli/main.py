@@ -36,6 +36,7 @@ VERBS = {
     "train": "train a tokenizer, an encoder or a decoder from a config file",
     "plan": "check a config against a TPU pod that is not there",
     "evaluate": "measure a trained model",
+    "cache": "show what is kept between commands, and empty it",
     "demo": "run everything once on real data, and leave a page to look at",
 }
 

@@ -10,7 +10,6 @@ On several hosts every process runs this command with --distributed. On TPU pods
 and Kubernetes they find each other; elsewhere say --coordinator, --processes and --process_id.
 """
 
-import os
 import pathlib
 import sys
 
@@ -62,13 +61,12 @@ def main(argv: list[str]) -> None:
 
     import jax
 
-    from leon_jax import sharding
+    from leon_jax import compilation_cache, sharding
     from leon_jax.train import loop
 
     _join_processes()
     # Beside the run, so that whoever restarts it compiles nothing again.
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", str(workdir.absolute() / "compile_cache"))
+    compilation_cache.use_compilation_cache(workdir / compilation_cache.RUN_FOLDER)
     settings = configs.build(loop.LoopConfig, values.pop("loop", {}), "config.loop")
     try:
         mesh = sharding.make_mesh(settings.mesh, slices=settings.slices)
