@@ -1,7 +1,7 @@
 """Runs everything once on real data and leaves a page to look at.
 
-Makes the emoji dataset and its index, draws pictures for held-out prompts and writes captions for
-held-out pictures with the shipped weights, goes on training the decoder for a minute in two starts,
+Makes the emoji data set and its index, generates images for held-out prompts and writes captions
+for held-out images with the model of the package, trains the decoder on for a minute in two starts,
 and writes OUT/index.html and OUT/metrics.json. Takes about six minutes on two CPU cores.
 """
 

@@ -31,8 +31,8 @@ from leon_jax.config import UserError
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 VERBS = {
-    "generate": "draw pictures for a prompt, or write a caption for a picture",
-    "prepare": "make of pictures and texts the folder that training and retrieval read",
+    "generate": "generate images for a prompt, or write a caption for an image",
+    "prepare": "make the folder of images and texts that training and retrieval read",
     "train": "train a tokenizer, an encoder or a decoder from a config file",
     "plan": "check a config against a TPU pod that is not there",
     "evaluate": "measure a trained model",
@@ -41,7 +41,7 @@ VERBS = {
 }
 
 USAGE = """\
-leon: one transformer that reads and writes text and pictures.
+leon: one transformer that reads and writes text and images.
 
 usage: leon VERB [--flag=value ...]
 
@@ -52,7 +52,7 @@ leon --version     prints the version
 
 LEON_DEBUG=1 leon VERB ...   also shows where in the program an error comes from
 
-for example: leon generate --prompt="cat face, Twemoji style" --num_images=4 --out=pictures"""
+for example: leon generate --prompt="cat face, Twemoji style" --num_images=4 --out=images"""
 
 # 128 + SIGPIPE.
 PIPE_CLOSED = 141

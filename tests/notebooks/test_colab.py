@@ -69,6 +69,8 @@ def machine(monkeypatch, tmp_path):
 
 
 class Machine:
+    """Where the install cell runs."""
+
     def __init__(self, monkeypatch, folder: Path):
         self.monkeypatch, self.folder = monkeypatch, folder
 
