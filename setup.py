@@ -91,6 +91,8 @@ setup(
     install_requires=[
         "absl-py>=2.5",
         "array-record>=0.8",
+        # JAX needs it to keep compiled programs within a size.
+        "filelock>=3.16",
         "flax>=0.12.12",
         "grain>=0.2.18",
         "jax>=0.11.2",

@@ -129,9 +129,9 @@ def page(results: dict[str, dict]) -> str:
     """docs/ablation.md."""
     rows = []
     for name, metrics in results.items():
-        perplexity = [f"{metrics['image_perplexity'][n]:.2f}" for n in "012"]
-        match = [f"{100 * metrics['prompt_match'][n]:.1f}" for n in "02"]
-        rank = f"{100 * metrics['caption_rank1']['0']:.1f}"
+        perplexity = [f"{metrics['image_perplexity_by_documents'][n]:.2f}" for n in "012"]
+        match = [f"{100 * metrics['prompt_match_share_by_documents'][n]:.1f}" for n in "02"]
+        rank = f"{100 * metrics['caption_rank1_share_by_documents']['0']:.1f}"
         loss = f"{metrics['training_loss']:.3f}"
         rows.append(f"| {' | '.join([name, loss, *perplexity, *match, rank])} |")
     return f"""# What the rules of retrieval are worth

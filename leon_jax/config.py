@@ -87,20 +87,27 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
         return _convert(value, hint, path)
     if origin is Literal:
         if value not in get_args(hint):
-            raise ConfigError(f"{path} is {value!r}; it must be one of {list(get_args(hint))}")
+            raise ConfigError(
+                f"{path} is {_shown(value)}; it must be one of {list(get_args(hint))}"
+            )
         return value
     if dataclasses.is_dataclass(hint):
         return build(hint, value, path)  # type: ignore[arg-type]
     if origin is tuple:
         if not isinstance(value, list | tuple):
-            raise ConfigError(f"{path} is {value!r}; it must be a list")
+            raise ConfigError(f"{path} is {_shown(value)}; it must be a list")
         element = get_args(hint)[0]
         return tuple(_convert(item, element, f"{path}[{i}]") for i, item in enumerate(value))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise ConfigError(f"{path} is {value!r}; it must be {_name(hint)}")
+        raise ConfigError(f"{path} is {_shown(value)}; it must be {_name(hint)}")
     return value
+
+
+def _shown(value: Any) -> str:
+    """A value as a person writes it: a string's backslashes are not doubled."""
+    return f"'{value}'" if isinstance(value, str) else repr(value)
 
 
 def _name(hint: Any) -> str:

@@ -122,7 +122,7 @@ class Hole:
         try:  # tuples, so that a Hole can be compared and hashed
             rows = tuple(tuple(int(code) for code in row) for row in self.first_rows)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"first_rows are rows of codes of a picture: {error}") from error
+            raise ValueError("first_rows are rows of codes, which must be whole numbers") from error
         if rows and (self.modality != "image" or len(set(map(len, rows))) > 1):
             raise ValueError("first_rows are rows of codes of a picture, all equally long")
         object.__setattr__(self, "first_rows", rows)

@@ -17,7 +17,7 @@ ALL_SOURCES = sorted(
     for path in (ROOT / folder).rglob("*.py")
 )
 
-FOUNDATION = {"config", "documents", "vocabulary", "sharding", "ops"}
+FOUNDATION = {"config", "documents", "vocabulary", "sharding", "ops", "compilation_cache"}
 BELOW_DATA = FOUNDATION | {"models", "tensor_files", "weight_files", "tokenizers"}
 BELOW_TRAINING = BELOW_DATA | {"retrieval", "data"}
 
@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "vocabulary": set(),
     "sharding": set(),
     "ops": set(),
+    "compilation_cache": {"config"},
     "models": {"ops", "sharding", "config", "vocabulary"},
     "tensor_files": {"config"},
     "weight_files": {"config", "sharding", "tensor_files", "models"},

@@ -57,6 +57,7 @@ def test_a_list_of_groups_becomes_a_tuple_of_dataclasses_and_back():
         ({"inner": 3}, r"config\.inner must be a group of keys"),
         ({"inner": {"width": 1}, "sizes": 3}, r"config\.sizes is 3; it must be a list"),
         ({"inner": {"width": 1}, "sizes": [1, "a"]}, r"config\.sizes\[1\] is 'a'"),
+        ({"inner": {"width": "a\\b'c"}}, r"config\.inner\.width is 'a\\b'c'; it must be int"),
         ({"inner": {"width": 1}, "kind": "c"}, r"config\.kind is 'c'; it must be one of"),
         (
             {"inner": {"width": 1}, "several": [{"width": 1}, {"wdth": 2}]},

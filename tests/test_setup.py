@@ -54,6 +54,11 @@ def test_make_alone_lists_every_command():
     assert set(re.findall(r"^  make (\w+)", printed, re.MULTILINE)) == make_targets()
 
 
+def test_what_must_pass_before_a_change_lands():
+    steps = re.findall(r"^make (\w+)$", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
+    assert steps == ["lint", "peers", "tpu", "test"]
+
+
 def test_the_version_has_one_source():
     assert importlib.metadata.version("leon_jax") == leon_jax.__version__
 

@@ -1,29 +1,39 @@
 """Measures a model on held-out documents and prints the numbers as JSON.
 
-    leon evaluate --model=runs/emoji/decoder/export --index=data/emoji_prepared
+    leon evaluate --index=data/emoji_prepared
+    leon evaluate --model=leon_jax/weights/emoji --index=data/emoji_prepared --groups=4
 
-Without --model it measures the shipped model. What each number is: docs/results.md.
+A model folder holds decoder.safetensors, tokenizer.safetensors, encoder.safetensors and text.json.
+Without --model the model that comes with the package is measured. `leon prepare` makes the
+index. Every number is also printed with its unit and its meaning while it is measured.
 """
 
 import json
 import sys
 from statistics import fmean
 
-import numpy as np
 from absl import flags
 
 from leon_jax.config import UserError
 
-_MODEL = flags.DEFINE_string("model", None, "A model folder; the shipped one by default.")
+_MODEL = flags.DEFINE_string(
+    "model", None, "A model folder; by default the model that comes with the package."
+)
 _INDEX = flags.DEFINE_string("index", "data/emoji_prepared", "A prepared folder.")
 _SPLIT = flags.DEFINE_enum(
     "split", "unseen_design", ["unseen_design", "unseen_concept"], "Which held-out documents."
 )
 _CANDIDATES = flags.DEFINE_integer("candidates", 50, "Documents that are told apart.")
-_GROUPS = flags.DEFINE_integer("groups", 1, "Groups of so many documents to average over.")
-_GUIDANCE = flags.DEFINE_float("guidance", 3.0, "Guidance weight of drawn pictures.")
-_TOP_P = flags.DEFINE_float("top_p", 0.9, "Nucleus of drawn pictures.")
-_CAPTION_DOCS = flags.DEFINE_multi_integer("caption_docs", [0], "Documents the ranker reads.")
+_GROUPS = flags.DEFINE_integer("groups", 1, "Groups of --candidates documents to average over.")
+_GUIDANCE = flags.DEFINE_float("guidance", 3.0, "Guidance weight of generated images.")
+_TOP_P = flags.DEFINE_float(
+    "top_p", 0.9, "Images are sampled from the likeliest tokens of this total probability."
+)
+_CAPTION_DOCS = flags.DEFINE_multi_integer(
+    "caption_docs",
+    [0],
+    "Documents that are read before each caption that is ranked.",
+)
 
 
 def main(argv: list[str]) -> None:
@@ -33,7 +43,10 @@ def main(argv: list[str]) -> None:
       UserError: a file is missing, or a number is out of range.
     """
     del argv
+    import numpy as np
+
     from leon_jax.evaluate import demo
+    from leon_jax.evaluate.meanings import MEANINGS, Number, shown
     from leon_jax.leon import Leon
     from leon_jax.retrieval.prepared import Prepared
 
@@ -47,25 +60,32 @@ def main(argv: list[str]) -> None:
     every = [source[i] for i in range(len(source))]
     some = [every[start : start + count] for start in range(0, groups * count, count)]
     rebuilt = demo.reconstruct(leon, every)
-    metrics: dict = {"tokenizer_psnr_db": rebuilt.psnr_db, "codes_used": rebuilt.codes_used}
-    metrics["real_match"] = fmean(demo.real_match(leon, group) for group in some)
-    _show(metrics)
-    metrics["image_perplexity"] = {str(n): demo.image_perplexity(leon, every, n) for n in (0, 1, 2)}
-    _show(metrics)
-    metrics["prompt_match"] = {}
-    for n in (0, 2):
-        drawn = [
-            demo.draw(leon, group, n, guidance=_GUIDANCE.value, top_p=_TOP_P.value)
+    metrics: dict[str, Number] = {}
+
+    def measured(name: str, value: Number) -> None:
+        metrics[name] = value
+        line = f"{name}: {shown(name, value)} ({MEANINGS[name]})"
+        print(line, file=sys.stderr, flush=True)
+
+    measured("candidates", count)
+    measured("tokenizer_psnr_db", rebuilt.psnr_db)
+    measured("codes_used_share", rebuilt.codes_used)
+    measured("real_match_share", fmean(demo.real_match(leon, group) for group in some))
+    measured(
+        "image_perplexity_by_documents",
+        {str(docs): demo.image_perplexity(leon, every, docs) for docs in (0, 1, 2)},
+    )
+    matches = {}
+    for docs in (0, 2):
+        generated = (
+            demo.draw(leon, group, docs, guidance=_GUIDANCE.value, top_p=_TOP_P.value)
             for group in some
-        ]
-        metrics["prompt_match"][str(n)] = fmean(demo.prompt_match(leon, group) for group in drawn)
-        _show(metrics)
-    metrics["caption_rank1"] = {}
-    for n in _CAPTION_DOCS.value:
-        ranks = np.concatenate([demo.caption_ranks(leon, group, n)[0] for group in some])
-        metrics["caption_rank1"][str(n)] = float((ranks == 0).mean())
+        )
+        matches[str(docs)] = fmean(demo.prompt_match(leon, group) for group in generated)
+    measured("prompt_match_share_by_documents", matches)
+    firsts = {}
+    for docs in _CAPTION_DOCS.value:
+        ranks = np.concatenate([demo.caption_ranks(leon, group, docs)[0] for group in some])
+        firsts[str(docs)] = float((ranks == 0).mean())
+    measured("caption_rank1_share_by_documents", firsts)
     print(json.dumps(metrics, indent=1))
-
-
-def _show(metrics: dict) -> None:
-    print(json.dumps(metrics), file=sys.stderr, flush=True)

@@ -12,7 +12,6 @@ images are finished with the same settings is skipped, so the same command conti
 stopped. OUT/generated.jsonl lists the finished images. Equal prompts are generated once.
 """
 
-import os
 import pathlib
 import sys
 from typing import TYPE_CHECKING, Any
@@ -102,17 +101,15 @@ def main(argv: list[str]) -> None:
       UserError: anything the person can fix; found before weights are read or files made.
     """
     del argv
-    from leon_jax.generate.retriever import cache_dir, check_index
+    from leon_jax.compilation_cache import compiled_folder, use_compilation_cache
+    from leon_jax.generate.retriever import check_index
     from leon_jax.model_folder import ModelFolder
 
     folder = ModelFolder.open(_MODEL.value)
     is_caption = _TASK.value == "caption"
     settings = _settings(is_caption)
     # Programs that were compiled once are found again by the next process.
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        import jax
-
-        jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
+    use_compilation_cache(compiled_folder())
     if _WARM.value:
         if is_caption:
             raise UserError("--warm is for images; captions compile little")

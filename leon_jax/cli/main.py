@@ -3,36 +3,45 @@
 A verb is a module of this package with a docstring, its own absl flags and `main(argv)`. It is
 imported only when it is used, so `leon --help` is quick. Its flags are absl's global ones, or a
 `FlagValues` of its own called FLAGS, so that several verbs can be used in one process. What a
-person can fix is one sentence on stderr and exit code 2; Ctrl-C is exit code 130.
+person can fix is one sentence on stderr and exit code 2; Ctrl-C is exit code 130. Characters that a
+terminal cannot show are printed as escapes. A reader that closes the pipe ends the command quietly,
+with exit code 141, as the shell reports it of other programs.
 """
 
 import contextlib
 import difflib
 import importlib
 import inspect
+import io
 import os
 import resource
+import select
 import sys
+import traceback
 import types
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from absl import app, flags
+from absl import flags
+
+from leon_jax.cli import flag_errors
+from leon_jax.config import UserError
 
 # NumPy multiplies only small matrices here (augmentation, neighbours), on threads that already run
 # side by side; BLAS threads of its own would make each of them wait. Read when NumPy is loaded.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 VERBS = {
-    "generate": "draw pictures for a prompt, or write a caption for a picture",
-    "prepare": "make of pictures and texts the folder that training and retrieval read",
+    "generate": "generate images for a prompt, or write a caption for an image",
+    "prepare": "make the folder of images and texts that training and retrieval read",
     "train": "train a tokenizer, an encoder or a decoder from a config file",
     "plan": "check a config against a TPU pod that is not there",
     "evaluate": "measure a trained model",
+    "cache": "show what is kept between commands, and empty it",
     "demo": "run everything once on real data, and leave a page to look at",
 }
 
 USAGE = """\
-leon: one transformer that reads and writes text and pictures.
+leon: one transformer that reads and writes text and images.
 
 usage: leon VERB [--flag=value ...]
 
@@ -41,12 +50,40 @@ usage: leon VERB [--flag=value ...]
 leon VERB --help   says what a verb does and what its flags are
 leon --version     prints the version
 
-for example: leon generate --prompt="cat face, Twemoji style" --num_images=4 --out=pictures"""
+LEON_DEBUG=1 leon VERB ...   also shows where in the program an error comes from
+
+for example: leon generate --prompt="cat face, Twemoji style" --num_images=4 --out=images"""
+
+# 128 + SIGPIPE.
+PIPE_CLOSED = 141
 
 
 def main() -> None:
     """The console entry point."""
-    sys.exit(run(sys.argv[1:]))
+    streams = [s for s in (sys.stdout, sys.stderr) if isinstance(s, io.TextIOWrapper)]
+    for stream in streams:
+        stream.reconfigure(errors="backslashreplace")
+    try:
+        try:
+            code = run(sys.argv[1:])
+        finally:  # what is still in the buffer is written here, not while Python ends
+            for stream in streams:
+                stream.flush()
+    except BrokenPipeError:
+        closed = [stream for stream in streams if _is_closed(stream)]
+        if not closed:
+            raise
+        for stream in closed:  # Python flushes them once more when it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        code = PIPE_CLOSED
+    sys.exit(code)
+
+
+def _is_closed(stream: io.TextIOWrapper) -> bool:
+    """Whether the stream is a pipe that nobody reads any more."""
+    poll = select.poll()
+    poll.register(stream, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -71,12 +108,11 @@ def run(arguments: Sequence[str]) -> int:
 
 def run_verb(verb: str, arguments: Sequence[str]) -> int:
     """Parses a verb's flags, runs its `main`, and turns errors into messages and exit codes."""
-    from leon_jax.config import UserError
-
     name = f"leon {verb}"
     _allow_many_files()
     try:
-        module = importlib.import_module(f"leon_jax.cli.{verb}")
+        with _argv([name]):  # the definition of --config reads it
+            module = importlib.import_module(f"leon_jax.cli.{verb}")
         if {"--help", "-h", "-help"} & set(arguments):
             print(describe(module, verb))
             return 0
@@ -84,7 +120,9 @@ def run_verb(verb: str, arguments: Sequence[str]) -> int:
         if len(rest) > 1:
             raise UserError(f"{rest[1]!r} is not a flag; flags are written --name=value")
         module.main(rest)
-    except (UserError, flags.Error, app.UsageError) as error:
+    except UserError as error:
+        if os.environ.get("LEON_DEBUG"):
+            traceback.print_exc()
         return _refuse(name, str(error))
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
@@ -102,15 +140,21 @@ def _parse(module: types.ModuleType, argv: list[str]) -> list[str]:
         for flag in values:
             values[flag].unparse()
         flags.FLAGS.mark_as_parsed()
-    # The overrides of a config's keys are looked for in there.
-    previous, sys.argv = sys.argv, argv
     try:
-        return values(argv)
-    except flags.Error:
+        with _argv(argv):  # the overrides of a config's keys are looked for in there
+            return values(argv)
+    except UserError:
         raise
     except Exception as error:  # a config file is a program and may raise anything
-        wrong = str(error).strip("\"'")
-        raise app.UsageError(f"a flag or its config file cannot be read: {wrong}") from error
+        raise UserError(flag_errors.sentence(values, argv, error)) from error
+
+
+@contextlib.contextmanager
+def _argv(argv: list[str]) -> Iterator[None]:
+    """Makes `argv` the command line of this process for a while."""
+    previous, sys.argv = sys.argv, argv
+    try:
+        yield
     finally:
         sys.argv = previous
 

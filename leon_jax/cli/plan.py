@@ -2,9 +2,10 @@
 
     leon plan --config=configs/cm3leon_7b.py --topology=v5p:8x8x4
 
-Compiles the real training step (or, with --program=decode, the real drawing program) with the real
-compiler for TPUs, which runs on any Linux machine, and says what it takes: memory, traffic, time.
-Needs no TPU, no account and no network; needs the compiler: pip install 'leon_jax[tpu]'.
+Compiles the real training step (or, with --program=decode, the real program that generates images)
+with the real compiler for TPUs, which runs on any Linux machine, and says what it takes: memory,
+traffic, time. Needs no TPU, no account and no network; needs the compiler:
+pip install 'leon_jax[tpu]'.
 With --search it looks for the fastest setting that fits, or for the smallest change that makes it
 fit. Exit code 3: it does not fit.
 
@@ -41,7 +42,7 @@ _MESH = flags.DEFINE_list(
     "mesh",
     None,
     "Sizes of data,fsdp,context,tensor; one may be -1. By default config.loop.mesh for training, "
-    "and -1,1,1,8 for drawing.",
+    "and -1,1,1,8 for generating.",
     flag_values=FLAGS,
 )
 _SEARCH = flags.DEFINE_bool(
@@ -52,13 +53,13 @@ _SEARCH = flags.DEFINE_bool(
     flag_values=FLAGS,
 )
 _ROWS = flags.DEFINE_integer(
-    "rows", 32, "Pictures drawn at once (decode).", lower_bound=1, flag_values=FLAGS
+    "rows", 32, "Images generated at once (decode).", lower_bound=1, flag_values=FLAGS
 )
 _GUIDANCE = flags.DEFINE_float("guidance", 3.0, "Guidance weight (decode).", flag_values=FLAGS)
 _PROMPT = flags.DEFINE_integer(
     "prompt",
     None,
-    "Tokens of a prompt (decode); by default all that a picture leaves of the context.",
+    "Tokens of a prompt (decode); by default all that an image leaves of the context.",
     lower_bound=1,
     flag_values=FLAGS,
 )
@@ -156,8 +157,15 @@ def _mesh(default, pod) -> tuple[int, ...]:
     """The sizes that were asked for, without -1."""
     from leon_jax import sharding
 
+    wanted = default
+    if _MESH.value is not None:
+        try:
+            wanted = tuple(int(size) for size in _MESH.value)
+        except ValueError as error:
+            raise UserError(
+                f"--mesh={','.join(_MESH.value)} must be four whole numbers, for example -1,64,1,1"
+            ) from error
     try:
-        wanted = default if _MESH.value is None else tuple(int(size) for size in _MESH.value)
         return tuple(sharding.make_mesh(wanted, pod.devices).shape.values())
     except ValueError as error:
         name = "config.loop.mesh" if _MESH.value is None else "--mesh"

@@ -22,32 +22,27 @@ import dataclasses
 import json
 import pathlib
 import shlex
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
 from leon_jax import config as configs
 from leon_jax.cli import config_flag
 from leon_jax.config import UserError
-from leon_jax.data import pictures
-from leon_jax.data.sources.raw import SourceConfig
-from leon_jax.datasets import demo
-from leon_jax.generate import retriever
-from leon_jax.model_folder import shipped_folder
-from leon_jax.prepare import edit, licences
-from leon_jax.prepare import prepare as preparing
-from leon_jax.prepare.config import LICENCES, TRAIN, PrepareConfig
+
+if TYPE_CHECKING:
+    from leon_jax.data.sources.raw import SourceConfig
+    from leon_jax.prepare.config import PrepareConfig
+    from leon_jax.prepare.prepare import Runner
 
 FLAGS = flags.FlagValues()
 _CONFIG = config_flag.define(FLAGS)
-_SOURCE = flags.DEFINE_multi_string(
-    "source", [], "[SPLIT=]KIND:PATH; may be given several times", flag_values=FLAGS
-)
+_SOURCE = flags.DEFINE_multi_string("source", [], "[SPLIT=]KIND:PATH", flag_values=FLAGS)
 _LICENCE = flags.DEFINE_string(
     "licence", "", "SPDX licence of records that state none", flag_values=FLAGS
 )
 _ACCEPT = flags.DEFINE_multi_string(
-    "accept", [], "a further licence that is accepted; may be given several times",
+    "accept", [], "a further licence that is accepted",
     flag_values=FLAGS,
 )  # fmt: skip
 _ATTRIBUTION = flags.DEFINE_string(
@@ -62,9 +57,8 @@ _ENCODER = flags.DEFINE_string(
     flag_values=FLAGS,
 )  # fmt: skip
 _TEXT = flags.DEFINE_string("text", None, "the text tokenizer's file", flag_values=FLAGS)
-_OUT = flags.DEFINE_string(
-    "out", None, "the prepared folder; replaced if outdated (for the emoji "
-    f"{retriever.DEFAULT_FOLDER} if not given)", flag_values=FLAGS)  # fmt: skip
+_OUT = flags.DEFINE_string("out", None, "the prepared folder; replaced if outdated (default: "
+                           "data/emoji_prepared, for the emoji)", flag_values=FLAGS)  # fmt: skip
 _VARIANTS = flags.DEFINE_integer(
     "variants", None, "how many variants of each train picture to encode, for training the decoder",
     lower_bound=1, flag_values=FLAGS,
@@ -101,6 +95,12 @@ def main(argv: list[str]) -> None:
       UserError: a file is missing or damaged, a flag does not fit, or a folder cannot be written.
     """
     del argv
+    from leon_jax.data import pictures
+    from leon_jax.datasets import demo
+    from leon_jax.generate import retriever
+    from leon_jax.prepare import licences
+    from leon_jax.prepare import prepare as preparing
+
     if _AUDIT.value is not None or _REMOVE_KEYS.value is not None:
         if not _OUT.value:
             raise UserError("--out is missing; it names the prepared folder")
@@ -109,7 +109,7 @@ def main(argv: list[str]) -> None:
         if _REMOVE_KEYS.value is not None:
             _remove(_OUT.value, _REMOVE_KEYS.value)
         return
-    demonstration = _CONFIG.value is None and not _SOURCE.value
+    demonstration = not _CONFIG.present and not _SOURCE.value
     if (_LICENCE.value or _ATTRIBUTION.value) and not _SOURCE.value:
         raise UserError(
             "--licence and --attribution say what holds for the sources of --source, which is "
@@ -139,10 +139,14 @@ def main(argv: list[str]) -> None:
     print(f"what is in it, and what is not and why: {pathlib.Path(out) / 'card.md'}")
 
 
-def _configuration(demonstration: bool) -> PrepareConfig | None:
+def _configuration(demonstration: bool) -> "PrepareConfig | None":
     """What the flags and the config file say; None if there are no models to encode with."""
+    from leon_jax.datasets import demo
+    from leon_jax.generate import retriever
+    from leon_jax.prepare.config import LICENCES, PrepareConfig
+
     values: dict[str, Any] = {}
-    if _CONFIG.value is not None:
+    if _CONFIG.present:
         values = config_flag.read(_CONFIG, "configs/prepare.py")
     named = {
         "tokenizer": _TOKENIZER.value or values.get("tokenizer"),
@@ -168,7 +172,10 @@ def _configuration(demonstration: bool) -> PrepareConfig | None:
     return configs.build(PrepareConfig, values)
 
 
-def _source(text: str) -> SourceConfig:
+def _source(text: str) -> "SourceConfig":
+    from leon_jax.data.sources.raw import SourceConfig
+    from leon_jax.prepare.config import TRAIN
+
     kind, colon, path = text.partition(":")
     split, equals, rest = kind.partition("=")
     if equals:
@@ -186,7 +193,7 @@ def _source(text: str) -> SourceConfig:
     )
 
 
-def _runner() -> preparing.Runner | None:
+def _runner() -> "Runner | None":
     if _RUNNER.value is None:
         if _BEAM.value:
             raise UserError("--beam gives options to --runner, which is missing")
@@ -197,10 +204,14 @@ def _runner() -> preparing.Runner | None:
 
 
 def _audit(folder: str, key: str) -> None:
+    from leon_jax.prepare import edit
+
     print(json.dumps(edit.audit(folder, key), indent=1, ensure_ascii=False))
 
 
 def _remove(folder: str, path: str) -> None:
+    from leon_jax.prepare import edit
+
     count, unknown = edit.remove(folder, edit.read_keys(path))
     print(f"{count} documents were removed from {folder}")
     if unknown:
@@ -210,6 +221,8 @@ def _remove(folder: str, path: str) -> None:
 
 def _model_files(named: dict[str, str | None]) -> dict[str, pathlib.Path] | None:
     """The three models: those named, those of the package beside them, or None at all."""
+    from leon_jax.model_folder import shipped_folder
+
     shipped = shipped_folder()
     files = {
         kind: pathlib.Path(path) if path else shipped / _FILES[kind] for kind, path in named.items()

@@ -10,15 +10,12 @@ On several hosts every process runs this command with --distributed. On TPU pods
 and Kubernetes they find each other; elsewhere say --coordinator, --processes and --process_id.
 """
 
-import os
 import pathlib
 import sys
 
-import jax
 from absl import flags
 
 from leon_jax import config as configs
-from leon_jax import sharding
 from leon_jax.cli import config_flag
 from leon_jax.config import UserError
 
@@ -62,12 +59,14 @@ def main(argv: list[str]) -> None:
         print(f"{tokenizer.size} entries -> {workdir / 'export'}", file=sys.stderr)
         return
 
+    import jax
+
+    from leon_jax import compilation_cache, sharding
     from leon_jax.train import loop
 
     _join_processes()
     # Beside the run, so that whoever restarts it compiles nothing again.
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", str(workdir.absolute() / "compile_cache"))
+    compilation_cache.use_compilation_cache(workdir / compilation_cache.RUN_FOLDER)
     settings = configs.build(loop.LoopConfig, values.pop("loop", {}), "config.loop")
     try:
         mesh = sharding.make_mesh(settings.mesh, slices=settings.slices)
@@ -92,6 +91,8 @@ def _join_processes() -> None:
         return
     if any(given) and not all(given):
         raise UserError("give all of --coordinator, --processes and --process_id, or none of them")
+    import jax
+
     try:
         jax.distributed.initialize(*explicit)
     except (ValueError, RuntimeError) as error:

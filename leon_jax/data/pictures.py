@@ -95,7 +95,7 @@ def decode(file: BinaryIO, name: str, *, plain: bool = False) -> Image.Image:
     except UnidentifiedImageError:
         raise PictureError(f"{name} is not a picture in {', '.join(FORMATS)} format") from None
     except Exception as error:  # decoders raise many kinds for damaged files
-        raise PictureError(f"{name} is damaged or cut short: {error}") from error
+        raise PictureError(f"{name} is damaged or cut short") from error
 
 
 def on_white(picture: Image.Image) -> Image.Image:
@@ -150,7 +150,7 @@ def check_folder(path: str | os.PathLike) -> pathlib.Path:
         with tempfile.TemporaryDirectory(prefix=".leon_", dir=parent):
             pass
     except OSError as error:
-        raise UserError(f"cannot write into {path}: {error.strerror or error}") from None
+        raise UserError(f"cannot write into {path}: {error.strerror}") from None
     return path
 
 

@@ -12,6 +12,7 @@ costs one read. It is written under a temporary name and appears complete or not
 """
 
 import bisect
+import errno
 import functools
 import io
 import itertools
@@ -66,16 +67,21 @@ def from_bytes(data: bytes, *, pixels: bool = True) -> Document:
     try:
         record = msgpack.unpackb(data)
         if not isinstance(record, dict) or "leon" not in record:
-            raise ValueError("it is not a leon_jax document")
+            raise UserError("the record cannot be read: it is not a leon_jax document")
         if record["leon"] != _VERSION:
-            raise ValueError(f"its version is {record['leon']}, this program reads {_VERSION}")
+            raise UserError(
+                f"the record cannot be read: its version is {record['leon']}, this program reads "
+                f"{_VERSION}"
+            )
         provenance = record["provenance"]
         return Document(
             tuple(_unpack(part, pixels) for part in record["parts"]),
             None if provenance is None else Provenance(**provenance),
         )
+    except UserError:
+        raise
     except Exception as error:  # msgpack, PIL and our own validation all fail in their own ways
-        raise UserError(f"the record cannot be read: {error}") from error
+        raise UserError("the record cannot be read: it is damaged") from error
 
 
 def to_png(pixels: UInt8[np.ndarray, "height width 3"]) -> bytes:
@@ -141,7 +147,9 @@ def _now(path: pathlib.Path, action: Callable[..., None], *arguments: bytes) -> 
     try:
         action(*arguments)
     except RuntimeError as error:
-        raise UserError(f"cannot write {path}: {str(error).partition(';')[0]}") from error
+        reasons = [os.strerror(code) for code in errno.errorcode if os.strerror(code) in str(error)]
+        reason = max(reasons, key=len, default="the file system refuses it")
+        raise UserError(f"cannot write {path}: {reason}") from error
 
 
 class RecordSource:
@@ -195,7 +203,9 @@ class RecordSource:
     def _decode(self, record: bytes, file: int, row: int) -> Document:
         try:
             return from_bytes(record, pixels=self.pixels)
-        except (UserError, RuntimeError, ValueError) as error:
+        except UserError as error:
+            raise UserError(f"record {row} of {self.paths[file]} is damaged ({error})") from error
+        except (RuntimeError, ValueError) as error:
             raise UserError(f"record {row} of {self.paths[file]} is damaged") from error
 
     def read(self, indices: Iterable[int]) -> Iterator[Document]:
@@ -266,10 +276,12 @@ def _reader(path: str) -> array_record_data_source.ArrayRecordDataSource:
         reader = array_record_data_source.ArrayRecordDataSource([path])
         if len(reader):
             from_bytes(reader[0], pixels=False)
-    except (UserError, RuntimeError, ValueError) as error:
+    except UserError as error:
         raise UserError(
             f"{path} is not a complete ArrayRecord file of documents ({error})"
         ) from error
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{path} is not a complete ArrayRecord file of documents") from error
     return reader
 
 

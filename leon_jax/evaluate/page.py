@@ -11,6 +11,7 @@ import numpy as np
 import PIL.Image
 
 from leon_jax.documents import Document
+from leon_jax.evaluate.meanings import MEANINGS, Number, shown
 from leon_jax.leon import GeneratedImage, credit
 
 _STYLE = """
@@ -93,7 +94,13 @@ def captions(documents: Sequence[Document], written: Sequence[tuple[str, str]]) 
 
 
 def curve(points: Sequence[tuple[int, float]], resumed_at: int, label: str) -> str:
-    """A line chart as SVG: steps to the right, values up, a mark where the run was resumed."""
+    """A line chart as SVG: steps to the right, values up, a mark where the run was resumed.
+
+    Args:
+      points: (step, value).
+      resumed_at: the step of the mark.
+      label: what the values are, with their unit.
+    """
     steps, values = np.array(points, float).T
     width, height, left, bottom = 720, 260, 60, 40
     low, high = values.min(), values.max()
@@ -123,20 +130,21 @@ def curve(points: Sequence[tuple[int, float]], resumed_at: int, label: str) -> s
         f'<line x1="{mark:.1f}" x2="{mark:.1f}" y1="20" y2="{height - bottom}" stroke="#888" '
         f'stroke-dasharray="4 4"/><text x="{mark + 6:.0f}" y="32" fill="#555">stopped and resumed'
         f'</text><polyline points="{line}" fill="none" stroke="#1f5fa8" stroke-width="2"/>'
+        f'<text x="{left}" y="13">{html.escape(label)}</text>'
         f'{ticks}<text x="{width / 2:.0f}" y="{height - 4}" text-anchor="middle">step</text></svg>'
     )
 
 
-def numbers(metrics: Mapping[str, Any], goals: Mapping[str, str]) -> str:
-    """The table of metrics with what each is and should reach."""
-    rows = []
-    for name, meaning in goals.items():
-        value = metrics[name]
-        if isinstance(value, dict):
-            shown = ", ".join(f"{key} documents: {item:.4g}" for key, item in value.items())
-        else:
-            shown = f"{value:.4g}"
-        rows.append([f"<code>{name}</code>", f'<span class="number">{shown}</span>', meaning])
+def numbers(metrics: Mapping[str, Number]) -> str:
+    """The table of metrics, each with its unit and its meaning."""
+    rows = [
+        [
+            f"<code>{name}</code>",
+            f'<span class="number">{html.escape(shown(name, value))}</span>',
+            html.escape(MEANINGS[name]),
+        ]
+        for name, value in metrics.items()
+    ]
     return table(["Number", "Measured here", "What it is"], rows)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from leon_jax.compilation_cache import cache_folder
 from leon_jax.config import UserError, build
 from leon_jax.datasets import demo
 from leon_jax.documents import Document, Image, Text
@@ -108,7 +109,7 @@ class Retriever:
         cache.
         """
         manifest = (self.folder / MANIFEST).read_bytes()
-        path = cache_dir() / "words" / f"{hashlib.sha256(manifest).hexdigest()[:16]}.json"
+        path = cache_folder() / "words" / f"{hashlib.sha256(manifest).hexdigest()[:16]}.json"
         try:
             return json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -158,9 +159,9 @@ def find_index(model: pathlib.Path, index: str | os.PathLike | None) -> pathlib.
         return DEFAULT_FOLDER
     paths = model_files(model)
     digests = [digest(paths[kind]) for kind in ("tokenizer", "encoder", "text")]
-    folder = cache_dir() / f"emoji-{hashlib.sha256(''.join(digests).encode()).hexdigest()[:12]}"
+    folder = cache_folder() / f"emoji-{hashlib.sha256(''.join(digests).encode()).hexdigest()[:12]}"
     # A folder that an older version made is named after other digests of the same files.
-    for existing in (folder, *sorted(cache_dir().glob("emoji-*"))):
+    for existing in (folder, *sorted(cache_folder().glob("emoji-*"))):
         if _suits(existing, model):
             return existing
     print(
@@ -172,7 +173,7 @@ def find_index(model: pathlib.Path, index: str | os.PathLike | None) -> pathlib.
         folder.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make the cache {folder.parent}: {error.strerror}") from error
-    demo.prepare_documents(cache_dir() / "emoji", folder, **paths)
+    demo.prepare_documents(cache_folder() / "emoji", folder, **paths)
     return folder
 
 
@@ -208,11 +209,6 @@ def selection(model: pathlib.Path) -> SelectionConfig:
         raise UserError(
             f"{path} is not JSON (line {error.lineno}, column {error.colno})"
         ) from error
-
-
-def cache_dir() -> pathlib.Path:
-    """The folder of what is computed once: $LEON_CACHE, or ~/.cache/leon_jax."""
-    return pathlib.Path(os.environ.get("LEON_CACHE") or "~/.cache/leon_jax").expanduser()
 
 
 def model_files(model: pathlib.Path) -> dict[str, Any]:

@@ -24,6 +24,14 @@ _COLOURS = {
     "memory": "#5d9bd6",
     "links": "#e0a030",
 }
+# The names of settings that are numbers, with what they count.
+_SETTINGS = {
+    "mesh": "mesh, data x fsdp x context x tensor",
+    "microbatches": "microbatches of a step",
+    "rows": "images generated at once",
+    "guidance": "guidance weight",
+    "prompt": "tokens of a prompt",
+}
 _GIB = 2**30
 
 
@@ -33,7 +41,7 @@ def lines(plan: Plan, source: str) -> list[tuple[str, str]]:
     shown = [
         ("config", source),
         ("topology", f"{plan.topology}: {plan.chips} chips, {plan.devices} devices"),
-        *((name, _plain(value)) for name, value in plan.setting.items()),
+        *((_SETTINGS.get(name, name), _plain(value)) for name, value in plan.setting.items()),
         ("parameters", f"{plan.parameters / 1e6:,.0f} million"),
     ]
     for name in ("parameters", "optimizer", "cache", "activations", "peak", "capacity"):
@@ -44,14 +52,18 @@ def lines(plan: Plan, source: str) -> list[tuple[str, str]]:
     for kind, found in plan.collectives.items():
         if found.runs:
             sent = f"{found.bytes_sent / 1e9:,.3f} GB sent by a device"
-            shown.append((kind, f"{sent}; {found.instructions} in the program, run {found.runs:,}"))
+            count = f"{found.instructions} instructions, run {found.runs:,} times"
+            shown.append((kind, f"{sent}; {count}"))
     for part, bound in plan.rooflines.items():
-        each = f"compute {bound.compute:.3g}, memory {bound.memory:.3g}, links {bound.links:.3g} s"
-        shown.append((f"roofline of a {part}", f"{each}: {bound.limit}"))
+        each = ", ".join(f"{n} {getattr(bound, n):.3g} s" for n in ("compute", "memory", "links"))
+        shown.append((f"a {part} takes at least", f"{each}; limited by {bound.limit}"))
     if plan.program == "train":
         shown += [
             ("FLOPs a step", f"{figures['flops_per_step']:.4g}"),
-            ("executed, with recomputation", f"{figures['executed_flops_per_step']:.4g}"),
+            (
+                "executed FLOPs a step, with recomputation",
+                f"{figures['executed_flops_per_step']:.4g}",
+            ),
             (
                 "MFU at most",
                 f"{100 * figures['mfu_bound']:.1f} %; "
@@ -66,8 +78,8 @@ def lines(plan: Plan, source: str) -> list[tuple[str, str]]:
         ]
     else:
         shown += [
-            ("seconds for all pictures, at least", f"{figures['seconds_per_batch']:.3g}"),
-            ("pictures a second at most", f"{figures['pictures_per_second']:,.2f}"),
+            ("all images take at least", f"{figures['seconds_per_batch']:.3g} s"),
+            ("images a second at most", f"{figures['pictures_per_second']:,.2f}"),
             ("tokens a second at most", f"{figures['tokens_per_second']:,.0f}"),
         ]
     return [*shown, ("compiled here in", f"{plan.compile_seconds:.0f} s")]
@@ -119,11 +131,11 @@ def _stack(parts: dict[str, float], capacity: float) -> str:
         )
         legend.append(
             f'<rect x="{number * 190}" y="50" width="12" height="12" fill="{colour}"/>'
-            f'<text x="{number * 190 + 18}" y="61">{name} {size:.2f}</text>'
+            f'<text x="{number * 190 + 18}" y="61">{name} {size:.2f} GiB</text>'
         )
         left += width
     frame = f'<rect x=".5" y=".5" width="{capacity * scale - 1:.1f}" height="35" fill="none"'
-    label = f'<text x="{3 * 190}" y="61">capacity {capacity:.0f}</text>'
+    label = f'<text x="{3 * 190}" y="61">capacity {capacity:.0f} GiB</text>'
     return (
         f'<svg viewBox="0 0 701 66" role="img" aria-label="memory">{"".join(drawn)}'
         f'{frame} stroke="#1c1c1c"/>{"".join(legend)}{label}</svg>'

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 import time
 from collections.abc import Callable
 from typing import Any, Literal, Self
@@ -15,7 +16,7 @@ from leon_jax.plan.topology import Topology
 
 
 class DoesNotFit(Exception):
-    """The compiler found no room; the message is its own first sentence."""
+    """The compiler found no room; the message says how much is missing."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +139,7 @@ def compile_for(
     except jax.errors.JaxRuntimeError as error:
         if "hbm" not in str(error).lower():
             raise
-        raise DoesNotFit(_reason(str(error))) from error
+        raise DoesNotFit(reason(str(error))) from error
     seconds = time.monotonic() - start
     figures, text = compiled.memory_analysis(), compiled.as_text()
     assert figures is not None and text is not None  # the compiler for TPUs gives both
@@ -173,10 +174,10 @@ def sent_bytes(found: dict[str, Collective]) -> float:
     return sum(collective.bytes_sent for collective in found.values())
 
 
-def _reason(message: str) -> str:
-    """The sentence of the compiler's message that says how much is too much."""
-    lines = [line.strip() for line in message.splitlines()]
-    for line in lines:
-        if "Used" in line and " of " in line:
-            return line[line.index("Used") :]
-    return lines[0].removeprefix("RESOURCE_EXHAUSTED: ")
+def reason(message: str) -> str:
+    """How much is too much, out of the compiler's message."""
+    sizes = re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm", message)
+    if sizes is None:
+        return "the compiler finds no room in the memory of a device"
+    used, unit, capacity, other = sizes.groups()
+    return f"a device needs {used} {unit}iB of memory and has {capacity} {other}iB"

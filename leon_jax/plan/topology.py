@@ -59,8 +59,11 @@ def find(name: str) -> Topology:
         with _quiet():
             found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
     except jax.errors.JaxRuntimeError as error:
-        reason = str(error).splitlines()[0].removeprefix("INVALID_ARGUMENT: ")
-        raise UserError(f"--topology={name}: {reason}") from error
+        if "INVALID_ARGUMENT" not in str(error):
+            raise
+        raise UserError(
+            f"--topology={name}: there are no {chip.name} pods of the shape {shape[2]}"
+        ) from error
     except RuntimeError as error:
         raise UserError(
             "the compiler for TPUs is not installed: pip install 'leon_jax[tpu]', or make tpu and "

@@ -120,7 +120,7 @@ def search(
         try:
             found = plan(config, topology, other)
         except DoesNotFit as error:
-            say(f"{name}: does not fit. {error}")
+            say(f"{name}: does not fit: {error}")
             return None
         bound = found.rooflines["step"]
         say(f"{name}: fits, {bound.seconds:.3g} to {bound.serial_seconds:.3g} s a step at least")

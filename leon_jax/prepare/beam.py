@@ -69,7 +69,8 @@ def on_beam(runner: str, arguments: Sequence[str] = ()) -> Runner:
         except UserError:
             raise
         except Exception as error:  # each runner has its own
-            raise UserError(f"the pipeline on {runner} failed: {error}") from error
+            logging.exception("the pipeline on %s failed", runner)
+            raise UserError(f"the pipeline on {runner} failed; its log says where") from error
         missing = [shard.name for shard in shards if not pathlib.Path(folder, shard.name).is_dir()]
         if missing:
             raise UserError(

@@ -130,9 +130,8 @@ def remove(folder: str | os.PathLike, keys: set[tuple[str, str]]) -> tuple[int, 
         try:
             return _remove(folder, keys)
         except OSError as error:
-            raise UserError(
-                f"removing from {folder} stopped: {error.strerror or error}; it is as it was"
-            ) from error
+            reason = error.strerror or "the file system refuses it"
+            raise UserError(f"removing from {folder} stopped: {reason}; it is as it was") from error
 
 
 def _remove(folder: pathlib.Path, keys: set[tuple[str, str]]) -> tuple[int, list[str]]:

@@ -30,7 +30,9 @@ def hold(folder: pathlib.Path) -> Iterator[None]:
         folder.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("w")
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+        raise UserError(
+            f"cannot write {path}: {error.strerror or 'the file system refuses it'}"
+        ) from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -38,7 +40,9 @@ def hold(folder: pathlib.Path) -> Iterator[None]:
             print(f"waiting for another process that changes {folder}", file=sys.stderr)
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:
-            raise UserError(f"cannot lock {path}: {error.strerror or error}") from error
+            raise UserError(
+                f"cannot lock {path}: {error.strerror or 'the file system refuses it'}"
+            ) from error
         old = beside(folder, "replaced")
         if old.exists() and not folder.exists():
             os.rename(old, folder)

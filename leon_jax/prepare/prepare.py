@@ -104,8 +104,9 @@ def prepare(
             wanted = _begin(work, wanted, config)
             return _fill(config, out, work, wanted, sources, shards, removed, run, progress)
         except OSError as error:
+            reason = error.strerror or "the file system refuses it"
             raise UserError(
-                f"preparing {out} stopped: {error.strerror or error} ({error.filename or work}); "
+                f"preparing {out} stopped: {reason} ({error.filename or work}); "
                 "what is done is kept, so give the same command again"
             ) from error
 

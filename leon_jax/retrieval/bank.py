@@ -53,9 +53,10 @@ class Bank:
             except FileNotFoundError:
                 raise UserError(f"there is no file {name}; run: leon prepare") from None
             except OSError as error:
-                raise UserError(f"cannot read {name}: {error.strerror or error}") from error
+                reason = error.strerror or "it is not a whole file"
+                raise UserError(f"cannot read {name}: {reason}") from error
             except (ValueError, EOFError) as error:
-                raise UserError(f"{name} is not a whole .npy file: {error}") from error
+                raise UserError(f"{name} is not a whole .npy file") from error
         bank = cls.__new__(cls)
         bank._setup(arrays, names)
         bank._paths = names

@@ -52,7 +52,10 @@ def export(bank: Bank, path: str | os.PathLike, factory: str = FLAT) -> None:
                 count = min(len(bank), _SAMPLE)
                 index.train(bank.take(np.arange(count) * len(bank) // count))
         except RuntimeError as error:
-            raise UserError(f"FAISS cannot make {factory!r} of this bank: {error}") from error
+            raise UserError(
+                f"FAISS cannot make {factory!r} of a bank of {len(bank)} rows; it must be a "
+                "factory string of FAISS, of an index that so many rows can train"
+            ) from error
         for rows in _blocks(bank):
             index.add(rows)
         faiss.write_index(index, os.fspath(temporary))

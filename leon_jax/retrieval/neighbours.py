@@ -49,11 +49,10 @@ class Neighbours:
             except FileNotFoundError:
                 raise UserError(f"there is no file {os.fspath(path)}; run: leon prepare") from None
             except OSError as error:
-                raise UserError(
-                    f"cannot read {os.fspath(path)}: {error.strerror or error}"
-                ) from error
+                reason = error.strerror or "it is not a whole file"
+                raise UserError(f"cannot read {os.fspath(path)}: {reason}") from error
             except (ValueError, EOFError) as error:
-                raise UserError(f"{os.fspath(path)} is damaged: {error}") from error
+                raise UserError(f"{os.fspath(path)} is damaged; run: leon prepare") from error
             if shard.dtype.names != FIELDS or shard.ndim != 1:
                 raise UserError(f"{os.fspath(path)} is no table of neighbours")
             shards.append(shard)

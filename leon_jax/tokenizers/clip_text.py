@@ -55,7 +55,7 @@ class CLIPTextTokenizer:
             else:
                 tokenizer = _build(*models.BPE.read_file(*map(str, paths)))
         except Exception as error:  # the package raises bare Exceptions
-            raise UserError(f"the text tokenizer in {folder} is damaged: {error}") from error
+            raise UserError(f"the text tokenizer in {folder} is damaged") from error
         model = tokenizer.model
         if not isinstance(model, models.BPE) or model.end_of_word_suffix != END_OF_WORD:
             raise UserError(f"{paths[0]} is not CLIP's tokenizer: a BPE of words ending in </w>")

@@ -70,7 +70,7 @@ class TextTokenizer:
         try:
             tokenizer = tokenizers.Tokenizer.from_str(content)
         except Exception as error:  # the package raises bare Exceptions
-            raise UserError(f"{path} is not a tokenizer file: {error}") from error
+            raise UserError(f"{path} is not a tokenizer file") from error
         alphabet = set(pre_tokenizers.ByteLevel.alphabet())
         if (
             not isinstance(tokenizer.model, models.BPE)

@@ -231,7 +231,9 @@ class TestSource:
         folder = tmp_path / "emoji" / "1.0.0"
         folder.mkdir(parents=True)
         (folder / "dataset_info.json").write_text("{}")
-        with pytest.raises(UserError, match=r"cannot be read; remove the folder"):
+        with pytest.raises(
+            UserError, match=r"cannot be read; remove the folder and run: leon prepare$"
+        ):
             demo.source("train", tmp_path)
 
 

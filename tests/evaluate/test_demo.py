@@ -118,12 +118,15 @@ def test_the_page_is_well_formed_and_credits_what_was_retrieved(leon, documents)
     sections = [
         ("Pictures", page.drawings(documents[:2], drawn[0], drawn[2])),
         ("Captions", page.captions([hostile], [("<b>a", "b & c")])),
-        ("Loss", page.curve([(1, 2.0), (2, 1.5), (3, 1.25)], 2, "loss")),
+        ("Loss", page.curve([(1, 2.0), (2, 1.5), (3, 1.25)], 2, "loss, nats")),
+        ("Numbers", page.numbers({"seconds": 61.4, "prompt_match_share_by_documents": {"2": 0.5}})),
     ]
     text = page.page("A <title>", sections, {"seconds": 1.0})
     reader = _Reader()
     reader.feed(text)
     assert reader.open == [] and "script" not in reader.tags
+    for number in ("61 s", "2 documents: 50.0 %", ">loss, nats</text>"):
+        assert number in text
     assert len(reader.pictures) == 2 * 3 + sum(len(each.retrieved) for each in drawn[2]) + 1
     assert all(picture["alt"] for picture in reader.pictures)
     for document in drawn[2][0].retrieved:

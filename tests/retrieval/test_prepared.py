@@ -45,7 +45,7 @@ def test_a_file_that_is_no_table_is_named(tmp_path):
         Neighbours.open([tmp_path / "other.npy"])
     save_rows(tmp_path / "cut.npy", table(9))
     (tmp_path / "cut.npy").write_bytes((tmp_path / "cut.npy").read_bytes()[:-5])
-    with pytest.raises(UserError, match=r"cut\.npy is damaged"):
+    with pytest.raises(UserError, match=r"cut\.npy is damaged; run: leon prepare$"):
         Neighbours.open([tmp_path / "cut.npy"])
 
 

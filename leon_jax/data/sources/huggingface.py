@@ -56,9 +56,9 @@ class HuggingFace(Numbered):
                 return datasets.load_dataset(path, split=self.split)
             saved = datasets.load_from_disk(path)
         except Exception as error:
-            problem = str(error).partition("\n")[0]
             raise UserError(
-                f"the split {self.split!r} of the data set {path} cannot be loaded ({problem})"
+                f"the split {self.split!r} of the data set {path} cannot be loaded; it must be a "
+                "folder that the package datasets reads, or a name that it finds"
             ) from error
         if isinstance(saved, datasets.Dataset):
             return saved

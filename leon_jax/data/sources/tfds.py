@@ -44,8 +44,10 @@ class Tfds(Numbered):
         return version(sorted(entry.path for entry in os.scandir(self._folder) if entry.is_file()))
 
     def _open(self) -> Sequence[bytes]:
+        splits: list[str] = []
         try:
             builder = tfds.builder_from_directory(self._folder)
+            splits = list(builder.info.splits)
             rows = builder.as_data_source(
                 self.split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
             )
@@ -55,9 +57,9 @@ class Tfds(Numbered):
                 "`tfds convert_format --out_file_format=array_record`"
             ) from error
         except Exception as error:
+            there = f"; it has {', '.join(splits)}" if splits else ""
             raise UserError(
-                f"the split {self.split!r} of the data set in {self._folder} cannot be read: "
-                f"{_first_line(error)}"
+                f"the split {self.split!r} of the data set in {self._folder} cannot be read{there}"
             ) from error
         self._adapter: Callable[[Features, str, SourceConfig], list[Raw | Reject]]
         self._adapter = _ADAPTERS.get(builder.name, _pair)
@@ -93,16 +95,26 @@ def _make(name: str) -> tfds.core.DatasetBuilder:
         )
     except tfds.core.DatasetNotFoundError as error:
         raise UserError(f"there is no data set and no folder called {name}") from error
+    except ImportError as error:
+        raise UserError(
+            f"making the data set {name} needs {_missing(error)}; make it where that is "
+            f"installed (`{command}`) and give its folder"
+        ) from error
     except Exception as error:
         raise UserError(
-            f"the data set {name} cannot be made here ({_first_line(error)}); make it elsewhere "
-            f"(`{command}`) and give its folder"
+            f"the data set {name} cannot be made here; make it elsewhere (`{command}`) and give "
+            "its folder"
         ) from error
     return builder
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
+def _missing(error: BaseException | None) -> str:
+    """The package that an import did not find; TensorFlow Datasets raises errors without names."""
+    while error is not None:
+        if isinstance(error, ImportError) and error.name:
+            return f"the package {error.name}"
+        error = error.__cause__ or error.__context__
+    return "a package that is not installed"
 
 
 def _coco_captions(features: Features, key: str, config: SourceConfig) -> list[Raw | Reject]:

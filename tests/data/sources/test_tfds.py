@@ -236,7 +236,9 @@ class TestErrors:
             read(tmp_path)
 
     def test_a_split_that_is_not_there(self, captions):
-        with pytest.raises(UserError, match=r"split 'valid' .*: Unknown split 'valid'.*train"):
+        with pytest.raises(
+            UserError, match=r"split 'valid' of .* cannot be read; it has \w+(, \w+)*$"
+        ):
             read(captions[0], split="valid")
 
     def test_a_format_without_random_access(self, captions, tmp_path):
@@ -254,6 +256,7 @@ class TestErrors:
     def test_a_data_set_that_tensorflow_must_make(self, tmp_path, monkeypatch):
         monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
         with pytest.raises(
-            UserError, match=r"No module named 'tensorflow'.*tfds build coco_captions --file_format"
+            UserError,
+            match=r"needs the package tensorflow; .*tfds build coco_captions --file_format",
         ):
             read("coco_captions")
