@@ -13,6 +13,7 @@ and Kubernetes they find each other; elsewhere say --coordinator, --processes an
 import os
 import pathlib
 import sys
+from typing import TYPE_CHECKING, Any
 
 import jax
 from absl import flags
@@ -21,6 +22,9 @@ from leon_jax import config as configs
 from leon_jax import sharding
 from leon_jax.cli import config_flag
 from leon_jax.config import UserError
+
+if TYPE_CHECKING:
+    from leon_jax.train.state import Program
 
 _CONFIG = config_flag.define()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps everything it writes.")
@@ -74,7 +78,7 @@ def main(argv: list[str]) -> None:
     except ValueError as error:
         raise UserError(f"config.loop.mesh: {error}") from error
     with jax.set_mesh(mesh):
-        loop.run(_program(kind, values), settings, workdir)
+        loop.run(_make_program(kind, values), settings, workdir)
     print(f"trained -> {workdir / 'export'}", file=sys.stderr)
 
 
@@ -98,17 +102,19 @@ def _join_processes() -> None:
         raise UserError(f"--distributed: {str(error).splitlines()[0]}") from error
 
 
-def _program(kind: str, values: dict):
+def _make_program(kind: str, values: dict[str, Any]) -> "Program":
+    """The program of a kind, with its configuration built from `values`."""
     match kind:
         case "tokenizer":
             from leon_jax.train.tokenizer import TokenizerConfig, TokenizerProgram
 
             return TokenizerProgram(configs.build(TokenizerConfig, values))
         case "encoder":
-            from leon_jax.train.encoder import EncoderProgram
+            from leon_jax.train.encoder import EncoderConfig, EncoderProgram
 
-            return EncoderProgram(values)
+            return EncoderProgram(configs.build(EncoderConfig, values))
         case _:
             from leon_jax.train.decoder import DecoderProgram
+            from leon_jax.train.decoder_config import DecoderTraining
 
-            return DecoderProgram(values)
+            return DecoderProgram(configs.build(DecoderTraining, values))
