@@ -23,6 +23,7 @@ BELOW_TRAINING = BELOW_DATA | {"retrieval", "data"}
 # A room is a folder or a file of leon_jax. Each may import itself and what stands here.
 MAY_IMPORT = {
     "config": set(),
+    "file_lock": {"config"},
     "documents": set(),
     "vocabulary": set(),
     "sharding": set(),
@@ -33,11 +34,11 @@ MAY_IMPORT = {
     "data": BELOW_DATA,
     # What is retrieved are records.
     "retrieval": BELOW_DATA | {"data"},
-    "prepare": BELOW_TRAINING,
+    "prepare": BELOW_TRAINING | {"file_lock"},
     # A model that has nothing to retrieve from prepares it first.
     "decode": BELOW_TRAINING | {"prepare"},
     # A training run draws sample pictures, with the same engine as everyone else.
-    "train": BELOW_TRAINING | {"decode"},
+    "train": BELOW_TRAINING | {"decode", "file_lock"},
     # A plan compiles what training and decoding would run.
     "plan": BELOW_TRAINING | {"train", "decode"},
     "tasks": BELOW_TRAINING,

@@ -98,7 +98,7 @@ class Checkpoints:
                 loaded = self._load(step, abstract)
             except Exception as error:  # Orbax raises many kinds; each means "not this one"
                 problems[step] = _reason(error)
-            if not _everywhere(loaded is not None):
+            if not on_all_processes(loaded is not None):
                 problems.setdefault(step, "another process could not read it")
                 continue
             assert loaded is not None
@@ -175,8 +175,8 @@ class Checkpoints:
         )
 
 
-def _everywhere(fact: bool) -> bool:
-    """Whether it holds on all processes; collective."""
+def on_all_processes(fact: bool) -> bool:
+    """Whether a fact holds on all processes; collective."""
     if jax.process_count() == 1:
         return fact
     return bool(multihost_utils.process_allgather(np.array(fact)).all())

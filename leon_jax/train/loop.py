@@ -15,9 +15,14 @@ from jax.experimental import multihost_utils
 from jaxtyping import Array, Float64
 
 from leon_jax import config as configs
-from leon_jax import model_files
+from leon_jax import file_lock, model_files
 from leon_jax.config import UserError
-from leon_jax.train.checkpoint import Checkpoints, check_config, load_weights
+from leon_jax.train.checkpoint import (
+    Checkpoints,
+    check_config,
+    load_weights,
+    on_all_processes,
+)
 from leon_jax.train.feed import Feed
 from leon_jax.train.goodput import GoodputTracker
 from leon_jax.train.metrics import SKIPPED, Metrics
@@ -78,8 +83,8 @@ def run(program: Program, loop: LoopConfig, workdir: pathlib.Path) -> TrainState
     Must be called under `jax.set_mesh`, by all processes of the mesh.
 
     Raises:
-      UserError: `workdir` cannot be written or holds a run of another configuration; or too many
-        updates in a row were not finite.
+      UserError: `workdir` cannot be written, is used by another run, or holds a run of another
+        configuration; or too many updates in a row were not finite.
       SystemExit: a signal ended the run; code 128 + its number.
     """
     total, is_main = program.config.steps, jax.process_index() == 0
@@ -91,6 +96,7 @@ def run(program: Program, loop: LoopConfig, workdir: pathlib.Path) -> TrainState
 
         # Workdir.
         workdir.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(_only_run_in(workdir))
         run_config = {**configs.to_dict(program.config), "loop": configs.to_dict(loop)}
         check_config(workdir / "config.json", run_config)
         goodput = GoodputTracker(workdir / "goodput.json" if is_main else None)
@@ -200,6 +206,29 @@ def _name_what_cannot_be_written(workdir: pathlib.Path) -> Iterator[None]:
             f"{error.filename or workdir} cannot be written{reason}; checkpoints that are whole "
             "stay, and the same command goes on from the newest"
         ) from error
+
+
+@contextlib.contextmanager
+def _only_run_in(workdir: pathlib.Path) -> Iterator[None]:
+    """Holds `workdir` against other runs; process 0 does, for all processes of its run."""
+
+    def refuse() -> None:
+        raise UserError(
+            f"another run is training in {workdir}; wait for its end, or use another --workdir"
+        )
+
+    with contextlib.ExitStack() as stack:
+        refusal = None
+        if jax.process_index() == 0:
+            try:
+                stack.enter_context(file_lock.hold(workdir / "lock", refuse))
+            except file_lock.NoLocks as error:
+                print(f"{error}; a second run in {workdir} would not be noticed", file=sys.stderr)
+            except UserError as error:
+                refusal = error
+        if not on_all_processes(refusal is None):
+            raise refusal or UserError(f"process 0 cannot use {workdir}, and says why")
+        yield
 
 
 def _first_state(

@@ -1,6 +1,8 @@
 """The loop: exact resume after a kill, signals, and refusals."""
 
 import dataclasses
+import errno
+import fcntl
 import json
 import os
 import pathlib
@@ -377,3 +379,28 @@ def test_the_step_takes_nothing_from_the_host(monkeypatch, tmp_path):
     monkeypatch.setattr(loop.Feed, "__next__", lambda self: batch)
     with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
         loop.run(ToyProgram(ToyConfig(4)), loop.LoopConfig(), tmp_path)
+
+
+def test_a_second_run_in_the_same_workdir_is_refused_at_once(unbroken, tmp_path):
+    """The first one goes on, and when it is killed the lock is gone with it."""
+    first = start(tmp_path)
+    wait_for_step(tmp_path, 3)
+    files = {path.name for path in tmp_path.iterdir()}
+    with pytest.raises(UserError, match=f"another run is training in {tmp_path}; wait"):
+        loop.run(ToyProgram(ToyConfig(30)), SETTINGS, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == files
+    first.kill()
+    first.communicate()
+    loop.run(ToyProgram(ToyConfig(30)), SETTINGS, tmp_path)
+    np.testing.assert_array_equal(final(tmp_path), final(unbroken))
+
+
+def test_a_file_system_without_locks_is_said_and_used(tmp_path, monkeypatch, capsys):
+    def flock(*arguments):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    loop.run(ToyProgram(ToyConfig(2)), SETTINGS, tmp_path)
+    assert "a second run in it would not be noticed" in capsys.readouterr().err.replace(
+        str(tmp_path), "it"
+    )
