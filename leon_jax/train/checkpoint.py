@@ -5,12 +5,15 @@ so what is found after a crash is whole, unless storage itself failed. For that 
 a checksum, and the newest checkpoint that reads back right is taken.
 """
 
+import atexit
+import functools
 import json
 import logging
 import os
 import pathlib
 import shutil
 import sys
+import tempfile
 import threading
 import traceback
 from collections.abc import Mapping
@@ -129,8 +132,9 @@ class Checkpoints:
     def _open(self) -> ocp.training.Checkpointer:
         policies = ocp.training
         try:
+            self._directory.mkdir(parents=True, exist_ok=True)
             return policies.Checkpointer(
-                self._directory,
+                _path_for_orbax(self._directory),
                 save_decision_policy=policies.save_decision_policies.FixedIntervalPolicy(1),
                 preservation_policy=policies.preservation_policies.LatestN(self._keep),
                 cleanup_tmp_directories=True,
@@ -175,6 +179,23 @@ class Checkpoints:
         )
 
 
+@functools.cache
+def _path_for_orbax(directory: pathlib.Path) -> pathlib.Path:
+    """A path to an absolute folder that means the same as a pattern.
+
+    Orbax joins the arrays that processes wrote after looking for them with `glob`, and what the
+    folder's own path says is part of the pattern. So a folder such as `lr[3e-4]` is reached
+    through a link in a temporary folder, which this process removes at its end.
+    """
+    if not set("*?[]\\") & set(str(directory)):
+        return directory
+    folder = tempfile.mkdtemp(prefix="leon-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    link = pathlib.Path(folder, "checkpoints")
+    link.symlink_to(directory, target_is_directory=True)
+    return link
+
+
 def on_all_processes(fact: bool) -> bool:
     """Whether a fact holds on all processes; collective."""
     if jax.process_count() == 1:
@@ -197,14 +218,15 @@ def load_weights(
     steps = [int(path.name) for path in directory.glob("*") if path.name.isdigit()]
     if not steps:
         raise UserError(f"there is no checkpoint in {directory}")
-    path = directory.absolute() / str(max(steps))
+    path = directory / str(max(steps))
     targets = {name: _target(leaf) for name, leaf in names.items()}
     options = ocp.options.PyTreeOptions(
         loading=ocp.options.PyTreeOptions.Loading(partial_load=True)
     )
     try:
         with ocp.Context(pytree_options=options):
-            return ocp.load_checkpointables(path, {"state": targets})["state"]
+            orbax_path = _path_for_orbax(directory.absolute()) / path.name
+            return ocp.load_checkpointables(orbax_path, {"state": targets})["state"]
     except Exception as error:
         raise UserError(f"the weights in {path} do not fit: {_reason(error)}") from error
 
