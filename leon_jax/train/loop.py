@@ -166,6 +166,9 @@ def run(program: Program, loop: LoopConfig, workdir: pathlib.Path) -> TrainState
         checkpoints.close()
         with goodput.spend("sample"):
             program.export(state, workdir / "export")
+            if jax.process_count() > 1:
+                # No process ends before the last file is written.
+                multihost_utils.sync_global_devices("export")
         goodput.report(total)
         if is_main:
             print(f"wall time {goodput.summary()}", file=sys.stderr)
