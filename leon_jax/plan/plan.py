@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 import time
 from collections.abc import Callable
 from typing import Any, Literal, Self
@@ -15,7 +16,7 @@ from leon_jax.plan.topology import Topology
 
 
 class DoesNotFit(Exception):
-    """The compiler found no room; the message is its own first sentence."""
+    """The compiler found no room; the message says how much is needed and there."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,9 +175,14 @@ def sent_bytes(found: dict[str, Collective]) -> float:
 
 
 def _reason(message: str) -> str:
-    """The sentence of the compiler's message that says how much is too much."""
-    lines = [line.strip() for line in message.splitlines()]
-    for line in lines:
-        if "Used" in line and " of " in line:
-            return line[line.index("Used") :]
-    return lines[0].removeprefix("RESOURCE_EXHAUSTED: ")
+    """How much memory is needed and there, with the numbers of the compiler's message."""
+    # "Used 23G of 15.75G hbm", or "... (23G) exceeds available HBM (15.75G)".
+    sizes = r"([\d.]+)([KMGT])(?: of |\) exceeds available HBM \()([\d.]+)([KMGT])"
+    numbers = re.search(sizes, message)
+    if numbers is None:
+        return "it needs more memory than a device has"
+    needed, needed_unit, capacity, capacity_unit = numbers.groups()
+    return (
+        f"it needs at least {needed} {needed_unit}iB of memory, and a device has "
+        f"{capacity} {capacity_unit}iB"
+    )

@@ -63,7 +63,9 @@ def supervise(command: Sequence[str], explanations: Mapping[str, str]) -> int:
             child.send_signal(number)
 
     for name in ("SIGTERM", "SIGINT", "SIGHUP"):
-        signal.signal(getattr(signal, name), pass_on)
+        # What is ignored, as under nohup, the child ignores as well.
+        if signal.getsignal(getattr(signal, name)) is not signal.SIG_IGN:
+            signal.signal(getattr(signal, name), pass_on)
     # The parent alone holds the writing end, so the reading end shows when the parent is gone.
     lifeline, _held_open = os.pipe()
     child = subprocess.Popen(

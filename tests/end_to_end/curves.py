@@ -54,7 +54,8 @@ def curve(
         state = jax.jit(program.init)(jax.random.key(0))
         batch = next(feed)
         assert np.asarray(batch["segment_ids"]).max() > 1, "rows hold several documents"
-        step, losses = jax.jit(skip_nonfinite(program.step), donate_argnums=0), []
+        jitted = jax.jit(skip_nonfinite(program.step), donate_argnums=0)
+        step, losses = jitted.lower(state, batch).compile(), []
         for _ in range(STEPS):
             state, metrics = step(state, batch)
             losses.append(float(metrics["loss"]))

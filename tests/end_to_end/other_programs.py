@@ -63,9 +63,10 @@ def curve(kind: str, shape: tuple[int, ...]) -> list[dict[str, float]]:
         make = {"tokenizer": tokenizer_program, "encoder": encoder_program}[kind]
         program = make(pathlib.Path(folder))
         state = jax.jit(program.init)(jax.random.key(0))
-        step = jax.jit(skip_nonfinite(program.step), donate_argnums=0)
+        jitted, step = jax.jit(skip_nonfinite(program.step), donate_argnums=0), None
         for _ in range(STEPS):
             batch = jax.device_put(batches(kind, program, rng), sharding.batch_sharding())
+            step = step or jitted.lower(state, batch).compile()
             state, metrics = step(state, batch)
             found.append({name: float(jnp.asarray(value)) for name, value in metrics.items()})
     return found

@@ -1,13 +1,16 @@
 """Checkpoints, apart from the loop: silent damage is found, and arrays keep their kind."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
+from leon_jax import model_files
 from leon_jax.config import UserError
-from leon_jax.train.checkpoint import Checkpoints, check_config
+from leon_jax.train.checkpoint import Checkpoints, check_config, load_weights
 from leon_jax.train.state import TrainState
 
 
@@ -74,3 +77,24 @@ def test_a_run_goes_on_with_other_threads_but_not_with_other_data(tmp_path):
     other = [{"folder": "a", "weight": 2.0}]
     with pytest.raises(UserError, match=r"a run with data\.mixture = .*weight.*put the value back"):
         check_config(tmp_path / "config.json", kept | {"data": {"threads": 2, "mixture": other}})
+
+
+class Wider(nnx.Module):
+    def __init__(self, *, rngs: nnx.Rngs):
+        self.large = nnx.Param(jax.random.normal(rngs.params(), (300, 501)))
+        self.half = nnx.Param(jax.random.normal(rngs.params(), (7,)).astype(jnp.bfloat16))
+
+
+def test_arrays_of_another_shape_are_refused_in_our_own_words(tmp_path):
+    """What Orbax has to say is the cause of the error, not a part of the sentence."""
+    save_two(tmp_path / "checkpoints")
+    other = jax.eval_shape(lambda: dataclasses.replace(state(0, 0), model=Wider(rngs=nnx.Rngs(0))))
+    names = {f"model.{name}": leaf for name, leaf in model_files.flatten(other.model).items()}
+    own_words = r"a file is (missing, )?damaged,? or .*another shape|of other arrays; put the"
+    for load in (
+        lambda: Checkpoints(tmp_path / "checkpoints").restore(other),
+        lambda: load_weights(tmp_path / "checkpoints", names),
+    ):
+        with pytest.raises(UserError, match=own_words) as raised:
+            load()
+        assert "\n" not in str(raised.value) and "orbax" not in str(raised.value).lower()

@@ -121,39 +121,62 @@ def get_config():
 """
 
 
-def test_when_a_process_is_killed_the_other_ends_in_time_with_one_sentence(tmp_path):
-    """Two real processes; JAX ends the one that is left with a dump of its stack."""
+@pytest.fixture
+def start_pair(tmp_path):
+    """Starts two processes of one run, the second with more flags; ends what is left of them."""
     write_data(tmp_path / "data")
     (tmp_path / "config.py").write_text(CONFIG.format(folder=str(tmp_path / "data")))
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         coordinator = f"127.0.0.1:{listener.getsockname()[1]}"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-    processes = [
-        subprocess.Popen(
-            [
+    processes: list[subprocess.Popen] = []
+
+    def start(*flags_of_second: str) -> list[subprocess.Popen]:
+        for number, flags in enumerate([(), flags_of_second]):
+            command = [
                 sys.executable, "-m", "leon_jax.cli.main", "train",
                 f"--config={tmp_path / 'config.py'}", f"--workdir={tmp_path / 'run'}",
                 "--distributed", f"--coordinator={coordinator}", "--processes=2",
-                f"--process_id={number}", "--heartbeat_seconds=4",
-            ],
-            cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True,
-        )
-        for number in range(2)
-    ]  # fmt: skip
-    try:
-        metrics = tmp_path / "run" / "metrics.jsonl"
-        wait_until(lambda: metrics.exists() and '"step": 2,' in metrics.read_text())
-        processes[1].kill()
-        # Less than JAX's own 100 s; what is more than the heartbeat is for a busy machine.
-        errors = processes[0].communicate(timeout=60)[1]
-    finally:
-        for process in processes:
-            process.kill()
-            process.communicate()
-    assert processes[0].returncode == 134, errors
+                f"--process_id={number}", "--heartbeat_seconds=4", *flags,
+            ]  # fmt: skip
+            environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+            processes.append(
+                subprocess.Popen(
+                    command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
+                )
+            )
+        return processes
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+def assert_ended_by_a_peer(process: subprocess.Popen) -> None:
+    # Less than JAX's own 100 s; what is more than the heartbeat is for a busy machine.
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 134, errors
     last_line = errors.splitlines()[-1]
     assert last_line.startswith(
         "leon train: another process of this run failed or was silent for 4"
     )
     assert "start all of them again" in last_line
+
+
+def test_when_a_process_is_killed_the_other_ends_in_time_with_one_sentence(start_pair, tmp_path):
+    """JAX ends the one that is left with a dump of its stack."""
+    first, second = start_pair()
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    wait_until(lambda: metrics.exists() and '"step": 2,' in metrics.read_text())
+    second.kill()
+    assert_ended_by_a_peer(first)
+
+
+def test_a_mistake_of_one_process_is_its_own_last_sentence(start_pair):
+    """It does not wait for the other, which waits for its part of a step."""
+    first, second = start_pair("--config.data.folder=nowhere")
+    errors = second.communicate(timeout=120)[1]
+    assert second.returncode == 2, errors
+    assert errors.splitlines()[-1].startswith("leon train: config.data: nowhere is not")
+    assert_ended_by_a_peer(first)
