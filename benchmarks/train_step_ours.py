@@ -17,7 +17,7 @@ from leon_jax.models.decoder import DecoderConfig
 from leon_jax.train import hardware
 from leon_jax.train.decoder import DecoderProgram
 from leon_jax.train.decoder_config import DecoderTraining
-from leon_jax.train.loop import compile_step
+from leon_jax.train.loop import skip_nonfinite
 from leon_jax.train.optimizer import OptimizerConfig
 from leon_jax.train.state import TrainState
 from leon_jax.vocabulary import Vocabulary
@@ -76,7 +76,8 @@ class Ours:
         size = (4, shape.batch, shape.length + 1)
         self._ids = rng.integers(2, shape.vocab, size, np.int32)
         self._batches = [self._batch(ids) for ids in self._ids]
-        self._step = compile_step(self._program.step, self._state, self._batches[0])
+        step = jax.jit(skip_nonfinite(self._program.step), donate_argnums=0)
+        self._step = step.lower(self._state, self._batches[0]).compile()
         self._done = 0
 
     def write(self, folder: pathlib.Path) -> None:

@@ -6,7 +6,8 @@
 
 Each process sees `--devices` simulated CPU devices; flags that tell the processes of each other are
 added to the command. Lines of process 1, 2, ... are marked. If one process fails the others are
-ended, and its exit code is this program's. SIGTERM and Ctrl-C are passed on.
+ended; the last line says which one failed first, and its exit code is this program's. SIGTERM and
+Ctrl-C are passed on.
 """
 
 import argparse
@@ -17,6 +18,9 @@ import subprocess
 import sys
 import threading
 import time
+
+# How `leon train` ends when another process of its run was lost.
+LOST_PEER = 134
 
 
 def main() -> int:
@@ -33,7 +37,7 @@ def main() -> int:
     devices = f"--xla_force_host_platform_device_count={arguments.devices}"
     environment["XLA_FLAGS"] = f"{flags} {devices}".strip()
     coordinator = f"127.0.0.1:{free_port()}"
-    running = []
+    processes, relays = [], []
     for number in range(arguments.processes):
         command = [
             *arguments.command, "--distributed", f"--coordinator={coordinator}",
@@ -43,11 +47,27 @@ def main() -> int:
         process = subprocess.Popen(
             command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
         )
-        threading.Thread(target=relay, args=(process, number), daemon=True).start()
-        running.append(process)
+        relays.append(threading.Thread(target=relay, args=(process, number), daemon=True))
+        relays[-1].start()
+        processes.append(process)
+    stop_requests = []
+
+    def stop(number: int, frame: object) -> None:
+        stop_requests.append(number)
+        for process in processes:
+            process.send_signal(signal.SIGTERM)
+
     for name in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, lambda number, _: [p.send_signal(signal.SIGTERM) for p in running])
-    return wait(running)
+        signal.signal(name, stop)
+    failure = wait(processes)
+    for thread in relays:
+        thread.join(timeout=5)  # for the last lines
+    if failure is None:
+        return 0
+    number, code = failure
+    if not stop_requests:
+        print(f"local.py: process {number} failed first, with {describe(code)}", file=sys.stderr)
+    return code if code > 0 else 128 - code
 
 
 def free_port() -> int:
@@ -65,23 +85,44 @@ def relay(process: subprocess.Popen, number: int) -> None:
         sys.stderr.flush()
 
 
-def wait(running: list[subprocess.Popen]) -> int:
-    """The exit code of the first process that fails, after ending the others; else 0."""
+def wait(processes: list[subprocess.Popen]) -> tuple[int, int] | None:
+    """Waits for the end of all processes, and ends the others when one fails.
+
+    Returns:
+      The number and the exit code of the process that failed first; None if none did. A process
+      that ended because another one was lost counts only if there is no other.
+    """
+    failures: dict[int, int] = {}
+    deadline = float("inf")
     while True:
-        codes = [process.poll() for process in running]
-        failed = next((code for code in codes if code), None)
-        if failed is not None:
-            # A moment for the others to end by themselves: they may be saving.
-            until = time.monotonic() + 30
-            while time.monotonic() < until and any(p.poll() is None for p in running):
-                time.sleep(0.1)
-            for process in running:
+        for number, process in enumerate(processes):
+            if process.poll() and number not in failures:
+                failures[number] = process.returncode
+                # A moment for the others to end by themselves: they may be saving.
+                deadline = min(deadline, time.monotonic() + 30)
+        if all(process.returncode is not None for process in processes):
+            break
+        if time.monotonic() > deadline:
+            for process in processes:
                 process.kill()
-            return failed if failed > 0 else 128 - failed
-        if all(code == 0 for code in codes):
-            time.sleep(0.2)  # for the last lines
-            return 0
-        time.sleep(0.1)
+            break
+        time.sleep(0.05)
+    causes = [number for number, code in failures.items() if code != LOST_PEER]
+    first = next(iter(causes or failures), None)
+    return None if first is None else (first, failures[first])
+
+
+def describe(code: int) -> str:
+    """An exit code as `subprocess` gives it, in words: `exit code 2`, `signal SIGKILL`.
+
+    Codes above 128 are those that shells, and `leon train`, give to a signal.
+    """
+    number = -code if code < 0 else code - 128
+    try:
+        name = signal.Signals(number).name
+    except ValueError:
+        return f"exit code {code}"
+    return f"signal {name}" if code < 0 else f"exit code {code} ({name})"
 
 
 if __name__ == "__main__":

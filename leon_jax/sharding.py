@@ -51,8 +51,8 @@ def make_mesh(
         Only `data` reaches across them, so only gradients do, once a step.
 
     Raises:
-      ValueError: the sizes do not multiply to the number of devices, or `data` is no multiple of
-        `slices`.
+      ValueError: the sizes do not multiply to the number of devices, `data` is no multiple of
+        `slices`, or the devices are not so many slices.
     """
     devices = jax.devices() if devices is None else list(devices)
     sizes = list(shape)
@@ -74,13 +74,19 @@ def make_mesh(
         within, across = (sizes[0] // slices, *sizes[1:]), (slices, 1, 1, 1)
         # Devices that are no TPUs, and a single slice, all say slice 0.
         by_process = len({getattr(device, "slice_index", 0) for device in devices}) == 1
-        grid = mesh_utils.create_hybrid_device_mesh(
-            within,
-            across,
-            devices,
-            process_is_granule=by_process,
-            allow_split_physical_axes=True,
-        )
+        try:
+            grid = mesh_utils.create_hybrid_device_mesh(
+                within,
+                across,
+                devices,
+                process_is_granule=by_process,
+                allow_split_physical_axes=True,
+            )
+        except ValueError as error:
+            raise ValueError(
+                f"slices is {slices}; it must be the number of TPU slices, or of processes where "
+                "there is one slice"
+            ) from error
         return jax.sharding.Mesh(grid, AXES, axis_types=kinds)
     # Neighbours on the torus where they can be; an axis of it may be split where they cannot.
     grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)

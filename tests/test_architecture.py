@@ -24,6 +24,7 @@ BELOW_TRAINING = BELOW_DATA | {"retrieval", "data"}
 # A room is a folder or a file of leon_jax. Each may import itself and what stands here.
 MAY_IMPORT = {
     "config": set(),
+    "file_lock": {"config"},
     "documents": set(),
     "vocabulary": set(),
     "sharding": set(),
@@ -36,7 +37,7 @@ MAY_IMPORT = {
     "data": BELOW_DATA,
     # What is retrieved are records.
     "retrieval": BELOW_DATA | {"data"},
-    "prepare": BELOW_TRAINING,
+    "prepare": BELOW_TRAINING | {"file_lock"},
     # A data set brings its own source, and says how it is prepared.
     "datasets": BELOW_TRAINING | {"prepare"},
     "model_folder": BELOW_DATA,
@@ -46,7 +47,7 @@ MAY_IMPORT = {
     "generate": BELOW_TRAINING | {"engine", "model_folder", "prepare", "datasets"},
     # A training run samples images, with the same engine as everyone else. The tokenizers and the
     # encoder of the demonstration are trained on its data set.
-    "train": BELOW_TRAINING | {"engine", "datasets"},
+    "train": BELOW_TRAINING | {"engine", "datasets", "file_lock"},
     # A plan compiles what training and decoding would run.
     "plan": BELOW_TRAINING | {"train", "engine"},
     # What is measured is the finished thing, as a person would use it.

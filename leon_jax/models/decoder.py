@@ -260,8 +260,8 @@ class Decoder(nnx.Module):
     ]:
         """(hidden states after the final norm, keys, values) of prompts; the last two by stack.
 
-        Prompts are padded on the right: attention is causal, so what comes after the last real
-        token cannot change it, and `decode_step` is told by `LayerCache.valid` which slots hold tokens.
+        Prompts are padded on the right. Attention is causal, so the padding cannot change the
+        tokens before it, and `LayerCache.valid` tells `decode_step` which slots hold tokens.
         """
 
         def attend(q, k, v):

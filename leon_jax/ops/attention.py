@@ -279,8 +279,8 @@ class LayerCache(NamedTuple):
     """Keys and values of what a token sees, for one layer; heads stand before slots.
 
     Attributes:
-      keys, values: `CachedArray`, [group, *sample, heads, slots, head_dim]; where `valid` is False their
-        content does not matter (but is finite).
+      keys, values: `CachedArray`, [group, *sample, heads, slots, head_dim]; where `valid` is False
+        their content does not matter (but is finite).
       valid: bool[group, *sample, slots].
     """
 

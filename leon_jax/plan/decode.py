@@ -18,8 +18,8 @@ from leon_jax.plan import plan as plans
 from leon_jax.plan import roofline
 from leon_jax.plan.plan import Plan, Roofline
 from leon_jax.plan.topology import Topology
+from leon_jax.train.decoder import check_divisible
 from leon_jax.train.decoder_config import DecoderTraining
-from leon_jax.train.decoder_step import uneven
 
 # Ids of a prompt that says nothing, padding included: the smallest bucket of the engine.
 _BARE = 64
@@ -58,8 +58,7 @@ def plan(config: DecoderTraining, topology: Topology, setting: Setting) -> Plan:
     data, fsdp, _, tensor = setting.mesh
     batch = setting.rows * guidance.streams
     drawn = dataclasses.replace(config, batch_size=batch, microbatches=1)
-    if problem := uneven(drawn, setting.mesh, 1):
-        raise UserError(problem.replace("config.batch_size", "rows times streams"))
+    check_divisible(drawn, setting.mesh, batch_size="rows times streams")
     if setting.rows % (data * fsdp):
         raise UserError(f"--rows={setting.rows} must be a multiple of data x fsdp, {data * fsdp}")
     if setting.prompt + span.limit > model.max_length:

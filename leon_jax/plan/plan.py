@@ -16,7 +16,7 @@ from leon_jax.plan.topology import Topology
 
 
 class DoesNotFit(Exception):
-    """The compiler found no room; the message says how much is missing."""
+    """The compiler found no room; the message says how much is needed and there."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,10 +174,15 @@ def sent_bytes(found: dict[str, Collective]) -> float:
     return sum(collective.bytes_sent for collective in found.values())
 
 
-def reason(message: str) -> str:
-    """How much is too much, out of the compiler's message."""
-    sizes = re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm", message)
-    if sizes is None:
-        return "the compiler finds no room in the memory of a device"
-    used, unit, capacity, other = sizes.groups()
-    return f"a device needs {used} {unit}iB of memory and has {capacity} {other}iB"
+def _reason(message: str) -> str:
+    """How much memory is needed and there, with the numbers of the compiler's message."""
+    # "Used 23G of 15.75G hbm", or "... (23G) exceeds available HBM (15.75G)".
+    sizes = r"([\d.]+)([KMGT])(?: of |\) exceeds available HBM \()([\d.]+)([KMGT])"
+    numbers = re.search(sizes, message)
+    if numbers is None:
+        return "it needs more memory than a device has"
+    needed, needed_unit, capacity, capacity_unit = numbers.groups()
+    return (
+        f"it needs at least {needed} {needed_unit}iB of memory, and a device has "
+        f"{capacity} {capacity_unit}iB"
+    )

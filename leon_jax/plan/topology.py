@@ -57,12 +57,11 @@ def find(name: str) -> Topology:
     options = {"chip_config_name": "megacore"} if chip.name == "v4" else {}
     try:
         with _quiet():
-            found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
+            topology = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
     except jax.errors.JaxRuntimeError as error:
-        if "INVALID_ARGUMENT" not in str(error):
-            raise
         raise UserError(
-            f"--topology={name}: there are no {chip.name} pods of the shape {shape[2]}"
+            f"--topology={name} is not a shape of {chip.name} that the compiler knows; its sides "
+            "must be whole hosts, for example 4x4 or 4x4x4"
         ) from error
     except RuntimeError as error:
         raise UserError(
@@ -70,7 +69,7 @@ def find(name: str) -> Topology:
             "TPU_LIBRARY_PATH=.tpu/libtpu/libtpu.so"
         ) from error
     chips = math.prod(int(size) for size in shape[2].split("x"))
-    return Topology(name, chip, chips, tuple(found.devices))
+    return Topology(name, chip, chips, tuple(topology.devices))
 
 
 @contextlib.contextmanager

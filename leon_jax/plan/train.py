@@ -1,7 +1,6 @@
 """Plans of training: the very step of `leon_jax.train.loop`, compiled for absent chips."""
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -14,10 +13,10 @@ from leon_jax.plan import plan as plans
 from leon_jax.plan import roofline
 from leon_jax.plan.plan import DoesNotFit, Plan, Roofline
 from leon_jax.plan.topology import Topology
-from leon_jax.train import optimizer
+from leon_jax.train.decoder import DecoderProgram, check_divisible
 from leon_jax.train.decoder_config import DecoderTraining
-from leon_jax.train.decoder_step import BATCH_DTYPES, new_state, uneven, update
-from leon_jax.train.loop import lower_step
+from leon_jax.train.decoder_loss import BATCH_DTYPES
+from leon_jax.train.loop import skip_nonfinite
 
 # From the one that computes nothing again to the one that keeps least.
 REMAT = ("none", "dots", "attention", "full")
@@ -63,20 +62,16 @@ def plan(config: DecoderTraining, topology: Topology, setting: Setting) -> Plan:
       DoesNotFit: it needs more memory than a device has.
     """
     config = setting.apply(config)
-    mesh = sharding.make_mesh(setting.mesh, topology.devices)
-    if problem := uneven(config, setting.mesh, setting.microbatches):
-        raise UserError(problem)
-    transformation = optimizer.make(config.optimizer)
-    with jax.set_mesh(mesh):
-        key = jax.eval_shape(jax.random.key, 0)
-        state = jax.eval_shape(lambda key: new_state(config.model, transformation, key, key), key)
+    program = DecoderProgram(config)
+    with jax.set_mesh(sharding.make_mesh(setting.mesh, topology.devices)):
+        state = jax.eval_shape(program.init, jax.eval_shape(jax.random.key, 0))
         shape = config.batch_size, config.data.length
         batch = {
             name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding())
             for name, dtype in BATCH_DTYPES.items()
         }
         memory, found, seconds = plans.compile_for(
-            lambda: lower_step(functools.partial(update, config, transformation), state, batch),
+            lambda: jax.jit(skip_nonfinite(program.step), donate_argnums=0).lower(state, batch),
             {"parameters": state.model, "optimizer": state.opt_state},
             topology,
         )
@@ -167,7 +162,11 @@ def candidates(config: DecoderTraining, topology: Topology, setting: Setting) ->
 
 def deals(config: DecoderTraining, setting: Setting) -> bool:
     """Whether a mesh and microbatches split the batch and the model evenly."""
-    return not uneven(config, setting.mesh, setting.microbatches)
+    try:
+        check_divisible(setting.apply(config), setting.mesh)
+    except UserError:
+        return False
+    return True
 
 
 def _splits(mesh: tuple[int, ...]) -> list[tuple[int, ...]]:

@@ -5,13 +5,13 @@ into its place; a process killed between the two leaves the old one to be put ba
 """
 
 import contextlib
-import fcntl
 import os
 import pathlib
 import shutil
 import sys
 from collections.abc import Iterator
 
+from leon_jax import file_lock
 from leon_jax.config import UserError
 
 
@@ -19,30 +19,22 @@ from leon_jax.config import UserError
 def hold(folder: pathlib.Path) -> Iterator[None]:
     """Holds a folder, which need not be there, against other processes that would change it.
 
-    What a killed process left in the way of it is put back first. The lock's file stays: were it
-    removed, two processes could hold two files of its name.
+    What a killed process left in the way of it is put back first.
 
     Raises:
       UserError: there is no writing beside the folder.
     """
-    path = beside(folder, "lock")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("w")
     except OSError as error:
         raise UserError(
-            f"cannot write {path}: {error.strerror or 'the file system refuses it'}"
+            f"cannot write {folder.parent}: {error.strerror or 'the file system refuses it'}"
         ) from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"waiting for another process that changes {folder}", file=sys.stderr)
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:
-            raise UserError(
-                f"cannot lock {path}: {error.strerror or 'the file system refuses it'}"
-            ) from error
+
+    def on_busy() -> None:
+        print(f"waiting for another process that changes {folder}", file=sys.stderr)
+
+    with file_lock.hold(beside(folder, "lock"), on_busy):
         old = beside(folder, "replaced")
         if old.exists() and not folder.exists():
             os.rename(old, folder)

@@ -5,12 +5,16 @@ so what is found after a crash is whole, unless storage itself failed. For that 
 a checksum, and the newest checkpoint that reads back right is taken.
 """
 
+import atexit
+import errno
+import functools
 import json
 import logging
 import os
 import pathlib
 import shutil
 import sys
+import tempfile
 import threading
 import traceback
 from collections.abc import Container, Iterable, Mapping
@@ -105,8 +109,8 @@ class Checkpoints:
             try:
                 loaded = self._load(step, abstract)
             except Exception as error:  # Orbax raises many kinds; each means "not this one"
-                problems[step] = _reason(error)
-            if not _everywhere(loaded is not None):
+                problems[step] = _reason(error, "a file is missing, damaged or of other arrays")
+            if not on_all_processes(loaded is not None):
                 problems.setdefault(step, "another process could not read it")
                 continue
             assert loaded is not None
@@ -116,11 +120,10 @@ class Checkpoints:
                 self._checkpointer.close()
                 self._checkpointer = self._open()
             return step, *loaded
-        newest = next(iter(problems.items()), None)
-        found = f"; the newest, {newest[0]}: {newest[1]}" if newest else ""
+        newest = f"; of the newest, {steps[0]}, {problems[steps[0]]}" if steps else ""
         raise UserError(
             f"none of the {len(steps)} checkpoints in {self._directory} is whole and fits this "
-            f"configuration{found}"
+            f"configuration{newest}; put the configuration back, or use another --workdir"
         )
 
     def close(self) -> None:
@@ -137,15 +140,17 @@ class Checkpoints:
     def _open(self) -> ocp.training.Checkpointer:
         policies = ocp.training
         try:
+            self._directory.mkdir(parents=True, exist_ok=True)
             return policies.Checkpointer(
-                self._directory,
+                _path_for_orbax(self._directory),
                 save_decision_policy=policies.save_decision_policies.FixedIntervalPolicy(1),
                 preservation_policy=policies.preservation_policies.LatestN(self._keep),
                 cleanup_tmp_directories=True,
             )
         except OSError as error:
             raise UserError(
-                f"checkpoints cannot be kept in {self._directory}: {error.strerror or error}"
+                f"checkpoints cannot be kept in {self._directory}: "
+                f"{_reason(error, 'it is no folder that can be written')}"
             ) from error
 
     def _load(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, str]]:
@@ -177,13 +182,31 @@ class Checkpoints:
     def _unwritten(self, error: Exception) -> UserError:
         whole = [int(path.name) for path in self._directory.iterdir() if path.name.isdigit()]
         last = f"the last good one, of step {max(whole)}, stays" if whole else "there is none yet"
+        reason = _reason(error, "its storage did not take it")
         return UserError(
-            f"a checkpoint could not be written into {self._directory}: {_reason(error)}; {last}"
+            f"a checkpoint could not be written into {self._directory}: {reason}; {last}"
         )
 
 
-def _everywhere(fact: bool) -> bool:
-    """Whether it holds on all processes; collective."""
+@functools.cache
+def _path_for_orbax(directory: pathlib.Path) -> pathlib.Path:
+    """A path to an absolute folder that means the same as a pattern.
+
+    Orbax joins the arrays that processes wrote after looking for them with `glob`, and what the
+    folder's own path says is part of the pattern. So a folder such as `lr[3e-4]` is reached
+    through a link in a temporary folder, which this process removes at its end.
+    """
+    if not set("*?[]\\") & set(str(directory)):
+        return directory
+    folder = tempfile.mkdtemp(prefix="leon-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    link = pathlib.Path(folder, "checkpoints")
+    link.symlink_to(directory, target_is_directory=True)
+    return link
+
+
+def on_all_processes(fact: bool) -> bool:
+    """Whether a fact holds on all processes; collective."""
     if jax.process_count() == 1:
         return fact
     return bool(multihost_utils.process_allgather(np.array(fact)).all())
@@ -207,19 +230,21 @@ def load_weights(
     steps = [int(path.name) for path in directory.glob("*") if path.name.isdigit()]
     if not steps:
         raise UserError(f"there is no checkpoint in {directory}")
-    path = directory.absolute() / str(max(steps))
+    path = directory / str(max(steps))
     options = ocp.options.PyTreeOptions(
         loading=ocp.options.PyTreeOptions.Loading(partial_load=True)
     )
     try:
         with ocp.Context(pytree_options=options):
-            sums = ocp.load_checkpointables(path, {"checksums": None})["checksums"]
+            orbax_path = _path_for_orbax(directory.absolute()) / path.name
+            sums = ocp.load_checkpointables(orbax_path, {"checksums": None})["checksums"]
             stored = dict(zip(names, _stored_names(names, sums), strict=True))
             targets = {stored[name]: _target(leaf) for name, leaf in names.items()}
-            arrays = ocp.load_checkpointables(path, {"state": targets})["state"]
+            arrays = ocp.load_checkpointables(orbax_path, {"state": targets})["state"]
             return {name: arrays[stored[name]] for name in names}
     except Exception as error:
-        raise UserError(f"the weights in {path} do not fit: {_reason(error)}") from error
+        reason = _reason(error, "a file is damaged, or its model has another shape than this one")
+        raise UserError(f"the weights in {path} cannot be used: {reason}") from error
 
 
 def check_config(path: pathlib.Path, config: dict[str, Any]) -> None:
@@ -287,12 +312,31 @@ def _word_sums(arrays: dict[str, Array]) -> dict[str, UInt32[Array, ""]]:
     return jax.tree.map(words, arrays)
 
 
-def _reason(error: Exception) -> str:
-    """The last and most telling part of an error, and of what it was raised from."""
-    while error.__cause__ is not None:
-        error = error.__cause__  # type: ignore[assignment]
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0] if len(lines[0]) < 300 else lines[0][:300] + "..."
+# What storage does to a run, as far as a person can do something about it.
+_STORAGE_ERRORS = (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO,
+    errno.ESTALE, errno.ENOTDIR,
+)  # fmt: skip
+
+
+def _reason(error: Exception, otherwise: str) -> str:
+    """Why, in the words of this project or of the operating system, never those of a library.
+
+    Args:
+      error: its causes are looked through; a library may name the system's error in its text.
+      otherwise: what to say if none of them is known.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, UserError):
+            return str(cause)
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        for number in _STORAGE_ERRORS:
+            if os.strerror(number) in str(cause):
+                return os.strerror(number)
+        cause = cause.__cause__
+    return otherwise
 
 
 def _worth_telling(record: logging.LogRecord) -> bool:

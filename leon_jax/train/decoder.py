@@ -4,12 +4,16 @@ The loss is the plain cross-entropy of every token of every document, retrieved 
 (arXiv 2309.02591, section 2.2), unless the masking configuration weights tokens differently.
 """
 
+import functools
 import pathlib
-from typing import Any
+from collections.abc import Sequence
 
 import grain
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
+from flax import nnx
 from jaxtyping import Array
 
 from leon_jax import config as configuration
@@ -22,34 +26,44 @@ from leon_jax.engine.engine import Engine, Sample, TokenRequest
 from leon_jax.engine.grammar import ImageSpan
 from leon_jax.engine.guidance import make_guidance
 from leon_jax.engine.sampling_params import SamplingParams
+from leon_jax.models.decoder import Decoder
 from leon_jax.tokenizers.documents import DocumentTokenizer
 from leon_jax.tokenizers.image import ImageTokenizer, to_pixels
 from leon_jax.tokenizers.text import TextTokenizer
 from leon_jax.train import decoder_data, optimizer
 from leon_jax.train.decoder_config import KIND, DecoderTraining
-from leon_jax.train.decoder_step import new_state, uneven, update
+from leon_jax.train.decoder_loss import gradients
 from leon_jax.train.state import TrainState, rows_of_shard
 
 
 class DecoderProgram:
-    """The decoder as the training loop sees it; built from a ConfigDict or a DecoderTraining.
-
-    Raises:
-      ConfigError: a wrong key or value.
-      UserError: the text tokenizer is missing or does not fit `vocabulary.text_tokens`.
-    """
+    """See `leon_jax.train.state.Program`. Made without reading a file, so it can be planned too."""
 
     kind = KIND
 
-    def __init__(self, config: Any):
-        if not isinstance(config, DecoderTraining):
-            config = configuration.build(DecoderTraining, config)
-        self.config: DecoderTraining = config
-        self.text = TextTokenizer.load(config.data.text)
-        rows, columns = config.data.image_shape
-        self.documents = DocumentTokenizer(config.vocabulary, self.text, (rows, columns))
-        self.transformation = optimizer.make(config.optimizer)
+    def __init__(self, config: DecoderTraining) -> None:
+        self.config = config
+        self.optimizer = optimizer.make(config.optimizer)
         self.flops_per_token = float(config.model.flops_per_token(config.data.length))
+
+    @functools.cached_property
+    def text(self) -> TextTokenizer:
+        """The text tokenizer of `config.data.text`.
+
+        Raises:
+          UserError: its file is missing or damaged.
+        """
+        return TextTokenizer.load(self.config.data.text)
+
+    @functools.cached_property
+    def documents(self) -> DocumentTokenizer:
+        """Documents to ids.
+
+        Raises:
+          UserError: the text tokenizer is missing or does not fit `vocabulary.text_tokens`.
+        """
+        rows, columns = self.config.data.image_shape
+        return DocumentTokenizer(self.config.vocabulary, self.text, (rows, columns))
 
     def init(self, key: jax.Array) -> TrainState:
         """A new model and the optimizer's state.
@@ -57,17 +71,24 @@ class DecoderProgram:
         Raises:
           UserError: the mesh that is set cannot split the batch or the model evenly.
         """
-        mesh = tuple(jax.sharding.get_abstract_mesh().shape.values())
-        if problem := uneven(self.config, mesh, self.config.microbatches):
-            raise UserError(problem)
+        check_divisible(self.config, tuple(jax.sharding.get_abstract_mesh().shape.values()))
         model_key, run_key = jax.random.split(key)
-        return new_state(self.config.model, self.transformation, model_key, run_key)
+        model = Decoder(self.config.model, rngs=nnx.Rngs(model_key))
+        return TrainState(jnp.zeros((), jnp.int32), model, self.optimizer.init(model), run_key)
 
     def step(
         self, state: TrainState, batch: dict[str, Array]
     ) -> tuple[TrainState, dict[str, Array]]:
-        """One update. `batch` is described in `leon_jax.data.pipeline.make`."""
-        return update(self.config, self.transformation, state, batch)
+        """One update, and metrics: those of `batch_loss`, `gradient_norm` and `learning_rate`.
+
+        `batch` is described in `leon_jax.data.pipeline.make`.
+        """
+        grads, metrics = gradients(self.config, state.model, batch)
+        updates, opt_state = self.optimizer.update(grads, state.opt_state, state.model)
+        model = optax.apply_updates(state.model, updates)
+        metrics["gradient_norm"] = optax.tree.norm(grads)
+        metrics["learning_rate"] = optimizer.learning_rate(self.config.optimizer)(state.step)
+        return TrainState(state.step + 1, model, opt_state, state.key), metrics
 
     def batches(self, shard: int = 0, shards: int = 1) -> grain.IterDataset:
         """Endless packed batches, or one of their equal parts, seeded by `config.seed`."""
@@ -126,3 +147,30 @@ class DecoderProgram:
         weight_files.save(directory / "decoder.safetensors", state.model, KIND, header)
         if jax.process_index() == 0:
             self.text.save(directory / "text.json")
+
+
+def check_divisible(
+    config: DecoderTraining, mesh: Sequence[int], batch_size: str = "config.batch_size"
+) -> None:
+    """Checks that a mesh and the microbatches split the batch and the model evenly.
+
+    Args:
+      config: what is trained.
+      mesh: sizes of (data, fsdp, context, tensor).
+      batch_size: what errors call the rows of a batch.
+
+    Raises:
+      UserError: a size is no multiple of the parts it is split into; the sentence names both.
+    """
+    data, fsdp, context, tensor = mesh
+    model, rows = config.model, data * fsdp * config.microbatches
+    for name, size, parts, axes in (
+        (batch_size, config.batch_size, rows, "data x fsdp x microbatches"),
+        ("config.data.length", config.data.length, context, "context"),
+        ("config.model.embed", model.embed, fsdp, "fsdp"),
+        ("config.model.heads", model.heads, tensor, "tensor"),
+        ("config.model.mlp", model.mlp, tensor, "tensor"),
+        ("config.model.vocab_size", model.vocab_size, tensor, "tensor"),
+    ):
+        if size % parts:
+            raise UserError(f"{name} is {size}; it must be a multiple of {axes}, {parts}")

@@ -9,7 +9,6 @@ import dataclasses
 import pathlib
 import zlib
 from collections.abc import Sequence
-from typing import Any
 
 import grain
 import jax
@@ -81,20 +80,17 @@ class EncoderConfig:
 
 
 class EncoderProgram:
-    """The encoder as the training loop sees it; built from a ConfigDict or an EncoderConfig.
+    """See `leon_jax.train.state.Program`.
 
     Raises:
-      ConfigError: a wrong key or value.
       UserError: the text tokenizer is missing or does not fit `model.text.vocab_size`.
     """
 
     kind = KIND
     flops_per_token = 0.0
 
-    def __init__(self, config: Any):
-        if not isinstance(config, EncoderConfig):
-            config = configuration.build(EncoderConfig, config)
-        self.config: EncoderConfig = config
+    def __init__(self, config: EncoderConfig) -> None:
+        self.config = config
         self.text = TextTokenizer.load(config.data.text)
         needed = self.text.size + SPECIALS
         if config.model.text.vocab_size != needed:
@@ -102,13 +98,13 @@ class EncoderProgram:
                 f"config.model.text.vocab_size is {config.model.text.vocab_size}; the tokenizer "
                 f"{config.data.text} has {self.text.size} entries, so it must be {needed}"
             )
-        self.transformation = optimizer.make(config.optimizer)
+        self.optimizer = optimizer.make(config.optimizer)
 
     def init(self, key: jax.Array) -> TrainState:
         """A new model and the optimizer's state."""
         model_key, run_key = jax.random.split(key)
         model = create(self.config.model, model_key)
-        return TrainState(jnp.zeros((), jnp.int32), model, self.transformation.init(model), run_key)
+        return TrainState(jnp.zeros((), jnp.int32), model, self.optimizer.init(model), run_key)
 
     def step(
         self, state: TrainState, batch: dict[str, Array]
@@ -120,7 +116,7 @@ class EncoderProgram:
         (loss, accuracy), gradients = jax.value_and_grad(contrast, has_aux=True)(
             state.model, batch["image"], batch["text"], batch["concept"]
         )
-        updates, opt_state = self.transformation.update(gradients, state.opt_state, state.model)
+        updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.model)
         model = optax.apply_updates(state.model, updates)
         metrics = {
             "loss": loss,

@@ -45,22 +45,21 @@ class Feed:
         }
 
     def __next__(self) -> dict[str, jax.Array]:
-        read = {shard: next(iterator) for shard, iterator in self._iterators.items()}
-        names = next(iter(read.values()))
+        parts = {shard: next(iterator) for shard, iterator in self._iterators.items()}
+        names = next(iter(parts.values()))
         return {
-            name: self._join({shard: batch[name] for shard, batch in read.items()})
-            for name in names
+            name: self._join({shard: part[name] for shard, part in parts.items()}) for name in names
         }
 
     def get_state(self) -> dict[str, str]:
         """Where every shard is, as JSON by its number; the same on all processes."""
-        own = {
+        local_states = {
             str(shard): json.dumps(iterator.get_state())
             for shard, iterator in self._iterators.items()
         }
         if jax.process_count() == 1:
-            return own
-        return _merged(own)
+            return local_states
+        return _merge_over_processes(local_states)
 
     def set_state(self, states: Mapping[str, str]) -> None:
         """Goes to where `get_state` was called, by any number of processes.
@@ -104,9 +103,9 @@ def local_shards(layout: jax.NamedSharding, shards: int) -> list[int]:
     return sorted(needed)
 
 
-def _merged(own: dict[str, str]) -> dict[str, str]:
-    """The union of what all processes have; collective."""
-    text = np.frombuffer(json.dumps(own).encode(), np.uint8)
+def _merge_over_processes(local: dict[str, str]) -> dict[str, str]:
+    """The union of the dictionaries of all processes; collective."""
+    text = np.frombuffer(json.dumps(local).encode(), np.uint8)
     longest = int(multihost_utils.process_allgather(np.array(len(text))).max())
     # Spaces after JSON mean nothing.
     padded = np.full(longest, ord(" "), np.uint8)

@@ -23,69 +23,72 @@ SPENT = {
 }
 
 
-class Ledger:
-    """Books wall time; kept in `path` so that it spans restarts.
+class GoodputTracker:
+    """Counts the wall time of every category of `SPENT`; kept in a file, so it spans restarts.
 
     Args:
-      path: a JSON file {"seconds": {name: seconds}, "step": updates, "time": unix time}; None keeps
-        nothing.
+      path: a JSON file {"seconds": {category: seconds}, "step": updates, "time": unix time}; None
+        keeps nothing.
     """
 
     def __init__(self, path: pathlib.Path | None) -> None:
         self.seconds = dict.fromkeys(SPENT, 0.0)
-        self._path, self._since, self._now = path, time.time(), "start"
+        self._path, self._last_time, self._category = path, time.time(), "start"
         self._step = 0
         if path is not None and path.exists():
             try:
-                kept = json.loads(path.read_text())
-                self.seconds |= {name: float(kept["seconds"][name]) for name in SPENT}
-                self._step, stopped = int(kept["step"]), float(kept["time"])
+                saved = json.loads(path.read_text())
+                self.seconds |= {name: float(saved["seconds"][name]) for name in SPENT}
+                self._step, stop_time = int(saved["step"]), float(saved["time"])
             except (ValueError, KeyError, TypeError):
                 return  # of another version: the count starts anew
-            self.seconds["down"] += max(0.0, self._since - stopped)
+            self.seconds["down"] += max(0.0, self._last_time - stop_time)
 
-    def resumed(self, step: int) -> None:
-        """Says where the run goes on; updates the last start made beyond that are redone."""
+    def resume(self, step: int) -> None:
+        """Takes the step that the run goes on from; later updates of the last start are redone."""
         if self._step > step:
-            lost = self.seconds["step"] * (self._step - step) / self._step
-            self.seconds["step"] -= lost
-            self.seconds["redone"] += lost
+            lost_seconds = self.seconds["step"] * (self._step - step) / self._step
+            self.seconds["step"] -= lost_seconds
+            self.seconds["redone"] += lost_seconds
         self._step = step
 
     @contextlib.contextmanager
-    def spend(self, name: str) -> Iterator[None]:
-        """Books the time inside under `name`, of `SPENT`."""
-        before = self._now
-        self.switch(name)
+    def spend(self, category: str) -> Iterator[None]:
+        """Counts the time inside under `category`, of `SPENT`."""
+        outer_category = self._category
+        self.switch(category)
         try:
             yield
         finally:
-            self.switch(before)
+            self.switch(outer_category)
 
-    def switch(self, name: str, was: str | None = None) -> None:
-        """Books what comes under `name`; and the time since the last switch, under `was` if given.
+    def switch(self, category: str, was: str | None = None) -> None:
+        """Counts the time from now on under `category`.
+
+        The time since the last switch is counted under `was`, if given, instead of the category
+        switched to then.
 
         Raises:
-          KeyError: a name is not one of `SPENT`.
+          KeyError: a category is not one of `SPENT`.
         """
         now = time.time()
-        self.seconds[was or self._now] += now - self._since
-        self._since, self._now = now, name
+        self.seconds[was or self._category] += now - self._last_time
+        self._last_time, self._category = now, category
 
     def report(self, step: int) -> float:
-        """Books up to now, keeps it, and returns the goodput, 0 to 1."""
-        self.switch(self._now)
+        """Counts up to now, saves the file, and returns the goodput, 0 to 1."""
+        self.switch(self._category)
         self._step = step
         if self._path is not None:
-            kept = {"seconds": self.seconds, "step": step, "time": self._since}
+            content = {"seconds": self.seconds, "step": step, "time": self._last_time}
             temporary = self._path.with_name(self._path.name + ".tmp")
-            temporary.write_text(json.dumps(kept, indent=1))
+            temporary.write_text(json.dumps(content, indent=1))
             os.replace(temporary, self._path)
         return self.seconds["step"] / max(sum(self.seconds.values()), 1e-9)
 
     def summary(self) -> str:
         """One line, the largest shares first."""
         total = max(sum(self.seconds.values()), 1e-9)
-        ordered = sorted(self.seconds.items(), key=lambda item: -item[1])
-        shares = [f"{name} {100 * spent / total:.1f} %" for name, spent in ordered if spent > 0]
+        by_size = sorted(self.seconds.items(), key=lambda item: -item[1])
+        shares = [f"{name} {100 * spent / total:.1f} %" for name, spent in by_size if spent > 0]
         return f"{total:,.0f} s: " + ", ".join(shares)

@@ -5,22 +5,31 @@ import dataclasses
 import pathlib
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import multihost_utils
-from jaxtyping import Array
+from jaxtyping import Array, Float64
 
 from leon_jax import config as configs
-from leon_jax import weight_files
+from leon_jax import file_lock, weight_files
 from leon_jax.config import UserError
-from leon_jax.train.checkpoint import Checkpoints, check_config, load_weights
+from leon_jax.train.checkpoint import (
+    Checkpoints,
+    check_config,
+    load_weights,
+    on_all_processes,
+)
 from leon_jax.train.feed import Feed
-from leon_jax.train.goodput import Ledger
+from leon_jax.train.goodput import GoodputTracker
 from leon_jax.train.metrics import SKIPPED, Metrics
 from leon_jax.train.state import Program, TrainState
+
+# (state, batch) -> (state after one update, scalar metrics).
+Step = Callable[[TrainState, dict[str, Array]], tuple[TrainState, dict[str, Array]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,127 +83,155 @@ def run(program: Program, loop: LoopConfig, workdir: pathlib.Path) -> TrainState
     Must be called under `jax.set_mesh`, by all processes of the mesh.
 
     Raises:
-      UserError: `workdir` cannot be written or holds a run of another configuration; or too many
-        updates in a row were not finite.
+      UserError: `workdir` cannot be written, is used by another run, or holds a run of another
+        configuration; or too many updates in a row were not finite.
       SystemExit: a signal ended the run; code 128 + its number.
     """
-    try:
-        return _run(program, loop, workdir)
-    except OSError as error:  # a disk that is full, gone, or not ours
-        raise UserError(
-            f"{error.filename or workdir} cannot be written: {error.strerror or error}; "
-            "checkpoints that are whole stay, and the same command goes on from the newest"
-        ) from error
+    total, is_main = program.config.steps, jax.process_index() == 0
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_name_what_cannot_be_written(workdir))
 
+        # Data. First, so that missing data leave no workdir.
+        feed = Feed(program.batches, loop.data_shards)
 
-def _run(program: Program, loop: LoopConfig, workdir: pathlib.Path) -> TrainState:
-    total, main = program.config.steps, jax.process_index() == 0
-    feed = Feed(program.batches, loop.data_shards)  # first, so that missing data leave no workdir
-    workdir.mkdir(parents=True, exist_ok=True)
-    wanted = {**configs.to_dict(program.config), "loop": configs.to_dict(loop)}
-    check_config(workdir / "config.json", wanted)
-    ledger = Ledger(workdir / "goodput.json" if main else None)
-    checkpoints = Checkpoints(workdir / "checkpoints", loop.keep)
-    state = _first_state(program, loop.init_from, checkpoints, feed, workdir)
-    start = int(state.step)
-    ledger.resumed(start)
-    metrics = Metrics(workdir if main else None, start, total, program.flops_per_token)
-    with contextlib.closing(metrics):
-        state = _steps(program, loop, workdir, state, feed, checkpoints, ledger, metrics)
-    with ledger.spend("sample"):
-        program.export(state, workdir / "export")
-    ledger.report(total)
-    if main:
-        print(f"wall time {ledger.summary()}", file=sys.stderr)
-    return state
+        # Workdir.
+        workdir.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(_only_run_in(workdir))
+        run_config = {**configs.to_dict(program.config), "loop": configs.to_dict(loop)}
+        check_config(workdir / "config.json", run_config)
+        goodput = GoodputTracker(workdir / "goodput.json" if is_main else None)
+        checkpoints = Checkpoints(workdir / "checkpoints", loop.keep)
 
+        # State: the newest checkpoint, the weights of another run, or random weights.
+        state = _first_state(program, loop.init_from, checkpoints, feed, workdir)
+        start = int(state.step)
+        goodput.resume(start)
+        metrics = Metrics(workdir if is_main else None, start, total, program.flops_per_token)
+        stack.enter_context(contextlib.closing(metrics))
 
-def _steps(
-    program: Program,
-    loop: LoopConfig,
-    workdir: pathlib.Path,
-    state: TrainState,
-    feed: Feed,
-    checkpoints: Checkpoints,
-    ledger: Ledger,
-    metrics: Metrics,
-) -> TrainState:
-    """All steps from `state` on, with what happens beside them; the last one is saved."""
-    start, total = int(state.step), program.config.steps
-    values: dict[str, jax.Array] = {}  # metrics of the newest step
-    stop = _StopSignal()
-    skipped = 0
-    if start < total:
-        batch = next(feed)
-        with ledger.spend("compile"):
-            step_function = compile_step(program.step, state, batch)
-        ledger.switch("step")
-    for step in range(start + 1, total + 1):
-        if values:
-            ledger.switch("input")
+        # Compile.
+        stop_signal, skipped_in_a_row = _StopSignal(), 0
+        if start < total:
             batch = next(feed)
-            # Waiting for a batch costs nothing while the devices still work on the step before.
-            idle = values[SKIPPED].is_ready()  # type: ignore[attr-defined]  # stubs lack it
-            ledger.switch("step", was="input" if idle else "step")
-        with jax.transfer_guard("disallow"):
-            state, values = step_function(state, batch)
-        metrics.add(values)
-        # Read once: a signal that comes while this step is logged or saved ends the next one.
-        stopped = stop.received(step)
-        last = step == total or stopped
-        if last or step % loop.log_every == 0:
-            fetched = metrics.fetch()
-            skipped = _in_a_row(skipped, fetched[SKIPPED])
-            metrics.report(fetched, ledger.report(step))
-        failed = skipped >= loop.max_skipped
-        if last or failed or step % loop.save_every == 0:
-            with ledger.spend("checkpoint"):
-                checkpoints.save(state, feed.get_state())
-        if last or step % loop.sample_every == 0:
-            with ledger.spend("sample"):
-                metrics.pictures(program.samples(state))
-            metrics.pause()
-        if stopped or failed:
-            with ledger.spend("checkpoint"):
-                checkpoints.close()
-            ledger.report(step)
-            if failed:
-                raise UserError(
-                    f"{skipped} updates in a row, up to step {step}, had a loss or gradient that "
-                    "is not finite; none of them was made, and the state before them is saved in "
-                    f"{workdir}. Lower the learning rate or look at the data before going on"
-                )
-            print(f"stopped by a signal; step {step} is saved", file=sys.stderr)
-            raise SystemExit(128 + stopped)
-    ledger.switch("checkpoint")
-    checkpoints.close()
-    return state
+            with goodput.spend("compile"):
+                step_function = jax.jit(skip_nonfinite(program.step), donate_argnums=0)
+                train_step = step_function.lower(state, batch).compile()
+            goodput.switch("step")
+
+        # Loop.
+        values: dict[str, jax.Array] = {}  # metrics of the last step
+        for step in range(start + 1, total + 1):
+            if values:
+                goodput.switch("input")
+                batch = next(feed)
+                # Waiting for a batch costs nothing while the devices still work on the last step.
+                idle = values[SKIPPED].is_ready()  # type: ignore[attr-defined]  # stubs lack it
+                goodput.switch("step", was="input" if idle else "step")
+            with jax.transfer_guard("disallow"):
+                state, values = train_step(state, batch)
+            metrics.add(values)
+
+            # Read once: a signal that comes while this step is logged or saved ends the next one.
+            signal_number = stop_signal.received(step)
+            is_last = step == total or bool(signal_number)
+            if is_last or step % loop.log_every == 0:
+                fetched = metrics.fetch()
+                skipped_in_a_row = _count_in_a_row(skipped_in_a_row, fetched[SKIPPED])
+                metrics.report(fetched, goodput.report(step))
+            has_failed = skipped_in_a_row >= loop.max_skipped
+            if is_last or has_failed or step % loop.save_every == 0:
+                with goodput.spend("checkpoint"):
+                    checkpoints.save(state, feed.get_state())
+            if is_last or step % loop.sample_every == 0:
+                with goodput.spend("sample"):
+                    metrics.save_images(program.samples(state))
+                metrics.pause()
+
+            if signal_number or has_failed:
+                with goodput.spend("checkpoint"):
+                    checkpoints.close()
+                goodput.report(step)
+                if has_failed:
+                    raise UserError(
+                        f"{skipped_in_a_row} updates in a row, up to step {step}, had a loss or "
+                        "gradient that is not finite; none of them was made, and the state before "
+                        f"them is saved in {workdir}. Lower the learning rate or look at the data "
+                        "before going on"
+                    )
+                print(f"stopped by a signal; step {step} is saved", file=sys.stderr)
+                raise SystemExit(128 + signal_number)
+
+        # Export.
+        goodput.switch("checkpoint")
+        checkpoints.close()
+        with goodput.spend("sample"):
+            program.export(state, workdir / "export")
+            if jax.process_count() > 1:
+                # No process ends before the last file is written.
+                multihost_utils.sync_global_devices("export")
+        goodput.report(total)
+        if is_main:
+            print(f"wall time {goodput.summary()}", file=sys.stderr)
+        return state
 
 
-def compile_step(step: Callable, state: Any, batch: Any) -> jax.stages.Compiled:
-    """The step as `run` runs it, compiled; see `lower_step`."""
-    return lower_step(step, state, batch).compile()
+def skip_nonfinite(step: Step) -> Step:
+    """`step`, but an update whose metrics are not finite is left out.
 
-
-def lower_step(step: Callable, state: Any, batch: Any) -> jax.stages.Lowered:
-    """The step as `run` runs it, for these shapes and layouts; abstract ones will do.
-
-    It leaves out an update whose metrics are not finite, counts it in the metric `SKIPPED`, and
-    reuses the memory of the state it is given.
+    Such an update leaves the model and the optimizer's state as they were, and still counts as a
+    step. The metric `SKIPPED` is 1 for it, else 0.
     """
 
-    def guarded(state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, dict[str, Array]]:
+    def train_step(
+        state: TrainState, batch: dict[str, Array]
+    ) -> tuple[TrainState, dict[str, Array]]:
         updated, metrics = step(state, batch)
-        finite = jnp.all(jnp.stack([jnp.isfinite(value).all() for value in metrics.values()]))
+        is_finite = jnp.all(jnp.stack([jnp.isfinite(value).all() for value in metrics.values()]))
         model, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old),
+            lambda new, old: jnp.where(is_finite, new, old),
             (updated.model, updated.opt_state),
             (state.model, state.opt_state),
         )
-        kept = TrainState(updated.step, model, opt_state, updated.key)
-        return kept, {**metrics, SKIPPED: 1.0 - finite}
+        state = TrainState(updated.step, model, opt_state, updated.key)
+        return state, {**metrics, SKIPPED: 1.0 - is_finite}
 
-    return jax.jit(guarded, donate_argnums=0).lower(state, batch)
+    return train_step
+
+
+@contextlib.contextmanager
+def _name_what_cannot_be_written(workdir: pathlib.Path) -> Iterator[None]:
+    """Turns the errors of a disk that is full, gone or not ours into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        reason = f": {error.strerror}" if error.strerror else ""
+        raise UserError(
+            f"{error.filename or workdir} cannot be written{reason}; checkpoints that are whole "
+            "stay, and the same command goes on from the newest"
+        ) from error
+
+
+@contextlib.contextmanager
+def _only_run_in(workdir: pathlib.Path) -> Iterator[None]:
+    """Holds `workdir` against other runs; process 0 does, for all processes of its run."""
+
+    def refuse() -> None:
+        raise UserError(
+            f"another run is training in {workdir}; wait for its end, or use another --workdir"
+        )
+
+    with contextlib.ExitStack() as stack:
+        refusal = None
+        if jax.process_index() == 0:
+            try:
+                stack.enter_context(file_lock.hold(workdir / "lock", refuse))
+            except file_lock.NoLocks as error:
+                print(f"{error}; a second run in {workdir} would not be noticed", file=sys.stderr)
+            except UserError as error:
+                refusal = error
+        if not on_all_processes(refusal is None):
+            raise refusal or UserError(f"process 0 cannot use {workdir}, and says why")
+        yield
 
 
 def _first_state(
@@ -214,20 +251,20 @@ def _first_state(
     if pathlib.Path(init_from).is_dir():
         leaves, structure = jax.tree.flatten(abstract.model)
         names = [f"model.{name}" for name in weight_files.flatten(abstract.model)]
-        wanted = dict(zip(names, leaves, strict=True))
-        found = load_weights(pathlib.Path(init_from) / "checkpoints", wanted)
-        model = jax.tree.unflatten(structure, [found[name] for name in names])
+        shapes = dict(zip(names, leaves, strict=True))
+        arrays = load_weights(pathlib.Path(init_from) / "checkpoints", shapes)
+        model = jax.tree.unflatten(structure, [arrays[name] for name in names])
     else:
-        arrays, _ = weight_files.load(init_from, program.kind)
-        model = weight_files.restore(state.model, arrays, init_from)
+        stored, _ = weight_files.load(init_from, program.kind)
+        model = weight_files.restore(state.model, stored, init_from)
     return dataclasses.replace(state, model=model)
 
 
-def _in_a_row(before: int, skipped: Any) -> int:
-    """How many of the newest updates were skipped, one after the other."""
+def _count_in_a_row(count: int, skipped: Float64[np.ndarray, "steps"]) -> int:
+    """How many of the newest updates were skipped, one after the other; `count` were before."""
     for flag in skipped:
-        before = before + 1 if flag else 0
-    return before
+        count = count + 1 if flag else 0
+    return count
 
 
 class _StopSignal:

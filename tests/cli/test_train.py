@@ -89,6 +89,25 @@ def test_a_mesh_that_does_not_fit_the_devices_is_explained(tmp_path):
     assert "does not cover" in message
 
 
+def test_slices_that_are_not_there_are_explained(tmp_path, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+    mesh = "--config.loop.mesh=(2, 1, 1, 1)", "--config.loop.slices=2"
+    message = refused(TOKENIZER, f"--workdir={tmp_path}/w", *mesh)
+    assert message.endswith(
+        "slices is 2; it must be the number of TPU slices, or of processes where there is one "
+        "slice\n"
+    )
+
+
+def test_processes_that_no_cluster_names_are_asked_for(tmp_path):
+    """In our own words; JAX's are the cause of the error."""
+    message = refused(TOKENIZER, f"--workdir={tmp_path}/w", "--distributed")
+    assert message.endswith("give --coordinator=HOST:PORT, --processes and --process_id\n")
+    ids = "--coordinator=127.0.0.1:1", "--processes=2", "--process_id=2"
+    message = refused(TOKENIZER, f"--workdir={tmp_path}/w", "--distributed", *ids)
+    assert "--process_id=2 must be below --processes=2" in message
+
+
 @pytest.mark.parametrize("name", ["cm3leon_350m", "vqgan_256", "emoji/encoder", "emoji/decoder"])
 def test_a_key_that_the_file_leaves_out_can_be_set(tmp_path, name):
     config = f"--config={CONFIGS}/{name}.py"

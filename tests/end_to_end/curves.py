@@ -11,11 +11,13 @@ import sys
 import jax
 import numpy as np
 
+from leon_jax import config as configuration
 from leon_jax import sharding
 from leon_jax.tokenizers.text import TextTokenizer
 from leon_jax.train.decoder import DecoderProgram
+from leon_jax.train.decoder_config import DecoderTraining
 from leon_jax.train.feed import Feed
-from leon_jax.train.loop import compile_step
+from leon_jax.train.loop import skip_nonfinite
 from leon_jax.vocabulary import Vocabulary
 from tests.train.test_decoder_program import make_config
 
@@ -47,12 +49,13 @@ def curve(
     with jax.set_mesh(sharding.make_mesh(shape, jax.devices()[:devices])):
         config = get_config(folder)
         config.microbatches = microbatches
-        program = DecoderProgram(config)
+        program = DecoderProgram(configuration.build(DecoderTraining, config))
         feed = Feed(program.batches, 2)
         state = jax.jit(program.init)(jax.random.key(0))
         batch = next(feed)
         assert np.asarray(batch["segment_ids"]).max() > 1, "rows hold several documents"
-        step, losses = compile_step(program.step, state, batch), []
+        jitted = jax.jit(skip_nonfinite(program.step), donate_argnums=0)
+        step, losses = jitted.lower(state, batch).compile(), []
         for _ in range(STEPS):
             state, metrics = step(state, batch)
             losses.append(float(metrics["loss"]))

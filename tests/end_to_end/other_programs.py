@@ -17,7 +17,7 @@ import numpy as np
 from leon_jax import sharding
 from leon_jax.tokenizers.text import TextTokenizer
 from leon_jax.train.encoder import EncoderProgram
-from leon_jax.train.loop import compile_step
+from leon_jax.train.loop import skip_nonfinite
 from leon_jax.train.tokenizer import TokenizerProgram
 from tests.train.test_encoder_program import NAMES, tiny
 from tests.train.test_tokenizer_program import CONFIG
@@ -63,10 +63,10 @@ def curve(kind: str, shape: tuple[int, ...]) -> list[dict[str, float]]:
         make = {"tokenizer": tokenizer_program, "encoder": encoder_program}[kind]
         program = make(pathlib.Path(folder))
         state = jax.jit(program.init)(jax.random.key(0))
-        step = None
+        jitted, step = jax.jit(skip_nonfinite(program.step), donate_argnums=0), None
         for _ in range(STEPS):
             batch = jax.device_put(batches(kind, program, rng), sharding.batch_sharding())
-            step = step or compile_step(program.step, state, batch)
+            step = step or jitted.lower(state, batch).compile()
             state, metrics = step(state, batch)
             found.append({name: float(jnp.asarray(value)) for name, value in metrics.items()})
     return found

@@ -125,9 +125,24 @@ def test_ctrl_c_reaches_every_process_once_and_as_sigterm(tmp_path):
     assert heard.read_text().split() == [str(int(signal.SIGTERM))]
 
 
-def test_a_process_that_fails_ends_the_others(tmp_path):
-    script = "import sys, time; time.sleep(0.2); sys.exit(7) if '--process_id=1' in sys.argv else 0"
-    result = subprocess.run(
-        [*LOCAL, "--processes=2", "--", sys.executable, "-c", script], capture_output=True
+@pytest.mark.parametrize(
+    ("end", "words", "code"),
+    [
+        ("sys.exit(7)", "exit code 7", 7),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "signal SIGKILL", 137),
+        ("sys.exit(137)", "exit code 137 (SIGKILL)", 137),
+    ],
+)
+def test_a_process_that_fails_ends_the_others_and_is_named(end, words, code):
+    """Process 0 ends first, as one that lost a peer; that is not the cause."""
+    script = (
+        "import os, signal, sys, time\n"
+        "if '--process_id=0' in sys.argv: sys.exit(134)\n"
+        f"time.sleep(0.4); {end}"
     )
-    assert result.returncode == 7
+    result = subprocess.run(
+        [*LOCAL, "--processes=2", "--", sys.executable, "-c", script],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == code
+    assert result.stderr.splitlines()[-1] == f"local.py: process 1 failed first, with {words}"

@@ -12,7 +12,7 @@ from leon_jax.models.decoder import Decoder, DecoderConfig
 from leon_jax.ops.attention import Kept, Past
 from leon_jax.plan import roofline
 from leon_jax.plan.roofline import training_flops, training_work
-from leon_jax.train.decoder_step import batch_loss
+from leon_jax.train.decoder_loss import batch_loss
 from leon_jax.vocabulary import Vocabulary
 
 VOCABULARY = Vocabulary.compact(64, 300, 4)

@@ -32,7 +32,7 @@ def searched(monkeypatch, setting, fits, seconds=lambda setting: 1.0):
     tried = []
 
     def plan(config, topology, other):
-        assert not train.uneven(config, other.mesh, other.microbatches)
+        train.check_divisible(other.apply(config), other.mesh)
         tried.append(other)
         if not fits(other):
             raise DoesNotFit("too large")

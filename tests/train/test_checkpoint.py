@@ -1,5 +1,6 @@
 """Checkpoints, apart from the loop: silent damage is found, and arrays keep their kind."""
 
+import dataclasses
 import json
 
 import jax
@@ -150,3 +151,24 @@ def test_a_run_of_a_version_with_more_settings_goes_on_if_it_had_their_values(tm
     path.write_text(json.dumps({"steps": 10, "data": {"length": 8, "other": 4}}))
     with pytest.raises(UserError, match=r"data\.other = 4, but it is now None"):
         check_config(path, now)
+
+
+class Wider(nnx.Module):
+    def __init__(self, *, rngs: nnx.Rngs):
+        self.large = nnx.Param(jax.random.normal(rngs.params(), (300, 501)))
+        self.half = nnx.Param(jax.random.normal(rngs.params(), (7,)).astype(jnp.bfloat16))
+
+
+def test_arrays_of_another_shape_are_refused_in_our_own_words(tmp_path):
+    """What Orbax has to say is the cause of the error, not a part of the sentence."""
+    save_two(tmp_path / "checkpoints")
+    other = jax.eval_shape(lambda: dataclasses.replace(state(0, 0), model=Wider(rngs=nnx.Rngs(0))))
+    names = {f"model.{name}": leaf for name, leaf in weight_files.flatten(other.model).items()}
+    own_words = r"a file is (missing, )?damaged,? or .*another shape|of other arrays; put the"
+    for load in (
+        lambda: Checkpoints(tmp_path / "checkpoints").restore(other),
+        lambda: load_weights(tmp_path / "checkpoints", names),
+    ):
+        with pytest.raises(UserError, match=own_words) as raised:
+            load()
+        assert "\n" not in str(raised.value) and "orbax" not in str(raised.value).lower()

@@ -17,6 +17,7 @@ from leon_jax.retrieval.prepared import Prepared, write_split
 from leon_jax.tokenizers.text import TextTokenizer
 from leon_jax.train.checkpoint import Checkpoints
 from leon_jax.train.decoder import DecoderProgram
+from leon_jax.train.decoder_config import DecoderTraining
 from leon_jax.train.decoder_data import balanced, neighbours, open_components
 from leon_jax.train.feed import Feed
 from leon_jax.train.state import TrainState
@@ -57,7 +58,8 @@ def folder(tmp_path_factory):
 def make_program(root, **data):
     text = TextTokenizer.load(root / "text.json")
     vocabulary = Vocabulary.compact(image_codes=16, text_tokens=text.size, sentinels=4)
-    return DecoderProgram(
+    config = build(
+        DecoderTraining,
         {
             "batch_size": 4,
             "steps": 1,
@@ -72,8 +74,9 @@ def make_program(root, **data):
                 "text": str(root / "text.json"), "image_shape": (2, 2), "length": 96,
                 "threads": 0, **data,
             },
-        }
+        },
     )  # fmt: skip
+    return DecoderProgram(config)
 
 
 def mixture(folder):

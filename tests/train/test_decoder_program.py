@@ -20,7 +20,7 @@ from leon_jax.retrieval.prepared import write_split
 from leon_jax.tokenizers.text import TextTokenizer
 from leon_jax.train.decoder import DecoderProgram
 from leon_jax.train.decoder_config import DecoderTraining
-from leon_jax.train.decoder_step import batch_loss
+from leon_jax.train.decoder_loss import batch_loss
 from leon_jax.vocabulary import Vocabulary
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
@@ -90,6 +90,11 @@ def make_config(folder: pathlib.Path) -> ConfigDict:
     )
 
 
+def build_program(config: ConfigDict) -> DecoderProgram:
+    """The program of a configuration as the command line has it."""
+    return DecoderProgram(configuration.build(DecoderTraining, config))
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("prepared")
@@ -102,7 +107,7 @@ def folder(tmp_path_factory):
 def trained(folder):
     """(program, final state, metrics of every step)."""
     with jax.set_mesh(sharding.make_mesh((1, 1, 1, 1), jax.devices()[:1])):
-        program = DecoderProgram(make_config(folder))
+        program = build_program(make_config(folder))
         state = jax.jit(program.init)(jax.random.key(0))
         step, history = jax.jit(program.step, donate_argnums=0), []
         data = iter(program.batches())
@@ -125,7 +130,7 @@ def test_both_modalities_are_learnt(trained):
 def test_the_first_loss_is_that_of_a_uniform_guess_at_the_papers_initialisation(folder):
     config = make_config(folder)
     config.model.init_std = 0.006
-    program = DecoderProgram(config)
+    program = build_program(config)
     state = jax.jit(program.init)(jax.random.key(0))
     _, metrics = batch_loss(
         state.model,
@@ -138,7 +143,7 @@ def test_the_first_loss_is_that_of_a_uniform_guess_at_the_papers_initialisation(
 
 
 def test_metrics_are_means_over_targets_of_their_kind(folder):
-    program = DecoderProgram(make_config(folder))
+    program = build_program(make_config(folder))
     model = jax.jit(program.init)(jax.random.key(1)).model
     batch, vocabulary = next(iter(program.batches())), program.config.vocabulary
     _, metrics = batch_loss(model, batch, vocabulary=vocabulary, chunk=64)
@@ -158,7 +163,7 @@ def test_metrics_are_means_over_targets_of_their_kind(folder):
 def test_loss_weights_are_obeyed(folder):
     config = make_config(folder)
     config.masking = ConfigDict({"sentinel_weight": 0.0, "spans": "fim"})
-    program = DecoderProgram(config)
+    program = build_program(config)
     batch, vocabulary = next(iter(program.batches())), program.config.vocabulary
     sentinels = vocabulary.is_sentinel(batch["targets"])
     assert sentinels.any() and (batch["weights"][sentinels] == 0).all()
@@ -173,9 +178,9 @@ def test_microbatches_make_the_same_update(folder, microbatches):
     """Adam's first mean is a tenth of the gradient, so comparing it compares gradients."""
     config = make_config(folder)
     config.z_loss = 1e-3
-    whole = DecoderProgram(config)
+    whole = build_program(config)
     config.microbatches = microbatches
-    parts = DecoderProgram(config)
+    parts = build_program(config)
     state = jax.jit(whole.init)(jax.random.key(2))
     batch = next(iter(whole.batches()))
     batch["weights"][:3] *= 0.1  # parts that weigh differently
@@ -193,13 +198,13 @@ def test_a_batch_that_cannot_be_cut_is_refused(folder):
     config = make_config(folder)
     config.microbatches = 3
     with pytest.raises(UserError, match="batch_size is 8; it must be a multiple of the 3 microb"):
-        DecoderProgram(config)
+        build_program(config)
 
 
 def test_the_first_moment_can_be_kept_in_half_the_bytes(folder):
     config = make_config(folder)
     config.optimizer.first_moment = "bfloat16"
-    program = DecoderProgram(config)
+    program = build_program(config)
     state, _ = jax.jit(program.step)(
         jax.jit(program.init)(jax.random.key(0)), next(iter(program.batches()))
     )
@@ -235,21 +240,30 @@ def test_the_export_is_complete(trained, tmp_path):
         ("data.length", 65, "data.length is 65; it must be at most model.max_length"),
         ("data.image_shape", (2,), "rows and columns"),
         ("loss_chunk", 0, "loss_chunk is 0"),
-        ("data.text", "nowhere.json", "cannot read the text tokenizer nowhere.json"),
     ],
 )
 def test_configurations_that_cannot_work_are_refused(folder, key, value, message):
     config = make_config(folder)
     config.update_from_flattened_dict({key: value})
     with pytest.raises(UserError, match=message):
-        DecoderProgram(config)
+        build_program(config)
+
+
+def test_a_program_is_made_without_its_files_and_its_data_are_not(folder):
+    """`leon plan` makes the program that trains, and has no data."""
+    config = make_config(folder)
+    config.data.text = "nowhere.json"
+    program = build_program(config)
+    jax.eval_shape(program.init, jax.random.key(0))
+    with pytest.raises(UserError, match=r"cannot read the text tokenizer nowhere\.json"):
+        program.batches()
 
 
 def test_an_unknown_key_is_named(folder):
     config = make_config(folder)
     config.masking = ConfigDict({"whole_segments": 0.5})
     with pytest.raises(ConfigError, match=r"config\.masking\.whole_segments.*whole_segment\?"):
-        DecoderProgram(config)
+        build_program(config)
 
 
 def load_config(path: pathlib.Path) -> DecoderTraining:

@@ -154,7 +154,7 @@ def test_a_vocabulary_that_does_not_fit_the_tokenizer_is_named(program):
     values["model"]["text"]["vocab_size"] = 1000
     size = program.text.size
     with pytest.raises(UserError, match=rf"vocab_size is 1000; .* {size} entries, .* {size + 3}"):
-        EncoderProgram(values)
+        EncoderProgram(configuration.build(EncoderConfig, values))
 
 
 def test_a_batch_larger_than_the_data_is_refused(program):

@@ -1,6 +1,8 @@
 """The loop: exact resume after a kill, signals, and refusals."""
 
 import dataclasses
+import errno
+import fcntl
 import json
 import os
 import pathlib
@@ -366,7 +368,9 @@ def test_nothing_is_compiled_after_the_first_steps(caplog, tmp_path):
     compilations(caplog, tmp_path / "first", 4)  # what is compiled once a process
     short = compilations(caplog, tmp_path / "short", 4)
     long = compilations(caplog, tmp_path / "long", 12)
-    assert sum("guarded" in text for text in long) == 1, "the step itself, ahead of the first one"
+    assert sum("train_step" in text for text in long) == 1, (
+        "the step itself, ahead of the first one"
+    )
     assert len(long) == len(short)
 
 
@@ -375,3 +379,61 @@ def test_the_step_takes_nothing_from_the_host(monkeypatch, tmp_path):
     monkeypatch.setattr(loop.Feed, "__next__", lambda self: batch)
     with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
         loop.run(ToyProgram(ToyConfig(4)), loop.LoopConfig(), tmp_path)
+
+
+def test_a_second_run_in_the_same_workdir_is_refused_at_once(unbroken, tmp_path):
+    """The first one goes on, and when it is killed the lock is gone with it."""
+    first = start(tmp_path)
+    wait_for_step(tmp_path, 3)
+    files = {path.name for path in tmp_path.iterdir()}
+    with pytest.raises(UserError, match=f"another run is training in {tmp_path}; wait"):
+        loop.run(ToyProgram(ToyConfig(30)), SETTINGS, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == files
+    first.kill()
+    first.communicate()
+    loop.run(ToyProgram(ToyConfig(30)), SETTINGS, tmp_path)
+    np.testing.assert_array_equal(final(tmp_path), final(unbroken))
+
+
+def test_a_file_system_without_locks_is_said_and_used(tmp_path, monkeypatch, capsys):
+    def flock(*arguments):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    loop.run(ToyProgram(ToyConfig(2)), SETTINGS, tmp_path)
+    assert "a second run in it would not be noticed" in capsys.readouterr().err.replace(
+        str(tmp_path), "it"
+    )
+
+
+def test_a_workdir_may_have_any_name(unbroken, tmp_path):
+    """Brackets and the like mean something in patterns, which Orbax looks for its files with."""
+    workdir = tmp_path / "lr[3e-4] a=b \\ c" / "run*?"
+    loop.run(ToyProgram(ToyConfig(13)), SETTINGS, workdir)
+    state = loop.run(ToyProgram(ToyConfig(30)), SETTINGS, workdir)
+    np.testing.assert_array_equal(final(workdir), final(unbroken))
+    assert (workdir / "samples" / "kernel_0000030.png").is_file()
+    assert list((workdir / "tensorboard").iterdir())
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [3, 6, 9, 12, 13, *range(15, 31, 3)]
+    for init_from in (workdir, workdir / "export" / "toy.safetensors"):
+        settings = dataclasses.replace(SETTINGS, init_from=str(init_from))
+        other = loop.run(ToyProgram(ToyConfig(0)), settings, tmp_path / "[other]" / init_from.name)
+        np.testing.assert_array_equal(other.model.kernel[...], state.model.kernel[...])
+
+
+def test_compiled_programs_are_kept_in_a_folder_of_any_name(tmp_path):
+    cache = tmp_path / "lr[3e-4] a=b \\ c"
+    script = (
+        "import jax, sys\n"
+        "jax.config.update('jax_compilation_cache_dir', sys.argv[1])\n"
+        "jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)\n"
+        "jax.config.update('jax_persistent_cache_min_entry_size_bytes', 0)\n"
+        "jax.config.update('jax_log_compiles', True)\n"
+        "jax.jit(lambda x: x + 1)(1.0)\n"
+    )
+    command = [sys.executable, "-c", script, str(cache)]
+    subprocess.run(command, check=True, capture_output=True)
+    assert list(cache.glob("*-cache"))
+    again = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert "cache hit" in again.stderr.lower()
