@@ -13,7 +13,7 @@ import numpy as np
 import PIL.Image
 
 from leon_jax.documents import Document, Image, Provenance, Text
-from leon_jax.retrieval.prepared import MANIFEST, Prepared, write_split
+from leon_jax.retrieval.prepared_folder import MANIFEST, PreparedFolder, write_split
 from leon_jax.tokenizers.text import TextTokenizer
 
 COLUMNS = 20  # of the table of neighbours, in each modality
@@ -57,7 +57,7 @@ def write(folder: pathlib.Path, count: int) -> None:
     ids = np.random.default_rng(1).integers(0, count, (2, count, COLUMNS), np.int32)
     for name, pictures in FOLDERS.items():
         prepared = folder / name
-        made = (prepared / MANIFEST).exists() and Prepared(prepared).manifest["splits"]
+        made = (prepared / MANIFEST).exists() and PreparedFolder(prepared).manifest["splits"]
         if made != {"train": count}:
             print(f"writing {count:,} documents into {prepared}", flush=True)
             write_split(prepared, "train", documents(count, text, pictures), ids)

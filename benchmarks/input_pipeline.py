@@ -21,7 +21,7 @@ from collections.abc import Callable
 from benchmarks import input_data
 from benchmarks.input_reader import ALLOWED, ROOT, STAGES, Case, Reader
 from benchmarks.quiet import Watch, wait
-from leon_jax.train.hardware import CHIPS
+from leon_jax.train.peak_flops import CHIPS
 
 MFU, CHIPS_OF_A_HOST = 0.6, 4
 DELAY, COLD_THREADS = 0.02, 8

@@ -13,8 +13,7 @@ from benchmarks.stopwatch import Stopwatch
 from leon_jax import config as configuration
 from leon_jax.data import examples, records
 from leon_jax.documents import Document
-from leon_jax.retrieval import prepared
-from leon_jax.retrieval.prepared import Prepared
+from leon_jax.retrieval.prepared_folder import PreparedFolder
 from leon_jax.tokenizers.documents import DocumentTokenizer
 from leon_jax.tokenizers.text import TextTokenizer
 from leon_jax.train import decoder_data
@@ -106,7 +105,7 @@ class Reader:
 
     def file(self, name: str) -> pathlib.Path:
         """The records of "codes" or "pictures"."""
-        (path,) = Prepared(self._folder / name).paths("train", "array_record")
+        (path,) = PreparedFolder(self._folder / name).paths("train", "array_record")
         return path
 
     @property

@@ -139,7 +139,7 @@ def main() -> None:
     ]
     arguments.out.write_text(f"""# Eight bits
 
-What [`convert_weights`](../leon_jax/models/inference_weights.py) and `Engine(cache_dtype="int8")` cost the
+What [`convert_weights`](../leon_jax/models/inference_weights.py) and an int8 cache cost the
 demonstration's model. Written by `python -m benchmarks.int8`.
 
 Perplexity of the {len(documents)} held-out drawings of `unseen_design`: of a picture's tokens given

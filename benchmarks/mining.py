@@ -23,8 +23,8 @@ import numpy as np
 
 from benchmarks.quiet import Watch, wait
 from benchmarks.turns import ROOT, Worker
-from leon_jax.retrieval.bank import Bank, save_rows
 from leon_jax.retrieval.faiss_export import export
+from leon_jax.retrieval.vector_index import VectorIndex, save_rows
 
 SIDES = {"exact": "ours, exact", "approximate": "ours, approximate", "faiss": "FAISS `IndexFlatIP`"}
 TOPICS, CLUSTERS = 1000, 20_000
@@ -65,7 +65,7 @@ def make(folder: pathlib.Path, arguments: argparse.Namespace) -> list[str]:
         rng = np.random.default_rng([arguments.seed, 1 + number])
         rows = draw(rng, arguments.rows // 4, arguments.dimensions, arguments.seed)
         save_rows(path, rows)
-    export(Bank.open(shards[:4]), folder / "bank.faiss")
+    export(VectorIndex.open(shards[:4]), folder / "bank.faiss")
     return shards
 
 
@@ -119,7 +119,7 @@ def nearest_in_float64(
     folder: pathlib.Path, shards: list[str], arguments: argparse.Namespace
 ) -> np.ndarray:
     """Ids of the k best for the first queries, int[truth, k]."""
-    bank = Bank.open(shards)
+    bank = VectorIndex.open(shards)
     queries = np.load(folder / "queries.npy")[: arguments.truth].astype(np.float64)
     scores, ids = np.zeros((len(queries), 0)), np.zeros((len(queries), 0), np.int64)
     for start in range(0, len(bank), 32_768):

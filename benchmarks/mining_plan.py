@@ -24,7 +24,7 @@ from leon_jax.plan import topology as topologies
 from leon_jax.plan.collectives import collectives
 from leon_jax.plan.plan import Roofline, sent_bytes
 from leon_jax.plan.roofline import Work
-from leon_jax.retrieval import blocks, mining
+from leon_jax.retrieval import device_blocks, mining
 
 # bfloat16 products that one of float32 takes at `Precision.HIGHEST`.
 PASSES = 6
@@ -45,11 +45,11 @@ def plan(topology: str, documents: int, dimensions: int, k: int, recall: float) 
     """
     pod = topologies.find(topology)
     mesh = sharding.make_mesh((-1, 1, 1, 1), pod.devices)
-    size, tile = blocks.block_size(documents, mesh.size, 2 * dimensions, blocks.CHIP)
+    size, tile = device_blocks.block_size(documents, mesh.size, 2 * dimensions, device_blocks.CHIP)
     if size < documents:
         raise ValueError(f"{documents} documents are more than one block on {topology}")
     exact = recall == 1
-    queries = blocks.CHIP.queries_exact if exact else blocks.CHIP.queries
+    queries = device_blocks.CHIP.queries_exact if exact else device_blocks.CHIP.queries
     queries = -(-queries // mesh.size) * mesh.size
     layout = jax.NamedSharding(mesh, jax.P(mesh.axis_names))
 

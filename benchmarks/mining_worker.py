@@ -41,16 +41,16 @@ def _status(name: str) -> int:
 
 
 class Ours:
-    """`Bank.search` on files."""
+    """`VectorIndex.search` on files."""
 
     def __init__(self, files: list[str], approximate: bool) -> None:
         import jax
 
         from leon_jax import sharding
-        from leon_jax.retrieval.bank import Bank
+        from leon_jax.retrieval.vector_index import VectorIndex
 
         jax.set_mesh(sharding.make_mesh())
-        self._bank, self._approximate = Bank.open(files), approximate
+        self._bank, self._approximate = VectorIndex.open(files), approximate
 
     def search(self, queries: np.ndarray, k: int) -> np.ndarray:
         return self._bank.search(queries, k, approximate=self._approximate)[1]

@@ -14,7 +14,7 @@ from benchmarks.turns import ROOT, serve
 from leon_jax import sharding
 from leon_jax.data.config import DataConfig
 from leon_jax.models.decoder import DecoderConfig
-from leon_jax.train import hardware
+from leon_jax.train import peak_flops
 from leon_jax.train.decoder import DecoderProgram
 from leon_jax.train.decoder_config import DecoderTraining
 from leon_jax.train.loop import skip_nonfinite
@@ -110,7 +110,7 @@ class Ours:
             "devices": len(devices),
             "parameters": self._program.config.model.parameter_count(),
             "flops_per_token": self._program.flops_per_token,
-            "peak": hardware.peak_flops(devices),
+            "peak": peak_flops.peak_flops(devices),
         }
 
     def _batch(self, ids: np.ndarray) -> dict[str, jax.Array]:

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Iterator
 
 from leon_jax.data.records import to_bytes, to_png
-from leon_jax.data.sources.raw import Raw, Reject
+from leon_jax.data.sources.raw_record import Raw, Reject
 from leon_jax.documents import Image, Source, Text
 
 

@@ -13,7 +13,7 @@ from flax import nnx
 
 from leon_jax import sharding, weight_files
 from leon_jax.config import to_dict
-from leon_jax.data.sources.raw import SourceConfig
+from leon_jax.data.sources.raw_record import SourceConfig
 from leon_jax.documents import Document, Image, Provenance, Text
 from leon_jax.models.clip import CLIPConfig, TextConfig, VisionConfig, create
 from leon_jax.models.decoder import Decoder, DecoderConfig

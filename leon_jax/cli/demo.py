@@ -45,11 +45,11 @@ def main(argv: list[str]) -> None:
         raise UserError(f"the folder {out} cannot be made: {error.strerror}") from error
 
     from leon_jax.datasets import demo as dataset
-    from leon_jax.evaluate import demo, meanings, page
+    from leon_jax.evaluate import demo_page, meanings, measurements
     from leon_jax.generate.retriever import model_files
     from leon_jax.leon import Leon
     from leon_jax.model_folder import shipped_folder
-    from leon_jax.retrieval.prepared import Prepared
+    from leon_jax.retrieval.prepared_folder import PreparedFolder
 
     model = pathlib.Path(_MODEL.value) if _MODEL.value else shipped_folder()
     prepared = data / "emoji_prepared"
@@ -60,29 +60,31 @@ def main(argv: list[str]) -> None:
 
     _say("3/5 pictures and captions for what training never saw")
     leon = Leon.load(_MODEL.value, prepared)
-    held_out = Prepared(prepared).records("unseen_design")
+    held_out = PreparedFolder(prepared).records("unseen_design")
     documents = [held_out[i] for i in range(_MEASURED)]
-    rebuilt = demo.reconstruct(leon, [held_out[i] for i in range(len(held_out))])
-    drawn = {n: demo.draw(leon, documents, n, guidance=_GUIDANCE, top_p=_TOP_P) for n in (0, 2)}
+    rebuilt = measurements.reconstruct(leon, [held_out[i] for i in range(len(held_out))])
+    drawn = {
+        n: measurements.draw(leon, documents, n, guidance=_GUIDANCE, top_p=_TOP_P) for n in (0, 2)
+    }
     shown = documents[:_SHOWN]
     written = [
         (leon.caption(document.pixels).text, leon.caption(document.pixels, num_docs=2).text)
         for document in shown
     ]
     _say("4/5 numbers")
-    ranks = {n: demo.caption_ranks(leon, documents, n)[0] for n in (0, 2)}
+    ranks = {n: measurements.caption_ranks(leon, documents, n)[0] for n in (0, 2)}
     metrics: dict[str, meanings.Number] = {
         "candidates": _MEASURED,
         "tokenizer_psnr_db": rebuilt.psnr_db,
         "codes_used_share": rebuilt.codes_used,
         "image_perplexity_by_documents": {
-            str(n): demo.image_perplexity(leon, documents, n) for n in (0, 1, 2)
+            str(n): measurements.image_perplexity(leon, documents, n) for n in (0, 1, 2)
         },
         "caption_rank1_share_by_documents": {str(n): float((ranks[n] == 0).mean()) for n in ranks},
         "prompt_match_share_by_documents": {
-            str(n): demo.prompt_match(leon, drawn[n]) for n in drawn
+            str(n): measurements.prompt_match(leon, drawn[n]) for n in drawn
         },
-        "real_match_share": demo.real_match(leon, documents),
+        "real_match_share": measurements.real_match(leon, documents),
     }
     pictures = out / "pictures"
     pictures.mkdir(exist_ok=True)
@@ -103,17 +105,17 @@ def main(argv: list[str]) -> None:
             "BY-SA 4.0 by the OpenMoji project; Twemoji is CC BY 4.0 by Twitter, Inc and other "
             "contributors.</p>",
         ),
-        ("Numbers", page.numbers(metrics)),
+        ("Numbers", demo_page.numbers(metrics)),
         (
             "Pictures for held-out prompts",
-            page.drawings(shown, drawn[0][:_SHOWN], drawn[2][:_SHOWN]),
+            demo_page.drawings(shown, drawn[0][:_SHOWN], drawn[2][:_SHOWN]),
         ),
-        ("Captions for held-out pictures", page.captions(shown, written)),
+        ("Captions for held-out pictures", demo_page.captions(shown, written)),
         (
             "What the image tokenizer keeps",
             "<p>Held-out pictures above, the same after encoding and decoding below.</p>"
             + "<br>".join(
-                "".join(page.picture(pixels, "held-out picture") for pixels in row[:10])
+                "".join(demo_page.picture(pixels, "held-out picture") for pixels in row[:10])
                 for row in rebuilt.pictures
             ),
         ),
@@ -121,10 +123,10 @@ def main(argv: list[str]) -> None:
             "Training goes on",
             f"<p>The shipped decoder trained for {_ALL_STEPS} more steps, stopped after step "
             f"{_FIRST_STEPS} and resumed from its own checkpoint.</p>"
-            + page.curve(losses, _FIRST_STEPS, "training loss, nats a token"),
+            + demo_page.curve(losses, _FIRST_STEPS, "training loss, nats a token"),
         ),
     ]
-    _write(out / "index.html", page.page("leon_jax: the demo", sections, metrics))
+    _write(out / "index.html", demo_page.page("leon_jax: the demo", sections, metrics))
     _write(out / "metrics.json", json.dumps(metrics, indent=1) + "\n")
     print(json.dumps(metrics, indent=1))
     _say(f"done: open {out / 'index.html'}")

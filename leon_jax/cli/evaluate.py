@@ -45,13 +45,13 @@ def main(argv: list[str]) -> None:
     del argv
     import numpy as np
 
-    from leon_jax.evaluate import demo
+    from leon_jax.evaluate import measurements
     from leon_jax.evaluate.meanings import MEANINGS, Number, shown
     from leon_jax.leon import Leon
-    from leon_jax.retrieval.prepared import Prepared
+    from leon_jax.retrieval.prepared_folder import PreparedFolder
 
     leon = Leon.load(_MODEL.value, _INDEX.value)
-    source = Prepared(_INDEX.value).records(_SPLIT.value)
+    source = PreparedFolder(_INDEX.value).records(_SPLIT.value)
     count, groups = _CANDIDATES.value, _GROUPS.value
     if not 2 <= count <= len(source):
         raise UserError(f"--candidates is {count}; it must be 2 to {len(source)}")
@@ -59,7 +59,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--groups is {groups}; it must be 1 to {len(source) // count}")
     every = [source[i] for i in range(len(source))]
     some = [every[start : start + count] for start in range(0, groups * count, count)]
-    rebuilt = demo.reconstruct(leon, every)
+    rebuilt = measurements.reconstruct(leon, every)
     metrics: dict[str, Number] = {}
 
     def measured(name: str, value: Number) -> None:
@@ -70,22 +70,22 @@ def main(argv: list[str]) -> None:
     measured("candidates", count)
     measured("tokenizer_psnr_db", rebuilt.psnr_db)
     measured("codes_used_share", rebuilt.codes_used)
-    measured("real_match_share", fmean(demo.real_match(leon, group) for group in some))
+    measured("real_match_share", fmean(measurements.real_match(leon, group) for group in some))
     measured(
         "image_perplexity_by_documents",
-        {str(docs): demo.image_perplexity(leon, every, docs) for docs in (0, 1, 2)},
+        {str(docs): measurements.image_perplexity(leon, every, docs) for docs in (0, 1, 2)},
     )
     matches = {}
     for docs in (0, 2):
         generated = (
-            demo.draw(leon, group, docs, guidance=_GUIDANCE.value, top_p=_TOP_P.value)
+            measurements.draw(leon, group, docs, guidance=_GUIDANCE.value, top_p=_TOP_P.value)
             for group in some
         )
-        matches[str(docs)] = fmean(demo.prompt_match(leon, group) for group in generated)
+        matches[str(docs)] = fmean(measurements.prompt_match(leon, group) for group in generated)
     measured("prompt_match_share_by_documents", matches)
     firsts = {}
     for docs in _CAPTION_DOCS.value:
-        ranks = np.concatenate([demo.caption_ranks(leon, group, docs)[0] for group in some])
+        ranks = np.concatenate([measurements.caption_ranks(leon, group, docs)[0] for group in some])
         firsts[str(docs)] = float((ranks == 0).mean())
     measured("caption_rank1_share_by_documents", firsts)
     print(json.dumps(metrics, indent=1))

@@ -166,7 +166,7 @@ def _generate(folder: "ModelFolder", settings: "ImageSettings") -> None:
     """Generates images for --prompt or --prompts."""
     from tqdm import tqdm
 
-    from leon_jax.data import pictures
+    from leon_jax.data import image_files
     from leon_jax.generate.journal import FinishedImages, Journal
     from leon_jax.generate.results import ModelState
 
@@ -177,7 +177,7 @@ def _generate(folder: "ModelFolder", settings: "ImageSettings") -> None:
     is_single = _PROMPTS.value is None
     if is_single:
         folder.check_prompt(prompts[1], settings.num_docs)
-    journal = Journal(pictures.check_folder(_OUT.value))
+    journal = Journal(image_files.check_folder(_OUT.value))
     lines = list(prompts)
     if not is_single:
         state = ModelState(folder.name, folder.digest, _WEIGHTS.value, _CACHE.value)
@@ -239,7 +239,6 @@ def _prompts() -> dict[int, str]:
 
 def _caption(folder: "ModelFolder", settings: "ImageSettings") -> None:
     """Generates a caption for --image."""
-    from leon_jax.data import pictures
     from leon_jax.engine.sampling_params import MAX_TOKENS
 
     if _IMAGE.value is None:
@@ -247,7 +246,7 @@ def _caption(folder: "ModelFolder", settings: "ImageSettings") -> None:
     if _PROMPT.value is not None or _PROMPTS.value is not None:
         raise UserError("--prompt is for --task=text_to_image; a caption needs --image only")
     folder.check_caption(MAX_TOKENS, settings.num_docs)
-    image = pictures.read(_IMAGE.value)
+    image = image_files.read(_IMAGE.value)
     caption = _load(folder).caption(
         image,
         num_docs=settings.num_docs,

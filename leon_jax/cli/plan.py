@@ -91,7 +91,7 @@ def main(argv: list[str]) -> None:
     if values.get("kind") != "decoder":
         raise UserError(f"config.kind is {values.get('kind')!r}; plans are made of 'decoder'")
 
-    from leon_jax.plan import page, topology
+    from leon_jax.plan import plan_page, topology
     from leon_jax.plan.plan import DoesNotFit
     from leon_jax.train.decoder_config import DecoderTraining
     from leon_jax.train.loop import LoopConfig
@@ -107,11 +107,11 @@ def main(argv: list[str]) -> None:
             print("leon plan: --search looks for the smallest change that fits", file=sys.stderr)
         raise SystemExit(DOES_NOT_FIT) from error
     source = _config_path()
-    print(page.text(plan, source))
+    print(plan_page.text(plan, source))
     if _OUT.value:
         folder = pathlib.Path(_OUT.value)
         _write(folder / "plan.json", json.dumps({"config": source} | plan.to_json(), indent=1))
-        _write(folder / "index.html", page.page(plan, source))
+        _write(folder / "index.html", plan_page.page(plan, source))
         print(f"leon plan: wrote {folder / 'plan.json'} and index.html", file=sys.stderr)
 
 

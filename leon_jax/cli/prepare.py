@@ -31,7 +31,7 @@ from leon_jax.cli import config_flag
 from leon_jax.config import UserError
 
 if TYPE_CHECKING:
-    from leon_jax.data.sources.raw import SourceConfig
+    from leon_jax.data.sources.raw_record import SourceConfig
     from leon_jax.prepare.config import PrepareConfig
     from leon_jax.prepare.prepare import Runner
 
@@ -95,7 +95,7 @@ def main(argv: list[str]) -> None:
       UserError: a file is missing or damaged, a flag does not fit, or a folder cannot be written.
     """
     del argv
-    from leon_jax.data import pictures
+    from leon_jax.data import image_files
     from leon_jax.datasets import demo
     from leon_jax.generate import retriever
     from leon_jax.prepare import licences
@@ -122,9 +122,9 @@ def main(argv: list[str]) -> None:
         raise UserError("--out is missing; for example --out=data/mine")
     config = None if _DATASET_ONLY.value else _configuration(demonstration)
     if demonstration or _DATASET_ONLY.value:
-        pictures.check_folder(_DATA_DIR.value)
+        image_files.check_folder(_DATA_DIR.value)
         if config is not None:
-            pictures.check_folder(out)
+            image_files.check_folder(out)
         demo.make_dataset(_DATA_DIR.value)
         print(f"the data set is in {_DATA_DIR.value}")
     if _DATASET_ONLY.value:
@@ -173,7 +173,7 @@ def _configuration(demonstration: bool) -> "PrepareConfig | None":
 
 
 def _source(text: str) -> "SourceConfig":
-    from leon_jax.data.sources.raw import SourceConfig
+    from leon_jax.data.sources.raw_record import SourceConfig
     from leon_jax.prepare.config import TRAIN
 
     kind, colon, path = text.partition(":")
@@ -198,21 +198,20 @@ def _runner() -> "Runner | None":
         if _BEAM.value:
             raise UserError("--beam gives options to --runner, which is missing")
         return None
-    from leon_jax.prepare.beam import on_beam
+    from leon_jax.prepare.beam_runner import on_beam
 
     return on_beam(_RUNNER.value, shlex.split(_BEAM.value))
 
 
 def _audit(folder: str, key: str) -> None:
-    from leon_jax.prepare import edit
+    from leon_jax.prepare import audit_and_removal
 
-    print(json.dumps(edit.audit(folder, key), indent=1, ensure_ascii=False))
+    print(json.dumps(audit_and_removal.audit(folder, key), indent=1, ensure_ascii=False))
 
 
 def _remove(folder: str, path: str) -> None:
-    from leon_jax.prepare import edit
 
-    count, unknown = edit.remove(folder, edit.read_keys(path))
+    count, unknown = audit_and_removal.remove(folder, audit_and_removal.read_keys(path))
     print(f"{count} documents were removed from {folder}")
     if unknown:
         shown = ", ".join(unknown[:5]) + (", ..." if len(unknown) > 5 else "")

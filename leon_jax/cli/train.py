@@ -69,9 +69,9 @@ def main(argv: list[str]) -> None:
     if kind not in KINDS:
         raise UserError(f"config.kind is {kind!r}; it must be one of {', '.join(KINDS)}")
     if kind == "text":
-        from leon_jax.train import text
+        from leon_jax.train import text_tokenizer
 
-        tokenizer = text.run(configs.build(text.TextConfig, values), workdir)
+        tokenizer = text_tokenizer.run(configs.build(text_tokenizer.TextConfig, values), workdir)
         print(f"{tokenizer.size} entries -> {workdir / 'export'}", file=sys.stderr)
         return
 
@@ -194,11 +194,11 @@ def _make_program(kind: str, values: dict[str, Any]) -> "Program":
     """The program of a kind, with its configuration built from `values`."""
     match kind:
         case "tokenizer":
-            from leon_jax.train.tokenizer import TokenizerConfig, TokenizerProgram
+            from leon_jax.train.image_tokenizer import TokenizerConfig, TokenizerProgram
 
             return TokenizerProgram(configs.build(TokenizerConfig, values))
         case "encoder":
-            from leon_jax.train.encoder import EncoderConfig, EncoderProgram
+            from leon_jax.train.retrieval_encoder import EncoderConfig, EncoderProgram
 
             return EncoderProgram(configs.build(EncoderConfig, values))
         case _:

@@ -16,7 +16,7 @@ class ExampleConfig:
     Attributes:
       retrieved: probabilities of 0, 1, 2, ... retrieved documents; (1.0,) turns retrieval off.
       variants: how many variants of the images there are to choose from, one for each example with
-        retrieved documents (see `leon_jax.data.variants`); 1: the images as they are.
+        retrieved documents (see `leon_jax.data.image_variants`); 1: the images as they are.
       unchanged: probability that an example takes the images as they are all the same, in 0..1.
       balance: 0 takes every document equally often as a query, 1 every group of documents (see
         `Provenance.group`); in between, groups of n count as n ** (1 - balance).

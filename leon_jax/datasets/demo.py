@@ -3,7 +3,7 @@
 import os
 from typing import Any
 
-from leon_jax.data.sources.raw import SourceConfig
+from leon_jax.data.sources.raw_record import SourceConfig
 from leon_jax.datasets.emoji import make
 from leon_jax.datasets.emoji.source import SPLITS, EmojiSource
 from leon_jax.prepare.config import DuplicatesConfig, PrepareConfig

@@ -7,7 +7,7 @@ import PIL.Image
 from jaxtyping import UInt8
 
 from leon_jax.config import UserError
-from leon_jax.data import pictures
+from leon_jax.data import image_files
 from leon_jax.documents import Image, Text, normalise_text
 
 ImageInput = str | os.PathLike | PIL.Image.Image | UInt8[np.ndarray, "height width 3"]
@@ -39,9 +39,9 @@ def image_part(image: ImageInput) -> Image:
       UserError: it cannot be read.
     """
     if isinstance(image, str | os.PathLike):
-        image = pictures.read(image)
+        image = image_files.read(image)
     if isinstance(image, PIL.Image.Image):
-        image = np.asarray(pictures.on_white(image))
+        image = np.asarray(image_files.on_white(image))
     try:
         return Image(pixels=image)
     except (TypeError, ValueError) as error:

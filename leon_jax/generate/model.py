@@ -15,7 +15,7 @@ from leon_jax.engine.kv_cache import CacheDtype
 from leon_jax.generate.results import ModelState
 from leon_jax.model_folder import ModelFolder, encoder_path
 from leon_jax.models.inference_weights import WeightType, weight_dtype
-from leon_jax.retrieval.encoder import Encoder
+from leon_jax.retrieval.encoder import RetrievalEncoder
 from leon_jax.tokenizers.documents import DocumentTokenizer
 from leon_jax.tokenizers.image import ImageTokenizer, to_pixels
 
@@ -38,7 +38,7 @@ class Model:
     folder: ModelFolder
     engine: Engine
     image_tokenizer: ImageTokenizer
-    encoder: Encoder
+    encoder: RetrievalEncoder
     mesh: jax.sharding.Mesh
 
     def __post_init__(self):
@@ -82,7 +82,7 @@ class Model:
                 text_size=tokenizer.text.size, cache_dtype=cache,
             )  # fmt: skip
             image_tokenizer = ImageTokenizer.load(folder.path / "tokenizer.safetensors")
-            encoder = Encoder.load(encoder_path(folder.path), tokenizer.text, batch_size=8)
+            encoder = RetrievalEncoder.load(encoder_path(folder.path), tokenizer.text, batch_size=8)
         return cls(folder, engine, image_tokenizer, encoder, mesh)
 
     @property

@@ -11,14 +11,14 @@ from jaxtyping import Float32, Int32, UInt8
 
 from leon_jax.config import UserError
 from leon_jax.documents import Document, Hole, Text
-from leon_jax.retrieval.encoder import Encoder
+from leon_jax.retrieval.encoder import RetrievalEncoder
 from leon_jax.tokenizers.documents import DocumentTokenizer
 
 Ranking = Literal["clip", "likelihood"]
 
 
 def clip_scores(
-    encoder: Encoder, prompt: str, images: Sequence[UInt8[np.ndarray, "height width 3"]]
+    encoder: RetrievalEncoder, prompt: str, images: Sequence[UInt8[np.ndarray, "height width 3"]]
 ) -> Float32[np.ndarray, "images"]:
     """The cosine of each image with the prompt, by the retrieval encoder."""
     return encoder.embed_images(list(images)) @ encoder.embed_texts([prompt])[0]

@@ -10,7 +10,7 @@ import numpy as np
 import PIL.Image
 
 from leon_jax.config import UserError
-from leon_jax.data import pictures
+from leon_jax.data import image_files
 from leon_jax.documents import Document
 from leon_jax.engine.engine import Sample
 from leon_jax.engine.guidance import ClassifierFree, Plain
@@ -116,7 +116,7 @@ class GeneratedImage:
     def save(self, path: str | os.PathLike) -> None:
         """Writes a PNG with `metadata`, whole or not at all; makes its folder if missing."""
         pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
-        pictures.write_png(path, np.asarray(self.image), self.metadata())
+        image_files.write_png(path, np.asarray(self.image), self.metadata())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,9 +18,9 @@ from leon_jax.config import UserError, build
 from leon_jax.datasets import demo
 from leon_jax.documents import Document, Image, Text
 from leon_jax.model_folder import encoder_path
-from leon_jax.prepare.models import digest, matches
-from leon_jax.retrieval.encoder import Encoder, normalise
-from leon_jax.retrieval.prepared import MANIFEST, Prepared, read_manifest
+from leon_jax.prepare.encoding_models import digest, matches
+from leon_jax.retrieval.encoder import RetrievalEncoder, normalise
+from leon_jax.retrieval.prepared_folder import MANIFEST, PreparedFolder, read_manifest
 from leon_jax.retrieval.selection import SelectionConfig, select
 
 # Where `leon prepare` puts its folder by default.
@@ -33,16 +33,16 @@ class Retriever:
     """Documents with their index, and the rules by which some are selected.
 
     Args:
-      folder: a prepared folder (see `leon_jax.retrieval.prepared`).
+      folder: a prepared folder (see `leon_jax.retrieval.prepared_folder`).
       encoder: the encoder that its index was made with.
 
     Raises:
       UserError: the folder is not a prepared one, or a file of it is damaged.
     """
 
-    def __init__(self, folder: pathlib.Path, encoder: Encoder):
+    def __init__(self, folder: pathlib.Path, encoder: RetrievalEncoder):
         self.folder, self.encoder = folder, encoder
-        prepared = Prepared(folder)
+        prepared = PreparedFolder(folder)
         self.config = prepared.selection
         self.index = prepared.bank()
         self.records = prepared.records()

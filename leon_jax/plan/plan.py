@@ -174,7 +174,7 @@ def sent_bytes(found: dict[str, Collective]) -> float:
     return sum(collective.bytes_sent for collective in found.values())
 
 
-def _reason(message: str) -> str:
+def memory_shortage(message: str) -> str:
     """How much memory is needed and there, with the numbers of the compiler's message."""
     # "Used 23G of 15.75G hbm", or "... (23G) exceeds available HBM (15.75G)".
     sizes = r"([\d.]+)([KMGT])(?: of |\) exceeds available HBM \()([\d.]+)([KMGT])"

@@ -12,8 +12,8 @@ import jax
 from jax.experimental import topologies
 
 from leon_jax.config import UserError
-from leon_jax.train import hardware
-from leon_jax.train.hardware import Chip
+from leon_jax.train import peak_flops
+from leon_jax.train.peak_flops import Chip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,7 @@ def find(name: str) -> Topology:
     Raises:
       UserError: there is no such chip or shape, or the compiler for TPUs is not installed.
     """
-    kinds = [chip for chip in hardware.CHIPS if chip.ici_bandwidth]
+    kinds = [chip for chip in peak_flops.CHIPS if chip.ici_bandwidth]
     shape = re.fullmatch(r"(\w+):([1-9]\d*(?:x[1-9]\d*)+)", name)
     chip = next((chip for chip in kinds if shape and chip.name == shape[1]), None)
     if shape is None or chip is None or shape[2].count("x") != chip.torus - 1:

@@ -3,7 +3,7 @@
 import dataclasses
 
 from leon_jax.config import UserError
-from leon_jax.data.sources.raw import SourceConfig
+from leon_jax.data.sources.raw_record import SourceConfig
 from leon_jax.retrieval.selection import SelectionConfig
 
 TRAIN = "train"
@@ -73,7 +73,7 @@ class PrepareConfig:
       max_tokens: so are documents with more token ids.
       duplicates: what is too close to what.
       selection: how neighbours are found.
-      variants: how many variants of each train picture are encoded (`leon_jax.data.variants`).
+      variants: how many variants of each train picture are encoded (`leon_jax.data.image_variants`).
       block: how many documents are encoded at a time; bounds memory.
     """
 

@@ -9,9 +9,9 @@ import pathlib
 import numpy as np
 from jaxtyping import Bool, Float32, Int, UInt8
 
-from leon_jax.data.sources.raw import REASONS, Reason
-from leon_jax.retrieval.bank import Bank, save_rows
+from leon_jax.data.sources.raw_record import REASONS, Reason
 from leon_jax.retrieval.mining import NONE, PASS
+from leon_jax.retrieval.vector_index import VectorIndex, save_rows
 
 _BLOCK = 4096  # documents that are compared with each other, all pairs at once
 
@@ -86,7 +86,7 @@ def drop_repeated(fate: Fate, digests: UInt8[np.ndarray, "n 16"], reason: Reason
     fate.drop(rows, reason, first[rows])
 
 
-def drop_near(fate: Fate, images: Bank, held_out: int, threshold: float) -> None:
+def drop_near(fate: Fate, images: VectorIndex, held_out: int, threshold: float) -> None:
     """Drops train documents until no two kept ones are above `threshold`, keeping earlier ones.
 
     Every document dropped here is above the threshold with an earlier one that is kept.
@@ -106,13 +106,15 @@ def drop_near(fate: Fate, images: Bank, held_out: int, threshold: float) -> None
         suspects.append(rows[scores[:, 0] > threshold])
     rows = np.concatenate(suspects)
     if len(rows):
-        among = Bank([images.take(some).astype(images.dtype) for some in _passes(rows)])
+        among = VectorIndex([images.take(some).astype(images.dtype) for some in _passes(rows)])
         because, score = _near(among, threshold)
         copies = np.flatnonzero(because != NONE)
         fate.drop(rows[copies], "copy_near", rows[because[copies]], score[copies])
 
 
-def _near(images: Bank, threshold: float) -> tuple[Int[np.ndarray, "n"], Float32[np.ndarray, "n"]]:
+def _near(
+    images: VectorIndex, threshold: float
+) -> tuple[Int[np.ndarray, "n"], Float32[np.ndarray, "n"]]:
     """For each row an earlier kept one above the threshold, or -1 if it is kept; and the score."""
     because, score = np.full(len(images), NONE, np.int64), np.zeros(len(images), np.float32)
     places = np.arange(len(images))
@@ -133,7 +135,7 @@ def _near(images: Bank, threshold: float) -> tuple[Int[np.ndarray, "n"], Float32
     return because, score
 
 
-def drop_evaluation(fate: Fate, images: Bank, held_out: int, threshold: float) -> None:
+def drop_evaluation(fate: Fate, images: VectorIndex, held_out: int, threshold: float) -> None:
     """Drops kept train documents above `threshold` to any document that is held out.
 
     The arguments are those of `drop_near`. What was dropped from the held-out splits still counts:

@@ -19,7 +19,7 @@ from leon_jax.config import UserError
 from leon_jax.data import records
 from leon_jax.prepare import duplicates
 from leon_jax.prepare.config import TRAIN, PrepareConfig
-from leon_jax.prepare.shard import (
+from leon_jax.prepare.shard_encoding import (
     DOCUMENTS,
     RECORDS,
     REJECTS,
@@ -27,9 +27,9 @@ from leon_jax.prepare.shard import (
     count_lines,
     line,
 )
-from leon_jax.retrieval.bank import Bank, save_rows
 from leon_jax.retrieval.mining import NONE
-from leon_jax.retrieval.prepared import Prepared
+from leon_jax.retrieval.prepared_folder import PreparedFolder
+from leon_jax.retrieval.vector_index import VectorIndex, save_rows
 
 _KEEP, _FATE = "keep.npy", "fate.npy"
 # Of each kind of count, so many different values are told apart, and so many are listed.
@@ -122,7 +122,7 @@ def judge(
     duplicates.drop_repeated(fate, load("key"), "key_repeated")
     if rules.exact:
         duplicates.drop_repeated(fate, load("content"), "copy_exact")
-    images = Bank.open([parts / shard / "image.npy" for shard in shards])
+    images = VectorIndex.open([parts / shard / "image.npy" for shard in shards])
     if rules.evaluation is not None and held_out:
         duplicates.drop_evaluation(fate, images, held_out, rules.evaluation)
     if rules.near is not None:
@@ -139,7 +139,7 @@ def queries(parts: pathlib.Path, shard: str) -> dict[str, np.ndarray]:
     }
 
 
-def pictures(parts: pathlib.Path, shards: Iterable[str]) -> Bank:
+def pictures(parts: pathlib.Path, shards: Iterable[str]) -> VectorIndex:
     """The pictures of the documents of finished shards, rows as the documents are numbered."""
     paths = []
     for shard in shards:
@@ -149,10 +149,10 @@ def pictures(parts: pathlib.Path, shards: Iterable[str]) -> Bank:
             path = parts / shard / "kept_image.npy"
             save_rows(path, rows)
         paths.append(path)
-    return Bank.open(paths)
+    return VectorIndex.open(paths)
 
 
-def source_numbers(prepared: Prepared) -> np.ndarray:
+def source_numbers(prepared: PreparedFolder) -> np.ndarray:
     """A number for the source of every train document, int32[n]."""
     numbers: dict[str, int] = {}
     sources = (document["source"] for document in prepared.listing(TRAIN))

@@ -27,26 +27,26 @@ from tqdm import tqdm
 
 from leon_jax import sharding
 from leon_jax.config import UserError, to_dict
-from leon_jax.data import variants
+from leon_jax.data import image_variants
 from leon_jax.data.records import RecordSource
 from leon_jax.data.sources.open import open_source
-from leon_jax.data.sources.raw import Shards, SourceConfig
-from leon_jax.prepare import gather, licences, place
-from leon_jax.prepare.card import write_card
+from leon_jax.data.sources.raw_record import Shards, SourceConfig
+from leon_jax.prepare import folder_lock, gather, licences
 from leon_jax.prepare.config import TRAIN, PrepareConfig
-from leon_jax.prepare.models import digest, load_models, matches
-from leon_jax.prepare.shard import Shard, Worker, plan
-from leon_jax.retrieval.bank import Bank, save_rows
+from leon_jax.prepare.data_card import write_card
+from leon_jax.prepare.encoding_models import digest, load_models, matches
+from leon_jax.prepare.shard_encoding import Shard, Worker, plan
 from leon_jax.retrieval.mining import PASS
-from leon_jax.retrieval.neighbours import row_type
-from leon_jax.retrieval.prepared import (
+from leon_jax.retrieval.neighbour_table import row_type
+from leon_jax.retrieval.prepared_folder import (
     FORMAT,
     MANIFEST,
-    Prepared,
+    PreparedFolder,
     read_removed,
     write_removed,
 )
 from leon_jax.retrieval.selection import SelectionConfig, find_neighbours
+from leon_jax.retrieval.vector_index import VectorIndex, save_rows
 
 Sources = list[tuple[SourceConfig, Shards]]
 # Does `Worker(config, sources, folder)(shard)` for every shard, somewhere.
@@ -85,11 +85,11 @@ def prepare(
         sources = [(source, open_source(source)) for source in config.sources]
     shards = plan(sources)
     wanted = settings(config, sources, shards)
-    work = place.beside(out, "preparing")
+    work = folder_lock.beside(out, "preparing")
     made = _made(out)
     if made and serves(made, _as_recorded(wanted, made, config)) and not work.exists():
         return made
-    with place.hold(out):
+    with folder_lock.hold(out):
         made = _made(out)
         # A process that held the folder before may have made it.
         if made and serves(made, _as_recorded(wanted, made, config)):
@@ -138,11 +138,11 @@ def _fill(
     manifest = wanted | gather.gather(config, parts, shards, final, removed)
     write_removed(final, removed)
     _write(final / MANIFEST, manifest)
-    _mine(config, Prepared(final), parts, progress)
+    _mine(config, PreparedFolder(final), parts, progress)
     if config.variants > 1:
-        _encode_variants(config, Prepared(final), progress)
+        _encode_variants(config, PreparedFolder(final), progress)
     write_card(final)
-    place.replace(out, final)
+    folder_lock.replace(out, final)
     _clear(work)
     return manifest
 
@@ -215,7 +215,9 @@ def serves(made: dict[str, Any], wanted: dict[str, Any]) -> bool:
     return have >= want and all(same.get(name) == value for name, value in wanted.items())
 
 
-def _mine(config: PrepareConfig, prepared: Prepared, parts: pathlib.Path, progress: bool) -> None:
+def _mine(
+    config: PrepareConfig, prepared: PreparedFolder, parts: pathlib.Path, progress: bool
+) -> None:
     """Writes the neighbour tables of all splits."""
     bank, pictures = prepared.bank(), gather.pictures(parts, prepared.shards(TRAIN))
     selection = config.selection
@@ -256,7 +258,7 @@ def _groups(shards: dict[str, int]) -> Iterator[dict[str, int]]:
         yield group
 
 
-def _encode_variants(config: PrepareConfig, prepared: Prepared, progress: bool) -> None:
+def _encode_variants(config: PrepareConfig, prepared: PreparedFolder, progress: bool) -> None:
     """Writes the codes of all train pictures in every variant."""
     models = load_models(config.tokenizer, config.encoder, config.text)
     with jax.set_mesh(models.mesh):
@@ -266,14 +268,14 @@ def _encode_variants(config: PrepareConfig, prepared: Prepared, progress: bool) 
                 documents = RecordSource(prepared.folder / f"{shard}.array_record")
                 label = f"variants of {shard}" if progress else None
                 save_rows(
-                    path, variants.encode(documents, models.tokenizer, config.variants, label)
+                    path, image_variants.encode(documents, models.tokenizer, config.variants, label)
                 )
 
 
 def neighbour_rows(
     queries: dict[str, np.ndarray],
-    bank: Bank,
-    pictures: Bank,
+    bank: VectorIndex,
+    pictures: VectorIndex,
     selection: SelectionConfig,
     own: np.ndarray | None,
     sources: np.ndarray | None,

@@ -34,7 +34,7 @@ def frame(ids: Sequence[int], config: TextConfig) -> Int32[np.ndarray, "t"]:
     return framed
 
 
-class Encoder:
+class RetrievalEncoder:
     """A CLIP with its text tokenizer, on a fixed batch size; call it under `jax.set_mesh`.
 
     Texts and pictures are host values; embeddings are float32[n, d] with rows of length 1.
@@ -64,7 +64,7 @@ class Encoder:
         path: str | os.PathLike,
         text_tokenizer: TextTokenizer | None = None,
         batch_size: int = 64,
-    ) -> "Encoder":
+    ) -> "RetrievalEncoder":
         """Reads an encoder of ours, or OpenAI's CLIP.
 
         The near-copy thresholds of `SelectionConfig`, 0.9, are those of CLIP ViT-B/32; an encoder

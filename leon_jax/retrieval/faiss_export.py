@@ -9,14 +9,14 @@ import numpy as np
 from jaxtyping import Float32
 
 from leon_jax.config import UserError
-from leon_jax.retrieval.bank import Bank
+from leon_jax.retrieval.vector_index import VectorIndex
 
 FLAT = "Flat"
 _ROWS = 65_536  # read at once
 _SAMPLE = 262_144  # rows that an index is trained on at most
 
 
-def export(bank: Bank, path: str | os.PathLike, factory: str = FLAT) -> None:
+def export(bank: VectorIndex, path: str | os.PathLike, factory: str = FLAT) -> None:
     """Writes an index for inner products whose ids are the rows of the bank, whole or not at all.
 
     A flat index is written row by row, so it may be larger than memory; one of another kind is
@@ -62,7 +62,7 @@ def export(bank: Bank, path: str | os.PathLike, factory: str = FLAT) -> None:
     os.replace(temporary, path)
 
 
-def _blocks(bank: Bank) -> Iterator[Float32[np.ndarray, "n d"]]:
+def _blocks(bank: VectorIndex) -> Iterator[Float32[np.ndarray, "n d"]]:
     """All rows in order."""
     for start in range(0, len(bank), _ROWS):
         yield bank.rows(start, min(start + _ROWS, len(bank))).astype("<f4")

@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32, Num
 
 from leon_jax import sharding
-from leon_jax.retrieval.blocks import LANES, Blocks, next_power, put
+from leon_jax.retrieval.device_blocks import LANES, Blocks, next_power, put
 
 NONE = -1  # stands where there is no row; its score is -inf
 # Queries whose results are held while all blocks pass by.

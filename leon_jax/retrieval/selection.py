@@ -21,9 +21,9 @@ from jaxtyping import Bool, Float32, Int, Int32
 
 from leon_jax.config import UserError
 from leon_jax.documents import Document, Image, Text
-from leon_jax.retrieval import greedy
-from leon_jax.retrieval.bank import Bank
+from leon_jax.retrieval import diverse_selection
 from leon_jax.retrieval.mining import NONE
+from leon_jax.retrieval.vector_index import VectorIndex
 
 # Cosine above which CLIP ViT-B/32 calls two documents copies of each other (CM3Leon, RA-CM3).
 CLIP_NEAR_COPY = 0.9
@@ -50,7 +50,7 @@ class SelectionConfig:
       query_dropout: the fraction of query tokens dropped in training.
       seed: of the dropout.
       recall: 1: the candidates of `find_neighbours` are the best of all documents. Below: an
-        approximate search finds this part of them on average (see `Bank.search`).
+        approximate search finds this part of them on average (see `VectorIndex.search`).
     """
 
     per_modality: int = 20
@@ -149,7 +149,7 @@ def diverse(
 
 def select(
     query_embedding: Float32[np.ndarray, "d"],
-    bank: Bank,
+    bank: VectorIndex,
     k: int,
     config: SelectionConfig | None = None,
     *,
@@ -205,11 +205,11 @@ def sample_neighbours(
 
 def find_neighbours(
     queries: Float32[np.ndarray, "q d"],
-    bank: Bank,
+    bank: VectorIndex,
     config: SelectionConfig,
     *,
     documents: Float32[np.ndarray, "q d"] | None = None,
-    pictures: tuple[Bank, Float32[np.ndarray, "q d"]] | None = None,
+    pictures: tuple[VectorIndex, Float32[np.ndarray, "q d"]] | None = None,
     own: Int32[np.ndarray, "q"] | None = None,
     sources: Int[np.ndarray, "n"] | None = None,
     keep: Bool[np.ndarray, "n"] | None = None,
@@ -264,7 +264,7 @@ def find_neighbours(
         asking.append((bank, np.asarray(documents)[rows], config.near_copy_query))
     if pictures is not None and config.near_copy_picture is not None:
         asking.append((pictures[0], np.asarray(pictures[1])[rows], config.near_copy_picture))
-    places = greedy.choose(
+    places = diverse_selection.choose(
         names, bank, config.per_modality, config.near_copy_document, asking, origins
     )
     chosen = places != NONE

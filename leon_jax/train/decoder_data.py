@@ -7,10 +7,10 @@ import numpy as np
 from jaxtyping import Float64
 
 from leon_jax.config import UserError
-from leon_jax.data import variants
+from leon_jax.data import image_variants
 from leon_jax.data.config import DataConfig, MixtureComponent
 from leon_jax.data.examples import Component, Neighbours
-from leon_jax.retrieval.prepared import TRAIN, Prepared
+from leon_jax.retrieval.prepared_folder import TRAIN, PreparedFolder
 from leon_jax.retrieval.selection import sample_neighbours
 
 
@@ -35,7 +35,7 @@ def _open(key: str, settings: MixtureComponent, per_modality: int) -> Component:
     """Opens one folder; `key` is what a person calls it, and `settings` has no None."""
     assert settings.retrieved is not None and settings.variants is not None
     try:
-        folder = Prepared(settings.folder)
+        folder = PreparedFolder(settings.folder)
         source = folder.records(settings.split, pixels=False)
         shown = folder.variants(source, settings.split) if settings.variants > 1 else None
         if shown is not None and shown.count < settings.variants:
@@ -54,7 +54,9 @@ def _open(key: str, settings: MixtureComponent, per_modality: int) -> Component:
             neighbours=draw,
             query_weights=weights,
             variant=shown,
-            plain_variants=min(variants.plain(shown.count), settings.variants) if shown else 1,
+            plain_variants=min(image_variants.plain(shown.count), settings.variants)
+            if shown
+            else 1,
         )
     except UserError as error:
         raise UserError(f"{key}: {error}") from error
@@ -77,7 +79,7 @@ def balanced(
     return sizes.astype(np.float64) ** -exponent
 
 
-def neighbours(folder: Prepared, split: str, per_modality: int) -> Neighbours:
+def neighbours(folder: PreparedFolder, split: str, per_modality: int) -> Neighbours:
     """Draws the documents to put before a query from the folder's neighbour table.
 
     Args:

@@ -23,7 +23,7 @@ from leon_jax.train.checkpoint import (
     load_weights,
     on_all_processes,
 )
-from leon_jax.train.feed import Feed
+from leon_jax.train.global_batches import Feed
 from leon_jax.train.goodput import GoodputTracker
 from leon_jax.train.metrics import SKIPPED, Metrics
 from leon_jax.train.state import Program, TrainState
@@ -41,7 +41,7 @@ class LoopConfig:
       keep: how many of the newest checkpoints stay.
       mesh: sizes of the mesh axes (data, fsdp, context, tensor); one may be -1.
       slices: TPU slices (or other islands of fast links) the `data` axis is laid over first.
-      data_shards: how many streams a batch is read by (see `leon_jax.train.feed`); a multiple of
+      data_shards: how many streams a batch is read by (see `leon_jax.train.global_batches`); a multiple of
         the number of processes is fastest. It cannot change within a run.
       max_skipped: so many updates in a row with a loss or gradient that is not finite end the run.
       init_from: whose weights a new run starts from: a model file (`<kind>.safetensors`), or the

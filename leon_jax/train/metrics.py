@@ -12,7 +12,7 @@ import PIL.Image
 import tensorboardX
 from jaxtyping import Float64
 
-from leon_jax.train import hardware
+from leon_jax.train import peak_flops
 
 # Metrics that count things; they are summed over steps and shown as a rate.
 COUNTS = ("tokens", "pictures", "pairs")
@@ -41,7 +41,7 @@ class Metrics:
             _drop_after(directory / "metrics.jsonl", step)
             self._board = tensorboardX.SummaryWriter(str(directory / "tensorboard"))
         self._total, self._flops_per_token = total, flops_per_token
-        self._peak = hardware.peak_flops(jax.devices())
+        self._peak = peak_flops.peak_flops(jax.devices())
         self._start_step, self._step = step, step
         self._pending: list[Mapping[str, jax.Array]] = []
         self._time = self._start_time = time.monotonic()

@@ -1,4 +1,4 @@
-"""`leon evaluate`: the numbers of `leon_jax.evaluate.demo`, averaged over groups of documents."""
+"""`leon evaluate`: the numbers of `leon_jax.evaluate.measurements`, averaged over groups of documents."""
 
 import json
 
@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from leon_jax.cli import main
-from leon_jax.evaluate import demo, meanings
+from leon_jax.evaluate import meanings, measurements
 from leon_jax.leon import Leon
-from leon_jax.retrieval.prepared import Prepared
+from leon_jax.retrieval.prepared_folder import PreparedFolder
 from tests import tiny
 
 
@@ -40,23 +40,23 @@ def test_what_is_ranked_and_drawn_is_averaged_over_the_groups(run):
     assert lines["real_match_share"].startswith(f"{100 * metrics['real_match_share']:.1f} % (")
     assert lines["image_perplexity_by_documents"].startswith("0 documents: ")
     leon, prepared = Leon.load(*tiny.folders()), tiny.folders()[1]
-    source = Prepared(prepared).records("unseen_design")
+    source = PreparedFolder(prepared).records("unseen_design")
     groups = [[source[0], source[1]], [source[2], source[3]]]
     assert metrics["tokenizer_psnr_db"] == pytest.approx(
-        demo.reconstruct(leon, [*groups[0], *groups[1]]).psnr_db
+        measurements.reconstruct(leon, [*groups[0], *groups[1]]).psnr_db
     )
     assert set(metrics["image_perplexity_by_documents"]) == {"0", "1", "2"}
     assert metrics["real_match_share"] == np.mean(
-        [demo.real_match(leon, group) for group in groups]
+        [measurements.real_match(leon, group) for group in groups]
     )
     for docs in (0, 1):
-        ranks = [demo.caption_ranks(leon, group, docs)[0] for group in groups]
+        ranks = [measurements.caption_ranks(leon, group, docs)[0] for group in groups]
         assert metrics["caption_rank1_share_by_documents"][str(docs)] == np.mean(
             np.concatenate(ranks) == 0
         )
-    drawn = [demo.draw(leon, group, 2, guidance=3.0, top_p=1.0) for group in groups]
+    drawn = [measurements.draw(leon, group, 2, guidance=3.0, top_p=1.0) for group in groups]
     assert metrics["prompt_match_share_by_documents"]["2"] == np.mean(
-        [demo.prompt_match(leon, d) for d in drawn]
+        [measurements.prompt_match(leon, d) for d in drawn]
     )
 
 

@@ -103,7 +103,7 @@ def test_every_kind_of_chip_has_its_devices_and_a_mesh():
     program = (
         "from leon_jax import sharding\n"
         "from leon_jax.plan import topology\n"
-        "from leon_jax.train.hardware import CHIPS\n"
+        "from leon_jax.train.peak_flops import CHIPS\n"
         "for chip in (chip for chip in CHIPS if chip.ici_bandwidth):\n"
         "    pod = topology.find(chip.name + ':' + ('2x2x2' if chip.torus == 3 else '2x4'))\n"
         "    mesh = sharding.make_mesh((-1, 4, 1, 1), pod.devices)\n"

@@ -7,7 +7,7 @@ import PIL.Image
 import pytest
 
 from leon_jax.cli import main
-from leon_jax.retrieval.prepared import Prepared
+from leon_jax.retrieval.prepared_folder import PreparedFolder
 from tests import tiny
 
 
@@ -43,16 +43,16 @@ def test_a_folder_of_pictures_is_prepared_audited_and_edited(capsys, tmp_path, p
     code, said, _ = leon(capsys, source, "--licence=CC-BY-4.0", "--attribution=me", f"--out={out}")
     assert code == 0 and "4 train; 2 records are not used" in said
     assert "card.md" in said and (out / "card.md").is_file()
-    assert {d["attribution"] for d in Prepared(out).listing()} == {"me"}
+    assert {d["attribution"] for d in PreparedFolder(out).listing()} == {"me"}
     code, said, _ = leon(capsys, f"--out={out}", "--audit", "n2")
     (document,) = json.loads(said)
     assert code == 0 and document["licence"] == "CC-BY-4.0" and document["text"]
     (tmp_path / "keys.txt").write_text("n2\nn9\n")
     code, said, _ = leon(capsys, f"--out={out}", "--remove-keys", tmp_path / "keys.txt")
     assert code == 0 and "1 documents were removed" in said and "1 keys belong to no" in said
-    assert [d["key"] for d in Prepared(out).listing()] == ["n0", "n1", "n3"]
+    assert [d["key"] for d in PreparedFolder(out).listing()] == ["n0", "n1", "n3"]
     code, said, _ = leon(capsys, source, "--licence=CC0-1.0", f"--out={out}")
-    assert code == 0 and [d["key"] for d in Prepared(out).listing()] == ["n0", "n1", "n3"]
+    assert code == 0 and [d["key"] for d in PreparedFolder(out).listing()] == ["n0", "n1", "n3"]
 
 
 def test_splits_and_a_config_file(capsys, tmp_path, pictures):
@@ -79,7 +79,7 @@ def get_config():
         f"--source=jsonl:{pictures}", "--licence=CC0-1.0",
     )  # fmt: skip
     assert code == 0 and "4 train" in said, error
-    assert Prepared(out).manifest["config"]["max_text"] == 7
+    assert PreparedFolder(out).manifest["config"]["max_text"] == 7
     code, _, error = leon(capsys, config, f"--out={out}", "--config.max_txt=7")
     assert code == 2 and "config.max_txt; did you mean config.max_text?" in error
     code, _, error = leon(capsys, config, f"--out={out}", f"--source=jsonl:{pictures}")

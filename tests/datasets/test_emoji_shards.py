@@ -8,7 +8,7 @@ import pytest
 from leon_jax.config import UserError
 from leon_jax.data.records import from_png
 from leon_jax.data.sources.open import open_source
-from leon_jax.data.sources.raw import SourceConfig
+from leon_jax.data.sources.raw_record import SourceConfig
 from leon_jax.datasets import demo
 
 

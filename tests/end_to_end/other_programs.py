@@ -16,9 +16,9 @@ import numpy as np
 
 from leon_jax import sharding
 from leon_jax.tokenizers.text import TextTokenizer
-from leon_jax.train.encoder import EncoderProgram
+from leon_jax.train.image_tokenizer import TokenizerProgram
 from leon_jax.train.loop import skip_nonfinite
-from leon_jax.train.tokenizer import TokenizerProgram
+from leon_jax.train.retrieval_encoder import EncoderProgram
 from tests.train.test_encoder_program import NAMES, tiny
 from tests.train.test_tokenizer_program import CONFIG
 

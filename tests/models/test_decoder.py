@@ -16,7 +16,7 @@ from leon_jax import sharding
 from leon_jax.config import UserError, build, to_dict
 from leon_jax.models.decoder import Decoder, DecoderConfig
 from leon_jax.models.inference_weights import convert_weights, unstack, weight_dtype
-from leon_jax.ops.attention import Kept, Past
+from leon_jax.ops.attention import CachedArray, LayerCache
 from leon_jax.vocabulary import Vocabulary
 from tests.tiny import random_decoder, randomise
 
@@ -141,13 +141,15 @@ def test_decoding_step_by_step_equals_the_whole_sequence(model):
     for row, length in enumerate(lengths):
         np.testing.assert_allclose(hidden[row, :length], whole[row, :length], atol=1e-4)
     (keys,), (values,) = keys, values
-    prompt = Past([Kept(keys)], [Kept(values)], np.arange(5) < lengths[:, None])
+    prompt = LayerCache([CachedArray(keys)], [CachedArray(values)], np.arange(5) < lengths[:, None])
     room = np.zeros((keys.shape[0], 3, 1, keys.shape[2], 10, keys.shape[4]), np.float32)
     keys, values, rows, written = room, room.copy(), np.arange(3), 0
     step = jax.jit(Decoder.decode_step)
     while (lengths < 12).all():
-        answer = Past(
-            [Kept(keys)], [Kept(values)], np.broadcast_to(np.arange(10) < written, (3, 1, 10))
+        answer = LayerCache(
+            [CachedArray(keys)],
+            [CachedArray(values)],
+            np.broadcast_to(np.arange(10) < written, (3, 1, 10)),
         )
         # One stream, three groups of one sample.
         new, place = ids[rows, lengths][None, :, None], lengths.astype(np.int32)[None, :, None]

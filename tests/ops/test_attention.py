@@ -14,8 +14,8 @@ from flax import nnx
 
 from leon_jax.models.decoder import Decoder, DecoderConfig
 from leon_jax.ops.attention import (
-    Kept,
-    Past,
+    CachedArray,
+    LayerCache,
     attention,
     blocked,
     cached_attention,
@@ -84,11 +84,12 @@ def test_cached_attention_equals_full_attention():
         whole[..., : stop - start, :] = part.reshape(*lead, 3, stop - start, 4)
         return whole
 
-    prompt = Past(
-        *(Kept(past(a, 0, 4, 8, (2,))) for a in (k, v)), np.broadcast_to(np.arange(8) < 4, (2, 8))
+    prompt = LayerCache(
+        *(CachedArray(past(a, 0, 4, 8, (2,))) for a in (k, v)),
+        np.broadcast_to(np.arange(8) < 4, (2, 8)),
     )
-    answer = Past(
-        *(Kept(past(a, 4, 6, 5, (2, 3))) for a in (k, v)),
+    answer = LayerCache(
+        *(CachedArray(past(a, 4, 6, 5, (2, 3))) for a in (k, v)),
         np.broadcast_to(np.arange(5) < 2, (2, 3, 5)),
     )
     last = (array[:, 6].reshape(2, 3, 3, 4) for array in (q, k, v))
@@ -98,8 +99,10 @@ def test_cached_attention_equals_full_attention():
 def test_a_token_with_an_empty_cache_sees_itself():
     q, k, v = (draw(1, 1, 3, 4, seed=i) for i in range(3))
     empty = np.zeros((1, 3, 2, 4), np.float32)
-    prompt = Past(Kept(empty), Kept(empty), np.zeros((1, 2), bool))
-    answer = Past(Kept(empty[None]), Kept(empty[None]), np.zeros((1, 1, 2), bool))
+    prompt = LayerCache(CachedArray(empty), CachedArray(empty), np.zeros((1, 2), bool))
+    answer = LayerCache(
+        CachedArray(empty[None]), CachedArray(empty[None]), np.zeros((1, 1, 2), bool)
+    )
     found = cached_attention(q, k, v, prompt, answer)
     np.testing.assert_allclose(found, v, atol=1e-6)
 

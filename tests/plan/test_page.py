@@ -2,9 +2,9 @@
 
 import pytest
 
-from leon_jax.plan import page
+from leon_jax.plan import plan_page
 from leon_jax.plan.collectives import Collective
-from leon_jax.plan.plan import Memory, Plan, Roofline, reason
+from leon_jax.plan.plan import Memory, Plan, Roofline, memory_shortage
 
 GIB = 2**30
 FIGURES = {
@@ -26,7 +26,7 @@ def plan():
 
 
 def test_every_number_has_its_unit(plan):
-    lines = dict(page.lines(plan, "a.py"))
+    lines = dict(plan_page.lines(plan, "a.py"))
     assert lines["mesh, data x fsdp x context x tensor"] == "1 x 1 x 1 x 8"
     assert lines["images generated at once"] == "32"
     assert lines["tokens of a prompt"] == "128"
@@ -35,7 +35,7 @@ def test_every_number_has_its_unit(plan):
     assert lines["a token takes at least"] == seconds
     assert lines["all images take at least"] == "2.5 s"
     assert lines["images a second at most"] == "12.80"
-    html = page.page(plan, "a.py")
+    html = plan_page.page(plan, "a.py")
     assert "parameters 2.00 GiB<" in html and "capacity 16 GiB<" in html
 
 
@@ -44,5 +44,7 @@ def test_what_the_compiler_says_of_memory_is_told_in_our_words():
         "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space "
         "hbm. Used 29.61G of 15.75G hbm. Exceeded hbm capacity by 13.86G.\n\nTotal hbm usage"
     )
-    assert reason(said) == "a device needs 29.61 GiB of memory and has 15.75 GiB"
-    assert reason("hbm: something else") == "the compiler finds no room in the memory of a device"
+    assert memory_shortage(said) == (
+        "it needs at least 29.61 GiB of memory, and a device has 15.75 GiB"
+    )
+    assert memory_shortage("hbm: else") == "it needs more memory than a device has"

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from leon_jax.models.decoder import Decoder, DecoderConfig
-from leon_jax.ops.attention import Kept, Past
+from leon_jax.ops.attention import CachedArray, LayerCache
 from leon_jax.plan import roofline
 from leon_jax.plan.roofline import training_flops, training_work
 from leon_jax.train.decoder_loss import batch_loss
@@ -80,8 +80,8 @@ def test_a_decoded_token_reads_what_the_loop_holds():
     def token(model, keys):
         # Half of the slots are of prompts, half of answers.
         first, last = keys[..., : slots // 2, :], keys[:, :, None, :, slots // 2 :]
-        prompt = Past([Kept(first)], [Kept(first)], seen[:, : slots // 2])
-        answer = Past([Kept(last)], [Kept(last)], seen[:, None, slots // 2 :])
+        prompt = LayerCache([CachedArray(first)], [CachedArray(first)], seen[:, : slots // 2])
+        answer = LayerCache([CachedArray(last)], [CachedArray(last)], seen[:, None, slots // 2 :])
         hidden, *_ = model.decode_step(inputs, inputs, [prompt], [answer])
         return model.logits(hidden, head)
 

@@ -8,7 +8,7 @@ import json
 import resource
 import sys
 
-from leon_jax.data.sources.raw import SourceConfig
+from leon_jax.data.sources.raw_record import SourceConfig
 from leon_jax.prepare import prepare as preparing
 from tests import tiny
 

@@ -14,7 +14,7 @@ from leon_jax.documents import Image, Text
 from leon_jax.prepare import gather
 from leon_jax.prepare import prepare as preparing
 from leon_jax.prepare.config import DuplicatesConfig
-from leon_jax.retrieval.prepared import Prepared
+from leon_jax.retrieval.prepared_folder import PreparedFolder
 from leon_jax.retrieval.selection import SelectionConfig
 from tests import tiny
 from tests.prepare.made import make
@@ -31,7 +31,7 @@ def test_copies_are_dropped_where_they_repeat_and_the_rejects_say_what(checkpoin
     sources = {"train": [*documents[:6], documents[2], copy], "exam": [held_out]}
     rules = DuplicatesConfig(exact=True)
     made = make(checkpoint, out, sources, duplicates=rules)
-    kept = [document["key"] for document in Prepared(out).listing()]
+    kept = [document["key"] for document in PreparedFolder(out).listing()]
     assert kept == [documents[i].provenance.key for i in (0, 2, 3, 4, 5)]
     rejects = [
         json.loads(line)
@@ -91,7 +91,7 @@ def test_shards_that_search_together_find_what_each_would_find_alone(
     for number in (1, 4, 100):
         monkeypatch.setattr(preparing, "PASS", number)
         make(checkpoint, tmp_path / str(number))
-        tables.append(Prepared(tmp_path / str(number)).neighbours())
+        tables.append(PreparedFolder(tmp_path / str(number)).neighbours())
     for table in tables[1:]:
         for name in ("by_text_ids", "by_image_ids"):
             np.testing.assert_array_equal(table.column(name), tables[0].column(name))
@@ -150,7 +150,7 @@ def test_a_near_copy_of_a_document_is_never_its_neighbour(
     make(checkpoint, out, sources, duplicates=rules, selection=selection)
     found = 0
     for split in ("train", "exam"):
-        table = Prepared(out).neighbours(split)
+        table = PreparedFolder(out).neighbours(split)
         for row in range(len(table)):
             ids = {*table[row]["by_text_ids"].tolist(), *table[row]["by_image_ids"].tolist()}
             of = row % 6

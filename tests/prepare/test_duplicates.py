@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from leon_jax.config import UserError
 from leon_jax.prepare import duplicates
 from leon_jax.prepare.config import DuplicatesConfig
-from leon_jax.retrieval.bank import Bank
+from leon_jax.retrieval.vector_index import VectorIndex
 
 
 def unit_rows(rng, count, spread):
@@ -31,7 +31,7 @@ def test_no_two_kept_are_near_and_every_dropped_one_is_near_an_earlier_kept_one(
         fate.drop(int(row), "copy_exact")
     original, duplicates._BLOCK = duplicates._BLOCK, block
     try:
-        duplicates.drop_near(fate, Bank([rows]), held_out, threshold)
+        duplicates.drop_near(fate, VectorIndex([rows]), held_out, threshold)
     finally:
         duplicates._BLOCK = original
     exact = rows.astype(np.float64)
@@ -51,7 +51,7 @@ def test_train_documents_near_to_held_out_ones_are_dropped():
     rows = np.eye(6, dtype=np.float16)[[0, 1, 2, 1, 3, 0]]
     fate = duplicates.Fate(6)
     fate.drop(0, "copy_exact")  # a held-out document that repeats another still counts
-    duplicates.drop_evaluation(fate, Bank([rows]), 2, 0.9)
+    duplicates.drop_evaluation(fate, VectorIndex([rows]), 2, 0.9)
     reasons = {int(row): fate.reason(row) for row in np.flatnonzero(~fate.keep)}
     assert reasons == {0: "copy_exact", 3: "copy_of_evaluation", 5: "copy_of_evaluation"}
     assert fate.rows["because"].tolist() == [-1, -1, -1, 1, -1, 0]
@@ -60,8 +60,8 @@ def test_train_documents_near_to_held_out_ones_are_dropped():
 def test_a_missing_picture_is_near_nothing():
     rows = np.zeros((3, 4), np.float16)
     fate = duplicates.Fate(3)
-    duplicates.drop_near(fate, Bank([rows]), 0, 0.5)
-    duplicates.drop_evaluation(fate, Bank([rows]), 1, 0.5)
+    duplicates.drop_near(fate, VectorIndex([rows]), 0, 0.5)
+    duplicates.drop_evaluation(fate, VectorIndex([rows]), 1, 0.5)
     assert fate.keep.all()
 
 

@@ -16,12 +16,12 @@ import safetensors.numpy
 
 from leon_jax import tensor_files, weight_files
 from leon_jax.config import UserError, to_dict
-from leon_jax.data.sources.raw import SourceConfig
+from leon_jax.data.sources.raw_record import SourceConfig
 from leon_jax.documents import Image
-from leon_jax.prepare import place
+from leon_jax.prepare import folder_lock
 from leon_jax.prepare import prepare as preparing
-from leon_jax.retrieval.encoder import Encoder
-from leon_jax.retrieval.prepared import Prepared
+from leon_jax.retrieval.encoder import RetrievalEncoder
+from leon_jax.retrieval.prepared_folder import PreparedFolder
 from leon_jax.tokenizers.image import ImageTokenizer, fit_picture, normalize
 from leon_jax.tokenizers.text import TextTokenizer
 from tests import tiny
@@ -31,7 +31,7 @@ from tests.prepare.made import NEVER_NEAR, files_of, left_beside, make, splits
 
 def test_records_keep_their_order_and_gain_codes(checkpoint, out):
     make(checkpoint, out)
-    prepared = Prepared(out)
+    prepared = PreparedFolder(out)
     with jax.set_mesh(tiny.sharding.make_mesh()):
         tokenizer = ImageTokenizer.load(checkpoint / "tokenizer.safetensors")
         for split, documents in splits().items():
@@ -49,14 +49,14 @@ def test_records_keep_their_order_and_gain_codes(checkpoint, out):
 def test_listings_say_where_every_record_comes_from(checkpoint, out):
     make(checkpoint, out)
     for split, documents in splits().items():
-        listed = list(Prepared(out).listing(split))
+        listed = list(PreparedFolder(out).listing(split))
         expected = [vars(d.provenance) | {"size": [16, 16]} for d in documents]
         assert listed == expected
 
 
 def test_nothing_held_out_reaches_the_index_or_the_neighbours(checkpoint, out):
     make(checkpoint, out)
-    prepared, train = Prepared(out), splits()["train"]
+    prepared, train = PreparedFolder(out), splits()["train"]
     assert len(prepared.bank()) == len(train)
     seen = set()
     for split, documents in splits().items():
@@ -70,15 +70,15 @@ def test_nothing_held_out_reaches_the_index_or_the_neighbours(checkpoint, out):
     # Other held-out documents leave the index as it is.
     before = prepared.bank().rows(0, len(train))
     make(checkpoint, out, {**splits(), "unseen": tiny.documents()[9:]})
-    np.testing.assert_array_equal(before, Prepared(out).bank().rows(0, len(train)))
+    np.testing.assert_array_equal(before, PreparedFolder(out).bank().rows(0, len(train)))
 
 
 def test_row_i_of_the_index_is_record_i_and_no_record_is_its_own_neighbour(checkpoint, out):
     make(checkpoint, out)
-    prepared = Prepared(out)
+    prepared = PreparedFolder(out)
     with jax.set_mesh(tiny.sharding.make_mesh()):
         text = TextTokenizer.load(checkpoint / "text.json")
-        encoder = Encoder.load(checkpoint / "encoder.safetensors", text)
+        encoder = RetrievalEncoder.load(checkpoint / "encoder.safetensors", text)
         expected = encoder.embed_documents(list(prepared.records()))
     rows = prepared.bank().rows(0, 8)
     np.testing.assert_allclose(rows.astype(np.float32), expected, atol=1e-3)
@@ -103,11 +103,11 @@ def test_other_inputs_make_the_folder_anew(checkpoint, out, change):
     make(checkpoint, out)
     if change == "selection":
         made = make(checkpoint, out, selection=dataclasses.replace(NEVER_NEAR, per_modality=1))
-        assert Prepared(out).neighbours().column("by_text_ids").shape == (8, 1)
+        assert PreparedFolder(out).neighbours().column("by_text_ids").shape == (8, 1)
     elif change == "documents":
         swapped = splits()["train"][::-1]
         made = make(checkpoint, out, {"train": swapped})
-        assert Prepared(out).records()[0].parts[0] == swapped[0].parts[0]
+        assert PreparedFolder(out).records()[0].parts[0] == swapped[0].parts[0]
     else:
         made = make(checkpoint, out, licences=("CC-BY-4.0",))
         assert made["splits"] == {"train": 6, "unseen": 0}
@@ -119,9 +119,9 @@ def test_other_inputs_make_the_folder_anew(checkpoint, out, change):
 def test_more_variants_than_asked_for_serve_and_fewer_do_not(checkpoint, out):
     made = make(checkpoint, out, variants=3)
     assert make(checkpoint, out, variants=2, run=lambda *_: pytest.fail("again")) == made
-    codes = np.concatenate([np.load(p) for p in Prepared(out).paths("train", "variants.npy")])
+    codes = np.concatenate([np.load(p) for p in PreparedFolder(out).paths("train", "variants.npy")])
     assert codes.shape == (8, 3, tiny.GRID, tiny.GRID)
-    for record, variants in zip(Prepared(out).records(), codes, strict=True):
+    for record, variants in zip(PreparedFolder(out).records(), codes, strict=True):
         np.testing.assert_array_equal(record.codes, variants[0])
     assert make(checkpoint, out, variants=4)["config"]["variants"] == 4
 
@@ -271,10 +271,10 @@ def test_a_folder_killed_while_it_is_replaced_is_put_back(checkpoint, out, monke
             raise Unplugged
         rename(*arguments)
 
-    with pytest.raises(Unplugged), monkeypatch.context() as patch, place.hold(out):
+    with pytest.raises(Unplugged), monkeypatch.context() as patch, folder_lock.hold(out):
         (out.parent / "new").mkdir()
         patch.setattr(os, "rename", stop)
-        place.replace(out, out.parent / "new")
+        folder_lock.replace(out, out.parent / "new")
     (out.parent / ".prepared.preparing").mkdir()
     assert make(checkpoint, out, run=lambda *_: pytest.fail("made again")) == older
     assert left_beside(out) == ["new"]
@@ -298,7 +298,7 @@ def test_sources_whose_files_are_called_alike_are_told_apart(checkpoint, out):
     opened = [(c, Unsaid(s.documents)) for c, (_, s) in zip(named, sources, strict=True)]
     made = preparing.prepare(config, out, sources=opened, progress=False)
     assert made["splits"] == {"train": 4, "exam": 4}
-    assert {d["source"] for d in Prepared(out).listing()} == {"train/metadata.jsonl"}
+    assert {d["source"] for d in PreparedFolder(out).listing()} == {"train/metadata.jsonl"}
 
 
 def test_missing_files_and_splits_are_named(checkpoint, out):
@@ -319,7 +319,7 @@ def test_an_older_version_of_the_folder_is_named(checkpoint, out):
     manifest = json.loads((out / "manifest.json").read_text())
     (out / "manifest.json").write_text(json.dumps(manifest | {"format": 1}))
     with pytest.raises(UserError, match="prepared by another version"):
-        Prepared(out)
+        PreparedFolder(out)
 
 
 def test_a_large_picture_is_cropped_to_the_stored_side(checkpoint, out):
@@ -332,6 +332,6 @@ def test_a_large_picture_is_cropped_to_the_stored_side(checkpoint, out):
         for document in splits()["train"]
     ]
     make(checkpoint, out, {"train": documents}, picture_side=20)
-    for record, document in zip(Prepared(out).records(), documents, strict=True):
+    for record, document in zip(PreparedFolder(out).records(), documents, strict=True):
         np.testing.assert_array_equal(record.pixels, fit_picture(document.pixels, 20))
-    assert next(Prepared(out).listing())["size"] == [60, 40]
+    assert next(PreparedFolder(out).listing())["size"] == [60, 40]

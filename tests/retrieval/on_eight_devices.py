@@ -14,9 +14,9 @@ import jax
 import numpy as np
 
 from leon_jax import sharding
-from leon_jax.retrieval import blocks
-from leon_jax.retrieval.bank import Bank
+from leon_jax.retrieval import device_blocks
 from leon_jax.retrieval.selection import SelectionConfig, diverse, find_neighbours
+from leon_jax.retrieval.vector_index import VectorIndex
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--distributed", action="store_true")
@@ -27,7 +27,7 @@ arguments = parser.parse_args()
 if arguments.distributed:
     jax.distributed.initialize(arguments.coordinator, arguments.processes, arguments.process_id)
 
-blocks.CPU = blocks.Sizes(tile=128, queries=16, queries_exact=16, block=256 * 8 * 2)
+device_blocks.CPU = device_blocks.Sizes(tile=128, queries=16, queries_exact=16, block=256 * 8 * 2)
 MESHES = [(8, 1, 1, 1), (2, 2, 1, 2)]
 
 rng = np.random.default_rng(0)
@@ -52,7 +52,7 @@ for shape in MESHES:
     with jax.set_mesh(sharding.make_mesh(shape)):
         read = []
 
-        class Watched(Bank):
+        class Watched(VectorIndex):
             def rows(self, start, stop, read=read):
                 read.append(stop - start)
                 return super().rows(start, stop)
@@ -66,7 +66,7 @@ for shape in MESHES:
         assert sum(read) * jax.process_count() <= 5000 + 2 * 8 * 256, sum(read)
         assert len(read) > jax.local_device_count(), "one block is no test"
 
-        own, bank = np.arange(37), Bank([unit])
+        own, bank = np.arange(37), VectorIndex([unit])
         found, _ = find_neighbours(asked, bank, config, documents=asked, own=own, sources=sources)
         _, names = bank.search(asked, 40, exclude=own)
         for row in range(37):

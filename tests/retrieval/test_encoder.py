@@ -5,7 +5,7 @@ import pytest
 
 from leon_jax.config import UserError
 from leon_jax.data.augment import plain
-from leon_jax.retrieval.encoder import Encoder
+from leon_jax.retrieval.encoder import RetrievalEncoder
 from leon_jax.retrieval.selection import drop_tokens
 from leon_jax.tokenizers.text import TextTokenizer
 from tests import tiny
@@ -14,7 +14,7 @@ from tests.retrieval import clip_folder
 
 @pytest.fixture(scope="module", params=["ours", "OpenAI's"])
 def path(request, tmp_path_factory):
-    """What `Encoder.load` takes: our file, or the folder of a CLIP."""
+    """What `RetrievalEncoder.load` takes: our file, or the folder of a CLIP."""
     if request.param == "ours":
         return tiny.folders()[0] / "encoder.safetensors"
     return clip_folder.write(tmp_path_factory.mktemp("clip"))
@@ -22,7 +22,7 @@ def path(request, tmp_path_factory):
 
 @pytest.fixture
 def encoder(path):
-    return Encoder.load(path, batch_size=4)
+    return RetrievalEncoder.load(path, batch_size=4)
 
 
 def pictures(count: int = 6) -> list[np.ndarray]:
@@ -83,7 +83,7 @@ def test_query_dropout_works_with_either_tokenizer(encoder):
 
 
 def test_our_encoder_sees_the_plain_picture_to_the_nearest_level():
-    encoder = Encoder.load(tiny.folders()[0] / "encoder.safetensors")
+    encoder = RetrievalEncoder.load(tiny.folders()[0] / "encoder.safetensors")
     pixels = np.random.default_rng(0).integers(0, 256, (40, 23, 3)).astype(np.uint8)
     np.testing.assert_allclose(
         encoder.preprocess(pixels) / 255, plain(pixels, 16), atol=0.5001 / 255
@@ -92,17 +92,17 @@ def test_our_encoder_sees_the_plain_picture_to_the_nearest_level():
 
 def test_our_encoder_needs_the_text_tokenizer_it_was_trained_with(tmp_path):
     path = tiny.folders()[0] / "encoder.safetensors"
-    given = Encoder.load(path, TextTokenizer.load(path.with_name("text.json")))
-    found = Encoder.load(path)
+    given = RetrievalEncoder.load(path, TextTokenizer.load(path.with_name("text.json")))
+    found = RetrievalEncoder.load(path)
     np.testing.assert_array_equal(given.embed_texts(["cat"]), found.embed_texts(["cat"]))
     other = TextTokenizer.train(["another text"], 256)
     with pytest.raises(UserError, match=r"with a text tokenizer of \d+ entries, not 256"):
-        Encoder.load(path, other)
+        RetrievalEncoder.load(path, other)
     (tmp_path / "encoder.safetensors").write_bytes(path.read_bytes())
     with pytest.raises(UserError, match=r"cannot read the text tokenizer .*text\.json"):
-        Encoder.load(tmp_path / "encoder.safetensors")
+        RetrievalEncoder.load(tmp_path / "encoder.safetensors")
 
 
 def test_a_folder_without_a_clip_is_named(tmp_path):
     with pytest.raises(UserError, match=r"cannot read .*config\.json: No such file"):
-        Encoder.load(tmp_path)
+        RetrievalEncoder.load(tmp_path)

@@ -7,8 +7,8 @@ import pytest
 
 from leon_jax.config import UserError
 from leon_jax.retrieval import faiss_export
-from leon_jax.retrieval.bank import Bank
 from leon_jax.retrieval.faiss_export import export
+from leon_jax.retrieval.vector_index import VectorIndex
 
 
 def unit(rng, *shape):
@@ -20,7 +20,7 @@ def unit(rng, *shape):
 def bank(monkeypatch):
     monkeypatch.setattr(faiss_export, "_ROWS", 100)
     rows = unit(np.random.default_rng(0), 1050, 32)
-    return Bank([rows[:333], rows[333:]])
+    return VectorIndex([rows[:333], rows[333:]])
 
 
 def test_a_flat_index_finds_the_same_neighbours(bank, tmp_path):
@@ -58,7 +58,7 @@ def test_what_cannot_be_made_is_said(bank, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"cannot make 'Nonsense' of a bank .* train$"):
         export(bank, tmp_path / "bank.faiss", "Nonsense")
     with pytest.raises(UserError, match="the bank is empty"):
-        export(Bank([np.zeros((0, 4), np.float16)]), tmp_path / "bank.faiss")
+        export(VectorIndex([np.zeros((0, 4), np.float16)]), tmp_path / "bank.faiss")
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(UserError, match=r"FAISS is not installed: pip install 'leon_jax\[faiss\]'"):
         export(bank, tmp_path / "bank.faiss")

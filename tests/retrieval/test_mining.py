@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from leon_jax.retrieval import blocks, mining
+from leon_jax.retrieval import device_blocks, mining
 from tests import tpu
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,14 +38,14 @@ def test_two_stages_choose_what_a_stable_sort_does(seed, shape, smallest, values
 
 @given(st.integers(0, 2**31 - 1), st.integers(1, 512), st.integers(4, 4096))
 def test_blocks_fit_and_are_hardly_larger_than_what_they_hold(count, devices, row_bytes):
-    sizes = blocks.Sizes(tile=1024, queries=1, queries_exact=1, block=2**22)
-    size, tile = blocks.block_size(count, devices, row_bytes, sizes)
+    sizes = device_blocks.Sizes(tile=1024, queries=1, queries_exact=1, block=2**22)
+    size, tile = device_blocks.block_size(count, devices, row_bytes, sizes)
     each, odd = divmod(size, devices)
-    assert odd == 0 and each % tile == 0 and tile % blocks.LANES == 0 and tile <= sizes.tile
+    assert odd == 0 and each % tile == 0 and tile % device_blocks.LANES == 0 and tile <= sizes.tile
     assert each == tile or each * row_bytes <= sizes.block
     number = -(-count // size)
     # Not a row of the lanes more than needed in any tile, and a row for each device.
-    assert number * size - count < (number * each // tile * blocks.LANES + 1) * devices
+    assert number * size - count < (number * each // tile * device_blocks.LANES + 1) * devices
 
 
 def test_the_branch_for_tpus_finds_the_best_of_bins():

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from leon_jax.config import UserError
 from leon_jax.retrieval import openai_clip, openai_weights
-from leon_jax.retrieval.encoder import Encoder
+from leon_jax.retrieval.encoder import RetrievalEncoder
 from leon_jax.retrieval.openai_clip import Square, read_square
 from tests import peers
 from tests.retrieval import clip_folder
@@ -123,7 +123,7 @@ def folders(tmp_path_factory):
 def test_embeddings_equal_transformers(folders, variant):
     """From strings and pictures to unit vectors, in float32, within 1e-5."""
     made, pictures, theirs = folders
-    encoder = Encoder.load(made[variant], batch_size=8)
+    encoder = RetrievalEncoder.load(made[variant], batch_size=8)
     expected = theirs[f"{made[variant]}.text"], theirs[f"{made[variant]}.image"]
     np.testing.assert_allclose(encoder.embed_texts(clip_folder.HARD), expected[0], atol=1e-5)
     np.testing.assert_allclose(encoder.embed_images(pictures), expected[1], atol=1e-5)

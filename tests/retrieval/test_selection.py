@@ -9,17 +9,16 @@ from hypothesis import strategies as st
 
 from leon_jax.config import UserError
 from leon_jax.documents import Document, Image, Provenance, Text
-from leon_jax.retrieval.bank import Bank
 from leon_jax.retrieval.selection import (
     SelectionConfig,
     diverse,
     drop_tokens,
     find_neighbours,
-    origin,
     parts,
     sample_neighbours,
     select,
 )
+from leon_jax.retrieval.vector_index import VectorIndex
 
 
 class Words:
@@ -45,7 +44,7 @@ def at(*degrees):
 
 
 def one(rows):
-    return Bank([rows])
+    return VectorIndex([rows])
 
 
 NO_LIMIT = SelectionConfig(per_modality=2, near_copy_query=2, near_copy_document=2, query_dropout=0)
@@ -291,14 +290,13 @@ def test_only_the_best_of_a_longer_table_are_drawn():
     assert sorted(everything) == list(range(40))
 
 
-def test_a_documents_parts_and_origin():
+def test_a_documents_parts():
     pixels = np.zeros((2, 2, 3), np.uint8)
     document = Document(
         (Text("a"), Image(pixels=pixels), Text("b")), Provenance("key", "there", "CC0-1.0", "me")
     )
     text, picture = parts(document)
     assert text == "a b" and picture.shape == pixels.shape
-    assert origin(document) == "there" and origin(Document((Text("a"),))) == ""
     with pytest.raises(UserError, match="needs both text and a picture"):
         parts(Document((Text("1"),)))
 
@@ -313,11 +311,14 @@ def test_settings_that_make_no_sense_are_refused(arguments):
 
 def test_sources_take_turns():
     bank = one(at(0, 10, 20, 30, 40, 50))
-    source_of = "AAAABC".__getitem__
+
+    def sources_of(rows):
+        return dict(zip(rows, ("AAAABC"[row] for row in rows), strict=True))
+
     config = dataclasses.replace(NO_LIMIT, alternate_sources=True)
     query = at(0)[0]
-    assert select(query, bank, 5, config, source_of=source_of) == [0, 4, 5, 1, 2]
-    assert select(query, bank, 3, NO_LIMIT, source_of=source_of) == [0, 1, 2]
+    assert select(query, bank, 5, config, sources_of=sources_of) == [0, 4, 5, 1, 2]
+    assert select(query, bank, 3, NO_LIMIT, sources_of=sources_of) == [0, 1, 2]
     # A near copy of what was chosen is no turn of its source.
     config = dataclasses.replace(config, near_copy_document=0.98)  # 10 degrees are 0.985
-    assert select(query, bank, 5, config, source_of=source_of) == [0, 4, 2]
+    assert select(query, bank, 5, config, sources_of=sources_of) == [0, 4, 2]

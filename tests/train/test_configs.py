@@ -8,10 +8,10 @@ import pytest
 from leon_jax import config as configs
 from leon_jax.prepare.config import PrepareConfig
 from leon_jax.train.decoder_config import DecoderTraining
-from leon_jax.train.encoder import EncoderConfig
+from leon_jax.train.image_tokenizer import TokenizerConfig
 from leon_jax.train.loop import LoopConfig
-from leon_jax.train.text import TextConfig
-from leon_jax.train.tokenizer import TokenizerConfig
+from leon_jax.train.retrieval_encoder import EncoderConfig
+from leon_jax.train.text_tokenizer import TextConfig
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 FILES = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.py"))

@@ -13,13 +13,13 @@ from leon_jax import sharding
 from leon_jax.config import ConfigError, UserError, build, to_dict
 from leon_jax.data.config import DataConfig, MixtureComponent
 from leon_jax.documents import Document, Image, Provenance, Text
-from leon_jax.retrieval.prepared import Prepared, write_split
+from leon_jax.retrieval.prepared_folder import PreparedFolder, write_split
 from leon_jax.tokenizers.text import TextTokenizer
 from leon_jax.train.checkpoint import Checkpoints
 from leon_jax.train.decoder import DecoderProgram
 from leon_jax.train.decoder_config import DecoderTraining
 from leon_jax.train.decoder_data import balanced, neighbours, open_components
-from leon_jax.train.feed import Feed
+from leon_jax.train.global_batches import Feed
 from leon_jax.train.state import TrainState
 from leon_jax.vocabulary import Vocabulary
 
@@ -140,7 +140,7 @@ def test_a_document_without_a_group_is_alone():
 @pytest.mark.parametrize(("per_modality", "expected"), [(1, {4, 9}), (2, {4, 5, 9, 10})])
 def test_neighbours_are_drawn_from_the_best_of_each_modality(folder, per_modality, expected):
     """Document 3's neighbours are 4 to 8 by its text, best first, and 9 to 13 by its picture."""
-    draw = neighbours(Prepared(folder / "web"), "train", per_modality)
+    draw = neighbours(PreparedFolder(folder / "web"), "train", per_modality)
     rng = np.random.default_rng(0)
     drawn = [draw(rng, 3, 2) for _ in range(60)]
     assert {int(i) for found in drawn for i in found} == expected
@@ -191,7 +191,7 @@ def test_a_table_of_other_documents_is_refused(tmp_path):
     name = "train-00000.neighbours.npy"
     (tmp_path / "b" / name).write_bytes((tmp_path / "a" / name).read_bytes())
     with pytest.raises(UserError, match=r"b are of 20 documents, not 7"):
-        neighbours(Prepared(tmp_path / "b"), "train", 2)
+        neighbours(PreparedFolder(tmp_path / "b"), "train", 2)
 
 
 class Weight(nnx.Module):

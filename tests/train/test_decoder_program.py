@@ -16,7 +16,7 @@ from leon_jax.config import ConfigError, UserError
 from leon_jax.documents import Document, Image, Text
 from leon_jax.models.decoder import Decoder, DecoderConfig
 from leon_jax.models.vqgan import VQGAN, VQGANConfig
-from leon_jax.retrieval.prepared import write_split
+from leon_jax.retrieval.prepared_folder import write_split
 from leon_jax.tokenizers.text import TextTokenizer
 from leon_jax.train.decoder import DecoderProgram
 from leon_jax.train.decoder_config import DecoderTraining

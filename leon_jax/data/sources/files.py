@@ -13,7 +13,7 @@ import stat
 from collections.abc import Iterable
 
 from leon_jax.config import UserError
-from leon_jax.data.sources.fields import Fault
+from leon_jax.data.sources.field_values import Fault
 
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _PATTERN = re.compile(r"[*?\[{]")

@@ -10,10 +10,10 @@ from typing import Any
 import datasets
 
 from leon_jax.config import UserError
-from leon_jax.data.sources.fields import CLAIM_NAMES, Fault, check_picture, check_text, claims
+from leon_jax.data.sources.field_values import CLAIM_NAMES, Fault, check_picture, check_text, claims
 from leon_jax.data.sources.files import read_inside, version
-from leon_jax.data.sources.numbered import Numbered, captions
-from leon_jax.data.sources.raw import LARGEST_PICTURE, Raw, Reject, SourceConfig
+from leon_jax.data.sources.random_access import Numbered, captions
+from leon_jax.data.sources.raw_record import LARGEST_PICTURE, Raw, Reject, SourceConfig
 
 TEXTS = ("text", "caption", "captions")
 

@@ -18,9 +18,15 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from leon_jax.config import UserError
-from leon_jax.data.sources.fields import Fault, check_text, claims, parse_object
+from leon_jax.data.sources.field_values import Fault, check_text, claims, parse_object
 from leon_jax.data.sources.files import find, read_inside, version
-from leon_jax.data.sources.raw import LARGEST_PICTURE, LARGEST_TEXT, Raw, Reject, SourceConfig
+from leon_jax.data.sources.raw_record import (
+    LARGEST_PICTURE,
+    LARGEST_TEXT,
+    Raw,
+    Reject,
+    SourceConfig,
+)
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _BLOCK = 2**20

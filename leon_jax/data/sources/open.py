@@ -3,7 +3,7 @@
 import importlib
 
 from leon_jax.config import UserError
-from leon_jax.data.sources.raw import Shards, SourceConfig
+from leon_jax.data.sources.raw_record import Shards, SourceConfig
 
 # Of each kind: where its class is ("module:Class"), and the extra that its packages come with.
 _KINDS = {

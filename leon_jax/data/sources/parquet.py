@@ -11,9 +11,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from leon_jax.data.sources.fields import CLAIM_NAMES, Fault, check_picture, check_text, claims
+from leon_jax.data.sources.field_values import CLAIM_NAMES, Fault, check_picture, check_text, claims
 from leon_jax.data.sources.files import find, version
-from leon_jax.data.sources.raw import LARGEST_PICTURE, Raw, Reject, SourceConfig
+from leon_jax.data.sources.raw_record import LARGEST_PICTURE, Raw, Reject, SourceConfig
 
 PICTURES = ("jpg", "jpeg", "png", "webp", "image")
 TEXTS = ("caption", "text")

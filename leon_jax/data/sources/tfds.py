@@ -11,10 +11,10 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_pb2
 
 from leon_jax.config import UserError
-from leon_jax.data.sources.fields import CLAIM_NAMES, Fault, check_picture, check_text, claims
+from leon_jax.data.sources.field_values import CLAIM_NAMES, Fault, check_picture, check_text, claims
 from leon_jax.data.sources.files import version
-from leon_jax.data.sources.numbered import Numbered, captions
-from leon_jax.data.sources.raw import Raw, Reject, SourceConfig
+from leon_jax.data.sources.random_access import Numbered, captions
+from leon_jax.data.sources.raw_record import Raw, Reject, SourceConfig
 
 PICTURES = ("image", "picture")
 TEXTS = ("caption", "text")

@@ -12,9 +12,15 @@ import os
 import tarfile
 from collections.abc import Iterator
 
-from leon_jax.data.sources.fields import Fault, check_text, claims, parse_object
+from leon_jax.data.sources.field_values import Fault, check_text, claims, parse_object
 from leon_jax.data.sources.files import find, version
-from leon_jax.data.sources.raw import LARGEST_PICTURE, LARGEST_TEXT, Raw, Reject, SourceConfig
+from leon_jax.data.sources.raw_record import (
+    LARGEST_PICTURE,
+    LARGEST_TEXT,
+    Raw,
+    Reject,
+    SourceConfig,
+)
 
 PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
 _ARCHIVES = (".tar", ".tar.gz", ".tgz")

@@ -1,7 +1,7 @@
 """The emoji data set as a source of `leon prepare`, of kind `emoji`."""
 
-from leon_jax.data.sources.numbered import Numbered
-from leon_jax.data.sources.raw import Raw, Reject, SourceConfig
+from leon_jax.data.sources.random_access import Numbered
+from leon_jax.data.sources.raw_record import Raw, Reject, SourceConfig
 from leon_jax.datasets.emoji.make import make
 from leon_jax.datasets.emoji.source import VERSION, EmojiSource
 

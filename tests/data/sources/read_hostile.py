@@ -17,7 +17,7 @@ HARMLESS = ("os.listdir", "os.scandir", "os.walk", "os.fwalk", "os.getxattr")
 
 def main(kind: str, path: str) -> None:
     from leon_jax.data.sources.open import open_source
-    from leon_jax.data.sources.raw import Reject, SourceConfig
+    from leon_jax.data.sources.raw_record import Reject, SourceConfig
 
     acts = []
 

@@ -7,8 +7,8 @@ import pytest
 
 from leon_jax.cli import main
 from leon_jax.data.sources.open import open_source
-from leon_jax.data.sources.raw import Raw, SourceConfig
-from leon_jax.retrieval.prepared import Prepared
+from leon_jax.data.sources.raw_record import Raw, SourceConfig
+from leon_jax.retrieval.prepared_folder import PreparedFolder
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "data_format.md"
 # A block of Python and the line that prepares what it makes.
@@ -33,7 +33,7 @@ def test_an_example_is_prepared(program, command, kind, tmp_path, monkeypatch):
     exec(program, {})
     assert main.run(command.split()) == 0
     (out,) = (tmp_path / "data").glob("[!.]*")
-    prepared = Prepared(out)
+    prepared = PreparedFolder(out)
     assert prepared.manifest["splits"]["train"] >= 2
     assert prepared.manifest["counts"]["train"]["rejected"] == {}
     for document in prepared.records():

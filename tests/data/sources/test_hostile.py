@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from leon_jax.data.sources.open import open_source
-from leon_jax.data.sources.raw import REASONS, Reject, SourceConfig
+from leon_jax.data.sources.raw_record import REASONS, Reject, SourceConfig
 from tests.data import hostile
 from tests.data.hostile_pictures import good
 from tests.data.hostile_tar import member

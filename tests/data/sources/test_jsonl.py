@@ -7,7 +7,7 @@ import pytest
 
 from leon_jax.config import UserError
 from leon_jax.data.sources.open import open_source
-from leon_jax.data.sources.raw import LARGEST_TEXT, Raw, Reject, SourceConfig
+from leon_jax.data.sources.raw_record import LARGEST_TEXT, Raw, Reject, SourceConfig
 
 
 def read(path, **config):

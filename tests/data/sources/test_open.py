@@ -9,7 +9,7 @@ import pytest
 from leon_jax.config import UserError
 from leon_jax.data.sources import open as opening
 from leon_jax.data.sources.open import open_source, register
-from leon_jax.data.sources.raw import SourceConfig
+from leon_jax.data.sources.raw_record import SourceConfig
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_a_source_loads_no_package_but_its_own(tmp_path):
     (tmp_path / "a.jsonl").write_text("{}")
     program = (
         "import sys; from leon_jax.data.sources.open import open_source;"
-        "from leon_jax.data.sources.raw import SourceConfig;"
+        "from leon_jax.data.sources.raw_record import SourceConfig;"
         f"list(open_source(SourceConfig('jsonl', {str(tmp_path)!r})).read('a.jsonl:1'));"
         "loaded = {'pyarrow', 'datasets', 'tensorflow_datasets', 'webdataset'} & set(sys.modules);"
         "assert not loaded, loaded"

@@ -7,7 +7,7 @@ import pytest
 
 from leon_jax.config import UserError
 from leon_jax.data.sources.open import open_source
-from leon_jax.data.sources.raw import Raw, Reject, SourceConfig
+from leon_jax.data.sources.raw_record import Raw, Reject, SourceConfig
 from tests.data.hostile_pictures import good
 
 

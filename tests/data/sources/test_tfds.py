@@ -18,7 +18,7 @@ from tensorflow_datasets.object_detection import coco, coco_captions
 from leon_jax.config import UserError
 from leon_jax.data.records import from_png
 from leon_jax.data.sources.open import open_source
-from leon_jax.data.sources.raw import Raw, SourceConfig
+from leon_jax.data.sources.raw_record import Raw, SourceConfig
 from tests.data.hostile_pictures import encoded, pixels
 
 # Making a data set needs a package that tensorflow-datasets does not install; Python has it too.
@@ -149,7 +149,7 @@ class TestCocoCaptions:
         """In a fresh process: the code of this data set needs TensorFlow, its files do not."""
         program = (
             "import sys; from leon_jax.data.sources.open import open_source;"
-            "from leon_jax.data.sources.raw import SourceConfig;"
+            "from leon_jax.data.sources.raw_record import SourceConfig;"
             "source = open_source(SourceConfig('tfds', 'coco_captions'));"
             "print(sum(1 for shard in source.shards() for _ in source.read(shard)));"
             "assert not {'tensorflow', 'torch', 'cv2'} & set(sys.modules)"

@@ -10,7 +10,7 @@ import pytest
 
 from leon_jax.config import UserError
 from leon_jax.data.sources.open import open_source
-from leon_jax.data.sources.raw import LARGEST_PICTURE, Raw, SourceConfig
+from leon_jax.data.sources.raw_record import LARGEST_PICTURE, Raw, SourceConfig
 from tests.data.hostile_pictures import good
 from tests.data.hostile_tar import member
 

@@ -14,7 +14,7 @@ from typing import Any
 from leon_jax.data.records import to_png
 from leon_jax.documents import Document
 from leon_jax.prepare.gather import OTHERS
-from leon_jax.retrieval.prepared import Prepared
+from leon_jax.retrieval.prepared_folder import PreparedFolder
 
 _HEADINGS = {
     "licence": "Licences",
@@ -71,14 +71,14 @@ _SAMPLES, _CAPTION = 12, 160
 
 def write_card(folder: pathlib.Path) -> None:
     """Writes card.md and card.html into a prepared folder, each whole or not at all."""
-    prepared = Prepared(folder)
+    prepared = PreparedFolder(folder)
     for name, text in (("card.md", markdown(prepared)), ("card.html", page(prepared))):
         temporary = folder / f"{name}.tmp"
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, folder / name)
 
 
-def markdown(prepared: Prepared) -> str:
+def markdown(prepared: PreparedFolder) -> str:
     """The card as Markdown."""
     lines = ["# Data card", "", *_facts(prepared)]
     for split, tables in _tables(prepared).items():
@@ -93,7 +93,7 @@ def markdown(prepared: Prepared) -> str:
     return "\n".join([*lines, "", "## Credits", "", *credits, ""])
 
 
-def page(prepared: Prepared) -> str:
+def page(prepared: PreparedFolder) -> str:
     """The card as one HTML file with a bar for each count."""
     body = ["<h1>Data card</h1>"]
     body += [f"<p>{html.escape(line)}</p>" for line in _facts(prepared) if line]
@@ -119,7 +119,7 @@ def page(prepared: Prepared) -> str:
     )
 
 
-def samples(prepared: Prepared) -> list[Document]:
+def samples(prepared: PreparedFolder) -> list[Document]:
     """Some documents of train, evenly spaced."""
     records = prepared.records()
     step = max(1, len(records) // _SAMPLES)
@@ -151,7 +151,7 @@ def attributions(manifest: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _facts(prepared: Prepared) -> list[str]:
+def _facts(prepared: PreparedFolder) -> list[str]:
     manifest = prepared.manifest
     config, rules = manifest["config"], manifest["config"]["duplicates"]
     splits = ", ".join(f"{count:,} {split}" for split, count in manifest["splits"].items())
@@ -173,7 +173,7 @@ def _facts(prepared: Prepared) -> list[str]:
     ]
 
 
-def _tables(prepared: Prepared) -> Mapping[str, dict[str, dict[str, int]]]:
+def _tables(prepared: PreparedFolder) -> Mapping[str, dict[str, dict[str, int]]]:
     counts = prepared.manifest["counts"]
     return {
         split: {name: _sorted(name, tables[name]) for name in _HEADINGS if tables.get(name)}

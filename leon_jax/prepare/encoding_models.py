@@ -10,7 +10,7 @@ import jax
 
 from leon_jax import sharding, weight_files
 from leon_jax.config import UserError
-from leon_jax.retrieval.encoder import Encoder
+from leon_jax.retrieval.encoder import RetrievalEncoder
 from leon_jax.tokenizers.image import ImageTokenizer
 from leon_jax.tokenizers.text import TextTokenizer
 
@@ -26,7 +26,7 @@ class Models:
     mesh: jax.sharding.Mesh
     text: TextTokenizer
     tokenizer: ImageTokenizer
-    encoder: Encoder
+    encoder: RetrievalEncoder
 
 
 def load_models(tokenizer: str, encoder: str, text: str) -> Models:
@@ -43,7 +43,10 @@ def load_models(tokenizer: str, encoder: str, text: str) -> Models:
             with jax.set_mesh(mesh):
                 words = TextTokenizer.load(text)
                 models = Models(
-                    mesh, words, ImageTokenizer.load(tokenizer), Encoder.load(encoder, words)
+                    mesh,
+                    words,
+                    ImageTokenizer.load(tokenizer),
+                    RetrievalEncoder.load(encoder, words),
                 )
             _loaded = (digests, models)
         return _loaded[1]

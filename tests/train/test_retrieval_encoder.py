@@ -12,10 +12,11 @@ from leon_jax import config as configuration
 from leon_jax.config import UserError
 from leon_jax.documents import Document, Image, Provenance, Text
 from leon_jax.models.clip import CLIPConfig, TextConfig, VisionConfig, create
-from leon_jax.retrieval.encoder import Encoder, frame
+from leon_jax.retrieval.encoder import RetrievalEncoder, frame
 from leon_jax.tokenizers.text import TextTokenizer
-from leon_jax.train import encoder as program_module
-from leon_jax.train.encoder import (
+from leon_jax.train import retrieval_encoder as program_module
+from leon_jax.train.optimizer import OptimizerConfig
+from leon_jax.train.retrieval_encoder import (
     EncoderConfig,
     EncoderData,
     EncoderProgram,
@@ -23,7 +24,6 @@ from leon_jax.train.encoder import (
     describe,
     vary,
 )
-from leon_jax.train.optimizer import OptimizerConfig
 
 NAMES = ("red heart", "blue square", "green tree", "black cat", "yellow sun", "left arrow")
 
@@ -127,7 +127,7 @@ def test_training_lowers_the_loss_and_export_gives_the_trained_encoder(program, 
     assert np.mean(losses[-10:]) < 0.6 * np.mean(losses[:10])
     program.export(state, tmp_path)
     text = TextTokenizer.load(tmp_path / "text.json")
-    encoder = Encoder.load(tmp_path / "encoder.safetensors", text)
+    encoder = RetrievalEncoder.load(tmp_path / "encoder.safetensors", text)
     ids = frame(text.encode("red heart"), program.config.model.text)
     expected = state.model.embed_text(jnp.asarray(ids)[None])
     np.testing.assert_allclose(encoder.embed_texts(["red heart"]), expected, atol=1e-5)

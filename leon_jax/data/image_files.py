@@ -17,7 +17,7 @@ from jaxtyping import UInt8
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from leon_jax.config import UserError
-from leon_jax.data.sources.raw import Reason
+from leon_jax.data.sources.raw_record import Reason
 
 # Formats whose decoders are self-contained (no interpreter, no external program).
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
@@ -26,7 +26,7 @@ LARGEST_AREA = 64 * 2**20
 _PLAIN_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")
 
 
-class PictureError(UserError):
+class ImageError(UserError):
     """A picture that cannot be used.
 
     Attributes:
@@ -42,21 +42,21 @@ def read(path: str | os.PathLike) -> Image.Image:
     """The picture in a file, upright, on white where it is transparent, mode RGB.
 
     Raises:
-      PictureError: the file is missing, empty, truncated, no picture in one of `FORMATS`, or larger
+      ImageError: the file is missing, empty, truncated, no picture in one of `FORMATS`, or larger
         than `LARGEST_SIDE` on a side or `LARGEST_AREA` pixels.
     """
     path = pathlib.Path(path)
     if not path.exists():
-        raise PictureError(f"there is no picture at {path}")
+        raise ImageError(f"there is no picture at {path}")
     if not path.is_file():
-        raise PictureError(f"{path} is not a file; give the path of a picture")
+        raise ImageError(f"{path} is not a file; give the path of a picture")
     if path.stat().st_size == 0:
-        raise PictureError(f"{path} is empty; give a {' or '.join(FORMATS[:2])} picture")
+        raise ImageError(f"{path} is empty; give a {' or '.join(FORMATS[:2])} picture")
     try:
         with path.open("rb") as file:
             return decode(file, str(path))
     except PermissionError:
-        raise PictureError(f"{path} may not be read; check its permissions") from None
+        raise ImageError(f"{path} may not be read; check its permissions") from None
 
 
 def decode(file: BinaryIO, name: str, *, plain: bool = False) -> Image.Image:
@@ -69,8 +69,8 @@ def decode(file: BinaryIO, name: str, *, plain: bool = False) -> Image.Image:
         than 8-bit RGB, grey or a palette (16-bit greys would be clipped, CMYK needs its profile).
 
     Raises:
-      PictureError: it is damaged, too large, in another format, or refused by `plain`; its
-        `reason` is one of `leon_jax.data.sources.raw.REASONS`.
+      ImageError: it is damaged, too large, in another format, or refused by `plain`; its
+        `reason` is one of `leon_jax.data.sources.raw_record.REASONS`.
     """
     try:
         with warnings.catch_warnings():
@@ -79,23 +79,23 @@ def decode(file: BinaryIO, name: str, *, plain: bool = False) -> Image.Image:
             with Image.open(file, formats=FORMATS) as picture:
                 _check_size(picture.size, name)
                 if plain and picture.mode not in _PLAIN_MODES:
-                    raise PictureError(
+                    raise ImageError(
                         f"{name} has colours of the kind {picture.mode}; 8-bit RGB, grey and "
                         "palettes are read",
                         "picture_mode",
                     )
                 if plain and getattr(picture, "is_animated", False):
-                    raise PictureError(f"{name} is an animation", "picture_animated")
+                    raise ImageError(f"{name} is an animation", "picture_animated")
                 picture.load()
                 return on_white(ImageOps.exif_transpose(picture))
-    except PictureError:
+    except ImageError:
         raise
     except Image.DecompressionBombError:
-        raise PictureError(_too_large(name), "picture_too_large") from None
+        raise ImageError(_too_large(name), "picture_too_large") from None
     except UnidentifiedImageError:
-        raise PictureError(f"{name} is not a picture in {', '.join(FORMATS)} format") from None
+        raise ImageError(f"{name} is not a picture in {', '.join(FORMATS)} format") from None
     except Exception as error:  # decoders raise many kinds for damaged files
-        raise PictureError(f"{name} is damaged or cut short") from error
+        raise ImageError(f"{name} is damaged or cut short") from error
 
 
 def on_white(picture: Image.Image) -> Image.Image:
@@ -156,7 +156,7 @@ def check_folder(path: str | os.PathLike) -> pathlib.Path:
 
 def _check_size(size: tuple[int, int], name: str) -> None:
     if max(size) > LARGEST_SIDE or size[0] * size[1] > LARGEST_AREA:
-        raise PictureError(_too_large(name, size), "picture_too_large")
+        raise ImageError(_too_large(name, size), "picture_too_large")
 
 
 def _too_large(name: str, size: tuple[int, int] | None = None) -> str:

@@ -8,9 +8,9 @@ import PIL.Image
 import pytest
 
 from leon_jax.documents import Document, Hole, Text
-from leon_jax.evaluate import demo, page
+from leon_jax.evaluate import demo_page, measurements
 from leon_jax.leon import GeneratedImage, Leon
-from leon_jax.retrieval.prepared import Prepared
+from leon_jax.retrieval.prepared_folder import PreparedFolder
 from tests import tiny
 
 
@@ -21,12 +21,12 @@ def leon() -> Leon:
 
 @pytest.fixture(scope="module")
 def documents(leon) -> list[Document]:
-    source = Prepared(tiny.folders()[1]).records()
+    source = PreparedFolder(tiny.folders()[1]).records()
     return [source[i] for i in range(4)]
 
 
 def test_psnr_is_the_closed_form_of_what_the_tokenizer_loses(leon, documents):
-    measured = demo.reconstruct(leon, documents)
+    measured = measurements.reconstruct(leon, documents)
     originals, rebuilt = measured.pictures
     assert originals.shape == rebuilt.shape == (4, tiny.RESOLUTION, tiny.RESOLUTION, 3)
     by_hand = [
@@ -52,13 +52,13 @@ def test_perplexity_is_the_exponential_of_the_mean_likelihood(leon, documents, n
         (score,) = _score(leon, ids, weights)
         assert both < score
         total, tokens = total + score, tokens + tiny.GRID**2
-    found = demo.image_perplexity(leon, documents, num_docs)
+    found = measurements.image_perplexity(leon, documents, num_docs)
     assert found == pytest.approx(np.exp(-total / tokens), rel=1e-4)
 
 
 @pytest.mark.parametrize("num_docs", [0, 1])
 def test_ranks_follow_the_scores(leon, documents, num_docs):
-    ranks, scores = demo.caption_ranks(leon, documents, num_docs)
+    ranks, scores = measurements.caption_ranks(leon, documents, num_docs)
     assert scores.shape == (4, 4) and np.isfinite(scores).all()
     for row in range(4):
         assert ranks[row] == sorted(scores[row], reverse=True).index(scores[row, row])
@@ -79,15 +79,15 @@ def test_a_judge_that_knows_the_pictures_matches_them_all(leon, documents, monke
     ]
     monkeypatch.setattr(leon.model.encoder, "embed_images", lambda pictures: np.eye(4))
     monkeypatch.setattr(leon.model.encoder, "embed_texts", lambda texts: np.eye(4))
-    assert demo.prompt_match(leon, generations) == 1.0
+    assert measurements.prompt_match(leon, generations) == 1.0
     monkeypatch.setattr(leon.model.encoder, "embed_texts", lambda texts: np.roll(np.eye(4), 1, 0))
-    assert demo.prompt_match(leon, generations) == 0.0
+    assert measurements.prompt_match(leon, generations) == 0.0
     monkeypatch.setattr(leon.model.encoder, "embed_texts", lambda texts: np.eye(4)[[0, 1, 3, 2]])
-    assert demo.prompt_match(leon, generations) == 0.5
+    assert measurements.prompt_match(leon, generations) == 0.5
 
 
 def test_drawing_a_batch_equals_drawing_alone(leon, documents):
-    drawn = demo.draw(leon, documents[:2], num_docs=1, guidance=2.0, seed=7)
+    drawn = measurements.draw(leon, documents[:2], num_docs=1, guidance=2.0, seed=7)
     (alone,) = leon.generate(drawn[1].prompt, num_docs=1, guidance=2.0, seed=8)
     assert drawn[1].seed == 8 and len(drawn[1].retrieved) == 1
     np.testing.assert_array_equal(np.asarray(drawn[1].image), np.asarray(alone.image))
@@ -113,15 +113,18 @@ class _Reader(html.parser.HTMLParser):
 
 
 def test_the_page_is_well_formed_and_credits_what_was_retrieved(leon, documents):
-    drawn = {n: demo.draw(leon, documents[:2], n, guidance=1.0) for n in (0, 2)}
+    drawn = {n: measurements.draw(leon, documents[:2], n, guidance=1.0) for n in (0, 2)}
     hostile = Document((Text('<script>alert("x")</script>'), documents[0].parts[1]))
     sections = [
-        ("Pictures", page.drawings(documents[:2], drawn[0], drawn[2])),
-        ("Captions", page.captions([hostile], [("<b>a", "b & c")])),
-        ("Loss", page.curve([(1, 2.0), (2, 1.5), (3, 1.25)], 2, "loss, nats")),
-        ("Numbers", page.numbers({"seconds": 61.4, "prompt_match_share_by_documents": {"2": 0.5}})),
+        ("Pictures", demo_page.drawings(documents[:2], drawn[0], drawn[2])),
+        ("Captions", demo_page.captions([hostile], [("<b>a", "b & c")])),
+        ("Loss", demo_page.curve([(1, 2.0), (2, 1.5), (3, 1.25)], 2, "loss, nats")),
+        (
+            "Numbers",
+            demo_page.numbers({"seconds": 61.4, "prompt_match_share_by_documents": {"2": 0.5}}),
+        ),
     ]
-    text = page.page("A <title>", sections, {"seconds": 1.0})
+    text = demo_page.page("A <title>", sections, {"seconds": 1.0})
     reader = _Reader()
     reader.feed(text)
     assert reader.open == [] and "script" not in reader.tags

@@ -7,11 +7,11 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from leon_jax.data.sources.raw import REASONS, Raw, Reject, SourceConfig
+from leon_jax.data.sources.raw_record import REASONS, Raw, Reject, SourceConfig
 from leon_jax.documents import Text
-from leon_jax.prepare import documents
+from leon_jax.prepare import record_reader
 from leon_jax.prepare.config import PrepareConfig
-from leon_jax.prepare.documents import Reader
+from leon_jax.prepare.record_reader import Reader
 
 SOURCE = SourceConfig("jsonl", "cats", name="cats", licence="CC-BY-4.0", attribution="me")
 SILENT = SourceConfig("jsonl", "cats", name="cats")
@@ -71,7 +71,7 @@ def test_texts_are_brought_to_one_spelling():
 
 def test_a_long_text_is_refused_before_it_is_normalised(monkeypatch):
     """Normalising takes time that grows with the square of a run of combining marks."""
-    monkeypatch.setattr(documents, "normalise_text", lambda text: pytest.fail("normalised"))
+    monkeypatch.setattr(record_reader, "normalise_text", lambda text: pytest.fail("normalised"))
     assert read("e" + "\u0301\u0323" * 50, GOOD).reason == "text_too_long"
 
 

@@ -4,8 +4,8 @@ import abc
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from leon_jax.data.sources.fields import Fault, check_text
-from leon_jax.data.sources.raw import Raw, Reject, SourceConfig
+from leon_jax.data.sources.field_values import Fault, check_text
+from leon_jax.data.sources.raw_record import Raw, Reject, SourceConfig
 
 
 class Numbered(abc.ABC):

@@ -6,7 +6,7 @@ For every shard, SPLIT-NNNNN:
     .documents.jsonl  key, source, licence, attribution, language and size of each
     .rejects.jsonl    what was not used, and why
     .neighbours.npy   for each record, the train documents it may read (`Neighbours`)
-    .vectors.npy      of `train`: the rows that are searched (`Bank`)
+    .vectors.npy      of `train`: the rows that are searched (`VectorIndex`)
     .variants.npy     of `train`, if asked for: the codes of each picture in several variants
 
 and for all manifest.json, card.md, card.html, and removed.jsonl (what was removed and stays away: a
@@ -24,12 +24,12 @@ from jaxtyping import Int32
 
 from leon_jax.config import UserError, build
 from leon_jax.data import records
+from leon_jax.data.image_variants import Variants
 from leon_jax.data.records import RecordSource
-from leon_jax.data.variants import Variants
 from leon_jax.documents import Document
-from leon_jax.retrieval.bank import Bank, save_rows
-from leon_jax.retrieval.neighbours import Neighbours, row_type
+from leon_jax.retrieval.neighbour_table import Neighbours, row_type
 from leon_jax.retrieval.selection import SelectionConfig
+from leon_jax.retrieval.vector_index import VectorIndex, save_rows
 
 FORMAT = 3
 MANIFEST = "manifest.json"
@@ -38,7 +38,7 @@ _REMOVED = "removed.jsonl"
 _KEYS = ("splits", "shards", "config", "sha256", "inputs", "counts")
 
 
-class Prepared:
+class PreparedFolder:
     """The files of a prepared folder by what they are.
 
     Attributes:
@@ -97,9 +97,9 @@ class Prepared:
         lengths = self.shards(split).values()
         return RecordSource(self.paths(split, "array_record"), pixels=pixels, lengths=[*lengths])
 
-    def bank(self) -> Bank:
+    def bank(self) -> VectorIndex:
         """What is searched: row i is record i of `train`."""
-        return Bank.open(self.paths(TRAIN, "vectors.npy"))
+        return VectorIndex.open(self.paths(TRAIN, "vectors.npy"))
 
     def variants(self, source: RecordSource, split: str = TRAIN) -> Variants:
         """The documents of a split, read from `source`, as their variants show them.

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int, Int32, Num
 
 from leon_jax.config import UserError
-from leon_jax.retrieval.blocks import Blocks, NotFiniteError
+from leon_jax.retrieval.device_blocks import Blocks, NotFiniteError
 from leon_jax.retrieval.mining import NONE, nearest
 from leon_jax.sharding import current_mesh
 
@@ -24,7 +24,7 @@ from leon_jax.sharding import current_mesh
 RECALL = 0.99
 
 
-class Bank:
+class VectorIndex:
     """Rows of a collection, searched by inner product. Unit rows make a score a cosine.
 
     Args:
@@ -43,7 +43,7 @@ class Bank:
         """Maps `.npy` files into memory, in this order; their rows are not read yet.
 
         Raises:
-          UserError: no files are given, or one is missing, damaged, or does not hold what `Bank`
+          UserError: no files are given, or one is missing, damaged, or does not hold what `VectorIndex`
             takes.
         """
         names, arrays = [os.fspath(path) for path in paths], []

@@ -1,6 +1,6 @@
 """How an encoder scores pairs whose kinship is known, to choose its near-copy thresholds by eye.
 
-    python -m leon_jax.retrieval.thresholds --encoder=runs/emoji/encoder/export/encoder.safetensors
+    python -m leon_jax.retrieval.near_copy_thresholds --encoder=runs/emoji/encoder/export/encoder.safetensors
 
 prints how well it matches held-out pictures to captions, and how pairs of training documents score:
 renderings of one picture, two designs of one concept, skin tones of one concept, and strangers.
@@ -23,7 +23,7 @@ from leon_jax import sharding
 from leon_jax.config import UserError
 from leon_jax.datasets import demo
 from leon_jax.documents import Document
-from leon_jax.retrieval.encoder import Encoder, normalise
+from leon_jax.retrieval.encoder import RetrievalEncoder, normalise
 from leon_jax.retrieval.selection import parts
 
 _ENCODER = flags.DEFINE_string(
@@ -38,7 +38,7 @@ _TONE = re.compile(r"-1F3F[B-F]")  # the five skin tone modifiers inside a conce
 
 
 def accuracy(
-    encoder: Encoder, documents: Sequence[Document], among: int = 50
+    encoder: RetrievalEncoder, documents: Sequence[Document], among: int = 50
 ) -> dict[str, list[float]]:
     """How often a picture's own caption ranks first among `among`, and the reverse.
 
@@ -107,7 +107,7 @@ def kinships(
 
 
 def distributions(
-    encoder: Encoder, documents: Sequence[Document], limit: int, seed: int = 0
+    encoder: RetrievalEncoder, documents: Sequence[Document], limit: int, seed: int = 0
 ) -> dict[str, dict[str, Float[np.ndarray, "pairs"]]]:
     """Cosines by what is compared and kind of pair.
 
@@ -160,7 +160,7 @@ def main(argv: list[str]) -> None:
     if _ENCODER.value is None:
         raise UserError("--encoder is missing; it names an encoder.safetensors or a CLIP's folder")
     with jax.set_mesh(sharding.make_mesh()):
-        encoder = Encoder.load(_ENCODER.value)
+        encoder = RetrievalEncoder.load(_ENCODER.value)
         for split in ("unseen_design", "unseen_concept"):
             source = demo.source(split, _DATA.value)
             for way, groups in accuracy(encoder, list(source)).items():

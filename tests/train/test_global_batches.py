@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from leon_jax.config import UserError
-from leon_jax.train.feed import Feed
+from leon_jax.train.global_batches import Feed
 
 
 def numbers(shard, shards):
@@ -47,7 +47,7 @@ def test_there_is_at_least_one_shard():
 EIGHT = """
 import jax, numpy as np
 from leon_jax import sharding
-from leon_jax.train.feed import Feed, local_shards
+from leon_jax.train.global_batches import Feed, local_shards
 from tests.train.test_feed import numbers
 with jax.set_mesh(sharding.make_mesh((1, 1, 1, 1), jax.devices()[:1])):
     expected = np.asarray(next(Feed(numbers, 4))["x"])

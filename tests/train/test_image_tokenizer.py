@@ -9,14 +9,14 @@ import pytest
 
 from leon_jax import weight_files
 from leon_jax.models.vqgan import VQGANConfig
-from leon_jax.train.optimizer import OptimizerConfig
-from leon_jax.train.tokenizer import (
+from leon_jax.train.image_tokenizer import (
     TokenizerConfig,
     TokenizerData,
     TokenizerLosses,
     TokenizerProgram,
     _adaptive_weight,
 )
+from leon_jax.train.optimizer import OptimizerConfig
 
 CONFIG = TokenizerConfig(
     model=VQGANConfig(

@@ -6,11 +6,11 @@ import re
 
 import pytest
 
-from leon_jax.data.sources.raw import REASONS
-from leon_jax.prepare import card
+from leon_jax.data.sources.raw_record import REASONS
+from leon_jax.prepare import data_card
 from leon_jax.prepare import prepare as preparing
 from leon_jax.prepare.config import DuplicatesConfig
-from leon_jax.retrieval.prepared import Prepared
+from leon_jax.retrieval.prepared_folder import PreparedFolder
 from tests import tiny
 
 HOSTILE = "<script>alert(1)</script> | **bold**\nnext"
@@ -62,7 +62,7 @@ def tables(markdown):
 
 def test_counts_are_those_of_the_documents(folder):
     text = (folder / "card.md").read_text()
-    found, listed = tables(text), list(Prepared(folder).listing())
+    found, listed = tables(text), list(PreparedFolder(folder).listing())
     assert sum(found["train"]["Languages"].values()) == len(listed)
     assert found["train"]["Languages"]["de"] == 1
     rejected = found["train"]["Records that are not used"]
@@ -81,10 +81,12 @@ def test_both_cards_say_the_same_and_take_nothing_for_markup(folder):
                 assert label.replace("\\|", "|").split(" | ")[0] in " ".join(shown.split())
                 assert f"{count:,}" in shown
     assert "script" not in {tag for tag, _ in page.tags} and "<script>" in shown
-    assert len([tag for tag, _ in page.tags if tag == "img"]) == len(card.samples(Prepared(folder)))
+    assert len([tag for tag, _ in page.tags if tag == "img"]) == len(
+        data_card.samples(PreparedFolder(folder))
+    )
     bars = [a["style"] for tag, a in page.tags if tag == "div"]
     assert bars and all(0 < float(re.search(r"width:([\d.]+)%", b)[1]) <= 100 for b in bars)
 
 
 def test_every_reason_is_explained():
-    assert set(card._MEANINGS) == set(REASONS)
+    assert set(data_card._MEANINGS) == set(REASONS)

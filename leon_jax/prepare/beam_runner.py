@@ -13,7 +13,7 @@ from typing import Any
 from leon_jax.config import UserError
 from leon_jax.prepare.config import PrepareConfig
 from leon_jax.prepare.prepare import Runner, Sources
-from leon_jax.prepare.shard import Shard, Worker
+from leon_jax.prepare.shard_encoding import Shard, Worker
 
 try:
     import apache_beam as beam
@@ -25,7 +25,7 @@ except ImportError as error:
 
 
 class PrepareShards(beam.DoFn):
-    """Shards to their counts; see `leon_jax.prepare.shard.Worker`."""
+    """Shards to their counts; see `leon_jax.prepare.shard_encoding.Worker`."""
 
     def __init__(self, config: PrepareConfig, sources: Sources, folder: str):
         self.config, self.sources, self.folder = config, sources, folder

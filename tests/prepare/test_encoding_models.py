@@ -8,7 +8,7 @@ import safetensors.numpy
 
 from leon_jax import weight_files
 from leon_jax.config import UserError
-from leon_jax.prepare.models import digest, matches
+from leon_jax.prepare.encoding_models import digest, matches
 from tests.retrieval import clip_folder
 
 

@@ -1,7 +1,7 @@
 """What every source gives: records as they were found, in shards, before anything is checked.
 
 A source reads bytes and names; it decodes no picture and judges nothing but its own format. What
-makes a document of a record is in `leon_jax.prepare.documents`, the same for all sources.
+makes a document of a record is in `leon_jax.prepare.record_reader`, the same for all sources.
 """
 
 import dataclasses

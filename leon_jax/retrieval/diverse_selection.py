@@ -14,9 +14,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Int32
 
 from leon_jax import sharding
-from leon_jax.retrieval.bank import Bank
-from leon_jax.retrieval.blocks import next_power, put
+from leon_jax.retrieval.device_blocks import next_power, put
 from leon_jax.retrieval.mining import NONE
+from leon_jax.retrieval.vector_index import VectorIndex
 from leon_jax.sharding import current_mesh
 
 # Queries of a device at once: the rows of 128 candidates, 512 wide, are 64 MB in float32.
@@ -25,10 +25,10 @@ QUERIES = 256
 
 def choose(
     ids: Int32[np.ndarray, "q c"],
-    bank: Bank,
+    bank: VectorIndex,
     k: int,
     near_copy_chosen: float,
-    asking: Sequence[tuple[Bank, Float[np.ndarray, "q d"], float]] = (),
+    asking: Sequence[tuple[VectorIndex, Float[np.ndarray, "q d"], float]] = (),
     sources: Int32[np.ndarray, "q c"] | None = None,
 ) -> Int32[np.ndarray, "q k"]:
     """Positions (into `ids`) of the best k candidates of each query, none of them near copies.
@@ -69,7 +69,7 @@ def choose(
     return places
 
 
-def _rows(bank: Bank, layout: jax.NamedSharding, size: int, ids: np.ndarray) -> jax.Array:
+def _rows(bank: VectorIndex, layout: jax.NamedSharding, size: int, ids: np.ndarray) -> jax.Array:
     """The rows of the candidates of each query, zeros where there is none."""
 
     def local(index: Any) -> np.ndarray:

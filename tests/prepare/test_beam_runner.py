@@ -6,7 +6,7 @@ import pytest
 
 from leon_jax.config import UserError
 from leon_jax.prepare import prepare as preparing
-from leon_jax.prepare.beam import on_beam
+from leon_jax.prepare.beam_runner import on_beam
 from tests import tiny
 from tests.listed import Listed
 from tests.prepare.made import files_of

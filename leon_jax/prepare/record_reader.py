@@ -7,8 +7,8 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import UInt8
 
-from leon_jax.data import pictures
-from leon_jax.data.sources.raw import LARGEST_PICTURE, Raw, Reason, Reject, SourceConfig
+from leon_jax.data import image_files
+from leon_jax.data.sources.raw_record import LARGEST_PICTURE, Raw, Reason, Reject, SourceConfig
 from leon_jax.documents import Document, Image, Part, Provenance, Text, normalise_text
 from leon_jax.prepare import licences
 from leon_jax.prepare.config import PrepareConfig
@@ -157,8 +157,8 @@ class Reader:
         if len(data) > LARGEST_PICTURE:
             raise Refused("record_too_large", f"a picture of {len(data)} bytes")
         try:
-            picture = pictures.decode(io.BytesIO(data), "the picture", plain=True)
-        except pictures.PictureError as error:
+            picture = image_files.decode(io.BytesIO(data), "the picture", plain=True)
+        except image_files.ImageError as error:
             raise Refused(error.reason, str(error)) from None
         shorter, longer = sorted(picture.size)
         shown = f"{picture.width} x {picture.height} pixels"

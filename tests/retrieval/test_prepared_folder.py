@@ -6,9 +6,9 @@ import pytest
 from leon_jax.config import UserError
 from leon_jax.documents import Document, Image, Text
 from leon_jax.generate import retriever
-from leon_jax.retrieval.bank import save_rows
-from leon_jax.retrieval.neighbours import FIELDS, Neighbours, row_type
-from leon_jax.retrieval.prepared import Prepared, write_split
+from leon_jax.retrieval.neighbour_table import FIELDS, Neighbours, row_type
+from leon_jax.retrieval.prepared_folder import PreparedFolder, write_split
+from leon_jax.retrieval.vector_index import save_rows
 from tests import tiny
 
 
@@ -50,7 +50,7 @@ def test_a_file_that_is_no_table_is_named(tmp_path):
 
 
 def test_what_a_folder_does_not_have_is_named():
-    prepared = Prepared(tiny.folders()[1])
+    prepared = PreparedFolder(tiny.folders()[1])
     with pytest.raises(UserError, match="no split 'exam'; its splits are train, unseen_design"):
         prepared.records("exam")
     with pytest.raises(UserError, match="holds no variants of train; prepare it with --variants"):
@@ -60,7 +60,7 @@ def test_what_a_folder_does_not_have_is_named():
 def test_a_folder_of_another_program_can_be_trained_on_but_not_searched(tmp_path):
     document = Document((Text("a"), Image(codes=np.zeros((2, 2), np.int32))))
     write_split(tmp_path, "train", [document])
-    prepared = Prepared(tmp_path)
+    prepared = PreparedFolder(tmp_path)
     assert list(prepared.records()) == [document] and list(prepared.listing()) == [{}]
     with pytest.raises(UserError, match="was not made by leon prepare, so it cannot be searched"):
         prepared.selection  # noqa: B018

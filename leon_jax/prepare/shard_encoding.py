@@ -30,14 +30,14 @@ import numpy as np
 from jaxtyping import Float32
 
 from leon_jax.data import records
-from leon_jax.data.sources.raw import Raw, Reject, Shards, SourceConfig
+from leon_jax.data.sources.raw_record import Raw, Reject, Shards, SourceConfig
 from leon_jax.documents import Document, Image, Text
 from leon_jax.prepare.config import TRAIN, PrepareConfig
-from leon_jax.prepare.documents import Reader, Ready
-from leon_jax.prepare.models import load_models
-from leon_jax.retrieval.bank import save_rows
+from leon_jax.prepare.encoding_models import load_models
+from leon_jax.prepare.record_reader import Reader, Ready
 from leon_jax.retrieval.encoder import normalise
 from leon_jax.retrieval.selection import drop_tokens
+from leon_jax.retrieval.vector_index import save_rows
 from leon_jax.tokenizers.image import normalize
 
 RECORDS, DOCUMENTS = "records.array_record", "documents.jsonl"

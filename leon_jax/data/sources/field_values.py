@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from leon_jax.data.sources.raw import (
+from leon_jax.data.sources.raw_record import (
     LARGEST_PICTURE,
     LARGEST_TEXT,
     Reason,

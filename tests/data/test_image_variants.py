@@ -5,7 +5,7 @@ import pytest
 from flax import nnx
 
 from leon_jax.config import UserError
-from leon_jax.data import variants
+from leon_jax.data import image_variants
 from leon_jax.documents import Document, Image, Text
 from leon_jax.models.vqgan import VQGAN, VQGANConfig
 from leon_jax.tokenizers.image import ImageTokenizer
@@ -28,19 +28,19 @@ def inked(pixels) -> np.ndarray:
 
 def test_variant_0_changes_nothing_and_every_other_something():
     picture = disc((200, 30, 30))
-    np.testing.assert_array_equal(variants.change(picture, 0, COUNT), picture)
-    shown = [variants.change(picture, v, COUNT) for v in range(COUNT)]
+    np.testing.assert_array_equal(image_variants.change(picture, 0, COUNT), picture)
+    shown = [image_variants.change(picture, v, COUNT) for v in range(COUNT)]
     assert len({each.tobytes() for each in shown}) == COUNT
-    np.testing.assert_array_equal(shown[5], variants.change(picture, 5, COUNT))
+    np.testing.assert_array_equal(shown[5], image_variants.change(picture, 5, COUNT))
 
 
 def test_the_first_half_keeps_colours_and_sides_and_the_rest_turns_hues():
     picture = disc((200, 30, 30), centre=(32, 16))
     for variant in range(COUNT):
-        shown = variants.change(picture, variant, COUNT)
+        shown = image_variants.change(picture, variant, COUNT)
         assert (shown[0] > 250).all() and (shown[-1] > 250).all(), "the paper stays white"
         kept = np.abs(inked(shown) - (200, 30, 30)).max() < 12
-        assert kept == (variant < variants.plain(COUNT)), variant
+        assert kept == (variant < image_variants.plain(COUNT)), variant
         if kept:
             assert np.nonzero(shown.min(-1) < 128)[1].mean() < 32, "still on the left"
 
@@ -49,7 +49,7 @@ def test_the_same_variant_moves_two_pictures_alike():
     first, second = disc((200, 30, 30)), disc((30, 30, 200))
     for variant in range(COUNT):
         places = [
-            np.argwhere(variants.change(each, variant, COUNT).min(-1) < 128).mean(0)
+            np.argwhere(image_variants.change(each, variant, COUNT).min(-1) < 128).mean(0)
             for each in (first, second)
         ]
         np.testing.assert_allclose(places[0], places[1], atol=0.5)
@@ -67,16 +67,16 @@ def tokenizer():
 def test_encoded_variants_are_the_codes_of_changed_pictures(tokenizer):
     colours = [(200, 30, 30), (30, 200, 30), (30, 30, 200)]
     source = [Document((Text(str(c)), Image(pixels=disc(c)))) for c in colours]
-    codes = variants.encode(source, tokenizer, COUNT)
-    read = variants.Variants([codes[:1], codes[1:]], source)
+    codes = image_variants.encode(source, tokenizer, COUNT)
+    read = image_variants.Variants([codes[:1], codes[1:]], source)
     assert read.count == COUNT
-    changed = tokenizer.preprocess(variants.change(source[2].pixels, 6, COUNT))
+    changed = tokenizer.preprocess(image_variants.change(source[2].pixels, 6, COUNT))
     np.testing.assert_array_equal(read(2, 6).codes, tokenizer.encode(changed[None])[0])
     assert read(2, 6).text == source[2].text
 
 
 def test_variants_of_other_documents_are_refused(tokenizer):
     source = [Document((Text("red"), Image(pixels=disc((200, 30, 30)))))]
-    codes = variants.encode(source, tokenizer, 2)
+    codes = image_variants.encode(source, tokenizer, 2)
     with pytest.raises(UserError, match="variants of 1 documents, not of 2"):
-        variants.Variants([codes], source * 2)
+        image_variants.Variants([codes], source * 2)

@@ -8,10 +8,10 @@ import pytest
 
 from leon_jax.config import UserError
 from leon_jax.documents import Text
-from leon_jax.prepare import edit
+from leon_jax.prepare import audit_and_removal
 from leon_jax.prepare import prepare as preparing
 from leon_jax.prepare.config import DuplicatesConfig
-from leon_jax.retrieval.prepared import Prepared
+from leon_jax.retrieval.prepared_folder import PreparedFolder
 from tests import tiny
 from tests.prepare.made import files_of, left_beside
 
@@ -31,7 +31,7 @@ def folder(tmp_path):
 
 def content(folder):
     """Everything that a folder says of its documents, with neighbours by key."""
-    prepared = Prepared(folder)
+    prepared = PreparedFolder(folder)
     keys = [document["key"] for document in prepared.listing()]
     vectors = prepared.bank().rows(0, len(keys))
     found = {}
@@ -58,8 +58,8 @@ def content(folder):
 
 
 def test_an_audit_tells_where_a_document_came_from_and_what_it_reads(folder):
-    prepared = Prepared(folder)
-    (document,) = [d for d in edit.audit(folder, "openmoji/0") if "split" in d]
+    prepared = PreparedFolder(folder)
+    (document,) = [d for d in audit_and_removal.audit(folder, "openmoji/0") if "split" in d]
     assert document["licence"] == "CC-BY-SA-4.0" and document["attribution"] == "OpenMoji authors"
     assert (document["split"], document["row"], document["shard"]) == ("train", 6, "train-00001")
     assert document["input"]["shard"] == "4-8"
@@ -70,16 +70,16 @@ def test_an_audit_tells_where_a_document_came_from_and_what_it_reads(folder):
 
 
 def test_an_audit_tells_why_a_record_is_not_used(folder):
-    found = edit.audit(folder, "twemoji/0")
+    found = audit_and_removal.audit(folder, "twemoji/0")
     assert [d.get("reason") for d in found] == [None, "key_repeated"]
     assert found[1]["shard"] == "train-00003" and found[1]["input"]["shard"] == "12-13"
     with pytest.raises(UserError, match="knows no document with the key 'lion'"):
-        edit.audit(folder, "lion")
+        audit_and_removal.audit(folder, "lion")
 
 
 def test_what_is_removed_is_gone_from_everywhere_and_the_rest_is_as_it_was(folder):
     before, variants = content(folder)
-    count, unknown = edit.remove(
+    count, unknown = audit_and_removal.remove(
         folder,
         {("", "twemoji/1"), ("OpenMoji", "openmoji/3"), ("", "held_out/2"), ("other", "twemoji/2"),
          ("", "lion")},
@@ -99,17 +99,19 @@ def test_what_is_removed_is_gone_from_everywhere_and_the_rest_is_as_it_was(folde
             if key.encode() in data:
                 told = name.endswith(".rejects.jsonl") or name == "removed.jsonl"
                 assert told, f"{name} still holds {key}"
-    manifest = Prepared(folder).manifest
+    manifest = PreparedFolder(folder).manifest
     assert manifest["splits"] == {"train": 10, "exam": 3}
     assert manifest["counts"]["train"]["rejected"]["removed_by_request"] == 2
-    assert edit.audit(folder, "openmoji/3")[0]["reason"] == "removed_by_request"
+    assert audit_and_removal.audit(folder, "openmoji/3")[0]["reason"] == "removed_by_request"
     assert not left_beside(folder)
 
 
 def test_what_was_removed_stays_away_when_the_folder_is_prepared_anew(folder):
-    edit.remove(folder, {("", "twemoji/1")})
+    audit_and_removal.remove(folder, {("", "twemoji/1")})
     # What is not there now is kept away too, should it come; so are copies of what was removed.
-    assert edit.remove(folder, {("", "held_out/2"), ("", "twemoji/9")})[1] == ["twemoji/9"]
+    assert audit_and_removal.remove(folder, {("", "held_out/2"), ("", "twemoji/9")})[1] == [
+        "twemoji/9"
+    ]
     documents = tiny.documents()
     copy = dataclasses.replace(
         documents[1], provenance=dataclasses.replace(documents[1].provenance, key="copy")
@@ -131,20 +133,22 @@ def test_what_was_removed_stays_away_when_the_folder_is_prepared_anew(folder):
             duplicates=DuplicatesConfig(exact=True),
         )
         preparing.prepare(config, folder, sources=sources, progress=False)
-        listed = [d["key"] for split in ("train", "exam") for d in Prepared(folder).listing(split)]
+        listed = [
+            d["key"] for split in ("train", "exam") for d in PreparedFolder(folder).listing(split)
+        ]
         gone = {"twemoji/1", "held_out/2", "twemoji/9", "copy"}
         assert len(listed) == len(documents) + len(tiny.held_out()) - len(gone)
         assert not gone & set(listed)
-        assert edit.audit(folder, "copy")[0]["reason"] == "copy_exact"
-        assert edit.audit(folder, "twemoji/1")[0]["reason"] == "removed_by_request"
+        assert audit_and_removal.audit(folder, "copy")[0]["reason"] == "copy_exact"
+        assert audit_and_removal.audit(folder, "twemoji/1")[0]["reason"] == "removed_by_request"
 
 
 def test_a_whole_shard_can_go(folder):
     keys = {("", f"twemoji/{number}") for number in range(4)}
-    assert edit.remove(folder, keys) == (4, [])
-    assert list(Prepared(folder).shards("train")) == ["train-00001", "train-00002"]
-    assert len(Prepared(folder).records()) == len(Prepared(folder).bank()) == 8
-    assert edit.remove(folder, {("", "twemoji/4")}) == (1, [])
+    assert audit_and_removal.remove(folder, keys) == (4, [])
+    assert list(PreparedFolder(folder).shards("train")) == ["train-00001", "train-00002"]
+    assert len(PreparedFolder(folder).records()) == len(PreparedFolder(folder).bank()) == 8
+    assert audit_and_removal.remove(folder, {("", "twemoji/4")}) == (1, [])
 
 
 @pytest.mark.parametrize("number", range(6))
@@ -163,27 +167,27 @@ def test_a_removal_that_is_stopped_leaves_a_whole_folder(folder, monkeypatch, nu
         patch.setattr(os, "rename", stop)
         if number < 4:
             with pytest.raises(KeyboardInterrupt):
-                edit.remove(folder, {("", "twemoji/1")})
+                audit_and_removal.remove(folder, {("", "twemoji/1")})
             if folder.exists():
                 assert number == 3 or files_of(folder) == before
-    edit.remove(folder, {("", "twemoji/1")})
+    audit_and_removal.remove(folder, {("", "twemoji/1")})
     assert "twemoji/1" not in content(folder)[0]
-    assert Prepared(folder).manifest["splits"]["train"] == 11
+    assert PreparedFolder(folder).manifest["splits"]["train"] == 11
 
 
 def test_a_list_of_keys_is_read_and_wrong_ones_are_named(folder, tmp_path):
     path = tmp_path / "keys.txt"
     path.write_text("twemoji/1\n\nOpenMoji\topenmoji/2\n")
-    assert edit.read_keys(path) == {("", "twemoji/1"), ("OpenMoji", "openmoji/2")}
+    assert audit_and_removal.read_keys(path) == {("", "twemoji/1"), ("OpenMoji", "openmoji/2")}
     path.write_bytes("\ufeffa b\r\n c\u2028d\r\n".encode())
-    assert edit.read_keys(path) == {("", "a b"), ("", " c\u2028d")}
+    assert audit_and_removal.read_keys(path) == {("", "a b"), ("", " c\u2028d")}
     path.write_text("\n")
     with pytest.raises(UserError, match="names no keys"):
-        edit.read_keys(path)
+        audit_and_removal.read_keys(path)
     with pytest.raises(UserError, match="cannot read the keys"):
-        edit.read_keys(tmp_path / "none.txt")
+        audit_and_removal.read_keys(tmp_path / "none.txt")
     everything = {("", document.provenance.key) for document in tiny.documents()}
     before = files_of(folder)
     with pytest.raises(UserError, match="no document of train would be left"):
-        edit.remove(folder, everything)
+        audit_and_removal.remove(folder, everything)
     assert files_of(folder) == before

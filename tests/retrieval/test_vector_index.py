@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from leon_jax.config import UserError
-from leon_jax.retrieval import blocks
-from leon_jax.retrieval.bank import Bank, save_rows
+from leon_jax.retrieval import device_blocks
+from leon_jax.retrieval.vector_index import VectorIndex, save_rows
 
 # So small that a few hundred rows are several tiles and blocks.
-SMALL = blocks.Sizes(tile=128, queries=8, queries_exact=4, block=256 * 4 * 2)
+SMALL = device_blocks.Sizes(tile=128, queries=8, queries_exact=4, block=256 * 4 * 2)
 
 
 def small_integers(rng, count, width=4):
@@ -62,7 +62,7 @@ def searches(draw):
 @given(searches())
 def test_search_equals_a_float64_sort(case):
     arrays, queries, k, exclude, keep = case
-    scores, ids = Bank(arrays).search(queries, k, exclude=exclude, keep=keep)
+    scores, ids = VectorIndex(arrays).search(queries, k, exclude=exclude, keep=keep)
     assert scores.dtype == np.float32 and ids.dtype == np.int32
     expected_scores, expected_ids = brute(np.concatenate(arrays), queries, k, exclude, keep)
     np.testing.assert_array_equal(ids, expected_ids)
@@ -74,7 +74,7 @@ def test_products_are_made_in_float32():
     rows, queries = rng.normal(size=(300, 512)), rng.normal(size=(5, 512)).astype(np.float32)
     for dtype in (np.float16, np.float32):
         stored = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(dtype)
-        scores, ids = Bank([stored]).search(queries, 20)
+        scores, ids = VectorIndex([stored]).search(queries, 20)
         expected, expected_ids = brute(stored, queries, 20)
         np.testing.assert_array_equal(ids, expected_ids)
         np.testing.assert_allclose(scores, expected, atol=5e-6)
@@ -83,7 +83,7 @@ def test_products_are_made_in_float32():
 def test_an_approximate_search_finds_most_of_the_best():
     rng = np.random.default_rng(0)
     rows, queries = rng.normal(size=(2000, 64)).astype(np.float16), rng.normal(size=(40, 64))
-    bank, keep = Bank([rows]), rng.random(2000) < 0.5
+    bank, keep = VectorIndex([rows]), rng.random(2000) < 0.5
     _, best = brute(rows, queries, 20, keep=keep)
     for approximate in (True, 0.95):
         _, ids = bank.search(queries, 20, exclude=best[:, 0], keep=keep, approximate=approximate)
@@ -93,21 +93,21 @@ def test_an_approximate_search_finds_most_of_the_best():
 
 
 def test_one_excluded_id_a_query_may_be_given_flat():
-    bank = Bank([np.eye(4, dtype=np.float32)])
+    bank = VectorIndex([np.eye(4, dtype=np.float32)])
     _, ids = bank.search(np.eye(4), 1, exclude=[-1, 1, 2, -1])
     assert ids[0, 0] == 0 and ids[3, 0] == 3
     assert ids[1, 0] != 1 and ids[2, 0] != 2
 
 
 def test_no_queries_give_no_rows():
-    scores, ids = Bank([np.eye(3, dtype=np.float16)]).search(np.zeros((0, 3)), 2)
+    scores, ids = VectorIndex([np.eye(3, dtype=np.float16)]).search(np.zeros((0, 3)), 2)
     assert scores.shape == ids.shape == (0, 2)
 
 
 def test_a_second_prompt_compiles_nothing():
     from leon_jax.retrieval import mining
 
-    bank = Bank([small_integers(np.random.default_rng(0), 300)])
+    bank = VectorIndex([small_integers(np.random.default_rng(0), 300)])
     bank.search(np.ones((1, 4)), 5)
     programs = mining.step._cache_size()
     for seed in range(3):
@@ -122,7 +122,7 @@ def test_rows_are_numbered_through_all_files(tmp_path):
     for path, part in zip(paths, parts, strict=True):
         save_rows(path, part)
     assert sorted(tmp_path.iterdir()) == paths  # no temporary file is left
-    bank, whole = Bank.open(paths), np.concatenate(parts)
+    bank, whole = VectorIndex.open(paths), np.concatenate(parts)
     assert len(bank) == 9 and bank.dimensions == 4
     for start in range(10):
         for stop in range(start, 10):
@@ -138,11 +138,11 @@ def test_rows_are_numbered_through_all_files(tmp_path):
 def test_a_bank_is_pickled_by_its_files(tmp_path):
     rows = small_integers(np.random.default_rng(0), 300)
     save_rows(tmp_path / "rows.npy", rows)
-    bank = Bank.open([tmp_path / "rows.npy"])
+    bank = VectorIndex.open([tmp_path / "rows.npy"])
     bank.search(np.ones((1, 4)), 1)
     sent = pickle.dumps(bank)
     assert len(sent) < 300
-    for again in (pickle.loads(sent), pickle.loads(pickle.dumps(Bank([rows])))):
+    for again in (pickle.loads(sent), pickle.loads(pickle.dumps(VectorIndex([rows])))):
         np.testing.assert_array_equal(again.rows(0, 300), rows)
 
 
@@ -151,7 +151,7 @@ def test_numbers_that_are_not_finite_are_found_when_they_are_read(tmp_path):
     save_rows(tmp_path / "good.npy", rows)
     rows[600, 2] = np.nan
     save_rows(tmp_path / "bad.npy", rows)
-    bank = Bank.open([tmp_path / "good.npy", tmp_path / "bad.npy"])
+    bank = VectorIndex.open([tmp_path / "good.npy", tmp_path / "bad.npy"])
     keep = np.arange(1400) < 700
     assert bank.search(np.ones((1, 4)), 1, keep=keep)[1].shape == (1, 1)
     with pytest.raises(UserError, match=r"row 600 of .*bad\.npy holds numbers that are not finite"):
@@ -164,20 +164,26 @@ EYE = np.eye(3, dtype=np.float32)
 @pytest.mark.parametrize(
     ("action", "message"),
     [
-        (lambda: Bank([]), "at least one file or array"),
-        (lambda: Bank([np.zeros(3, np.float32)]), r"array 0 holds float32\[3\].*\[n, d\]"),
-        (lambda: Bank([np.eye(3)]), r"array 0 holds float64\[3, 3\]; a bank needs float16 or"),
-        (lambda: Bank([EYE, EYE[:, :2]]), r"array 1 holds float32\[3, 2\], but array 0"),
-        (lambda: Bank([EYE, EYE.astype(np.float16)]), "of one type and width"),
-        (lambda: Bank([EYE]).search(EYE, 0), "k is 0"),
-        (lambda: Bank([EYE]).search(np.eye(4), 1), r"needs \[q, 3\]"),
-        (lambda: Bank([EYE]).search(EYE * np.nan, 1), "queries hold numbers that are not finite"),
-        (lambda: Bank([EYE]).search(EYE, 1, keep=np.ones(2, bool)), r"needs bool\[3\]"),
-        (lambda: Bank([EYE]).search(EYE, 1, keep=np.ones(3)), "keep is float64"),
-        (lambda: Bank([EYE]).search(EYE, 1, exclude=[1]), r"exclude is \[1, 1\]; 3 queries"),
-        (lambda: Bank([EYE]).search(EYE, 1, approximate=1.5), r"approximate is 1\.5"),
-        (lambda: Bank([EYE]).rows(1, 4), "rows 1 to 4 are not within a bank of 3"),
-        (lambda: Bank([EYE]).take(np.array([3])), "rows 3 to 3 are not within"),
+        (lambda: VectorIndex([]), "at least one file or array"),
+        (lambda: VectorIndex([np.zeros(3, np.float32)]), r"array 0 holds float32\[3\].*\[n, d\]"),
+        (
+            lambda: VectorIndex([np.eye(3)]),
+            r"array 0 holds float64\[3, 3\]; a bank needs float16 or",
+        ),
+        (lambda: VectorIndex([EYE, EYE[:, :2]]), r"array 1 holds float32\[3, 2\], but array 0"),
+        (lambda: VectorIndex([EYE, EYE.astype(np.float16)]), "of one type and width"),
+        (lambda: VectorIndex([EYE]).search(EYE, 0), "k is 0"),
+        (lambda: VectorIndex([EYE]).search(np.eye(4), 1), r"needs \[q, 3\]"),
+        (
+            lambda: VectorIndex([EYE]).search(EYE * np.nan, 1),
+            "queries hold numbers that are not finite",
+        ),
+        (lambda: VectorIndex([EYE]).search(EYE, 1, keep=np.ones(2, bool)), r"needs bool\[3\]"),
+        (lambda: VectorIndex([EYE]).search(EYE, 1, keep=np.ones(3)), "keep is float64"),
+        (lambda: VectorIndex([EYE]).search(EYE, 1, exclude=[1]), r"exclude is \[1, 1\]; 3 queries"),
+        (lambda: VectorIndex([EYE]).search(EYE, 1, approximate=1.5), r"approximate is 1\.5"),
+        (lambda: VectorIndex([EYE]).rows(1, 4), "rows 1 to 4 are not within a bank of 3"),
+        (lambda: VectorIndex([EYE]).take(np.array([3])), "rows 3 to 3 are not within"),
     ],
 )
 def test_what_does_not_fit_is_refused(action, message):
@@ -188,16 +194,16 @@ def test_what_does_not_fit_is_refused(action, message):
 def test_a_missing_or_damaged_file_is_named(tmp_path):
     path = tmp_path / "rows.npy"
     with pytest.raises(UserError, match=r"there is no file .*rows\.npy; run: leon prepare"):
-        Bank.open([path])
+        VectorIndex.open([path])
     save_rows(path, np.eye(8, dtype=np.float32))
     whole = path.read_bytes()
     for damaged in (b"", b"not an array", whole[:100], whole[:-1]):
         path.write_bytes(damaged)
         with pytest.raises(UserError, match=r"rows\.npy is not a whole \.npy file$"):
-            Bank.open([path])
+            VectorIndex.open([path])
     np.save(path, np.array([None]), allow_pickle=True)
     with pytest.raises(UserError, match=r"rows\.npy is not a whole \.npy file$"):
-        Bank.open([path])
+        VectorIndex.open([path])
     save_rows(path, np.arange(3))
     with pytest.raises(UserError, match=r"rows\.npy holds int64\[3\]; a bank needs float16"):
-        Bank.open([path])
+        VectorIndex.open([path])

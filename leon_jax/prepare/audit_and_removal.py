@@ -10,19 +10,19 @@ import numpy as np
 
 from leon_jax.config import UserError
 from leon_jax.data import records
-from leon_jax.prepare import gather, place
-from leon_jax.prepare.card import write_card
-from leon_jax.prepare.shard import line
-from leon_jax.retrieval.bank import save_rows
+from leon_jax.prepare import folder_lock, gather
+from leon_jax.prepare.data_card import write_card
+from leon_jax.prepare.shard_encoding import line
 from leon_jax.retrieval.mining import NONE
-from leon_jax.retrieval.neighbours import Neighbours
-from leon_jax.retrieval.prepared import (
+from leon_jax.retrieval.neighbour_table import Neighbours
+from leon_jax.retrieval.prepared_folder import (
     MANIFEST,
     TRAIN,
-    Prepared,
+    PreparedFolder,
     read_removed,
     write_removed,
 )
+from leon_jax.retrieval.vector_index import save_rows
 
 _ROWS = ("vectors.npy", "variants.npy")  # one row a document, and nothing that points elsewhere
 
@@ -39,7 +39,7 @@ def audit(folder: str | os.PathLike, key: str) -> list[dict[str, Any]]:
     Raises:
       UserError: the folder is not a prepared one, or knows nothing of the key.
     """
-    prepared = Prepared(folder)
+    prepared = PreparedFolder(folder)
     found: list[dict[str, Any]] = []
     for split in prepared.manifest["splits"]:
         table = prepared.neighbours(split)
@@ -126,7 +126,7 @@ def remove(folder: str | os.PathLike, keys: set[tuple[str, str]]) -> tuple[int, 
     folder = pathlib.Path(folder).resolve()
     if not folder.parent.is_dir():
         raise UserError(f"there is no folder {folder}")
-    with place.hold(folder):
+    with folder_lock.hold(folder):
         try:
             return _remove(folder, keys)
         except OSError as error:
@@ -135,8 +135,8 @@ def remove(folder: str | os.PathLike, keys: set[tuple[str, str]]) -> tuple[int, 
 
 
 def _remove(folder: pathlib.Path, keys: set[tuple[str, str]]) -> tuple[int, list[str]]:
-    new = place.beside(folder, "removing")
-    prepared = Prepared(folder)
+    new = folder_lock.beside(folder, "removing")
+    prepared = PreparedFolder(folder)
     masks, seen = _masks(prepared, keys)
     unknown = sorted(key for source, key in keys if (source, key) not in seen)
     gone = sum(int((~mask).sum()) for mask in masks.values())
@@ -169,12 +169,12 @@ def _remove(folder: pathlib.Path, keys: set[tuple[str, str]]) -> tuple[int, list
     (new / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
     write_removed(new, removed)
     write_card(new)
-    place.replace(folder, new)
+    folder_lock.replace(folder, new)
     return gone, unknown
 
 
 def _masks(
-    prepared: Prepared, keys: set[tuple[str, str]]
+    prepared: PreparedFolder, keys: set[tuple[str, str]]
 ) -> tuple[dict[str, np.ndarray], set[tuple[str, str]]]:
     """Which documents of every shard stay, and which of the keys were met."""
     masks: dict[str, np.ndarray] = {}
@@ -228,7 +228,7 @@ def renumbered(table: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """A table of neighbours whose ids are old rows, with new ones; what is gone leaves no gap.
 
     Args:
-      table: of `leon_jax.retrieval.neighbours.row_type`.
+      table: of `leon_jax.retrieval.neighbour_table.row_type`.
       rows: old row to new row, NONE for what is gone; the last one stands for NONE.
     """
     new = np.empty_like(table)
