@@ -168,7 +168,7 @@ def test_when_a_process_is_killed_the_other_ends_in_time_with_one_sentence(start
     """JAX ends the one that is left with a dump of its stack."""
     first, second = start_pair()
     metrics = tmp_path / "run" / "metrics.jsonl"
-    wait_until(lambda: metrics.exists() and '"step": 2,' in metrics.read_text())
+    wait_until(lambda: metrics.exists() and '"step": 1,' in metrics.read_text())
     second.kill()
     assert_ended_by_a_peer(first)
 
