@@ -110,7 +110,7 @@ Operations and traffic are counted from the model's shape (`leon_jax/plan/roofli
 counts the body of a loop once. Nothing else is counted, so a run is slower: this is a bound, no
 prediction.
 
-*MFU at most* is what [MFU](training.md#goodput-and-utilisation) would be at that time. Beside it
+*MFU at most* is what [MFU](train.md#goodput-and-utilisation) would be at that time. Beside it
 stands what it would be if no collective were hidden behind arithmetic. `--search` takes the setting
 with the least arithmetic and collectives, added up.
 

@@ -3,8 +3,8 @@
     leon train --config=configs/emoji/decoder.py --workdir=runs/emoji/decoder
 
 Reads the folder of `leon prepare` and the text tokenizer. 3.3 million parameters; takes about
-ninety minutes on two CPU cores. What departs from the paper: see docs/training.md; results: see
-docs/results.md.
+ninety minutes on two CPU cores. What departs from the paper: see docs/train.md; results: see
+docs/evaluate.md.
 """
 
 from ml_collections import ConfigDict

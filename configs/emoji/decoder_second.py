@@ -3,7 +3,7 @@
     leon train --config=configs/emoji/decoder_second.py --workdir=runs/emoji/decoder_second
 
 Starts from the weights of configs/emoji/decoder.py and teaches it to read what it is given while
-answering; takes a quarter of an hour on two CPU cores. Results: see docs/results.md.
+answering; takes a quarter of an hour on two CPU cores. Results: see docs/evaluate.md.
 """
 
 import pathlib

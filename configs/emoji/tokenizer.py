@@ -2,7 +2,7 @@
 
     leon train --config=configs/emoji/tokenizer.py --workdir=runs/emoji/tokenizer
 
-Results: see docs/results.md.
+Results: see docs/evaluate.md.
 """
 
 from ml_collections import ConfigDict
