@@ -92,7 +92,7 @@ class Reader:
         }
         self.program = DecoderProgram(configuration.build(DecoderTraining, config))
         pin(case.cores)
-        prepared.RecordSource = DelayedRecords  # type: ignore[misc]
+        prepared_folder.RecordSource = DelayedRecords  # type: ignore[misc]
         DelayedRecords.delay = case.delay
         self._batches = iter(self.program.batches(0, HOSTS))
         # So many batches are filled side by side, so only whole turns are timed.

@@ -427,7 +427,7 @@ def test_an_index_of_another_model_is_refused(tmp_path):
 
 def test_a_prepared_folder_lying_around_is_used_if_it_fits(monkeypatch):
     checkpoint, prepared = tiny.folders()
-    monkeypatch.setattr(library, "HERE", prepared)
+    monkeypatch.setattr(retriever, "DEFAULT_FOLDER", prepared)
     assert retriever.find_index(checkpoint, None) == prepared
     assert retriever.find_index(checkpoint, prepared) == prepared
 

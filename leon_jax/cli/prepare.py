@@ -210,6 +210,7 @@ def _audit(folder: str, key: str) -> None:
 
 
 def _remove(folder: str, path: str) -> None:
+    from leon_jax.prepare import audit_and_removal
 
     count, unknown = audit_and_removal.remove(folder, audit_and_removal.read_keys(path))
     print(f"{count} documents were removed from {folder}")

@@ -11,6 +11,7 @@ and Kubernetes they find each other; elsewhere say --coordinator, --processes an
 When one of them is lost the others end within --heartbeat_seconds, with exit code 134.
 """
 
+import os
 import pathlib
 import sys
 import threading

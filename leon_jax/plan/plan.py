@@ -139,7 +139,7 @@ def compile_for(
     except jax.errors.JaxRuntimeError as error:
         if "hbm" not in str(error).lower():
             raise
-        raise DoesNotFit(reason(str(error))) from error
+        raise DoesNotFit(memory_shortage(str(error))) from error
     seconds = time.monotonic() - start
     figures, text = compiled.memory_analysis(), compiled.as_text()
     assert figures is not None and text is not None  # the compiler for TPUs gives both

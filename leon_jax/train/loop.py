@@ -41,8 +41,8 @@ class LoopConfig:
       keep: how many of the newest checkpoints stay.
       mesh: sizes of the mesh axes (data, fsdp, context, tensor); one may be -1.
       slices: TPU slices (or other islands of fast links) the `data` axis is laid over first.
-      data_shards: how many streams a batch is read by (see `leon_jax.train.global_batches`); a multiple of
-        the number of processes is fastest. It cannot change within a run.
+      data_shards: how many streams a batch is read by (see `leon_jax.train.global_batches`). A
+        multiple of the number of processes is fastest. It cannot change within a run.
       max_skipped: so many updates in a row with a loss or gradient that is not finite end the run.
       init_from: whose weights a new run starts from: a model file (`<kind>.safetensors`), or the
         workdir of another run (its newest checkpoint); "" starts from random ones.

@@ -1,4 +1,4 @@
-"""`leon evaluate`: the numbers of `leon_jax.evaluate.measurements`, averaged over groups of documents."""
+"""`leon evaluate`: numbers averaged over groups of documents."""
 
 import json
 
