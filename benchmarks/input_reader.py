@@ -13,6 +13,7 @@ from benchmarks.stopwatch import Stopwatch
 from leon_jax import config as configuration
 from leon_jax.data import examples, records
 from leon_jax.documents import Document
+from leon_jax.retrieval import prepared_folder
 from leon_jax.retrieval.prepared_folder import PreparedFolder
 from leon_jax.tokenizers.documents import DocumentTokenizer
 from leon_jax.tokenizers.text import TextTokenizer

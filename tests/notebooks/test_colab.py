@@ -30,7 +30,7 @@ def test_the_notebook_runs(model, monkeypatch, tmp_path):
     monkeypatch.setenv("JAX_PLATFORMS", os.environ.get("JAX_PLATFORMS", "cpu"))
     if model == "tiny":
         checkpoint, prepared = tiny.folders()
-        monkeypatch.setenv("LEON_CHECKPOINT", str(checkpoint))
+        monkeypatch.setenv("LEON_MODEL", str(checkpoint))
         monkeypatch.setenv("LEON_INDEX", str(prepared))
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     client = NotebookClient(
