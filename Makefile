@@ -4,19 +4,22 @@
 PYTHON ?= python3.12
 PEERS_PYTHON ?= python3.11
 BIN := .venv/bin
-# Workers for pytest-xdist (PYTEST_WORKERS=auto on a large machine). With few cores one process is
-# faster: compiling a JAX program already uses several threads.
-PYTEST_WORKERS ?= 0
+# Processes for pytest-xdist: one a core, 8 at most; 0 runs the tests in pytest's own process.
+PYTEST_WORKERS ?= auto
 # More arguments for pytest, for example: make test PYTEST_ARGS="tests/models -x"
 PYTEST_ARGS ?=
 DEMO_OUT ?= out/demo
+
+# A module's tests stay in one process, for its fixtures.
+PYTEST := $(BIN)/python -m pytest --numprocesses=$(PYTEST_WORKERS) --maxprocesses=8 \
+  --dist=loadscope --durations=15
 
 INSTALLED := .venv/.installed
 PEERS_INSTALLED := .venv-peers/.installed
 TPU_INSTALLED := .tpu/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format docs weights peers tpu lock clean
+.PHONY: help install demo test slowtest lint format docs weights peers tpu lock clean
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,8 +39,11 @@ $(INSTALLED): requirements/dev.txt setup.py
 demo: install ## Run everything once with the bundled weights; makes out/demo/index.html
 	$(BIN)/leon demo --out=$(DEMO_OUT)
 
-test: install ## Run every test (set PYTEST_ARGS or PYTEST_WORKERS to change how)
-	$(BIN)/python -m pytest --numprocesses=$(PYTEST_WORKERS) --durations=15 $(PYTEST_ARGS)
+test: install ## Run the tests but the slow ones (set PYTEST_ARGS or PYTEST_WORKERS to change how)
+	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
+
+slowtest: install ## Run the slow tests, which .ci/run runs too
+	$(PYTEST) -m slow $(PYTEST_ARGS)
 
 lint: install ## Check style and types
 	$(BIN)/ruff check
