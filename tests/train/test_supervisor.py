@@ -159,7 +159,7 @@ def assert_ended_by_a_peer(process: subprocess.Popen) -> None:
     assert process.returncode == 134, errors
     last_line = errors.splitlines()[-1]
     assert last_line.startswith(
-        "leon train: another process of this run failed or was silent for 4"
+        "leon train: another process of this run failed or sent no heartbeat for 4"
     )
     assert "start all of them again" in last_line
 
