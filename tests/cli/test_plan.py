@@ -59,7 +59,7 @@ def test_a_program_that_does_not_fit_exits_3_and_search_names_the_smallest_chang
 
 
 @pytest.mark.slow
-def test_a_plan_says_everything_twice(config, tmp_path):
+def test_the_plan_on_the_terminal_and_on_the_page_agree(config, tmp_path):
     result = leon_plan(
         f"--config={config}", "--topology=v6e:2x2", "--mesh=1,2,1,2",
         "--config.batch_size=64", f"--out={tmp_path}",
@@ -123,7 +123,7 @@ def test_every_kind_of_chip_has_its_devices_and_a_mesh():
     ("flags", "message"),
     [
         (["--topology=v5p"], "must be a chip and a shape"),
-        (["--topology=v9z:2x2"], "there are v4:AxBxC, v5e:AxB, v5p:AxBxC"),
+        (["--topology=v9z:2x2"], "the chips are v4:AxBxC, v5e:AxB, v5p:AxBxC"),
         (["--topology=v5e:4x4x4"], "must be a chip and a shape"),
         (["--topology=v5e:3x5"], "--topology=v5e:3x5 is not a shape of v5e that"),
         (["--topology=v5e:2x2", "--mesh=3,1,1,1"], "--mesh: mesh"),
