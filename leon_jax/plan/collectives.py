@@ -135,7 +135,7 @@ def _trips(rest: str, bodies: dict, iterations: int) -> int:
 
 
 def _bytes(shape: str, is_start: bool) -> float:
-    """Returns the bytes of a result; for a start, whose result has its operands too, the largest."""
+    """Returns the bytes of a result; for a start, only the largest part, as it has operands too."""
     sizes = []
     for kind, axes in _SHAPE.findall(shape):
         digits = re.search(r"\d+$", kind)
