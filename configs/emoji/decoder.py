@@ -3,7 +3,7 @@
     leon train --config=configs/emoji/decoder.py --workdir=runs/emoji/decoder
 
 Reads a prepared folder and the text tokenizer. 3.3 million parameters; takes about ninety minutes
-on two CPU cores. docs/training.md lists the differences from the paper; docs/results.md has the
+on two CPU cores. docs/train.md lists the differences from the paper; docs/evaluate.md has the
 results.
 """
 

@@ -3,7 +3,7 @@
     leon train --config=configs/emoji/decoder_second.py --workdir=runs/emoji/decoder_second
 
 Starts from the weights of configs/emoji/decoder.py and trains the decoder to use the retrieved
-documents. Takes a quarter of an hour on two CPU cores. docs/results.md has the results.
+documents. Takes a quarter of an hour on two CPU cores. docs/evaluate.md has the results.
 """
 
 import pathlib

@@ -2,7 +2,7 @@
 
     leon train --config=configs/emoji/tokenizer.py --workdir=runs/emoji/tokenizer
 
-docs/results.md has the results.
+docs/evaluate.md has the results.
 """
 
 from ml_collections import ConfigDict

@@ -19,7 +19,7 @@ from tests import tiny
 
 
 def test_a_killed_decoder_run_ends_with_the_same_bits(tmp_path):
-    """Kills a run three times, once during a save; `python -m benchmarks.soak` kills it 20 times."""
+    """Kills a run three times, once during a save; `benchmarks.soak` does so twenty times."""
     command = [
         sys.executable, "-m", "benchmarks.soak", "--kills=3", "--steps=80", "--seed=0",
         f"--out={tmp_path / 'soak'}",
