@@ -78,7 +78,7 @@ class Ours:
         save_file(ids, folder / "prompts.safetensors")
 
     def run(self, batch: int, new: int, guidance: float) -> list:
-        """Generates `new` greedy ids for each of `batch` prompts; returns the seconds and the ids."""
+        """Generates `new` greedy ids for each of `batch` prompts; returns seconds and ids."""
         params = SamplingParams(Plain() if guidance == 1 else ClassifierFree(guidance), Greedy())
         requests = [
             TokenRequest(

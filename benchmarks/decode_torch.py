@@ -46,7 +46,7 @@ class Theirs:
         self._others = [*range(first), *range(stop, shape.vocab)]
 
     def run(self, batch: int, new: int, guidance: float) -> list:
-        """Generates `new` greedy ids for each of `batch` prompts; returns the seconds and the ids."""
+        """Generates `new` greedy ids for each of `batch` prompts; returns seconds and ids."""
         ids = self._ids[:batch]
         options = {}
         if guidance != 1:

@@ -40,12 +40,12 @@ def main(argv: list[str]) -> None:
     del argv
     start_time = time.monotonic()
     if not _CONFIG.is_file():
-        raise UserError(f"the demo trains with {_CONFIG}, which a clone of the project has")
+        raise UserError(f"leon demo needs {_CONFIG}; run it in a clone of the repository")
     out, data = pathlib.Path(_OUT.value), pathlib.Path(_DATA.value)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"the folder {out} cannot be made: {error.strerror}") from error
+        raise UserError(f"the folder {out} cannot be created: {error.strerror}") from error
 
     from leon_jax.datasets import demo as dataset
     from leon_jax.evaluate import demo_page, meanings, measurements

@@ -2,7 +2,7 @@ r"""Converts image-text pairs into a dataset folder for training and retrieval.
 
     leon prepare --source=jsonl:my_cats --licence=CC-BY-4.0 --out=data/my_cats
     leon prepare --source=train=webdataset:shards/*.tar --source=test=jsonl:held_out \
-        --encoder=models/clip-vit-base-patch32 --out=data/mine
+        --encoder=models/clip-vit-base-patch32 --out=data/photographs
     leon prepare --data_dir=data/emoji
 
 A source is [SPLIT=]KIND:PATH. KIND is jsonl, webdataset, parquet, tfds, huggingface or emoji. The

@@ -61,8 +61,7 @@ class Roofline:
         return cls(
             work.flops / (chip.flops * share),
             work.hbm_bytes / (chip.hbm_bandwidth * share),
-            sent
-            / chip.ici_bandwidth,  # not shared: traffic between a chip's devices uses no link
+            sent / chip.ici_bandwidth,  # not shared: traffic between a chip's devices uses no link
         )
 
     @property

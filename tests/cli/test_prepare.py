@@ -66,7 +66,7 @@ def get_config():
     return ConfigDict({{"sources": [source, source | {{"split": "exam"}}], "min_side": 40}})
 """)
     out = tmp_path / "prepared"
-    config = f"--config={tmp_path / 'mine.py'}"
+    config = f"--config={tmp_path / 'own.py'}"
     code, stdout, error = leon(capsys, config, f"--out={out}")
     # Every train document is a duplicate of an exam document.
     assert code == 2 and "no document of train can be used" in error
@@ -88,7 +88,7 @@ def get_config():
     assert code == 2 and "--source cannot be used with a --config that sets sources" in error
     (tmp_path / "own.py").write_text("def get_config(:\n")
     code, _, error = leon(capsys, config, f"--out={out}")
-    assert code == 2 and "mine.py has a syntax error in line 1" in error
+    assert code == 2 and "own.py has a syntax error in line 1" in error
 
 
 @pytest.mark.parametrize(

@@ -137,7 +137,9 @@ def test_a_run_of_an_older_version_resumes_without_removed_keys(tmp_path):
         (tmp_path / "config.json").write_text(json.dumps(saved_config))
         check_config(tmp_path / "config.json", {"model": {"layers": 2}})
     (tmp_path / "config.json").write_text(json.dumps({"model": {"layers": 2, "pad_id": 3}}))
-    with pytest.raises(UserError, match=r"a run with model\.pad_id = 3, but this version always uses"):
+    with pytest.raises(
+        UserError, match=r"a run with model\.pad_id = 3, but this version always uses"
+    ):
         check_config(tmp_path / "config.json", {"model": {"layers": 2}})
 
 
