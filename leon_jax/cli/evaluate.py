@@ -30,7 +30,7 @@ _TOP_P = flags.DEFINE_float("top_p", 0.9, "Nucleus sampling probability of image
 _CAPTION_DOCS = flags.DEFINE_multi_integer(
     "caption_docs",
     [0],
-    "Documents retrieved before each ranked caption; may be repeated for several metrics.",
+    "Documents retrieved before each ranked caption; may be repeated, for several results.",
 )
 
 

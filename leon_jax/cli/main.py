@@ -195,8 +195,11 @@ def describe(module: types.ModuleType, verb: str) -> str:
     lines = [inspect.cleandoc(module.__doc__ or VERBS[verb]), "", f"flags of leon {verb}:"]
     values = getattr(module, "FLAGS", flags.FLAGS)
     for flag in sorted(values.get_flags_for_module(module.__name__), key=lambda f: f.name):
-        default = "" if flag.default is None else f" (default: {flag.default_as_str.strip("'")})"
-        lines.append(f"  --{flag.name}: {' '.join((flag.help or '').split())}{default}")
+        has_default = flag.default not in (None, "", [])
+        default = f" (default: {flag.default_as_str.strip("'")})" if has_default else ""
+        # absl adds a sentence to flags that may be repeated; our help already says so.
+        text = " ".join((flag.help or "").split()).partition("; repeat this option")[0]
+        lines.append(f"  --{flag.name}: {text}{default}")
     return "\n".join(lines)
 
 
