@@ -11,6 +11,7 @@ and Kubernetes the processes find each other. Elsewhere set --coordinator, --pro
 --process_id. If a process is lost, the others exit with code 134 within --heartbeat_seconds.
 """
 
+import os
 import pathlib
 import sys
 import threading
