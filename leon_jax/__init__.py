@@ -1,3 +1,3 @@
-"""leon_jax: the open CM3Leon, one transformer that reads and writes text and images."""
+"""leon_jax: an open CM3Leon in JAX. One transformer reads and writes text and images."""
 
 __version__ = "0.1.0"

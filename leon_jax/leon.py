@@ -42,15 +42,12 @@ _EDITING = SamplingParams(TwoConditions(1.5, 7.5))
 class Leon:
     """A model with everything it needs to answer. Make one with `Leon.load`.
 
-    Attributes:
+    Args:
       model: the loaded model: its folder, engine, tokenizers and encoder.
+      index: the prepared folder to retrieve from; None: one is found, or made.
     """
 
     def __init__(self, model: Model, index: str | os.PathLike | None = None):
-        """Args:
-        model: see `Model.load`.
-        index: the prepared folder to retrieve from; None: one is found, or made.
-        """
         self.model = model
         self._index = index
         self._retriever: Retriever | None = None
@@ -89,11 +86,7 @@ class Leon:
 
     @property
     def retriever(self) -> Retriever:
-        """What documents are retrieved from; read or made when it is first needed.
-
-        Raises:
-          UserError: there is no folder to retrieve from and none can be made.
-        """
+        """What documents are retrieved from; read or made when it is first needed."""
         if self._retriever is None:
             with jax.set_mesh(self.model.mesh):
                 folder = find_index(self.model.folder.path, self._index)
@@ -163,10 +156,12 @@ class Leon:
         requests = (
             image_request(self.model, self.retrieve_fitting, prompt, settings) for prompt in prompts
         )
-        completions = completion.complete(
-            self.model.engine, self.model.tokenizer, requests, _WINDOW
+        return (
+            (result.index, result.error or finished_images(self.model, result, settings))
+            for result in completion.complete(
+                self.model.engine, self.model.tokenizer, requests, _WINDOW
+            )
         )
-        return ((done.index, done.error or self._images(done, settings)) for done in completions)
 
     def edit(
         self,
@@ -184,13 +179,8 @@ class Leon:
         Args:
           image: a file, a PIL image, or sRGB uint8[height, width, 3].
           instruction: what to change.
-          num_images: how many images; they have the seeds `seed`, `seed` + 1, ...
-          seed: 0 or more.
-          params: how ids are sampled; guidance by image and text with CM3Leon's weights if not
-            given.
-
-        Raises:
-          UserError: an argument is out of range, or the instruction does not fit.
+          num_images, seed: see `ImageSettings`.
+          params: how ids are sampled; with CM3Leon's guidance by image and text if not given.
         """
         document = edit_document(image, instruction)
         settings = ImageSettings((params,), num_images, 0, seed)
@@ -214,8 +204,7 @@ class Leon:
           image: a file, a PIL image, or sRGB uint8[height, width, 3].
           prompt: what the whole image shows.
           rows: the share that is kept, more than 0 and less than 1; rounded to rows of tokens.
-          num_images: how many images; they have the seeds `seed`, `seed` + 1, ...
-          seed: 0 or more.
+          num_images, seed: see `ImageSettings`.
           params: how ids are sampled; guidance of 3 if not given.
 
         Raises:
@@ -312,7 +301,7 @@ class Leon:
         """
         documents = [documents] if isinstance(documents, Document) else list(documents)
         requests = completion.make_requests(self.model, documents, retrieved, seeds, params)
-        results: list = [None] * len(requests)
+        filled: list = [None] * len(requests)
         bar = tqdm(
             total=len(requests),
             unit="doc",
@@ -320,13 +309,13 @@ class Leon:
             leave=False,
         )
         with bar:
-            for done in self._complete(requests):
-                if done.error:
-                    which = f"document {done.index}: " if len(requests) > 1 else ""
-                    raise UserError(f"{which}{done.error}") from done.error
-                (results[done.index],) = done.documents
+            for result in self._complete(requests):
+                if result.error:
+                    prefix = f"document {result.index}: " if len(requests) > 1 else ""
+                    raise UserError(f"{prefix}{result.error}") from result.error
+                (filled[result.index],) = result.documents
                 bar.update()
-        return self.model.decode_images(results)
+        return self.model.decode_images(filled)
 
     def complete_each(
         self,
@@ -338,12 +327,8 @@ class Leon:
     ) -> Iterator[tuple[int, Document | UserError]]:
         """Fills every hole of every document. Results come as they are done.
 
-        Args:
-          documents, retrieved, seeds, params: see `complete`.
-
-        Returns:
-          The index of a document, and what `complete` returns for it; or its error, which does not
-          stop the others.
+        The arguments are those of `complete`. The result is the index of a document, and what
+        `complete` returns for it; or its error, which does not stop the others.
 
         Raises:
           UserError: an argument other than a document is out of range.
@@ -352,8 +337,8 @@ class Leon:
         requests = completion.make_requests(self.model, several, retrieved, seeds, params)
 
         return (
-            (done.index, done.error or self.model.decode_images(done.documents)[0])
-            for done in self._complete(requests)
+            (result.index, result.error or self.model.decode_images(result.documents)[0])
+            for result in self._complete(requests)
         )
 
     def stream(
@@ -368,13 +353,7 @@ class Leon:
 
         A draft comes after each row of an image's tokens, and after as many tokens of a text. Texts
         have the words so far. Images have pixels, white where nothing is generated yet. The last
-        draft is `done` and equals what `complete` returns.
-
-        Args:
-          document, retrieved, seed, params: see `complete`.
-
-        Raises:
-          UserError: see `complete`.
+        draft is `done` and equals what `complete` returns. The arguments are those of `complete`.
         """
         (request,) = completion.make_requests(
             self.model, [document], [tuple(retrieved)], [seed], params
@@ -414,13 +393,7 @@ class Leon:
     def retrieve_fitting(
         self, document: Document, num_docs: int, new_tokens: int
     ) -> tuple[Document, ...]:
-        """Those documents of `retrieve` that fit beside the prompt, in the order they are read.
-
-        Args:
-          document: the prompt, with a hole.
-          num_docs: how many documents at most.
-          new_tokens: how many tokens are generated.
-        """
+        """Those documents of `retrieve` that fit beside a prompt and `new_tokens` more tokens."""
         retrieved = self.retrieve(document, num_docs)
         return tuple(self.model.folder.select_fitting(retrieved, document, new_tokens))
 
@@ -437,9 +410,6 @@ class Leon:
 
         Returns:
           For how many lengths of prompts.
-
-        Raises:
-          UserError: an argument is out of range.
         """
         self.model.folder.check_num_docs(settings.num_docs)
         self.retrieve(Document((Text("a"),)), settings.num_docs)
@@ -453,17 +423,13 @@ class Leon:
         """
         self.model.folder.copy_to(folder)
 
-    def _images(self, done: completion.Completion, settings: ImageSettings) -> list[GeneratedImage]:
-        assert done.request is not None
-        return finished_images(self.model, done, done.request.document.text, settings)
-
     def _generate_last(
         self, document: Document, prompt: str, settings: ImageSettings, task: str
     ) -> list[GeneratedImage]:
         """The images for the last hole of a document; they are said to be for `prompt`."""
         request = Request(self.tokenize(document), samples=settings.samples)
-        (done,) = self._complete([request])
-        return finished_images(self.model, done, normalise_text(prompt), settings, task)
+        (result,) = self._complete([request])
+        return finished_images(self.model, result, settings, normalise_text(prompt), task)
 
     def _generate_text(
         self, document: Document, part: int, num_docs: int, sample: Sample
@@ -472,10 +438,10 @@ class Leon:
         check_seed(sample.seed)
         document = self.tokenize(document)
         retrieved = self.retrieve_fitting(document, num_docs, sample.params.max_tokens)
-        (done,) = self._complete([Request(document, retrieved, (sample,))])
-        if done.error:
-            raise done.error
-        text = done.documents[0].parts[part]
+        (result,) = self._complete([Request(document, retrieved, (sample,))])
+        if result.error:
+            raise result.error
+        text = result.documents[0].parts[part]
         assert isinstance(text, Text)
         return Caption(text.text.strip(), sample.seed, retrieved)
 

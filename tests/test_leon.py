@@ -1,6 +1,8 @@
 """The calls a person makes, on a tiny model with random weights."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import PIL.Image
@@ -425,7 +427,7 @@ def test_an_index_of_another_model_is_refused(tmp_path):
 
 def test_a_prepared_folder_lying_around_is_used_if_it_fits(monkeypatch):
     checkpoint, prepared = tiny.folders()
-    monkeypatch.setattr(library, "HERE", prepared)
+    monkeypatch.setattr(retriever, "DEFAULT_FOLDER", prepared)
     assert retriever.find_index(checkpoint, None) == prepared
     assert retriever.find_index(checkpoint, prepared) == prepared
 
@@ -464,3 +466,29 @@ def test_a_model_folder_may_hold_openais_clip_as_its_encoder(leon, tmp_path):
     np.testing.assert_array_equal(np.asarray(drawn.image), np.asarray(again.image))
     with pytest.raises(UserError, match="prepared with another encoder"):
         leon.load(tiny.folders()[0], index)
+
+
+def test_what_leon_needs_not_is_not_loaded():
+    """Only these packages are loaded beside what jax and flax load themselves."""
+    program = (
+        "import sys, jax, flax.nnx\n"
+        "before = {name.split('.')[0] for name in sys.modules}\n"
+        "import leon_jax.leon\n"
+        "print(*sorted({name.split('.')[0] for name in sys.modules} - before))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    allowed = {
+        "PIL", "array_record", "jaxtyping", "leon_jax", "mmap", "resource", "safetensors",
+        "tokenizers", "tqdm", "unicodedata",
+    }  # fmt: skip
+    assert set(done.stdout.split()) <= allowed
+
+
+def test_prompts_have_one_spelling(leon):
+    """Unicode NFC, and one space between words."""
+    (image,) = leon.generate("caf\u00e9 cat", num_docs=0)
+    (other,) = leon.generate("  cafe\u0301 \n cat\t", num_docs=0)
+    assert image.prompt == other.prompt == "caf\u00e9 cat"
+    assert image.metadata() == other.metadata()
+    np.testing.assert_array_equal(np.asarray(image.image), np.asarray(other.image))

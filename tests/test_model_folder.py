@@ -54,7 +54,7 @@ def test_no_number_of_documents_is_refused_that_could_fit(folder):
         ids = [query[0], *least * count, *query[1:]]
         needed = vocabulary.extent(ids, step) + tokenizer.image_tokens
         enough = dataclasses.replace(
-            checkpoint, config=dataclasses.replace(folder.config, max_length=needed)
+            folder, config=dataclasses.replace(folder.config, max_length=needed)
         )
         enough.check_prompt(prompt, count)
         with pytest.raises(UserError, match=f"holds at most {count}"):

@@ -239,6 +239,7 @@ def _prompts() -> dict[int, str]:
 
 def _caption(folder: "ModelFolder", settings: "ImageSettings") -> None:
     """Generates a caption for --image."""
+    from leon_jax.data import image_files
     from leon_jax.engine.sampling_params import MAX_TOKENS
 
     if _IMAGE.value is None:

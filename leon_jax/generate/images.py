@@ -43,8 +43,8 @@ def image_request(
 def finished_images(
     model: Model,
     completion: Completion,
-    prompt: str,
     settings: ImageSettings,
+    prompt: str | None = None,
     task: str = "generate",
 ) -> list[GeneratedImage]:
     """The last images of a request's documents, or the best of them.
@@ -52,8 +52,8 @@ def finished_images(
     Args:
       model: what generated them.
       completion: of the request.
-      prompt: what the images are for.
       settings: how they were generated.
+      prompt: what the images are for; None: the request's text.
       task: what was done; see `settings_text`.
 
     Raises:
@@ -63,6 +63,7 @@ def finished_images(
         raise completion.error
     request, images = completion.request, []
     assert request is not None
+    prompt = request.document.text if prompt is None else prompt
     documents = model.decode_images(completion.documents)
     for document, sample in zip(documents, request.samples, strict=True):
         image = document.parts[-1]

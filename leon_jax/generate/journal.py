@@ -5,12 +5,15 @@ is a hash of everything that an image depends on. So a job of many prompts sees 
 without opening an image. Images that stand in the folder but not in the journal are opened once.
 """
 
+import contextlib
+import functools
 import hashlib
 import json
 import os
 import pathlib
 import re
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import PIL.Image
 
@@ -39,8 +42,13 @@ def file_name(prompt: str, seed: int) -> str:
 
 def image_key(prompt: str, seed: str, model: str, settings: str) -> str:
     """20 hexadecimal digits that are equal for images of equal prompt, seed, model and settings."""
-    parts = json.dumps([prompt, seed, model, settings])
-    return hashlib.sha256(parts.encode()).hexdigest()[:20]
+    return hashlib.sha256(f"{prompt}\0{seed}\0{_digest(model, settings)}".encode()).hexdigest()[:20]
+
+
+@functools.lru_cache
+def _digest(model: str, settings: str) -> str:
+    """Of what the images of one job share; it is long, and there may be many images."""
+    return hashlib.sha256(f"{model}\0{settings}".encode()).hexdigest()
 
 
 class Journal:
@@ -59,7 +67,7 @@ class Journal:
             images = {entry.name for entry in os.scandir(folder) if entry.name.endswith(".png")}
         except OSError:
             images = set()
-        keys = dict(self._entries())
+        keys: dict[str, str] = dict(self._entries())
         scanned = {name: _key_of(folder / name) for name in sorted(images - keys.keys())}
         if scanned:
             self._append(scanned)
@@ -83,18 +91,22 @@ class Journal:
         self.keys.update(entries.values())
         return [self.folder / name for name in entries]
 
-    def _entries(self) -> Iterator[tuple[str, str]]:
+    def _entries(self) -> Iterator[Any]:
         """File names and keys. A line that was cut when a process died is passed over."""
         try:
             text = self._path.read_text(encoding="utf-8", errors="replace")
         except OSError:
             return
-        for line in text.split("\n"):
-            try:
+        try:
+            # All lines at once, which takes a quarter of the time.
+            yield from json.loads(f"[{','.join(text.splitlines())}]")
+            return
+        except ValueError:
+            pass
+        for line in text.splitlines():
+            with contextlib.suppress(ValueError):
                 name, key = json.loads(line)
-            except ValueError:
-                continue
-            yield name, key
+                yield name, key
 
     def _append(self, entries: dict[str, str]) -> None:
         lines = "".join(f"{json.dumps([name, key])}\n" for name, key in entries.items())

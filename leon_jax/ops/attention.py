@@ -18,8 +18,6 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jaxtyping import Array, Bool, Float, Int, Num
 
 # Finite, so that a row without a single visible key gives a uniform mixture and not NaN.
@@ -181,6 +179,14 @@ def splash(
         multiple of 128.
       interpret: run the kernel's program on any platform, slowly, for tests.
     """
+    # Loading Pallas takes a third of a second, which only TPUs need.
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_kernel as kernels,
+    )
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_mask as masks,
+    )
+
     batch, length, heads, _ = _spec(q)
     size = q.shape[1]
     block = next((b for b in BLOCKS if (size // _count(length)) % b == 0), None)

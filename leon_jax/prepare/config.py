@@ -73,7 +73,8 @@ class PrepareConfig:
       max_tokens: so are documents with more token ids.
       duplicates: what is too close to what.
       selection: how neighbours are found.
-      variants: how many variants of each train picture are encoded (`leon_jax.data.image_variants`).
+      variants: how many variants of each train image are encoded (see
+        `leon_jax.data.image_variants`).
       block: how many documents are encoded at a time; bounds memory.
     """
 

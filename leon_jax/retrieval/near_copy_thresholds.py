@@ -1,6 +1,7 @@
 """How an encoder scores pairs whose kinship is known, to choose its near-copy thresholds by eye.
 
-    python -m leon_jax.retrieval.near_copy_thresholds --encoder=runs/emoji/encoder/export/encoder.safetensors
+    python -m leon_jax.retrieval.near_copy_thresholds \
+        --encoder=runs/emoji/encoder/export/encoder.safetensors
 
 prints how well it matches held-out pictures to captions, and how pairs of training documents score:
 renderings of one picture, two designs of one concept, skin tones of one concept, and strangers.

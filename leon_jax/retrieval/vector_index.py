@@ -43,8 +43,7 @@ class VectorIndex:
         """Maps `.npy` files into memory, in this order; their rows are not read yet.
 
         Raises:
-          UserError: no files are given, or one is missing, damaged, or does not hold what `VectorIndex`
-            takes.
+          UserError: no files are given, or one is missing, damaged, or does not hold such rows.
         """
         names, arrays = [os.fspath(path) for path in paths], []
         for name in names:

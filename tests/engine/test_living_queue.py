@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from leon_jax import sharding
 from leon_jax.config import UserError
 from leon_jax.engine.grammar import ImageSpan, TextSpan
 from leon_jax.engine.guidance import ClassifierFree, Contrastive, Guidance, Plain, TwoConditions
@@ -56,7 +57,8 @@ def outputs_of(events, number: int) -> dict[int, list[int]]:
 
 @pytest.fixture(scope="module")
 def engine():
-    return make(4, slots=4)
+    with jax.set_mesh(sharding.make_mesh(devices=jax.devices()[:1])):
+        return make(4, slots=4)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,8 @@
 """Which prepared folder a model retrieves from."""
 
+from leon_jax.documents import Document, Text
 from leon_jax.generate import retriever
+from leon_jax.leon import Leon
 from tests import tiny
 
 
@@ -12,3 +14,38 @@ def test_a_folder_in_the_cache_serves_whatever_its_name_is(monkeypatch, tmp_path
     (tmp_path / "emoji-0123456789ab").symlink_to(prepared)
     (tmp_path / "emoji-0000").mkdir()
     assert retriever.find_index(checkpoint, None) == tmp_path / "emoji-0123456789ab"
+
+
+def test_a_word_is_lower_case_only_where_captions_spell_it_so(tmp_path, monkeypatch):
+    """What captions spell with capitals, or do not have at all, stays as it is."""
+    monkeypatch.setenv("LEON_CACHE", str(tmp_path))
+    index = retriever.Retriever(tiny.folders()[1], encoder=None)
+    for text, expected in (
+        ("Cat Face, Twemoji style", "cat face, Twemoji style"),
+        ("RED HEART", "red heart"),
+        ("cat face, OpenMoji style", "cat face, OpenMoji style"),
+        ("Namibia, Twemoji Style", "Namibia, Twemoji style"),
+        ("", ""),
+    ):
+        assert index.spell(text) == expected
+    # The counts are kept, and read again.
+    (path,) = (tmp_path / "words").iterdir()
+    path.write_text('{"Cat": 1}')
+    assert retriever.Retriever(tiny.folders()[1], encoder=None).spell("Cat Face") == "Cat Face"
+    path.write_text("not JSON")
+    assert retriever.Retriever(tiny.folders()[1], encoder=None).spell("Cat") == "cat"
+
+
+def test_a_word_of_one_caption_alone_is_no_spelling():
+    """It may be of another language."""
+    index = retriever.Retriever(tiny.folders()[1], encoder=None)
+    index.word_counts = {"são": 1, "cat": 2}
+    assert index.spell("São Cat") == "São cat"
+
+
+def test_prompts_that_differ_in_case_alone_retrieve_the_same_documents():
+    leon = Leon.load(*tiny.folders())
+    texts = "cat face, Twemoji style", "CAT Face, Twemoji style"
+    documents = [Document((Text(text),)) for text in texts]
+    first, second = (leon.retrieve(document, 2) for document in documents)
+    assert first == second

@@ -37,7 +37,7 @@ def brute(rows, queries, k, exclude=None, keep=None):
 @pytest.fixture(scope="module", autouse=True)
 def small_pieces():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocks, "CPU", SMALL)
+        patch.setattr(device_blocks, "CPU", SMALL)
         yield
 
 

@@ -81,7 +81,7 @@ class Reject:
 
 @dataclasses.dataclass(frozen=True)
 class SourceConfig:
-    """One source of a data set; see docs/data_format.md for what each kind reads.
+    """One source of a data set; see docs/bring_data.md for what each kind reads.
 
     Attributes:
       kind: the format; `open_source` knows which there are.

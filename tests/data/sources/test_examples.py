@@ -1,4 +1,4 @@
-"""The examples of docs/data_format.md make data that is read without a refusal."""
+"""The examples of docs/bring_data.md make data that is read without a refusal."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,7 @@ from leon_jax.data.sources.open import open_source
 from leon_jax.data.sources.raw_record import Raw, SourceConfig
 from leon_jax.retrieval.prepared_folder import PreparedFolder
 
-PAGE = Path(__file__).resolve().parents[3] / "docs" / "data_format.md"
+PAGE = Path(__file__).resolve().parents[3] / "docs" / "bring_data.md"
 # A block of Python and the line that prepares what it makes.
 EXAMPLES = re.findall(
     r"```python\n((?:(?!```).)*)```\n\n```bash\nleon (prepare --source=(\w+):\S+ [^\n]*)\n",
