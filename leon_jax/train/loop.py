@@ -98,14 +98,14 @@ def run(program: Program, loop: LoopConfig, workdir: pathlib.Path) -> TrainState
     """
     total, is_main = program.config.steps, jax.process_index() == 0
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_write_errors(workdir))
+        stack.enter_context(_report_write_errors(workdir))
 
         # Data. It comes first, so that no workdir is created if data is missing.
         feed = Feed(program.batches, loop.data_shards)
 
         # Workdir.
         workdir.mkdir(parents=True, exist_ok=True)
-        stack.enter_context(_exclusive(workdir))
+        stack.enter_context(_lock_workdir(workdir))
         run_config = {**configs.to_dict(program.config), "loop": configs.to_dict(loop)}
         check_config(workdir / "config.json", run_config)
         goodput = GoodputTracker(workdir / "goodput.json" if is_main else None)
@@ -208,7 +208,7 @@ def skip_nonfinite(step: Step) -> Step:
 
 
 @contextlib.contextmanager
-def _write_errors(workdir: pathlib.Path) -> Iterator[None]:
+def _report_write_errors(workdir: pathlib.Path) -> Iterator[None]:
     """Converts an OSError within the context, such as a full disk, to a UserError."""
     try:
         yield
@@ -221,7 +221,7 @@ def _write_errors(workdir: pathlib.Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _exclusive(workdir: pathlib.Path) -> Iterator[None]:
+def _lock_workdir(workdir: pathlib.Path) -> Iterator[None]:
     """Locks `workdir` against other runs; process 0 holds the lock for all processes of its run."""
 
     def refuse() -> None:
