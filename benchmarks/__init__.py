@@ -1,1 +1,1 @@
-"""Programs that measure: how fast training is, and whether it survives being killed."""
+"""Benchmarks and soak tests."""

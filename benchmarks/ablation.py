@@ -1,11 +1,10 @@
-"""What each rule of retrieval is worth: the demo's decoder, trained with one more at a time.
+"""Ablates the retrieval rules: trains the demo's decoder with one more rule at a time.
 
     python -m benchmarks.ablation --steps=2000 --workdir=runs/ablation
 
-Prepares the emoji four times, differing in nothing but how neighbours are found; trains a decoder
-on each from the same start; measures each as `leon evaluate` does, with the documents that its own
-rules choose. Finished parts are kept, so it may be stopped and started again. Writes
-docs/ablation.md.
+Prepares the emoji four times with different rules for neighbours, trains a decoder on each from the
+same initialisation, and evaluates each with the documents that its own rules select. Run it again
+to resume an interrupted run. Writes docs/ablation.md.
 """
 
 import json
@@ -22,17 +21,19 @@ from leon_jax.generate import retriever
 from leon_jax.model_folder import shipped_folder
 
 _STEPS = flags.DEFINE_integer("steps", 2000, "Training steps of each decoder.", 1)
-_VARIANTS = flags.DEFINE_integer("variants", 16, "Variants of each picture in training.", 1)
-_SEED = flags.DEFINE_integer("seed", 0, "Of initialisation, order and masks; the same for all.")
-_DATA = flags.DEFINE_string("data_dir", "data/emoji", "The emoji drawings; made if missing.")
-_WORKDIR = flags.DEFINE_string("workdir", "runs/ablation", "Where everything goes.")
-_PAGE = flags.DEFINE_string("page", "docs/ablation.md", "The page that is written.")
+_VARIANTS = flags.DEFINE_integer("variants", 16, "Variants of each training image.", 1)
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of initialisation, order and masks.")
+_DATA = flags.DEFINE_string(
+    "data_dir", "data/emoji", "The folder of emoji images; rendered if missing."
+)
+_WORKDIR = flags.DEFINE_string("workdir", "runs/ablation", "The folder of all results.")
+_PAGE = flags.DEFINE_string("page", "docs/ablation.md", "The page to write.")
 
-NEVER = 2.0  # no inner product of unit vectors reaches it
+NEVER = 2.0  # above any inner product of unit vectors
 
 
 def rules(full: dict) -> dict[str, dict]:
-    """The settings of selection, each with one rule more, up to those of the model folder."""
+    """Returns selection settings with one more rule each, up to the full settings."""
     bare = full | {
         "through_parts": False,
         "near_copy_query": NEVER,
@@ -51,7 +52,7 @@ def rules(full: dict) -> dict[str, dict]:
 
 
 def main(argv: list[str]) -> None:
-    """Runs what is not there yet, then writes the page."""
+    """Runs the missing parts, then writes the page."""
     del argv
     work, model = pathlib.Path(_WORKDIR.value).absolute(), shipped_folder()
     work.mkdir(parents=True, exist_ok=True)
@@ -63,7 +64,7 @@ def main(argv: list[str]) -> None:
         prepared = folder / "prepared"
         prepare(folder, prepared, selection, base is None)
         if base is not None:
-            # The documents are the same, so their variants are.
+            # The documents are the same, so reuse their variants.
             for path in base.glob("*.variants.npy"):
                 if not (prepared / path.name).exists():
                     os.link(path, prepared / path.name)
@@ -74,7 +75,7 @@ def main(argv: list[str]) -> None:
 
 
 def prepare(folder: pathlib.Path, out: pathlib.Path, selection: dict, with_variants: bool) -> None:
-    """A prepared folder with these rules."""
+    """Writes a prepared folder with these rules."""
     config = folder / "prepare.py"
     sources = [
         {"kind": "emoji", "path": os.path.abspath(_DATA.value), "split": split}
@@ -95,38 +96,38 @@ def prepare(folder: pathlib.Path, out: pathlib.Path, selection: dict, with_varia
 
 
 def measure(folder: pathlib.Path, prepared: pathlib.Path, model: pathlib.Path) -> dict:
-    """Trains a decoder on a prepared folder and evaluates it."""
-    done = folder / "metrics.json"
-    if done.exists():
-        return json.loads(done.read_text())
+    """Trains a decoder on a prepared folder and returns its metrics."""
+    metrics_path = folder / "metrics.json"
+    if metrics_path.exists():
+        return json.loads(metrics_path.read_text())
     run = folder / "run"
     leon(
         "train", "--config=configs/emoji/decoder.py", f"--workdir={run}",
         f"--config.steps={_STEPS.value}", f"--config.seed={_SEED.value}",
         f"--config.data.folder={prepared}", f"--config.data.variants={_VARIANTS.value}",
         f"--config.data.text={model / 'text.json'}", "--config.samples.image=",
-        # Most examples read something, as in the second stage of the shipped decoder.
+        # Most examples have retrieved documents, as in the second stage of the shipped decoder.
         "--config.data.retrieved=(0.1, 0.3, 0.4, 0.2)",
     )  # fmt: skip
-    whole = folder / "model"
-    shutil.copytree(model, whole, dirs_exist_ok=True)
-    shutil.copyfile(run / "export" / "decoder.safetensors", whole / "decoder.safetensors")
-    printed = leon("evaluate", f"--checkpoint={whole}", f"--index={prepared}", "--groups=4")
-    metrics = json.loads(printed)
-    last = (run / "metrics.jsonl").read_text().splitlines()[-20:]
-    metrics["training_loss"] = sum(json.loads(line)["loss"] for line in last) / len(last)
-    done.write_text(json.dumps(metrics))
+    model_folder = folder / "model"
+    shutil.copytree(model, model_folder, dirs_exist_ok=True)
+    shutil.copyfile(run / "export" / "decoder.safetensors", model_folder / "decoder.safetensors")
+    output = leon("evaluate", f"--model={model_folder}", f"--index={prepared}", "--groups=4")
+    metrics = json.loads(output)
+    lines = (run / "metrics.jsonl").read_text().splitlines()[-20:]
+    metrics["training_loss"] = sum(json.loads(line)["loss"] for line in lines) / len(lines)
+    metrics_path.write_text(json.dumps(metrics))
     return metrics
 
 
 def leon(verb: str, *arguments: str) -> str:
-    """Runs the command and returns what it printed."""
+    """Runs a `leon` command and returns its stdout."""
     command = [sys.executable, "-m", "leon_jax.cli.main", verb, *arguments]
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 def page(results: dict[str, dict]) -> str:
-    """docs/ablation.md."""
+    """Returns the text of docs/ablation.md."""
     rows = []
     for name, metrics in results.items():
         perplexity = [f"{metrics['image_perplexity_by_documents'][n]:.2f}" for n in "012"]
@@ -134,29 +135,35 @@ def page(results: dict[str, dict]) -> str:
         rank = f"{100 * metrics['caption_rank1_share_by_documents']['0']:.1f}"
         loss = f"{metrics['training_loss']:.3f}"
         rows.append(f"| {' | '.join([name, loss, *perplexity, *match, rank])} |")
-    return f"""# What the rules of retrieval are worth
+    return f"""# The worth of each retrieval rule
 
-Written by `python -m benchmarks.ablation --steps={_STEPS.value} --variants={_VARIANTS.value} \
---seed={_SEED.value}`.
+```bash
+python -m benchmarks.ablation --steps={_STEPS.value} --variants={_VARIANTS.value} \
+--seed={_SEED.value}
+```
 
-The demonstration's decoder ({_STEPS.value} steps from nothing, mostly with one or two documents to
-read), trained on four prepared folders that differ in nothing but the rules by which neighbours are
-found ([retrieval](retrieval.md)); each row has one rule more. Each model is measured on the 200
-held-out pictures of `unseen_design`, reading the documents that its own rules choose.
+The benchmark trains the decoder of the demonstration on four prepared folders, for
+{_STEPS.value:,} steps each, from nothing, mostly with one or two documents to read. The folders
+differ only in the rules that select neighbours ([retrieval](retrieval.md)). Each row of the table
+has one more rule. Each model is measured on the 200 held-out images of `unseen_design`. It reads
+the documents that its own rules select.
 
 | rules | training loss | perplexity, 0 read | 1 | 2 | match %, 0 read | 2 | caption first, % |
 |---|---|---|---|---|---|---|---|
 {chr(10).join(rows)}
 
-*Relevance*: documents like the whole query, the most alike first. *Modality*: found through its
-text and its picture, each by itself. *Diversity*: near copies of the query and of each other are
-skipped, and sources take turns. *Query dropout*: a fifth of the query's text is dropped in
-training.
+- *Relevance*: documents most similar to the whole query, best first.
+- *Modality*: documents are found through the text and through the image of the query, each by
+  itself.
+- *Diversity*: near copies of the query and of each other are skipped, and sources take turns.
+- *Query dropout*: a fifth of the query's text is dropped in training.
 
-*Perplexity*: of a held-out picture's tokens given its caption, with 0, 1 and 2 documents read.
-*Match*: drawn pictures that the retrieval encoder matches to their own prompt among 50; its
-standard error is about three points. *Caption first*: pictures for which their own caption is the
-likeliest of 50, without documents.
+The columns:
+
+- *Perplexity* of the tokens of a held-out image given its caption, with 0, 1 and 2 documents read.
+- *Match*: the share of generated images that the retrieval encoder matches to their own prompt
+  among 50. Its standard error is about three points.
+- *Caption first*: the share of images whose own caption is the likeliest of 50, without documents.
 """
 
 

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Tokens a second of decoding: our engine beside `generate` of transformers in PyTorch.
+"""Benchmarks decoding: our engine against `generate` of transformers in PyTorch.
 
     python -m benchmarks.decode --shape=10m --shape=125m --out=docs/decode_speed.md
 
-Both continue the same prompts greedily with the same weights, plain and with classifier-free
-guidance (theirs by its own option); the ids they write must agree first. They are two processes on
-one machine that take turns; while one works the other waits. Rounds in which other programs used
-the CPU do not count (`benchmarks/quiet.py` says why). Times hold everything from prompts to ids on
-the host, the reading of the prompts included, but no compilation.
+Both sides continue the same prompts greedily with the same weights, with and without
+classifier-free guidance. First their output ids are compared. They are two processes that take
+turns on one machine. Rounds in which other programs used the CPU do not count (see
+`benchmarks/quiet.py`). Times include the prefill and the transfer of ids to the host, but not
+compilation.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from benchmarks.shapes import SHAPES, Shape
 from benchmarks.turns import ROOT, Worker
 
 GUIDANCE = 3.0
-AGREE = 16  # ids that must be the same; later ones may part where two logits are nearly equal
+AGREE = 16  # ids that must be equal; later ones may differ if two logits are nearly equal
 
 
 class Unequal(Exception):
@@ -33,11 +33,13 @@ class Unequal(Exception):
 
 @dataclasses.dataclass
 class Cell:
-    """One setting and what was measured.
+    """One setting and its measurements.
 
     Attributes:
-      batch, new, guided: prompts at once, ids after each, whether guidance is on.
-      ours, theirs: tokens a second in every round.
+      batch: prompts in a batch.
+      new: new ids per prompt.
+      guided: whether guidance is on.
+      ours, theirs: tokens per second in each round.
       others: the largest share of the CPU that other programs used in a round.
     """
 
@@ -49,7 +51,7 @@ class Cell:
     others: float = 0.0
 
     def read_bytes(self, shape: Shape, prompt: int, width: int) -> float:
-        """Bytes that a step cannot do without: the weights once, and the cache of every row."""
+        """Returns the bytes that a step must read: the weights once, and the cache of every row."""
         weights = shape.layers * (4 * shape.embed**2 + 2 * shape.embed * shape.mlp)
         weights += shape.vocab * shape.embed
         slots = prompt + self.new / 2  # on average
@@ -58,10 +60,10 @@ class Cell:
 
 
 def measure(shape: Shape, cells: list[Cell], arguments: argparse.Namespace) -> tuple[dict, dict]:
-    """Starts both sides, checks that they write the same, and lets them take turns.
+    """Starts both sides, checks that their ids agree, and measures them in turns.
 
     Returns:
-      What the two sides say of themselves.
+      The facts of both sides.
 
     Raises:
       Unequal: the ids differ.
@@ -80,7 +82,7 @@ def measure(shape: Shape, cells: list[Cell], arguments: argparse.Namespace) -> t
                 {"JAX_PLATFORMS": "cuda" if arguments.device == "gpu" else "cpu"},
             )  # fmt: skip
             workers.append(ours)
-            facts = ours.ask("facts")  # by then it has written what the other side reads
+            facts = ours.ask("facts")  # the worker answers after it has written its files
             theirs = Worker(
                 [
                     arguments.peer_python, "-m", "benchmarks.decode_torch", text,
@@ -95,7 +97,7 @@ def measure(shape: Shape, cells: list[Cell], arguments: argparse.Namespace) -> t
                 first = ours.ask("run", *request)[1]  # compiles
                 second = theirs.ask("run", cell.batch, AGREE, request[2])[1]
                 same = [a[:AGREE] == b for a, b in zip(first, second, strict=True)]
-                say(f"{request}: {sum(same)} of {len(same)} rows begin alike")
+                log(f"{request}: {sum(same)} of {len(same)} rows start with equal ids")
                 if dtype == "float32" and not all(same):
                     raise Unequal(f"different ids for {request}: not the same computation")
                 for (fast, slow), others in rounds(
@@ -118,25 +120,29 @@ def measure(shape: Shape, cells: list[Cell], arguments: argparse.Namespace) -> t
 
 
 def page(results: dict[str, tuple[Shape, list[Cell], dict]], theirs: dict, arguments) -> str:
-    """What was measured how, and a row for each cell."""
+    """Returns the page with a table row for each cell."""
     ours = next(iter(results.values()))[2]
     width = 2 if arguments.device == "gpu" else 4
     cells = [cell for _, cells, _ in results.values() for cell in cells]
     lines = [
         "# Decoding speed",
         "",
-        "Made by `python -m benchmarks.decode --shape=10m --shape=125m "
-        "--out=docs/decode_speed.md`.",
+        "```bash",
+        "python -m benchmarks.decode --shape=10m --shape=125m --out=docs/decode_speed.md",
+        "```",
         "",
-        f"Greedy decoding after prompts of {arguments.prompt} tokens on {ours['device']} x "
-        f"{ours['devices']}, PyTorch with {theirs['threads']} threads: {ours['name']} beside "
-        f"{theirs['name']}, the same weights, both in {'bfloat16' if width == 2 else 'float32'}. "
-        f"Guidance has weight {GUIDANCE:g} and a prompt of the same length. Medians of "
-        f"{arguments.rounds} rounds; other programs used at most "
-        f"{100 * max(cell.others for cell in cells):.1f} % of the CPU. *Bandwidth*: bytes that our "
-        "steps cannot do without (weights once, the cache of each row), as a share of the "
-        f"{ours['bandwidth'] / 1e9:.1f} GB/s at which JAX reads 1 GiB on this machine (a sum or a "
-        "product, the better); what fits the processor's caches is read faster.",
+        f"The benchmark times greedy decoding after prompts of {arguments.prompt} tokens. It "
+        f"compares {ours['name']} with {theirs['name']}. Both sides have the same weights, in "
+        f"{'bfloat16' if width == 2 else 'float32'}, on {ours['device']} x {ours['devices']}; "
+        f"PyTorch has {theirs['threads']} threads. Guidance has weight {GUIDANCE:g} and a prompt "
+        f"of the same length. The numbers are medians of {arguments.rounds} rounds. Other "
+        f"programs used at most {100 * max(cell.others for cell in cells):.1f} % of the CPU.",
+        "",
+        "*Ours beside plain* is the time of a guided run divided by that of a run without "
+        "guidance. *Bandwidth* is the bytes that our steps must read (the weights once, and the "
+        f"cache of each row), as a share of the {ours['bandwidth'] / 1e9:.1f} GB/s at which JAX "
+        "reads 1 GiB on this machine (the faster of a sum and a product). Data in the processor's "
+        "caches is read faster.",
         "",
         "| model | batch | new tokens | guidance | ours, tokens/s | theirs | ratio | its spread "
         "| ours beside plain | bandwidth |",
@@ -162,28 +168,35 @@ def page(results: dict[str, tuple[Shape, list[Cell], dict]], theirs: dict, argum
     return "\n".join([*lines, ""])
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--shape", action="append", choices=SHAPES, help="may be repeated")
-    parser.add_argument("--batch", type=int, action="append", help="prompts at once; 1 and 8")
-    parser.add_argument("--new", type=int, action="append", help="ids after each; 256 and 1,024")
-    parser.add_argument("--prompt", type=int, default=64, help="tokens of a prompt")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each side")
+    parser.add_argument("--batch", type=int, action="append", help="prompts in a batch; 1 and 8")
     parser.add_argument(
-        "--noise", type=float, default=0.03, help="share of the CPU that others may use"
+        "--new", type=int, action="append", help="new ids per prompt; 256 and 1,024"
+    )
+    parser.add_argument("--prompt", type=int, default=64, help="tokens in a prompt")
+    parser.add_argument("--rounds", type=int, default=5, help="number of rounds")
+    parser.add_argument(
+        "--noise", type=float, default=0.03, help="share of the CPU that other programs may use"
     )
     parser.add_argument(
-        "--patience", type=float, default=600, help="seconds to wait for that, before a round"
+        "--patience",
+        type=float,
+        default=600,
+        help="seconds to wait for a quiet machine before a round",
     )
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument(
-        "--peer_python", default=str(ROOT / ".venv-peers" / "bin" / "python"), help="with PyTorch"
+        "--peer_python",
+        default=str(ROOT / ".venv-peers" / "bin" / "python"),
+        help="Python with PyTorch",
     )
-    parser.add_argument("--out", type=pathlib.Path, help="a file for the table")
+    parser.add_argument("--out", type=pathlib.Path, help="the page to write")
     arguments = parser.parse_args()
     results, theirs = {}, {}
     for name in arguments.shape or ["10m", "125m"]:
@@ -192,7 +205,7 @@ def main() -> None:
             arguments.batch or [1, 8], arguments.new or [256, 1024], [False, True]
         )
         cells = [Cell(*setting) for setting in settings]
-        say(f"{name}: {shape}")
+        log(f"{name}: {shape}")
         try:
             facts, theirs = measure(shape, cells, arguments)
         except (Unequal, Noisy) as error:

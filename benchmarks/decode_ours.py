@@ -1,4 +1,4 @@
-"""Our side of `benchmarks/decode.py`: the engine of `leon generate`, with drawn weights."""
+"""Our side of `benchmarks/decode.py`: the engine of `leon generate`, with random weights."""
 
 import argparse
 import json
@@ -25,7 +25,7 @@ from leon_jax.models.inference_weights import unstack
 from leon_jax.vocabulary import Vocabulary
 from tests.models.opt_weights import to_opt
 
-OTHERS = 6 + 2 + 8  # ids that are no image codes: specials, <eoss>, <break>, sentinels, texts
+OTHERS = 6 + 2 + 8  # other ids than image codes: specials, <eoss>, <break>, sentinels, texts
 
 
 def main() -> None:
@@ -42,7 +42,7 @@ def main() -> None:
 
 
 class Ours:
-    """An engine and prompts for it; all it writes is one picture of `new` ids."""
+    """An engine and its prompts; each completion is one image of `new` ids."""
 
     def __init__(self, shape: Shape, dtype: str, prompt: int) -> None:
         config = DecoderConfig(
@@ -52,38 +52,43 @@ class Ours:
         model = jax.jit(lambda: Decoder(config, rngs=nnx.Rngs(0)))()
         rng = np.random.default_rng(0)
         leaves, structure = jax.tree.flatten(model)
-        # Fresh blocks would be the identity.
-        drawn = [
+        # Newly initialised blocks would be the identity.
+        random_leaves = [
             jax.device_put(0.02 * rng.standard_normal(leaf.shape, np.float32), leaf.sharding)
             for leaf in leaves
         ]
-        self._model = jax.tree.unflatten(structure, drawn)
+        self._model = jax.tree.unflatten(structure, random_leaves)
         vocabulary = Vocabulary.compact(shape.vocab - OTHERS, 4, 4 + 2)
         self._vocabulary, self._config = vocabulary, config
         self._engine = Engine(unstack(self._model), vocabulary, buckets=(prompt,))
-        # Of image ids, as most of what a prompt with retrieved documents holds.
+        # Prompts of image ids, as in prompts with retrieved documents.
         low, high = vocabulary.image_start, vocabulary.image_stop
         self._ids = rng.integers(low, high, (64, prompt)).astype(np.int32)
-        self._bare = rng.integers(low, high, prompt).astype(np.int32)
+        self._unconditional = rng.integers(low, high, prompt).astype(np.int32)
 
     def write(self, folder: pathlib.Path) -> None:
-        """The weights under OPT's names, and the prompts, for the other side."""
+        """Writes the weights under OPT's names, and the prompts, for the other side."""
         weights = to_opt(self._model)
         contiguous = {name: np.ascontiguousarray(array) for name, array in weights.items()}
         save_file(contiguous, folder / "weights.safetensors")
-        ids = {"ids": self._ids.astype(np.int64), "bare": self._bare.astype(np.int64)}
+        ids = {
+            "ids": self._ids.astype(np.int64),
+            "unconditional": self._unconditional.astype(np.int64),
+        }
         save_file(ids, folder / "prompts.safetensors")
 
     def run(self, batch: int, new: int, guidance: float) -> list:
-        """Seconds for `new` greedy ids after each of the first `batch` prompts; and the ids."""
+        """Generates `new` greedy ids for each of `batch` prompts; returns seconds and ids."""
         params = SamplingParams(Plain() if guidance == 1 else ClassifierFree(guidance), Greedy())
-        prompts = [
-            TokenRequest((self._ids[row], self._bare), (ImageSpan(new),), (Sample(0, params),))
+        requests = [
+            TokenRequest(
+                (self._ids[row], self._unconditional), (ImageSpan(new),), (Sample(0, params),)
+            )
             for row in range(batch)
         ]
-        began = time.monotonic()
-        outputs = generate(self._engine, prompts)
-        seconds = time.monotonic() - began
+        start = time.monotonic()
+        outputs = generate(self._engine, requests)
+        seconds = time.monotonic() - start
         return [seconds, [spans[0].ids.tolist() for (spans,) in outputs]]
 
     def facts(self) -> dict:
@@ -99,14 +104,14 @@ class Ours:
 
 
 def bandwidth() -> float:
-    """Bytes a second that this machine reads from memory: the better of a sum and a product."""
+    """Measures the memory bandwidth in bytes per second: the faster of a sum and a product."""
     data = jax.random.uniform(jax.random.key(0), (2**14, 2**14))
     best = 0.0
     for read in (jax.jit(jnp.sum), jax.jit(lambda data: data[0] @ data)):
         for _ in range(6):  # the first compiles
-            began = time.monotonic()
+            start = time.monotonic()
             read(data).block_until_ready()
-            best = max(best, data.nbytes / (time.monotonic() - began))
+            best = max(best, data.nbytes / (time.monotonic() - start))
     return best
 
 

@@ -1,6 +1,7 @@
-"""The other side of `benchmarks/decode.py`: `generate` of transformers, in the peers' environment.
+"""The PyTorch side of `benchmarks/decode.py`: `generate` of transformers.
 
-Guidance is its own (`guidance_scale` with `negative_prompt_ids`).
+It runs in the environment of the peers. Guidance uses its options `guidance_scale` and
+`negative_prompt_ids`.
 """
 
 import argparse
@@ -29,7 +30,7 @@ def main() -> None:
 
 
 class Theirs:
-    """OPT and prompts for it."""
+    """OPT and its prompts."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         shape = Shape(**json.loads(arguments.shape))
@@ -39,29 +40,29 @@ class Theirs:
         self._model = build(weights, shape.heads, "sdpa").to(self._device, dtype).eval()
         prompts = load_file(arguments.folder / "prompts.safetensors")
         self._ids = torch.from_numpy(prompts["ids"]).to(self._device)
-        self._bare = torch.from_numpy(prompts["bare"]).to(self._device)
+        self._unconditional = torch.from_numpy(prompts["unconditional"]).to(self._device)
         first, stop = arguments.images
-        # The few ids that are no image codes may not be drawn here either.
+        # Suppress all ids but image codes, as the grammar does on our side.
         self._others = [*range(first), *range(stop, shape.vocab)]
 
     def run(self, batch: int, new: int, guidance: float) -> list:
-        """Seconds for `new` greedy ids after each of the first `batch` prompts; and the ids."""
+        """Generates `new` greedy ids for each of `batch` prompts; returns seconds and ids."""
         ids = self._ids[:batch]
         options = {}
         if guidance != 1:
             options = {
                 "guidance_scale": guidance,
-                "negative_prompt_ids": self._bare.expand(batch, -1),
+                "negative_prompt_ids": self._unconditional.expand(batch, -1),
             }
-        began = time.monotonic()
+        start = time.monotonic()
         with torch.inference_mode():
-            out = self._model.generate(
+            outputs = self._model.generate(
                 ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new,
                 min_new_tokens=new, suppress_tokens=self._others, pad_token_id=1, **options,
             )  # fmt: skip
         if self._device == "cuda":
             torch.cuda.synchronize()
-        return [time.monotonic() - began, out[:, ids.shape[1] :].tolist()]
+        return [time.monotonic() - start, outputs[:, ids.shape[1] :].tolist()]
 
     def facts(self) -> dict:
         return {

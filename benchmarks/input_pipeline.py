@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Writes docs/input_pipeline.md: tokens a second that one core reads, encodes, masks and packs.
+"""Benchmarks the input pipeline in tokens per second, and writes docs/input_pipeline.md.
 
     python -m benchmarks.input_pipeline --folder=out/input_pipeline
 
-The first time it writes the documents into the folder, which takes some minutes and 2.5 GB. What is
-timed is `DecoderProgram.batches` of configs/cm3leon_350m.py, as the training loop reads it.
-Measurements during which other programs used the CPU do not count (`benchmarks/quiet.py` says why).
+The first run writes the documents into the folder, which takes some minutes and 2.5 GB. Then the
+benchmark times `DecoderProgram.batches` of configs/cm3leon_350m.py, as the training loop reads it.
+Measurements during which other programs used the CPU do not count (see `benchmarks/quiet.py`).
 """
 
 import argparse
@@ -25,7 +25,7 @@ from leon_jax.train.peak_flops import CHIPS
 
 MFU, CHIPS_OF_A_HOST = 0.6, 4
 DELAY, COLD_THREADS = 0.02, 8
-NAMES = {"codes": "codes", "pictures": "codes and pictures"}
+NAMES = {"codes": "codes", "pictures": "codes and images"}
 LINES = (
     Case(),
     Case(records="pictures"),
@@ -37,60 +37,66 @@ LINES = (
 PAGE = """\
 # The input pipeline
 
-How fast the decoder's training data are read, encoded, masked, packed and batched. Made by
-`python -m benchmarks.input_pipeline`, which times `DecoderProgram.batches` of
-`configs/cm3leon_350m.py` (rows of 4,096 tokens, pictures of 1,024) as the training loop reads it.
+```bash
+python -m benchmarks.input_pipeline
+```
+
+The benchmark measures how fast the decoder's training data is read, encoded, masked, packed and
+batched. It times `DecoderProgram.batches` of `configs/cm3leon_350m.py` (rows of 4,096 tokens,
+images of 1,024), as the training loop reads it.
 
 {machine}.
 
-Medians of {rounds} measurements of {seconds:g} s, during which other programs used at most {others}
-of the CPU. {documents:,} documents with captions of 20 to 60 tokens, {tokens:,.0f} tokens each with
-the picture's codes. Retrieved documents are drawn from anywhere among them, and nothing read is
-kept for later: every document that an example shows costs a read and an encoding.
+The numbers are medians of {rounds} measurements of {seconds:g} s. Other programs used at most
+{others} of the CPU. There are {documents:,} documents with captions of 20 to 60 tokens. A document
+has {tokens:,.0f} tokens, with the codes of its image. Retrieved documents are sampled from all of
+them. Nothing is cached: every document of an example costs a read and an encoding.
 
 ## One core
 
-The process and all its threads are kept on one core. Tokens are targets; padding does not count.
+The process and all its threads run on one core. Tokens are targets; padding does not count.
 
 {one_core}
 
-A v5p host with {chips} chips that trains the 350M model at {mfu} MFU takes {needed} million tokens
-a second. So one core and Python's threads are enough, and nothing is done in other processes.
+A v5p host with {chips} chips that trains the 350M model at {mfu} MFU consumes {needed} million
+tokens a second. So one core and Python threads are enough. No other processes are used.
 
 ## Where the time goes
 
-Microseconds an example (a query and two retrieved documents) of the first two lines above, without
-threads. Stopwatches are part of it.
+The table has microseconds an example (a query and two retrieved documents), for the first two rows
+above, without threads. The times include the stopwatches.
 
 {stages}
 
 ## More cores
 
-Python's threads take turns and lose time handing over, so a second core does not help, and several
-threads are for waiting (below). The first line of the first table on {cores} cores:
+Python threads take turns, and lose time when they hand over. So a second core does not help. More
+threads are for slow storage (below). This is the first row of the first table on {cores} cores:
 
 {threads}
 
-## Storage that answers late
+## Slow storage
 
-A thread that waits for a record holds up no other. Here every record comes {delay} ms later, on one
-core; an example needs three, one after the other. `data.threads` has to be the number of records
-wanted in a second, times the seconds that one takes; a run may go on with another number.
+A thread that waits for a record does not block the others. Here every record takes {delay} ms
+longer, on one core. An example needs three records, one after the other. Set `data.threads` to the
+number of records needed a second, times the seconds that one record takes. The number may change
+when a run continues.
 
 {late}
 
-## Pictures beside the codes
+## Images beside the codes
 
-`leon prepare` keeps a picture and its codes in one record, and a record is read whole. Training
-wants the codes only: {codes_bytes:,.0f} of {pictures_bytes:,.0f} bytes. From memory that costs what
-the first table says; from anywhere else it costs the bytes, {pictures_rate:.0f} MB instead of
-{codes_rate:.1f} for a million tokens. Here the file is not in memory when a measurement begins
-({cold_threads} threads, {cores} cores, this machine's disk):
+`leon prepare` stores an image and its codes in one record, and a record is read as a whole.
+Training needs the codes only: {codes_bytes:,.0f} of {pictures_bytes:,.0f} bytes. In memory, the
+cost is the difference in the first table. On any other storage the cost is the bytes:
+{pictures_rate:.0f} MB for a million tokens, instead of {codes_rate:.1f} MB. In this measurement the
+file is not in memory at the start ({cold_threads} threads, {cores} cores, the disk of this
+machine):
 
 {cold}
 
-A layout with the pictures in a file of their own, row for row, would read the codes alone; only
-preparing a folder and looking at it need the pictures.
+A layout with the images in a file of their own, row for row, would read the codes alone. Only
+preparing a folder and looking at it need the images.
 """
 
 
@@ -100,11 +106,11 @@ class Busy(Exception):
 
 @dataclasses.dataclass
 class Measure:
-    """Medians of measurements that nothing disturbed.
+    """Medians of undisturbed measurements.
 
     Attributes:
       options: the command line.
-      others: the largest share of the CPU that other programs used while one was made.
+      others: the largest share of the CPU that other programs used during a measurement.
     """
 
     options: argparse.Namespace
@@ -114,29 +120,31 @@ class Measure:
         """See `Reader.speed`.
 
         Raises:
-          Busy: there was no quiet.
+          Busy: other programs used the machine.
         """
         with contextlib.closing(Reader(self.options.folder, case)) as reader:
-            found = self._quiet(lambda: reader.speed(self.options.seconds))
-        speed, padding, busy = (statistics.median(column) for column in zip(*found, strict=True))
-        spread = f"{min(found)[0]:,.0f} to {max(found)[0]:,.0f}"
-        say(f"{case}: {speed:,.0f} tokens/s ({spread}), {busy:.2f} cores, {padding:.3f} padding")
+            results = self._quiet(lambda: reader.speed(self.options.seconds))
+        speed, padding, busy = (statistics.median(column) for column in zip(*results, strict=True))
+        spread = f"{min(results)[0]:,.0f} to {max(results)[0]:,.0f}"
+        log(f"{case}: {speed:,.0f} tokens/s ({spread}), {busy:.2f} cores, {padding:.3f} padding")
         return speed, padding, busy
 
     def stages(self, case: Case) -> dict[str, float]:
         """See `Reader.stages`.
 
         Raises:
-          Busy: there was no quiet.
+          Busy: other programs used the machine.
         """
         with contextlib.closing(Reader(self.options.folder, case)) as reader:
-            found = self._quiet(lambda: reader.stages(2))
-        medians = {stage: statistics.median(each[stage] for each in found) for stage in STAGES}
-        say(f"{case}: {sum(medians.values()):.0f} us an example")
+            results = self._quiet(lambda: reader.stages(2))
+        medians = {
+            stage: statistics.median(result[stage] for result in results) for stage in STAGES
+        }
+        log(f"{case}: {sum(medians.values()):.0f} us an example")
         return medians
 
     def _quiet[T](self, measure: Callable[[], T]) -> list[T]:
-        found: list[T] = []
+        results: list[T] = []
         for _ in range(5 * self.options.rounds):
             if not wait(self.options.noise, self.options.patience):
                 break
@@ -144,14 +152,14 @@ class Measure:
             result, others = measure(), watch.others()
             if others <= self.options.noise:
                 self.others = max(self.others, others)
-                found.append(result)
-            if len(found) == self.options.rounds:
-                return found
+                results.append(result)
+            if len(results) == self.options.rounds:
+                return results
         raise Busy("other programs use this machine; end them, or see --noise")
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
-    """A table in Markdown."""
+    """Returns a Markdown table."""
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *rows])
 
 
@@ -166,25 +174,25 @@ def million(speed: float) -> str:
 def one_core(measure: Measure) -> str:
     rows = []
     for case in LINES:
-        found = [measure.speed(dataclasses.replace(case, threads=n)) for n in (0, 1, 4)]
-        speeds = [million(speed) for speed, _, _ in found]
-        padding = percent(found[-1][1])
+        results = [measure.speed(dataclasses.replace(case, threads=n)) for n in (0, 1, 4)]
+        speeds = [million(speed) for speed, _, _ in results]
+        padding = percent(results[-1][1])
         rows.append([NAMES[case.records], str(case.retrieved), case.packing, *speeds, padding])
     head = ["records hold", "retrieved", "`data.packing`", "million tokens/s without threads"]
     return table([*head, "1 thread", "4 threads", "padding"], rows)
 
 
 def stages(measure: Measure) -> str:
-    found = [measure.stages(Case(records=name)) for name in NAMES]
-    totals = [sum(each.values()) for each in found]
+    results = [measure.stages(Case(records=name)) for name in NAMES]
+    totals = [sum(result.values()) for result in results]
     rows = []
-    for stage, what in STAGES.items():
+    for stage, description in STAGES.items():
         cells = []
-        for each, total in zip(found, totals, strict=True):
-            cells += [f"{each[stage]:.0f}", percent(each[stage] / total)]
-        rows.append([stage, what, *cells])
+        for result, total in zip(results, totals, strict=True):
+            cells += [f"{result[stage]:.0f}", percent(result[stage] / total)]
+        rows.append([stage, description, *cells])
     rows.append(["all", "", f"{totals[0]:.0f}", "", f"{totals[1]:.0f}", ""])
-    return table(["stage", "", "codes", "share", "codes and pictures", "share"], rows)
+    return table(["stage", "", "codes", "share", "codes and images", "share"], rows)
 
 
 def threads(measure: Measure) -> str:
@@ -205,20 +213,20 @@ def late(measure: Measure) -> str:
 
 def cold(measure: Measure) -> str:
     rows = []
-    for name, words in NAMES.items():
+    for name, description in NAMES.items():
         case = Case(records=name, threads=COLD_THREADS, cores=len(ALLOWED), cold=True)
         speed, _, busy = measure.speed(case)
-        rows.append([words, million(speed), f"{busy:.2f}"])
+        rows.append([description, million(speed), f"{busy:.2f}"])
     return table(["records hold", "million tokens/s", "cores busy"], rows)
 
 
 def page(measure: Measure) -> str:
-    """Everything, measured and written down."""
+    """Runs all measurements and returns the page."""
     options = measure.options
     reader = Reader(options.folder, Case())
     sizes = {name: reader.file(name).stat().st_size / options.documents for name in NAMES}
     chip = next(chip for chip in CHIPS if chip.name == "v5p")
-    needed = MFU * CHIPS_OF_A_HOST * chip.flops / reader.program.flops_per_token
+    required_speed = MFU * CHIPS_OF_A_HOST * chip.flops / reader.program.flops_per_token
     tables = {part.__name__: part(measure) for part in (one_core, stages, threads, late, cold)}
     return PAGE.format(
         machine=machine(),
@@ -229,7 +237,7 @@ def page(measure: Measure) -> str:
         tokens=reader.tokens,
         chips=CHIPS_OF_A_HOST,
         mfu=f"{100 * MFU:.0f} %",
-        needed=million(needed),
+        needed=million(required_speed),
         cores=len(ALLOWED),
         delay=f"{1000 * DELAY:.0f}",
         codes_bytes=sizes["codes"],
@@ -242,32 +250,39 @@ def page(measure: Measure) -> str:
 
 
 def machine() -> str:
-    """The processor, and the versions of what does the work."""
+    """Returns the processor and the versions of the packages that do the work."""
     lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-    name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    processor = next(
+        line.partition(":")[2].strip() for line in lines if line.startswith("model name")
+    )
     packages = ("grain", "array_record", "tokenizers", "msgpack", "numpy")
-    versions = ", ".join(f"{each} {importlib.metadata.version(each)}" for each in packages)
-    return f"{name}, {len(ALLOWED)} cores; Python {platform.python_version()}, {versions}"
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
+    return f"{processor}, {len(ALLOWED)} cores; Python {platform.python_version()}, {versions}"
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--folder", type=pathlib.Path, required=True, help="for the documents")
-    parser.add_argument("--documents", type=int, default=20_000, help="how many")
-    parser.add_argument("--seconds", type=float, default=2, help="of a measurement")
-    parser.add_argument("--rounds", type=int, default=5, help="measurements of a figure")
     parser.add_argument(
-        "--noise", type=float, default=0.03, help="share of the CPU that others may use"
+        "--folder", type=pathlib.Path, required=True, help="folder of the documents"
+    )
+    parser.add_argument("--documents", type=int, default=20_000, help="number of documents")
+    parser.add_argument("--seconds", type=float, default=2, help="duration of a measurement")
+    parser.add_argument("--rounds", type=int, default=5, help="measurements per number")
+    parser.add_argument(
+        "--noise", type=float, default=0.03, help="share of the CPU that other programs may use"
     )
     parser.add_argument(
-        "--patience", type=float, default=600, help="seconds to wait for that, before a measurement"
+        "--patience", type=float, default=600, help="seconds to wait for a quiet machine"
     )
     parser.add_argument(
-        "--out", type=pathlib.Path, default=ROOT / "docs" / "input_pipeline.md", help="the page"
+        "--out",
+        type=pathlib.Path,
+        default=ROOT / "docs" / "input_pipeline.md",
+        help="the page to write",
     )
     options = parser.parse_args()
     input_data.write(options.folder, options.documents)

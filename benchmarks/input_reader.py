@@ -1,4 +1,4 @@
-"""Reads the decoder's training data as the loop does: how fast, and where the time goes (Linux)."""
+"""Times reading the decoder's training data as the training loop does (Linux)."""
 
 import contextlib
 import dataclasses
@@ -23,7 +23,7 @@ from leon_jax.train.decoder_config import DecoderTraining
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 ALLOWED = sorted(os.sched_getaffinity(0))
-HOSTS = 64  # one of them reads 32 of the 2,048 rows of a batch
+HOSTS = 64  # one host reads 32 of the 2,048 rows of a batch
 STAGES = {
     "read record": "ArrayRecord, from memory",
     "unpack": "msgpack to a `Document`",
@@ -32,7 +32,7 @@ STAGES = {
     "neighbours": "two of the best two of each modality",
     "join": "retrieved documents before the query",
     "mask": "spans, sentinels, tail",
-    "example": "other draws, positions, targets",
+    "example": "random choices, positions, targets",
     "order": "shuffling, mixture, random state",
     "pack": "best fit into 128 rows",
     "batch": "32 rows to one array",
@@ -41,15 +41,15 @@ STAGES = {
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What is read, and how.
+    """Settings of a measurement.
 
     Attributes:
-      records: "codes", or "pictures": the same with a PNG beside the codes.
+      records: "codes", or "pictures" for records that also have the image as PNG.
       retrieved: documents retrieved for every query.
       packing, threads: as in `leon_jax.data.config.DataConfig`.
-      cores: that the process may use.
-      delay: seconds that every record takes to come, on top.
-      cold: when a measurement begins, the records are on the disk only.
+      cores: number of cores that the process may use.
+      delay: additional seconds of reading a record.
+      cold: whether the records are only on disk when a measurement starts.
     """
 
     records: str = "codes"
@@ -62,7 +62,7 @@ class Case:
 
 
 class DelayedRecords(records.RecordSource):
-    """Records that take a while to come, as from storage far away."""
+    """Records with a delay, as from slow storage."""
 
     delay = 0.0
 
@@ -73,11 +73,11 @@ class DelayedRecords(records.RecordSource):
 
 
 class Reader:
-    """Batches of a case.
+    """Reads and times the batches of a case.
 
     Args:
-      folder: what `benchmarks.input_data.write` wrote.
-      case: what to read from it.
+      folder: the folder that `benchmarks.input_data.write` wrote.
+      case: the settings.
     """
 
     def __init__(self, folder: pathlib.Path, case: Case) -> None:
@@ -96,43 +96,43 @@ class Reader:
         prepared_folder.RecordSource = DelayedRecords  # type: ignore[misc]
         DelayedRecords.delay = case.delay
         self._batches = iter(self.program.batches(0, HOSTS))
-        # So many batches are filled side by side, so only whole turns are timed.
+        # So many batches are filled in parallel, so only whole turns are timed.
         self._turn = self.program.config.data.packing_bins
         self._read()
 
     def close(self) -> None:
-        """Ends the reading threads."""
+        """Stops the reading threads."""
         self._batches.close()
 
     def file(self, name: str) -> pathlib.Path:
-        """The records of "codes" or "pictures"."""
+        """Returns the record file of "codes" or "pictures"."""
         (path,) = PreparedFolder(self._folder / name).paths("train", "array_record")
         return path
 
     @property
     def tokens(self) -> float:
-        """Of a document, on average."""
+        """The mean number of tokens in a document."""
         source = records.RecordSource(self.file("codes"))
         return float(np.mean([len(self.program.documents.encode(source[i])) for i in range(500)]))
 
     def speed(self, seconds: float) -> tuple[float, float, float]:
-        """Tokens a second, the share of padding, and the number of cores that were busy."""
+        """Returns tokens per second, the share of padding, and the number of busy cores."""
         if self.case.cold:
             with open(self.file(self.case.records), "rb") as file:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        tokens = places = 0
-        began, used = time.perf_counter(), time.process_time()
-        while (elapsed := time.perf_counter() - began) < seconds:
+        tokens = positions = 0
+        start, cpu_start = time.perf_counter(), time.process_time()
+        while (elapsed := time.perf_counter() - start) < seconds:
             segments = self._read()
-            tokens, places = tokens + int((segments > 0).sum()), places + segments.size
-        busy = (time.process_time() - used) / elapsed
-        return tokens / elapsed, 1 - tokens / places, busy
+            tokens, positions = tokens + int((segments > 0).sum()), positions + segments.size
+        busy_cores = (time.process_time() - cpu_start) / elapsed
+        return tokens / elapsed, 1 - tokens / positions, busy_cores
 
     def stages(self, turns: int) -> dict[str, float]:
-        """Microseconds an example, by stage; for whole examples, made without threads."""
+        """Returns microseconds per example by stage, without threads, over `turns` turns."""
         with Stopwatch() as watch:
             chain = [self._batches]
-            while chain[-1]._parents:  # Grain has no other way to see who packs
+            while chain[-1]._parents:  # Grain has no public way to get the packing iterator
                 chain.append(chain[-1]._parents[0])
             for iterator in chain:
                 stage = "batch" if iterator is chain[0] else "pack"
@@ -150,12 +150,12 @@ class Reader:
         return {stage: 1e6 * watch.seconds[stage] / count for stage in STAGES}
 
     def _read(self) -> np.ndarray:
-        """The segment ids of some batches."""
+        """Returns the segment ids of the batches of one turn."""
         return np.concatenate([next(self._batches)["segment_ids"] for _ in range(self._turn)])
 
 
 def pin(cores: int) -> None:
-    """Keeps all threads of this process, and those it will start, on its last so many cores."""
+    """Pins all threads of this process, and later ones, to its last `cores` cores."""
     for thread in os.listdir("/proc/self/task"):
-        with contextlib.suppress(ProcessLookupError):  # it may have ended by now
+        with contextlib.suppress(ProcessLookupError):  # the thread may have ended
             os.sched_setaffinity(int(thread), ALLOWED[-cores:])

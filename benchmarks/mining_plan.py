@@ -1,8 +1,8 @@
-"""What the miner takes on a TPU pod that is not there: its program, compiled by the real compiler.
+"""Plans a search of the index on a TPU pod: compiles its program with the TPU compiler.
 
     TPU_LIBRARY_PATH=.tpu/libtpu/libtpu.so python -m benchmarks.mining_plan --topology=v5e:16x16
 
-prints a line of JSON. `benchmarks/mining.py --plan` puts it into docs/mining.md.
+Prints one line of JSON, which benchmarks/mining.py formats for docs/mining.md.
 """
 
 import argparse
@@ -10,7 +10,7 @@ import dataclasses
 import json
 import os
 
-# As in `leon plan`: nothing is run here.
+# As in `leon plan`: the program is compiled and never run.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
@@ -26,21 +26,21 @@ from leon_jax.plan.plan import Roofline, sent_bytes
 from leon_jax.plan.roofline import Work
 from leon_jax.retrieval import device_blocks, mining
 
-# bfloat16 products that one of float32 takes at `Precision.HIGHEST`.
+# bfloat16 products per float32 product at `Precision.HIGHEST`.
 PASSES = 6
 
 
 def plan(topology: str, documents: int, dimensions: int, k: int, recall: float) -> dict:
-    """Compiles the search of one batch of queries in a bank of float16 that is on the devices.
+    """Compiles the search of one batch of queries in a float16 index that is on the devices.
 
     Returns:
-      Bytes of a device: `held` from batch to batch (the bank, above all), `working` beside it, and
-      its `capacity`; its `collectives`; the seconds that a `batch`, and batches for `all` documents
-      as queries, take at least for compute, memory and links.
+      Memory of a device in bytes: `held` from batch to batch (mainly the index), `working` memory,
+      and its `capacity`; its `collectives`; and the minimum seconds for compute, memory and links
+      of one `batch` and of `all` documents as queries.
 
     Raises:
-      UserError: there is no such topology, or the compiler for TPUs is not installed.
-      ValueError: the bank is more than one block.
+      UserError: the topology is unknown, or the TPU compiler is not installed.
+      ValueError: the index is larger than one block.
       JaxRuntimeError: the program does not fit.
     """
     pod = topologies.find(topology)
@@ -67,14 +67,14 @@ def plan(topology: str, documents: int, dimensions: int, k: int, recall: float) 
             tile=tile,
             recall=recall,
         ).compile()
-    memory, found = compiled.memory_analysis(), collectives(compiled.as_text())
+    memory, by_kind = compiled.memory_analysis(), collectives(compiled.as_text())
     rows = size // mesh.size
-    # Scores are not counted: `working` shows that they are never in device memory.
+    # Scores do not count as traffic: `working` shows that they are never in device memory.
     work = Work(
         flops=(PASSES if exact else 1) * 2.0 * queries * rows * dimensions,
         hbm_bytes=float(memory.argument_size_in_bytes),
     )
-    bound = dataclasses.asdict(Roofline.of(work, sent_bytes(found), pod))
+    bound = dataclasses.asdict(Roofline.of(work, sent_bytes(by_kind), pod))
     batches = -(-documents // queries)
     return {
         "recall": recall,
@@ -85,7 +85,7 @@ def plan(topology: str, documents: int, dimensions: int, k: int, recall: float) 
         "held": memory.argument_size_in_bytes,
         "working": memory.temp_size_in_bytes,
         "capacity": pod.chip.hbm * pod.share,
-        "collectives": {kind: dataclasses.asdict(each) for kind, each in found.items()},
+        "collectives": {kind: dataclasses.asdict(count) for kind, count in by_kind.items()},
         "batch": bound,
         "all": {name: batches * seconds for name, seconds in bound.items()},
     }

@@ -1,4 +1,4 @@
-"""One side of benchmarks/mining.py: searches a bank when it is asked to, and knows its memory."""
+"""One side of benchmarks/mining.py: searches an index on request and reports its peak memory."""
 
 import argparse
 import pathlib
@@ -11,11 +11,11 @@ from benchmarks.turns import serve
 
 
 class Memory(threading.Thread):
-    """The most memory this process has held (Linux).
+    """Measures the peak memory of this process (Linux).
 
-    RssAnon is what it allocated. Pages of files that are mapped are counted apart (RssFile): they
-    are the system's cache, given up whenever something else needs the memory. The kernel keeps the
-    peak of both together (VmHWM); that of RssAnon is sampled every 5 ms.
+    RssAnon is the allocated memory. Pages of mapped files (RssFile) are separate: they belong to
+    the system's cache, which releases them when other programs need memory. The kernel records the
+    peak of both together (VmHWM). The peak of RssAnon is sampled every 5 ms.
     """
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class Memory(threading.Thread):
             time.sleep(0.005)
 
     def peak(self) -> dict[str, int]:
-        """Bytes."""
+        """Returns the peaks in bytes."""
         return {"anonymous": self.anonymous, "resident": _status("VmHWM")}
 
 
@@ -41,7 +41,7 @@ def _status(name: str) -> int:
 
 
 class Ours:
-    """`VectorIndex.search` on files."""
+    """Searches files with `VectorIndex`."""
 
     def __init__(self, files: list[str], approximate: bool) -> None:
         import jax
@@ -50,14 +50,14 @@ class Ours:
         from leon_jax.retrieval.vector_index import VectorIndex
 
         jax.set_mesh(sharding.make_mesh())
-        self._bank, self._approximate = VectorIndex.open(files), approximate
+        self._index, self._approximate = VectorIndex.open(files), approximate
 
     def search(self, queries: np.ndarray, k: int) -> np.ndarray:
-        return self._bank.search(queries, k, approximate=self._approximate)[1]
+        return self._index.search(queries, k, approximate=self._approximate)[1]
 
 
 class Faiss:
-    """A flat index that `leon_jax.retrieval.faiss_export` wrote."""
+    """Searches a flat FAISS index that `leon_jax.retrieval.faiss_export` wrote."""
 
     def __init__(self, files: list[str]) -> None:
         import faiss
@@ -73,7 +73,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("side", choices=("exact", "approximate", "faiss"))
     parser.add_argument("queries", help="a .npy file")
-    parser.add_argument("files", nargs="+", help="the bank, or the index")
+    parser.add_argument("files", nargs="+", help="the shards, or FAISS's index")
     parser.add_argument("--k", type=int, default=20)
     arguments = parser.parse_args()
     memory = Memory()

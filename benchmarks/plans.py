@@ -1,4 +1,4 @@
-"""Writes docs/plans.md: what the CM3Leon models take on TPU pods, by `leon plan`.
+"""Plans the CM3Leon models on TPU pods with `leon plan`, and writes docs/plans.md.
 
     python benchmarks/plans.py
 
@@ -14,8 +14,8 @@ import tempfile
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIGS = {"350M": "cm3leon_350m", "760M": "cm3leon_760m", "7B": "cm3leon_7b"}
-# Remat policy and microbatches, by model and topology: what `leon plan --search` chose, the last
-# one by hand.
+# Remat policy and microbatches by model and topology, as `leon plan --search` chose them; the last
+# one was chosen by hand.
 SETTINGS = {
     ("350M", "v5e:16x16"): ("none", 4),
     ("350M", "v5p:8x8x4"): ("none", 1),
@@ -31,8 +31,8 @@ SETTINGS = {
     ("7B", "tpu7x:8x8x4"): ("dots", 1),
 }
 MESHES = ("1,256,1,1", "4,64,1,1", "8,32,1,1", "1,64,4,1", "1,64,1,4")
-# Weights and cache of the drawing programs, by topology and pictures at once.
-DRAWING = [
+# Topology, images in a batch, and dtypes of weights and cache of the decode programs.
+DECODING = [
     (topology, rows, weights, cache)
     for topology in ("v5e:2x4", "v5p:2x2x1")
     for rows, weights, cache in (
@@ -46,100 +46,104 @@ DRAWING = [
 GIB = 2**30
 DOES_NOT_FIT = 3
 
-HEAD = """\
-# Plans
-
-What the models of the paper take on TPU pods at the paper's batch of 8.4 million tokens (2,048 rows
-of 4,096), compiled by the compiler for TPUs on a machine without one. Made by
-`python benchmarks/plans.py`, which runs
+PAGE = """\
+# Plans for TPU pods
 
 ```bash
 leon plan --config=configs/cm3leon_7b.py --topology=v5p:8x8x4 --mesh=-1,64,1,1 \\
   --config.model.remat=none --config.microbatches=2
-```
-
-for every row, with a remat policy and microbatches that `--search` chose (the last row: chosen by
-hand). The compiler comes with
-`pip install 'leon_jax[tpu]'`; in this repository, `make tpu` puts it beside the environment, for
-`TPU_LIBRARY_PATH=.tpu/libtpu/libtpu.so`.
-
-{best}
-
-{meshes}
-
-{drawing}
-
-A picture of 1,024 tokens after a prompt of 3,072 (two retrieved documents), with guidance, made by
-
-```bash
+leon plan --config=configs/cm3leon_7b.py --topology=v5p:8x8x4 --search
 leon plan --config=configs/cm3leon_7b.py --program=decode --topology=v5e:2x4 --rows=1 --weights=int8
 ```
 
-and so on, tensor parallel over all chips. *Cache* is of both streams: the unconditional one has a
-short prompt, and keys and values in 8 bits (the rows that say so) take a little over half. *Others*
-is what lives beside it at the peak while writing. *Seconds* are those of the roofline: weights and
-cache read once a token, and the collectives of the compiled loop; no run is faster.
+`leon plan` compiles a config for a TPU pod, on a machine without a TPU, and prints memory, traffic
+and time. With `--search` it looks for the fastest settings that fit, or for the smallest change
+that makes the config fit. Exit code 3 means that the config does not fit. It needs the TPU
+compiler: `pip install 'leon_jax[tpu]'`, or in this repository `make tpu` and
+`TPU_LIBRARY_PATH=.tpu/libtpu/libtpu.so`.
 
-## What the figures of training say
+This page plans the paper's models at the paper's batch of 8.4 million tokens (2,048 rows of 4,096).
+Every row is one `leon plan` command. `python benchmarks/plans.py` runs them all. `--search` chose
+the remat policies and microbatches, except in the last row of the first table, where they were
+chosen by hand.
 
-Split over all 256 chips (first line) each has 16 columns of an embedding, and the compiler gathers
-and reduces by all-reduce, at twice the bytes; with 64 it does not. `--search` tries other shares of
-`data` and `fsdp`. Context parallelism (fourth line) gathers keys and values, which at this batch is
-four times what the weights take: 2.1 GB a layer on each device. Ring attention would send the same
-bytes in pieces and keep fewer of them at once. Rows of 4,096 tokens need neither, so it is not
-built.
+## Models and pods
 
-## What the figures are
+{best}
 
-*Peak* is the most that lives at once in the memory of one device, in the compiler's schedule:
+## 7B on v5p:8x8x4 with other meshes
+
+{meshes}
+
+With all 256 chips on `fsdp` (first row), each chip has 16 columns of an embedding. The compiler
+then gathers and reduces by all-reduce, which sends twice the bytes. With 64 chips it does not.
+`--search` tries other divisions of `data` and `fsdp`. Context parallelism (fourth row) gathers keys
+and values: 2.1 GB a layer on each device. At this batch that is four times the weights. Ring
+attention would send the same bytes in pieces and hold fewer of them at once. Rows of 4,096 tokens
+need neither, so ring attention is not built.
+
+## Generating with 7B
+
+{generation}
+
+Each row generates images of 1,024 tokens after a prompt of 3,072 (two retrieved documents), with
+guidance, tensor parallel over all chips. *Cache* is that of both streams. The prompt of the
+unconditional stream is short. Keys and values in 8 bits (the rows with "cache too") take a little
+more than half. *Others* is the other memory at the peak of decoding. *Seconds* are the bound of the
+roofline: weights and cache are read once a token, plus the collectives of the compiled loop. No run
+is faster.
+
+## What the numbers mean
+
+*Peak* is the most that lives in the memory of one device at once, in the compiler's schedule:
 parameters, optimizer state (both float32), and everything else. A TPU7x chip shows as two devices.
-Whether a program fits is decided by the compiler, which also needs room for packing: its limit is a
-little below the chip's capacity, and it works harder, or refuses, long before a sum says so.
+The compiler decides whether a program fits. It also needs room for packing, so its limit is a
+little below the capacity of the chip. Near the limit it works harder, or refuses.
 
 *Sent* is what one device sends in one step. It is read from the compiled program: the bytes of
-every collective, by the ring algorithms, times how often the loops around it run.
+every collective, by the ring algorithms, times the number of iterations of the loops around it.
 
-*Bound* is the time that a step cannot be faster than: the longest of
+The *bound* is a time that no step can beat. It is the longest of
 
-- compute: the operations that are executed, computed again ones included, at the chip's peak;
-- memory: operands and results of matrix products, gathered weights and the optimizer's state, at
-  the bandwidth of device memory;
+- compute: all executed operations, recomputation included, at the peak of the chip;
+- memory: operands and results of matrix products, gathered weights and the optimizer state, at the
+  bandwidth of device memory;
 - links: what is sent, at the bandwidth of all links of the chip together.
 
-Operations and traffic are counted from the model's shape (`leon_jax/plan/roofline.py`), because XLA
-counts the body of a loop once. Nothing else is counted, so a run is slower: this is a bound, no
-prediction.
+Operations and traffic are counted from the shape of the model (`leon_jax/plan/roofline.py`),
+because XLA counts the body of a loop once. Nothing else is counted. So a real run is slower: this
+is a bound, not a prediction.
 
-*MFU at most* is what [MFU](train.md#goodput-and-utilisation) would be at that time. Beside it
-stands what it would be if no collective were hidden behind arithmetic. `--search` takes the setting
-with the least arithmetic and collectives, added up.
+*MFU at most* is the [MFU](train.md#goodput-and-utilisation) at that time. The number in brackets
+assumes that no collective is hidden behind arithmetic. `--search` takes the settings with the
+smallest sum of arithmetic and collectives.
 
 *Days* are those of the paper's token budget (1.4, 1.9 and 2.4 trillion tokens) at the bound.
 """
 
 
 def plan(*flags: str) -> dict:
-    """What `leon plan` writes; nothing if it does not fit."""
+    """Runs `leon plan` and returns its plan.json, or {} if the program does not fit."""
     print(*flags, file=sys.stderr, flush=True)
     environment = {"TPU_LIBRARY_PATH": str(ROOT / ".tpu/libtpu/libtpu.so"), **os.environ}
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "leon_jax.cli.main", "plan", *flags, f"--out={folder}"]
-        done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
-        if done.returncode == DOES_NOT_FIT:
+        result = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+        if result.returncode == DOES_NOT_FIT:
             return {}
-        done.check_returncode()
+        result.check_returncode()
         return json.loads(pathlib.Path(folder, "plan.json").read_text())
 
 
-def row(first: list[str], found: dict, last: bool = True) -> str:
-    """One line of a table."""
-    if not found:
-        return f"| {' | '.join([*first, 'does not fit'])} |"
-    setting, memory = found["setting"], found["memory"]
-    figures, bound = found["figures"], found["rooflines"]["step"]
-    sent = {kind: each["bytes_sent"] / 1e9 for kind, each in found["collectives"].items()}
+def train_row(labels: list[str], content: dict, with_run: bool = True) -> str:
+    """Returns a table row of a training plan; `with_run` adds the speed and days of the run."""
+    if not content:
+        return f"| {' | '.join([*labels, 'does not fit'])} |"
+    setting, memory = content["setting"], content["memory"]
+    figures, bound = content["figures"], content["rooflines"]["step"]
+    sent = {kind: counts["bytes_sent"] / 1e9 for kind, counts in content["collectives"].items()}
     cells = [
-        *first,
+        *labels,
         f"{setting['remat']}, {setting['microbatches']}",
         f"{memory['peak'] / GIB:.1f} of {memory['capacity'] / GIB:.0f}",
         f"{(memory['parameters'] + memory['optimizer']) / GIB:.2f}",
@@ -147,56 +151,56 @@ def row(first: list[str], found: dict, last: bool = True) -> str:
         f"{bound['compute']:.3g} / {bound['memory']:.3g} / {bound['links']:.3g}",
         f"**{100 * figures['mfu_bound']:.0f} %** ({100 * figures['mfu_serial']:.0f} %)",
     ]
-    if last:
+    if with_run:
         cells += [f"{figures['tokens_per_second'] / 1e6:.2f}", f"{figures['days']:.1f}"]
     return f"| {' | '.join(cells)} |"
 
 
-def drawing_row(first: list[str], found: dict) -> str:
-    """One line of the table of drawing programs."""
-    if not found:
-        return f"| {' | '.join([*first, 'does not fit'])} |"
-    memory, figures = found["memory"], found["figures"]
-    bound = found["rooflines"]["token"]
+def decode_row(labels: list[str], content: dict) -> str:
+    """Returns a table row of a decode plan."""
+    if not content:
+        return f"| {' | '.join([*labels, 'does not fit'])} |"
+    memory, figures = content["memory"], content["figures"]
+    bound = content["rooflines"]["token"]
     sizes = [memory[name] / GIB for name in ("parameters", "cache", "activations", "peak")]
     cells = [
-        *first,
+        *labels,
         *(f"{size:.2f}" for size in sizes),
         f"{memory['capacity'] / GIB:.0f}",
         f"{1e3 * bound['compute']:.2f} / {1e3 * bound['memory']:.2f} / {1e3 * bound['links']:.2f}",
-        f"{figures['seconds_per_batch'] / found['setting']['rows']:.2f}",
+        f"{figures['seconds_per_batch'] / content['setting']['rows']:.2f}",
         f"{figures['tokens_per_second']:,.0f}",
     ]
     return f"| {' | '.join(cells)} |"
 
 
 def table(head: list[str], rows: list[str]) -> str:
-    """A table in Markdown."""
+    """Returns a Markdown table."""
     return "\n".join([f"| {' | '.join(head)} |", "|---" * len(head) + "|", *rows])
 
 
 def main() -> None:
     best, meshes = [], []
     for (model, topology), (remat, microbatches) in SETTINGS.items():
-        found = plan(
+        content = plan(
             f"--config=configs/{CONFIGS[model]}.py",
             f"--topology={topology}",
             "--mesh=-1,64,1,1",
             f"--config.model.remat={remat}",
             f"--config.microbatches={microbatches}",
         )
-        best.append(row([model, topology], found))
+        best.append(train_row([model, topology], content))
     for mesh in MESHES:
-        found = plan("--config=configs/cm3leon_7b.py", "--topology=v5p:8x8x4", f"--mesh={mesh}")
-        meshes.append(row([mesh.replace(",", " x ")], found, last=False))
-    drawing = []
-    for topology, rows, weights, cache in DRAWING:
-        found = plan(
+        content = plan("--config=configs/cm3leon_7b.py", "--topology=v5p:8x8x4", f"--mesh={mesh}")
+        meshes.append(train_row([mesh.replace(",", " x ")], content, with_run=False))
+    decoding = []
+    for topology, rows, weights, cache in DECODING:
+        content = plan(
             "--config=configs/cm3leon_7b.py", "--program=decode", f"--topology={topology}",
             f"--rows={rows}", f"--weights={weights}", f"--cache={cache}",
         )  # fmt: skip
-        kept = weights if cache == "compute" else f"{weights}, cache too"
-        drawing.append(drawing_row([topology, str(rows), kept], found))
+        dtypes = weights if cache == "compute" else f"{weights}, cache too"
+        decoding.append(decode_row([topology, str(rows), dtypes], content))
     columns = [
         "remat, microbatches",
         "peak, GiB",
@@ -207,17 +211,13 @@ def main() -> None:
     ]
     best_table = table(["model", "topology", *columns, "million tokens/s", "days"], best)
     meshes_table = table(["data x fsdp x context x tensor", *columns], meshes)
-    drawing_table = table(
-        ["topology", "pictures at once", "weights", "weights, GiB", "cache, GiB", "others, GiB",
+    decoding_table = table(
+        ["topology", "images at once", "weights", "weights, GiB", "cache, GiB", "others, GiB",
          "peak, GiB", "of GiB", "a token: compute / memory / links, ms",
-         "seconds a picture at least", "tokens/s at most"],
-        drawing,
+         "seconds an image at least", "tokens/s at most"],
+        decoding,
     )  # fmt: skip
-    text = HEAD.format(
-        drawing=f"## Drawing with 7B\n\n{drawing_table}",
-        best=f"## Models and pods\n\n{best_table}",
-        meshes=f"## 7B on v5p:8x8x4 with other meshes\n\n{meshes_table}",
-    )
+    text = PAGE.format(best=best_table, meshes=meshes_table, generation=decoding_table)
     page = ROOT / "docs" / "plans.md"
     temporary = page.with_name(page.name + ".tmp")
     temporary.write_text(text)

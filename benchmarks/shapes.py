@@ -1,16 +1,16 @@
-"""The models that training and decoding are timed on."""
+"""The model shapes of the training and decoding benchmarks."""
 
 import dataclasses
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """A decoder and a batch.
+    """The shape of a decoder and of a batch.
 
     Attributes:
       vocab, embed, layers, heads, mlp: as in `leon_jax.models.decoder.DecoderConfig`.
-      length: tokens of a row.
-      batch: rows on a CPU.
+      length: tokens in a row.
+      batch: rows of a batch on a CPU.
     """
 
     vocab: int
@@ -23,11 +23,11 @@ class Shape:
 
 
 SHAPES = {
-    "tiny": Shape(4096, 64, 2, 4, 256, 128, 2),  # to see that everything works
+    "tiny": Shape(4096, 64, 2, 4, 256, 128, 2),  # for a quick check
     "10m": Shape(16384, 256, 8, 4, 1024, 1024, 8),
     "125m": Shape(50272, 768, 12, 12, 3072, 1024, 2),  # OPT-125m
 }
-# The same in both programs; everything else of AdamW is fixed by these.
+# AdamW settings of both sides.
 OPTIMIZER = {
     "learning_rate": 1e-4, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1,
     "clip_norm": 1.0,

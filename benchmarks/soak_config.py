@@ -1,7 +1,7 @@
-"""The run that `benchmarks/soak.py` kills: a small decoder on a few made-up pictures.
+"""Config of the run that `benchmarks/soak.py` kills: a small decoder on a few random images.
 
-Everything that a checkpoint must carry is in it: retrieved documents drawn at random, CM3 masks,
-packing, several moments of AdamW. It is wide enough that a save takes as long as many steps.
+It uses everything that a checkpoint must restore: random retrieved documents, CM3 masks, packing
+and AdamW's moments. The model is wide enough that a save takes as long as many steps.
 """
 
 import pathlib
@@ -19,10 +19,10 @@ SAVE_EVERY = 10
 
 
 def get_config(folder: str) -> ConfigDict:
-    """`folder` holds `tiny/` and `prepared/`, as `tests/tiny.py` writes them."""
+    """Returns the config; `folder` has `tiny/` and `prepared/`, which `write_data` writes."""
     data = pathlib.Path(folder)
     text = data / "tiny" / "text.json"
-    # Sizes that a mesh with 2 or 4 on any axis divides.
+    # Sizes that are divisible by 2 and 4 on every axis of a mesh.
     vocabulary = Vocabulary.compact(tiny.CODES, TextTokenizer.load(text).size, 4, multiple=4)
     steps = 400
     return ConfigDict(
@@ -43,7 +43,7 @@ def get_config(folder: str) -> ConfigDict:
                 "retrieved": (0.5, 0.25, 0.25),
             },
             "masking": {"placement": "segment"},
-            # Every loss is logged, so that every one can be compared.
+            # Log every loss, so that all can be compared.
             "loop": {
                 "log_every": 1, "save_every": SAVE_EVERY, "sample_every": 1_000_000,
                 "data_shards": 2, "mesh": (-1, 1, 1, 1),
@@ -53,6 +53,6 @@ def get_config(folder: str) -> ConfigDict:
 
 
 def write_data(folder: pathlib.Path) -> None:
-    """Writes what `get_config` is given."""
+    """Writes the data that `get_config` reads."""
     with jax.set_mesh(sharding.make_mesh((1, 1, 1, 1), jax.devices()[:1])):
         tiny.write_prepared(folder / "prepared", tiny.write_checkpoint(folder / "tiny"))

@@ -1,10 +1,10 @@
-"""Kills `leon prepare` at random and compares what it leaves in the end with an unbroken run.
+"""Kills `leon prepare` at random times and compares its result with an uninterrupted run.
 
     python -m benchmarks.soak_prepare --kills=10 --data_dir=data/emoji
 
-Prepares the emoji drawings with the bundled models into WORKDIR/whole, then into WORKDIR/killed,
-where the process gets SIGKILL after a random share of the time that the unbroken run took, again
-and again; then once more on Apache Beam. All three folders must hold the same bytes.
+Prepares the emoji images with the shipped models three times: without interruption in
+WORKDIR/whole, with kills at random times in WORKDIR/killed, and on Apache Beam in WORKDIR/beam. All
+three folders must have the same bytes.
 """
 
 import hashlib
@@ -18,15 +18,17 @@ import time
 
 from absl import app, flags
 
-_KILLS = flags.DEFINE_integer("kills", 10, "How often the process is killed.", 1)
-_DATA = flags.DEFINE_string("data_dir", "data/emoji", "The emoji drawings; made if missing.")
-_WORKDIR = flags.DEFINE_string("workdir", "out/soak_prepare", "Where the folders go.")
-_SEED = flags.DEFINE_integer("seed", 0, "Decides when.")
-_SHARD = flags.DEFINE_integer("shard_size", 500, "Documents a shard.")
+_KILLS = flags.DEFINE_integer("kills", 10, "Number of kills.", 1)
+_DATA = flags.DEFINE_string(
+    "data_dir", "data/emoji", "The folder of emoji images; rendered if missing."
+)
+_WORKDIR = flags.DEFINE_string("workdir", "out/soak_prepare", "The parent of the three folders.")
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the times of the kills.")
+_SHARD = flags.DEFINE_integer("shard_size", 500, "Documents per shard.")
 
 
 def config(path: pathlib.Path) -> None:
-    """Writes a config that prepares the drawings in small shards, dropping copies."""
+    """Writes a config that prepares the emoji in small shards and drops duplicates."""
     splits = ("train", "unseen_design", "unseen_concept")
     sources = [
         {"kind": "emoji", "path": _DATA.value, "split": split, "shard_size": _SHARD.value}
@@ -44,7 +46,7 @@ def config(path: pathlib.Path) -> None:
 
 
 def main(argv: list[str]) -> None:
-    """Runs the three and prints what was compared."""
+    """Runs `leon prepare` three times and compares the folders."""
     del argv
     work = pathlib.Path(_WORKDIR.value)
     shutil.rmtree(work, ignore_errors=True)
@@ -56,35 +58,35 @@ def main(argv: list[str]) -> None:
                    f"--config={work / 'prepare.py'}", f"--out={work / name}"]  # fmt: skip
         return subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
 
-    began = time.monotonic()
+    start_time = time.monotonic()
     if start("whole").wait():
-        raise SystemExit("the unbroken run failed")
-    whole = time.monotonic() - began
+        raise SystemExit("the uninterrupted run failed")
+    duration = time.monotonic() - start_time
     expected = digests(work / "whole")
-    print(f"unbroken: {whole:.0f} s, {len(expected)} files")
+    print(f"uninterrupted: {duration:.0f} s, {len(expected)} files")
 
-    rng, killed, starts = random.Random(_SEED.value), 0, 0
-    began = time.monotonic()
+    rng, kills, starts = random.Random(_SEED.value), 0, 0
+    start_time = time.monotonic()
     while True:
         process, starts = start("killed"), starts + 1
         try:
-            # Starting takes a while; each start then does only what is left.
-            code = process.wait(rng.uniform(0.1, 0.5) * whole if killed < _KILLS.value else None)
+            # Every start resumes, so only the remaining work takes time.
+            code = process.wait(rng.uniform(0.1, 0.5) * duration if kills < _KILLS.value else None)
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             process.wait()
-            killed += 1
+            kills += 1
             continue
         if code:
             raise SystemExit(f"start {starts} failed")
-        if killed >= _KILLS.value:
+        if kills >= _KILLS.value:
             break
-        # Done before the kills were used up: begin anew.
+        # Finished before all kills were used; start again from nothing.
         compare(work / "killed", expected)
         shutil.rmtree(work / "killed")
     compare(work / "killed", expected)
-    took = time.monotonic() - began
-    print(f"killed {killed} times in {starts} starts, {took:.0f} s in all: the same bytes")
+    elapsed = time.monotonic() - start_time
+    print(f"killed {kills} times in {starts} starts, {elapsed:.0f} s in total: the same bytes")
 
     if start("beam", "--runner=DirectRunner").wait():
         raise SystemExit("the run on Beam failed")
@@ -93,7 +95,7 @@ def main(argv: list[str]) -> None:
 
 
 def digests(folder: pathlib.Path) -> dict[str, str]:
-    """SHA-256 of every file of a folder."""
+    """Returns the SHA-256 of every file in a folder."""
     return {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(folder.rglob("*"))
@@ -102,13 +104,13 @@ def digests(folder: pathlib.Path) -> dict[str, str]:
 
 
 def compare(folder: pathlib.Path, expected: dict[str, str]) -> None:
-    """Ends the program if a folder does not hold what is expected."""
-    found = digests(folder)
-    wrong = sorted(
-        name for name in expected.keys() | found if expected.get(name) != found.get(name)
+    """Exits with an error if the files in a folder differ from the expected ones."""
+    actual = digests(folder)
+    different = sorted(
+        name for name in expected.keys() | actual if expected.get(name) != actual.get(name)
     )
-    if wrong:
-        raise SystemExit(f"{folder} differs in {len(wrong)} files: {', '.join(wrong[:5])}")
+    if different:
+        raise SystemExit(f"{folder} differs in {len(different)} files: {', '.join(different[:5])}")
 
 
 if __name__ == "__main__":

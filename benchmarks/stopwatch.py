@@ -1,4 +1,4 @@
-"""Where the time of a program goes, by function."""
+"""Measures the time of a program by function."""
 
 import collections
 import time
@@ -7,9 +7,9 @@ from typing import Any
 
 
 class Stopwatch:
-    """Counts the time spent in functions, each without what it calls of the others.
+    """Counts the time in functions, each without the other counted functions that it calls.
 
-    For programs of one thread. As a context manager it puts the functions back at its end.
+    Only for single-threaded programs. As a context manager it restores the functions at its end.
     """
 
     def __init__(self) -> None:
@@ -19,14 +19,14 @@ class Stopwatch:
         self._undo: list[Callable[[], None]] = []
 
     def time(self, owner: Any, name: str, stage: str) -> None:
-        """From now on counts the time in `owner.name` under `stage`."""
+        """Starts to count the time in the function `owner.name` under `stage`."""
         original = getattr(owner, name)
 
-        def timed(*arguments: Any, **others: Any) -> Any:
+        def timed(*arguments: Any, **keywords: Any) -> Any:
             self._switch()
             self._running.append(stage)
             try:
-                return original(*arguments, **others)
+                return original(*arguments, **keywords)
             finally:
                 self._switch()
                 self._running.pop()

@@ -1,12 +1,11 @@
 #!/usr/bin/env python3
-"""Tokens a second of a training step: our decoder beside OPT of transformers in PyTorch.
+"""Benchmarks a training step: our decoder against OPT of transformers in PyTorch.
 
     python -m benchmarks.train_step --shape=10m --shape=125m --out=out/train_step.md
 
-Both train the same model (the same weights: their losses on the same batch must agree first) with
-the same AdamW, clipping included. They are two processes on one machine that take turns, a few
-steps each; while one works the other waits. Rounds in which other programs used the CPU do not
-count (`benchmarks/quiet.py` says why).
+Both sides train the same model with the same weights, AdamW and clipping. First their losses on the
+same batch are compared. They are two processes that take turns on one machine, a few steps each.
+Rounds in which other programs used the CPU do not count (see `benchmarks/quiet.py`).
 
 On a GPU (`--device=gpu`) both compute in bfloat16 with float32 weights, PyTorch under autocast.
 """
@@ -23,7 +22,7 @@ from benchmarks.quiet import Noisy, rounds
 from benchmarks.shapes import SHAPES, Shape
 from benchmarks.turns import ROOT, Worker
 
-TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}  # of the first loss, in nats
+TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}  # of the loss on the first batch, in nats
 
 
 class Unequal(Exception):
@@ -32,12 +31,12 @@ class Unequal(Exception):
 
 @dataclasses.dataclass
 class Result:
-    """What was measured for one shape.
+    """The measurements of one shape.
 
     Attributes:
-      ours, theirs: tokens a second in every round.
+      ours, theirs: tokens per second in each round.
       others: the largest share of the CPU that other programs used in a round.
-      facts: what the two sides say of themselves.
+      facts: the facts of both sides.
     """
 
     ours: list[float]
@@ -46,7 +45,7 @@ class Result:
     facts: tuple[dict, dict]
 
     def row(self, name: str, shape: Shape) -> str:
-        """A line of the table."""
+        """Returns a table row."""
         ratios = sorted(a / b for a, b in zip(self.ours, self.theirs, strict=True))
         ours, theirs = statistics.median(self.ours), statistics.median(self.theirs)
         mfu = ""
@@ -63,7 +62,7 @@ class Result:
 
 
 def measure(shape: Shape, arguments: argparse.Namespace) -> Result:
-    """Starts both sides, checks that they compute the same, and lets them take turns.
+    """Starts both sides, checks that their losses agree, and measures them in turns.
 
     Raises:
       Unequal: the first losses differ.
@@ -84,7 +83,7 @@ def measure(shape: Shape, arguments: argparse.Namespace) -> Result:
                 {"JAX_PLATFORMS": "cuda" if arguments.device == "gpu" else "cpu"},
             )  # fmt: skip
             workers.append(ours)
-            first = ours.ask("loss")  # by then it has written what the other side reads
+            first = ours.ask("loss")  # the worker answers after it has written its files
             theirs = Worker(
                 [
                     arguments.peer_python, "-m", "benchmarks.train_step_torch", text,
@@ -97,11 +96,11 @@ def measure(shape: Shape, arguments: argparse.Namespace) -> Result:
             second = theirs.ask("loss")
             if abs(first - second) > TOLERANCE[dtype]:
                 raise Unequal(f"the losses differ, {first} and {second}: not the same model")
-            say(f"first loss {first:.6f} and {second:.6f}")
+            log(f"first loss {first:.6f} and {second:.6f}")
             for worker in workers:
-                worker.ask("steps", 1)  # compiles, allocates, warms up
+                worker.ask("steps", 1)  # compiles, allocates and warms up
             tokens = arguments.steps * shape.batch * shape.length
-            made = list(
+            results = list(
                 rounds(
                     workers,
                     lambda worker: worker.ask("steps", arguments.steps),
@@ -111,32 +110,32 @@ def measure(shape: Shape, arguments: argparse.Namespace) -> Result:
                     lambda answer: f"{tokens / answer[0]:,.0f} tokens/s",
                 )
             )
-            losses = [loss for _, loss in made[-1][0]]
-            speeds = [[tokens / answers[side][0] for answers, _ in made] for side in (0, 1)]
-            most = max(others for _, others in made)
-            say(f"last loss {losses[0]:.6f} and {losses[1]:.6f}")
-            return Result(*speeds, most, (ours.ask("facts"), theirs.ask("facts")))
+            losses = [loss for _, loss in results[-1][0]]
+            speeds = [[tokens / answers[side][0] for answers, _ in results] for side in (0, 1)]
+            max_others = max(others for _, others in results)
+            log(f"last loss {losses[0]:.6f} and {losses[1]:.6f}")
+            return Result(*speeds, max_others, (ours.ask("facts"), theirs.ask("facts")))
         finally:
             for worker in workers:
                 worker.end()
 
 
 def table(results: dict[str, tuple[Shape, Result]], arguments: argparse.Namespace) -> str:
-    """The page: what was measured how, and a row for each shape."""
+    """Returns the page with a table row for each shape."""
     ours, theirs = next(iter(results.values()))[1].facts
     biases = (
-        "OPT has its biases and affine norms here, which the other lacks: a few per mille of the "
-        "operations."
+        "OPT has biases and affine norms here, which our model lacks; they are a few per mille of "
+        "the operations."
         if arguments.biases
-        else "OPT is built without its biases and affine norms, so both are the same model."
+        else "OPT has no biases and affine norms here, so both models are the same."
     )
-    most = max(result.others for _, result in results.values())
+    max_others = max(result.others for _, result in results.values())
     head = [
-        f"Training steps on {ours['device']} x {ours['devices']}, PyTorch with "
-        f"{theirs['threads']} threads: {ours['name']} beside {theirs['name']}. {biases} Forward, "
-        "cross-entropy of all tokens, backward, clipping, AdamW. Medians of "
-        f"{arguments.rounds} rounds in which each side made {arguments.steps} steps, and other "
-        f"programs used at most {100 * most:.1f} % of the CPU.",
+        f"The benchmark times training steps on {ours['device']} x {ours['devices']}. It compares "
+        f"{ours['name']} with {theirs['name']}; PyTorch has {theirs['threads']} threads. {biases} "
+        "A step has the forward pass, the cross-entropy of all tokens, the backward pass, clipping "
+        f"and AdamW. The numbers are medians of {arguments.rounds} rounds of {arguments.steps} "
+        f"steps per side. Other programs used at most {100 * max_others:.1f} % of the CPU.",
         "",
         "| model | ours, tokens/s | PyTorch, tokens/s | ratio | its spread | our MFU |",
         "|---|---|---|---|---|---|",
@@ -145,7 +144,7 @@ def table(results: dict[str, tuple[Shape, Result]], arguments: argparse.Namespac
     return "\n".join([*head, *rows, ""])
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
@@ -153,30 +152,37 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--shape", action="append", choices=SHAPES, help="may be repeated")
     parser.add_argument("--steps", type=int, default=3, help="of a turn")
-    parser.add_argument("--rounds", type=int, default=7, help="turns of each side")
+    parser.add_argument("--rounds", type=int, default=7, help="number of rounds")
     parser.add_argument(
-        "--noise", type=float, default=0.03, help="share of the CPU that others may use"
+        "--noise", type=float, default=0.03, help="share of the CPU that other programs may use"
     )
     parser.add_argument(
-        "--patience", type=float, default=600, help="seconds to wait for that, before a round"
+        "--patience",
+        type=float,
+        default=600,
+        help="seconds to wait for a quiet machine before a round",
     )
-    parser.add_argument("--batch", type=int, help="rows, instead of the shape's own")
+    parser.add_argument("--batch", type=int, help="rows of a batch; the default is the shape's")
     parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--compile", action="store_true", help="PyTorch under torch.compile")
     parser.add_argument("--biases", action="store_true", help="OPT with biases and affine norms")
-    parser.add_argument("--model", default="{}", help='of ours, for example {"remat": "dots"}')
-    parser.add_argument("--training", default="{}", help='of ours, as {"loss_chunk": 1024}')
+    parser.add_argument("--model", default="{}", help='fields of our model, as {"remat": "dots"}')
     parser.add_argument(
-        "--peer_python", default=str(ROOT / ".venv-peers" / "bin" / "python"), help="with PyTorch"
+        "--training", default="{}", help='fields of our training, as {"loss_chunk": 1024}'
     )
-    parser.add_argument("--out", type=pathlib.Path, help="a file for the table")
+    parser.add_argument(
+        "--peer_python",
+        default=str(ROOT / ".venv-peers" / "bin" / "python"),
+        help="Python with PyTorch",
+    )
+    parser.add_argument("--out", type=pathlib.Path, help="the page to write")
     arguments = parser.parse_args()
     results = {}
     for name in arguments.shape or ["10m", "125m"]:
         shape = SHAPES[name]
         if arguments.batch:
             shape = dataclasses.replace(shape, batch=arguments.batch)
-        say(f"{name}: {shape}")
+        log(f"{name}: {shape}")
         try:
             results[name] = (shape, measure(shape, arguments))
         except (Unequal, Noisy) as error:

@@ -46,10 +46,10 @@ def main() -> None:
 
 
 class Ours:
-    """A `DecoderProgram` with drawn weights, and batches for it.
+    """A `DecoderProgram` with random weights, and its batches.
 
     Args:
-      shape: of the model and a batch.
+      shape: shape of the model and of a batch.
       model: more fields of `DecoderConfig`.
       training: more fields of `DecoderTraining`.
     """
@@ -70,35 +70,35 @@ class Ours:
             **training,
         )  # fmt: skip
         self._shape, self._program = shape, DecoderProgram(config)
-        self._state = _drawn(self._program)
+        self._state = _random_state(self._program)
         rng = np.random.default_rng(1)
-        # Ids from 2: row 1 is OPT's padding row, which its embedding treats specially.
+        # Ids start at 2, since OPT's embedding treats id 1 as padding.
         size = (4, shape.batch, shape.length + 1)
         self._ids = rng.integers(2, shape.vocab, size, np.int32)
         self._batches = [self._batch(ids) for ids in self._ids]
         step = jax.jit(skip_nonfinite(self._program.step), donate_argnums=0)
         self._step = step.lower(self._state, self._batches[0]).compile()
-        self._done = 0
+        self._step_count = 0
 
     def write(self, folder: pathlib.Path) -> None:
-        """The weights under OPT's names, and the batches, for the other side."""
+        """Writes the weights under OPT's names, and the batches, for the other side."""
         weights = to_opt(self._state.model)
         contiguous = {name: np.ascontiguousarray(array) for name, array in weights.items()}
         save_file(contiguous, folder / "weights.safetensors")
         save_file({"ids": self._ids.astype(np.int64)}, folder / "ids.safetensors")
 
     def steps(self, count: int) -> list[float]:
-        """Seconds that `count` steps take, and the loss of the last of them before its update."""
-        began = time.monotonic()
+        """Runs `count` steps; returns the seconds and the last step's loss before its update."""
+        start = time.monotonic()
         for _ in range(count):
-            batch = self._batches[self._done % len(self._batches)]
+            batch = self._batches[self._step_count % len(self._batches)]
             self._state, metrics = self._step(self._state, batch)
-            self._done += 1
+            self._step_count += 1
         loss = float(jax.block_until_ready((self._state, metrics))[1]["loss"])
-        return [time.monotonic() - began, loss]
+        return [time.monotonic() - start, loss]
 
     def loss(self) -> float:
-        """Of the first batch; changes nothing."""
+        """Returns the loss of the first batch, without an update."""
         step = jax.jit(lambda state, batch: self._program.step(state, batch)[1]["loss"])
         return float(step(self._state, self._batches[0]))
 
@@ -125,16 +125,16 @@ class Ours:
         return jax.device_put(arrays, sharding.batch_sharding())
 
 
-def _drawn(program: DecoderProgram) -> TrainState:
-    """A new state with every weight normal, sd 0.02: fresh blocks would be the identity."""
+def _random_state(program: DecoderProgram) -> TrainState:
+    """Returns a state with normal weights, std 0.02; initialised blocks would be the identity."""
     state = jax.jit(program.init)(jax.random.key(0))
     rng = np.random.default_rng(0)
     leaves, structure = jax.tree.flatten(state.model)
-    drawn = [
+    random_leaves = [
         jax.device_put(0.02 * rng.standard_normal(leaf.shape, np.float32), leaf.sharding)
         for leaf in leaves
     ]
-    state.model = jax.tree.unflatten(structure, drawn)
+    state.model = jax.tree.unflatten(structure, random_leaves)
     return state
 
 

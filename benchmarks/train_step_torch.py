@@ -1,8 +1,8 @@
-"""The other side of `benchmarks/train_step.py`: OPT of transformers, in the peers' environment.
+"""The PyTorch side of `benchmarks/train_step.py`: OPT of transformers.
 
-The steps are as one writes them by hand: forward, cross-entropy of all tokens, backward, clipping,
-`torch.optim.AdamW`. PyTorch's own fast paths are on: SDPA, and `foreach` or `fused`, whichever is
-faster.
+It runs in the environment of the peers. A step is a plain PyTorch loop: forward pass, cross-entropy
+of all tokens, backward pass, clipping, `torch.optim.AdamW`. PyTorch's fast paths are on: SDPA, and
+the faster of `foreach` and `fused`.
 """
 
 import argparse
@@ -32,7 +32,7 @@ def main() -> None:
 
 
 class Theirs:
-    """OPT, its optimizer and the batches."""
+    """OPT, its optimizer and its batches."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         shape = Shape(**json.loads(arguments.shape))
@@ -46,25 +46,25 @@ class Theirs:
         self._parameters = list(model.parameters())
         self._optimizer, self._kind = self._fastest()
         self._mode = "torch.compile" if arguments.compile else "eager"
-        self._done = 0
+        self._step_count = 0
 
     def steps(self, count: int) -> list[float]:
-        """Seconds that `count` steps take, and the loss of the last of them before its update."""
-        began = time.monotonic()
+        """Runs `count` steps; returns the seconds and the last step's loss before its update."""
+        start = time.monotonic()
         for _ in range(count):
             self._optimizer.zero_grad(set_to_none=True)
-            loss = self._forward(self._batches[self._done % len(self._batches)])
+            loss = self._forward(self._batches[self._step_count % len(self._batches)])
             loss.backward()
             torch.nn.utils.clip_grad_norm_(self._parameters, OPTIMIZER["clip_norm"])
             self._optimizer.step()
-            self._done += 1
+            self._step_count += 1
         last = float(loss.detach())
         if self._device == "cuda":
             torch.cuda.synchronize()
-        return [time.monotonic() - began, last]
+        return [time.monotonic() - start, last]
 
     def loss(self) -> float:
-        """Of the first batch; changes nothing."""
+        """Returns the loss of the first batch, without an update."""
         with torch.no_grad():
             return float(self._forward(self._batches[0]))
 
@@ -82,19 +82,19 @@ class Theirs:
         return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets)
 
     def _fastest(self) -> tuple[torch.optim.AdamW, str]:
-        """AdamW by the faster of PyTorch's two fast implementations, and its name."""
+        """Returns the faster of PyTorch's two fast AdamW implementations, and its name."""
         seconds = {}
         for parameter in self._parameters:
             parameter.grad = torch.zeros_like(parameter)
         for kind in ("fused", "foreach"):
             optimizer = self._adamw(kind, 0.0)  # changes nothing
             optimizer.step()
-            began = time.monotonic()
+            start = time.monotonic()
             for _ in range(3):
                 optimizer.step()
             if self._device == "cuda":
                 torch.cuda.synchronize()
-            seconds[kind] = time.monotonic() - began
+            seconds[kind] = time.monotonic() - start
         kind = min(seconds, key=seconds.get)
         return self._adamw(kind, OPTIMIZER["learning_rate"]), kind
 

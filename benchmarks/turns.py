@@ -1,7 +1,7 @@
-"""Two programs take turns on one machine: each is a process that works only when it is asked to.
+"""Lets programs take turns on one machine: each is a worker process that works only on request.
 
-The worker reads a line of JSON from stdin for each request and answers with one on stdout. This
-file imports nothing that one of two Python environments might lack.
+A worker reads a line of JSON from stdin for each request and writes a line of JSON to stdout. This
+module imports only the standard library, because workers use different Python environments.
 """
 
 import json
@@ -16,8 +16,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
 def serve(answers: dict[str, Callable[..., Any]]) -> None:
-    """The worker's side: calls `answers[name](*arguments)` until stdin ends."""
-    # Libraries may print; only answers go to the other side.
+    """Serves requests in a worker: calls `answers[name](*arguments)` until stdin ends."""
+    # Libraries may print to stdout, so keep the real stdout for answers.
     out, sys.stdout = sys.stdout, sys.stderr
     for line in sys.stdin:
         name, *arguments = json.loads(line)
@@ -26,15 +26,15 @@ def serve(answers: dict[str, Callable[..., Any]]) -> None:
 
 
 class Worker:
-    """The asking side.
+    """A worker process, as its client sees it.
 
     Args:
-      command: what to run, in the repository's root; its stderr is ours.
-      environment: more variables for it.
+      command: the worker's command; it runs in the repository's root and inherits stderr.
+      environment: additional environment variables.
     """
 
     def __init__(self, command: list[str], environment: dict[str, str] | None = None) -> None:
-        # Neither environment may leak into the other.
+        # Do not pass on this Python environment.
         inherited = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
         self._command = command
         self._process = subprocess.Popen(
@@ -51,7 +51,7 @@ class Worker:
         return self._process.pid
 
     def ask(self, name: str, *arguments: Any) -> Any:
-        """What the worker answers; waits for it.
+        """Sends a request and returns the worker's answer.
 
         Raises:
           RuntimeError: the worker ended.
@@ -61,7 +61,7 @@ class Worker:
             self._process.stdin.write(json.dumps([name, *arguments]) + "\n")
             self._process.stdin.flush()
         except BrokenPipeError:
-            pass  # what is read next tells the same
+            pass  # the read below fails too
         if not (line := self._process.stdout.readline()):
             raise RuntimeError(f"{' '.join(self._command)} ended with code {self._process.wait()}")
         return json.loads(line)

@@ -1,10 +1,10 @@
-"""CLIP ViT-B/32, the encoder that CM3Leon retrieves with (section 2.1), trained as published.
+"""CLIP ViT-B/32, CM3Leon's retrieval encoder (section 2.1), with the published training settings.
 
     leon train --config=configs/clip_b32.py --workdir=runs/clip_b32
 
 Sizes and optimizer follow arXiv 2103.00020 (tables 19 and 20): 32 epochs of 400M pairs in batches
-of 32,768. The emoji dataset stands in as the source; augmentation is turned down to the random
-square crop that CLIP used.
+of 32,768. The emoji dataset is a placeholder for the data. The only augmentation is CLIP's random
+square crop.
 """
 
 from ml_collections import ConfigDict

@@ -1,6 +1,6 @@
-"""What the three CM3Leon models of arXiv 2309.02591 share; `make` takes what differs.
+"""Settings of the three CM3Leon models of arXiv 2309.02591; `make` takes those that differ.
 
-Where each number comes from:
+The source of each number:
   paper     layers, width, length 4096, batch 8M tokens, peak learning rate, 1,500 warm-up steps,
             tokens (Table 3); initialisation, no biases, norms without parameters (section 2.3);
             vocabulary sizes; up to three retrieved documents a query; no loss weights.
@@ -8,9 +8,9 @@ Where each number comes from:
             AdamW (0.9, 0.95), eps 1e-8, weight decay 0.1, clipping at 1.0, linear decay to a tenth,
             Poisson(1) spans clamped at 0, 512 sentinels, ids 0..3.
   ours      bfloat16 compute with float32 weights; whole documents in a row instead of blocks cut
-            from a stream (`data.packing`), so that K = 2 pictures and the query's fit 4,096 tokens;
-            K uniform over 0..2; half of the masked documents lose whole segments (the paper gives
-            no number).
+            from a stream (`data.packing`), so that K = 2 retrieved images and the query's image fit
+            in 4,096 tokens; K uniform over 0..2; half of the masked documents lose whole segments
+            (the paper gives no number).
 """
 
 from ml_collections import ConfigDict
@@ -20,12 +20,12 @@ BATCH_TOKENS = 2048 * ROW  # 8,388,608: the paper's "8M"
 
 
 def make(*, layers: int, embed: int, heads: int, learning_rate: float, tokens: float) -> ConfigDict:
-    """The configuration of `leon_jax.train.decoder.DecoderProgram` for one size.
+    """Returns the configuration of `leon_jax.train.decoder.DecoderProgram` for one size.
 
     Args:
       layers, embed, heads: the model's shape.
-      learning_rate: the peak.
-      tokens: training tokens, padding included.
+      learning_rate: the peak learning rate.
+      tokens: number of training tokens, including padding.
     """
     config = ConfigDict(
         {
@@ -81,10 +81,10 @@ def make(*, layers: int, embed: int, heads: int, learning_rate: float, tokens: f
                 "whole_segment": 0.5,
                 "query_text": 0.5,
             },
-            # Weights, gradients and optimizer split over all chips; `leon plan` knows what fits.
+            # FSDP over all chips; `leon plan` checks whether the run fits.
             "loop": {"mesh": (1, -1, 1, 1), "save_every": 1000, "sample_every": 1000},
         }
     )
-    # A reference: whoever overrides `steps` moves the end of the decay too.
+    # A reference, so that an override of `steps` also moves the end of the decay.
     config.optimizer.total_steps = config.get_ref("steps")
     return config

@@ -1,9 +1,9 @@
-"""One's own data, prepared for training: a file to copy, showing every kind of choice.
+"""An example config of `leon prepare` for your own data, to copy and edit.
 
-    leon prepare --config=configs/prepare.py --out=data/mine
+    leon prepare --config=configs/prepare.py --out=data/my_dataset
 
-Keys that are left out take the defaults of `leon_jax.prepare.config.PrepareConfig`. Paths are
-relative to the folder where the command is given.
+Missing keys have the defaults of `leon_jax.prepare.config.PrepareConfig`. Paths are relative to the
+current folder.
 """
 
 from ml_collections import ConfigDict
@@ -12,22 +12,21 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     return ConfigDict(
         {
-            # Each source becomes part of a split; all splits but train are held out.
+            # Each source belongs to a split. All splits but train are held out.
             "sources": [
                 {
                     "kind": "webdataset",
                     "path": "shards/*.tar",
                     "name": "my photographs",
-                    # For records that state no licence. Without it they are refused.
+                    # The licence of records that have none. Without it they are rejected.
                     "licence": "CC-BY-4.0",
                     "attribution": "Photographs by A. Person, CC BY 4.0",
                 },
                 {"kind": "jsonl", "path": "drawings", "licence": "CC0-1.0"},
                 {"kind": "jsonl", "path": "exam.jsonl", "split": "exam", "licence": "CC0-1.0"},
             ],
-            # Model files: a trained VQ-GAN, OpenAI's CLIP as Hugging Face lays it out, and the
-            # text tokenizer that the decoder will use. Without these three lines: the small models
-            # that come with the package.
+            # Model files: a trained VQ-GAN, OpenAI's CLIP in Hugging Face's layout, and the text
+            # tokenizer of the decoder. Without these three keys the shipped models are used.
             "tokenizer": "runs/tokenizer/export/tokenizer.safetensors",
             "encoder": "models/clip-vit-base-patch32",
             "text": "runs/text/export/text.json",
@@ -35,7 +34,7 @@ def get_config() -> ConfigDict:
             "min_side": 256,
             "max_aspect": 3.0,
             "max_tokens": 1400,
-            # Thresholds are properties of the encoder; these suit CLIP ViT-B/32.
+            # The thresholds depend on the encoder; these are for CLIP ViT-B/32.
             "duplicates": {"exact": True, "near": 0.97, "evaluation": 0.95},
         }
     )

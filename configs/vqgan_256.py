@@ -1,11 +1,11 @@
-"""CM3Leon's image tokenizer: 256 px pictures as 32 x 32 codes out of 8,192.
+"""CM3Leon's image tokenizer: 256 px images as 32 x 32 codes out of 8,192.
 
     leon train --config=configs/vqgan_256.py --workdir=runs/vqgan_256 --config.data.dir=DATASET
 
 The geometry is that of Make-A-Scene (Gafni et al. 2022), which CM3Leon used; the network and the
 losses are taming-transformers' f8 configuration (channels 128, multipliers 1, 1, 2, 4, attention at
 32 x 32, VGG16 LPIPS, hinge PatchGAN at weight 0.8). Make-A-Scene's extra losses on faces and
-objects need annotations and are left out. Learning rate: taming's 4.5e-6 a picture of the batch.
+objects need annotations and are left out. Learning rate: taming's 4.5e-6 per image of the batch.
 """
 
 from ml_collections import ConfigDict

@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""A run of several processes on one machine, over loopback, as a pod would run it.
+"""Runs a distributed training job as several processes on one machine.
 
     python launch/local.py --processes=2 --devices=4 -- \
         leon train --config=configs/emoji/decoder.py --workdir=runs/emoji/decoder
 
-Each process sees `--devices` simulated CPU devices; flags that tell the processes of each other are
-added to the command. Lines of process 1, 2, ... are marked. If one process fails the others are
-ended; the last line says which one failed first, and its exit code is this program's. SIGTERM and
-Ctrl-C are passed on.
+Each process has `--devices` simulated CPU devices. The program adds the flags that connect the
+processes. Lines of process 1, 2, ... start with the number. If one process fails, the others are
+stopped, the last line names the process that failed first, and this program exits with its code.
+SIGTERM and Ctrl-C are forwarded.
 """
 
 import argparse
@@ -19,15 +19,15 @@ import sys
 import threading
 import time
 
-# How `leon train` ends when another process of its run was lost.
+# Exit code of `leon train` when another process of its run was lost.
 LOST_PEER = 134
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--processes", type=int, default=2, help="how many processes")
-    parser.add_argument("--devices", type=int, default=1, help="CPU devices of each")
-    parser.add_argument("command", nargs="+", help="what each of them runs")
+    parser.add_argument("--processes", type=int, default=2, help="number of processes")
+    parser.add_argument("--devices", type=int, default=1, help="simulated CPU devices per process")
+    parser.add_argument("command", nargs="+", help="the command of each process")
     arguments = parser.parse_args()
     if arguments.processes < 1 or arguments.devices < 1:
         parser.error("--processes and --devices must be at least 1")
@@ -43,7 +43,7 @@ def main() -> int:
             *arguments.command, "--distributed", f"--coordinator={coordinator}",
             f"--processes={arguments.processes}", f"--process_id={number}",
         ]  # fmt: skip
-        # In sessions of their own: Ctrl-C is for this program, which passes it on once.
+        # A new session, so that Ctrl-C reaches only this program, which forwards it once.
         process = subprocess.Popen(
             command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
         )
@@ -61,7 +61,7 @@ def main() -> int:
         signal.signal(name, stop)
     failure = wait(processes)
     for thread in relays:
-        thread.join(timeout=5)  # for the last lines
+        thread.join(timeout=5)  # to print the last lines
     if failure is None:
         return 0
     number, code = failure
@@ -71,26 +71,26 @@ def main() -> int:
 
 
 def free_port() -> int:
-    """A port of the loopback interface that nothing listens on."""
+    """Returns a free port of the loopback interface."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
 
 
 def relay(process: subprocess.Popen, number: int) -> None:
-    """Copies what a process says on stderr; all but the first are marked."""
-    mark = f"[{number}] " if number else ""
+    """Copies a process's stderr; lines of all processes but the first start with the number."""
+    prefix = f"[{number}] " if number else ""
     for line in process.stderr:
-        sys.stderr.write(mark + line)
+        sys.stderr.write(prefix + line)
         sys.stderr.flush()
 
 
 def wait(processes: list[subprocess.Popen]) -> tuple[int, int] | None:
-    """Waits for the end of all processes, and ends the others when one fails.
+    """Waits for all processes, and stops the others if one fails.
 
     Returns:
-      The number and the exit code of the process that failed first; None if none did. A process
-      that ended because another one was lost counts only if there is no other.
+      The number and the exit code of the process that failed first, or None if all succeeded. A
+      process that ended because another one was lost counts only if no other process failed.
     """
     failures: dict[int, int] = {}
     deadline = float("inf")
@@ -98,7 +98,7 @@ def wait(processes: list[subprocess.Popen]) -> tuple[int, int] | None:
         for number, process in enumerate(processes):
             if process.poll() and number not in failures:
                 failures[number] = process.returncode
-                # A moment for the others to end by themselves: they may be saving.
+                # The others get 30 seconds to end by themselves, since they may be saving.
                 deadline = min(deadline, time.monotonic() + 30)
         if all(process.returncode is not None for process in processes):
             break
@@ -113,9 +113,9 @@ def wait(processes: list[subprocess.Popen]) -> tuple[int, int] | None:
 
 
 def describe(code: int) -> str:
-    """An exit code as `subprocess` gives it, in words: `exit code 2`, `signal SIGKILL`.
+    """Describes an exit code of `subprocess`, for example `exit code 2` or `signal SIGKILL`.
 
-    Codes above 128 are those that shells, and `leon train`, give to a signal.
+    Codes above 128 also name the signal, as shells and `leon train` encode it.
     """
     number = -code if code < 0 else code - 128
     try:

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# `leon train` on TPU slices that Cloud TPU lends when it has them (queued resources).
+# Runs `leon train` on Cloud TPU slices (queued resources).
 #
 #   launch/tpu_vm.sh keep --config=configs/cm3leon_350m.py --workdir=/runs/leon ...
 #
-# asks for the slices, waits, installs, starts, and does so again after a preemption, until the run
-# has finished. The single steps: create, ready, install, start FLAGS, status, logs, stop, delete.
-# What is wanted is said by the variables below; docs/launch.md explains them.
+# requests the slices, waits for them, installs the image and starts the run. After a preemption it
+# repeats these steps until the run has finished. Single steps: create, ready, install, start FLAGS,
+# status, logs, stop, delete. The variables below configure the run; docs/launch.md explains them.
 set -euo pipefail
 
 : "${IMAGE:?the image of launch/Dockerfile, as REGION-docker.pkg.dev/PROJECT/REPOSITORY/leon:tpu}"
@@ -18,15 +18,15 @@ SLICES=${SLICES:-1}
 SPOT=${SPOT:-yes}
 POLL=${POLL:-60} # seconds
 
-queue() { # VERB ARGUMENTS: a verb of gcloud's queued resources, for ours
+queue() { # VERB ARGUMENTS: runs a gcloud verb on our queued resource
   gcloud compute tpus queued-resources "$1" "$NAME" --zone="$ZONE" "${@:2}"
 }
 
-on_all() { # COMMAND: on every host of every slice at once
+on_all() { # COMMAND: runs a command on all hosts of all slices in parallel
   queue ssh --node=all --worker=all --command="$1"
 }
 
-state() { # prints nothing if there is no such request; fails if that cannot be known
+state() { # prints nothing if the request does not exist; fails if gcloud fails
   gcloud compute tpus queued-resources list --zone="$ZONE" --filter="name ~ \"/$NAME\$\"" \
     --format="value(state.state)"
 }
@@ -38,11 +38,11 @@ create() {
   queue create --accelerator-type="$ACCELERATOR" --runtime-version="$RUNTIME" "${nodes[@]}"
 }
 
-ready() { # waits until the slices are there; fails if they never will be
+ready() { # waits until the slices are active; fails if the request failed or does not exist
   local now
   while true; do
     now=$(state) || now=unknown
-    echo "$NAME: ${now:-not asked for}" >&2
+    echo "$NAME: ${now:-not requested}" >&2
     case $now in
       ACTIVE) return 0 ;;
       FAILED | SUSPENDING | SUSPENDED | DELETING | "") return 1 ;;
@@ -51,7 +51,7 @@ ready() { # waits until the slices are there; fails if they never will be
   done
 }
 
-install() { # may be done again
+install() { # may be repeated
   on_all "set -e
     mountpoint -q /runs || {
       sudo apt-get update -qq && sudo apt-get install -qq nfs-common
@@ -68,14 +68,14 @@ start() { # FLAGS of `leon train`
     sudo docker run --detach --name=leon --privileged --net=host --volume=/runs:/runs $IMAGE train$flags"
 }
 
-status() { # of the first host: `running 0`, `exited CODE`, or `none`; fails if it cannot be asked
+status() { # of the first host: `running 0`, `exited CODE` or `none`; fails if the host is unreachable
   queue ssh --node=0 --worker=0 --command="sudo docker inspect \
     --format='{{.State.Status}} {{.State.ExitCode}}' leon 2>/dev/null || echo none" | tail -n 1
 }
 
 logs() { queue ssh --node=0 --worker=0 --command="sudo docker logs --follow --tail=50 leon"; }
 
-# SIGTERM: the run saves, and ends.
+# Sends SIGTERM: the run saves a checkpoint and exits.
 stop() { on_all "sudo docker stop --time=600 leon"; }
 
 delete() { queue delete --force --quiet; }
@@ -83,18 +83,18 @@ delete() { queue delete --force --quiet; }
 keep() { # FLAGS of `leon train`
   local now
   while true; do
-    # Not knowing is no reason to give slices back.
+    # If the state is unknown, keep the slices and try again.
     if ! now=$(state); then sleep "$POLL"; continue; fi
     case $now in
       "") create ;;
-      FAILED | SUSPENDED) delete ;; # nothing comes back by itself
+      FAILED | SUSPENDED) delete ;; # such a request never becomes active again
       ACTIVE)
         case $(status || echo unknown) in
           running* | created* | unknown) ;;
-          "exited 0") echo "$NAME: finished; the slices are still yours: $0 delete" >&2; return 0 ;;
-          # A mistake in the flags, the config or the data: trying again changes nothing.
+          "exited 0") echo "$NAME: finished; delete the slices with $0 delete" >&2; return 0 ;;
+          # A mistake in the flags, the config or the data; a restart would not help.
           "exited 2") echo "$NAME: stopped by a mistake; see $0 logs" >&2; return 2 ;;
-          *) { install && start "$@"; } || echo "$NAME: not every host could start" >&2 ;;
+          *) { install && start "$@"; } || echo "$NAME: not all hosts could start" >&2 ;;
         esac ;;
     esac
     sleep "$POLL"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Retrains every shipped model from scratch, in the order in which they need each other, and puts
-# them into leon_jax/weights/emoji. Stopped and started again, it goes on where it was.
+# Retrains all shipped models from scratch in the order of their dependencies, and copies them to
+# leon_jax/weights/emoji. Run it again to resume an interrupted run.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -18,7 +18,7 @@ echo "it writes into $data and $runs, and at the end replaces $weights."
   --config.data.dir="$data/emoji"
 "$leon" train --config=configs/emoji/encoder.py --workdir="$runs/encoder" \
   --config.data.dir="$data/emoji" --config.data.text="$runs/text/export/text.json"
-# The thresholds that docs/retrieval.md chose for this encoder.
+# The thresholds for this encoder; docs/retrieval.md explains them.
 cp configs/emoji/selection.json "$runs/encoder/export/selection.json"
 "$leon" prepare --data_dir="$data/emoji" --out="$data/emoji_prepared" \
   --tokenizer="$runs/tokenizer/export/tokenizer.safetensors" \

@@ -1,10 +1,10 @@
-"""A small CM3Leon on emoji: captions and 8 x 8 code pictures, with retrieval.
+"""A small CM3Leon on emoji: captions and images of 8 x 8 codes, with retrieval.
 
     leon train --config=configs/emoji/decoder.py --workdir=runs/emoji/decoder
 
-Reads the folder of `leon prepare` and the text tokenizer. 3.3 million parameters; takes about
-ninety minutes on two CPU cores. What departs from the paper: see docs/train.md; results: see
-docs/evaluate.md.
+Reads a prepared folder and the text tokenizer. 3.3 million parameters; takes about ninety minutes
+on two CPU cores. docs/train.md lists the differences from the paper; docs/evaluate.md has the
+results.
 """
 
 from ml_collections import ConfigDict
@@ -13,7 +13,7 @@ IMAGE_CODES, TEXT_TOKENS, SENTINELS = 512, 2048, 16
 
 
 def get_config() -> ConfigDict:
-    """The configuration of `leon_jax.train.decoder.DecoderProgram`."""
+    """Returns the configuration of `leon_jax.train.decoder.DecoderProgram`."""
     config = ConfigDict()
     config.kind = "decoder"
     config.seed = 0
@@ -40,12 +40,12 @@ def get_config() -> ConfigDict:
             "mlp": 768,
             "dtype": "float32",
             "remat": "none",
-            # sd 0.006 suits width 1024 and more; 1/sqrt(embed) of a narrow model is larger.
+            # The paper's std of 0.006 suits width 1024 and more; a narrow model needs a larger one.
             "init_std": 0.02,
-            # Rows and columns of a picture are then a rotation away from the first step on.
+            # With sinusoids a shift by a row or column is a rotation from the first step on.
             "position_init": "sinusoids",
             "position_std": 0.02,
-            # Few captions have more than 30 tokens; a document takes 128 positions then.
+            # Few captions have more than 30 tokens, so a document takes 128 positions.
             "part_step": 32,
         }
     )
@@ -65,11 +65,11 @@ def get_config() -> ConfigDict:
             "text": "runs/emoji/text/export/text.json",
             "image_shape": (8, 8),
             "length": 384,
-            # 0 to 3 retrieved documents: with the query, up to 4 x 64 picture tokens and text.
+            # 0 to 3 retrieved documents: with the query, up to 4 x 64 image tokens and text.
             "retrieved": (0.15, 0.15, 0.3, 0.4),
-            # So few pictures are soon known by heart. In variants they are not, and what a
-            # retrieved document shows is worth reading. Three in ten examples show them as they
-            # are; weights keep skin tones from crowding out the rest.
+            # The model would memorise so few images. Variants prevent this, so that retrieved
+            # documents stay useful. Three in ten examples show the plain images. The weights keep
+            # skin tones from dominating.
             "variants": 48,
             "unchanged": 0.3,
             "balance": 0.7,

@@ -1,9 +1,9 @@
-"""The demo's decoder, second stage: shorter, and mostly with one or two retrieved documents.
+"""The second stage of the demo's decoder: shorter, mostly with one or two retrieved documents.
 
     leon train --config=configs/emoji/decoder_second.py --workdir=runs/emoji/decoder_second
 
-Starts from the weights of configs/emoji/decoder.py and teaches it to read what it is given while
-answering; takes a quarter of an hour on two CPU cores. Results: see docs/evaluate.md.
+Starts from the weights of configs/emoji/decoder.py and trains the decoder to use the retrieved
+documents. Takes a quarter of an hour on two CPU cores. docs/evaluate.md has the results.
 """
 
 import pathlib
@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    """The configuration of `leon_jax.train.decoder.DecoderProgram`."""
+    """Returns the configuration of `leon_jax.train.decoder.DecoderProgram`."""
     first = runpy.run_path(str(pathlib.Path(__file__).with_name("decoder.py")))
     config = first["get_config"]()
     config.seed = 1

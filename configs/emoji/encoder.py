@@ -1,8 +1,8 @@
-"""The demo's retrieval encoder: a CLIP for 48 px drawings, small enough for two CPU cores.
+"""The demo's retrieval encoder: a CLIP for 48 px images, small enough for two CPU cores.
 
     leon train --config=configs/emoji/encoder.py --workdir=runs/emoji/encoder
 
-Results: see docs/retrieval.md.
+docs/retrieval.md has the results.
 """
 
 from ml_collections import ConfigDict

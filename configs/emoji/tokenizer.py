@@ -1,8 +1,8 @@
-"""The demo's image tokenizer: 32 px pictures as 8 x 8 codes out of 512.
+"""The demo's image tokenizer: 32 px images as 8 x 8 codes out of 512.
 
     leon train --config=configs/emoji/tokenizer.py --workdir=runs/emoji/tokenizer
 
-Results: see docs/evaluate.md.
+docs/evaluate.md has the results.
 """
 
 from ml_collections import ConfigDict
@@ -26,7 +26,7 @@ def get_config() -> ConfigDict:
                 "latent": 64,
                 "code_dim": 16,
                 "codes": 512,
-                # White paper is one code then, and the same detail is the same code elsewhere.
+                # With a halo, white background has one code, and equal details have equal codes.
                 "halo": 1,
             },
             "losses": {

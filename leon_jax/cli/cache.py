@@ -1,14 +1,15 @@
-"""Shows what is kept between commands and how large it is, and empties it.
+"""Shows the size of the cache, or clears it.
 
     leon cache
     leon cache --clear
     leon cache --clear --workdir=runs/emoji/decoder
 
-Compiled programs are kept, so that the next command need not compile them again, and so are the
-documents that were prepared for a model that had none to retrieve from. All of it is made again
-when it is needed. It lies in the folder that LEON_CACHE names, or in ~/.cache/leon_jax. Compiled
-programs take 5 GB at most, or what LEON_CACHE_LIMIT says, for example 500MB; those that were not
-used for longest are removed first.
+The cache holds compiled programs, so that the next command starts without compiling. It also holds
+the retrieval documents that leon prepares when you load a model without --index. Everything in it
+is rebuilt when needed.
+
+The cache is the folder LEON_CACHE, by default ~/.cache/leon_jax. Compiled programs take at most
+5 GB, or LEON_CACHE_LIMIT, for example 500MB. The least recently used programs are removed first.
 """
 
 import pathlib
@@ -21,10 +22,10 @@ from leon_jax.config import UserError
 FLAGS = flags.FlagValues()
 _CLEAR = flags.DEFINE_bool("clear", False, "Remove the compiled programs.", flag_values=FLAGS)
 _CLEAR_ALL = flags.DEFINE_bool(
-    "clear_all", False, "Remove the compiled programs and what was prepared.", flag_values=FLAGS
+    "clear_all", False, "Remove the compiled programs and prepared documents.", flag_values=FLAGS
 )
 _WORKDIR = flags.DEFINE_string(
-    "workdir", None, "A training run; its compiled programs are meant instead.", flag_values=FLAGS
+    "workdir", None, "Use the compiled programs of this training run instead.", flag_values=FLAGS
 )
 
 
@@ -32,7 +33,7 @@ def main(argv: list[str]) -> None:
     """Runs `leon cache`.
 
     Raises:
-      UserError: flags contradict each other, the run does not exist, or something cannot be
+      UserError: the flags contradict each other, the run does not exist, or a folder cannot be
         removed.
     """
     del argv
@@ -40,10 +41,10 @@ def main(argv: list[str]) -> None:
         compiled, prepared = compilation_cache.compiled_folder(), _prepared()
     else:
         if _CLEAR_ALL.value:
-            raise UserError("--clear_all is for what is kept for all commands; give --clear")
+            raise UserError("--clear_all cannot be used with --workdir; use --clear")
         workdir = pathlib.Path(_WORKDIR.value)
         if not workdir.is_dir():
-            raise UserError(f"--workdir={workdir} is no folder; it must be that of a training run")
+            raise UserError(f"--workdir={workdir} is not a folder; it must be a training run's")
         compiled, prepared = workdir / compilation_cache.RUN_FOLDER, {}
     if _CLEAR.value or _CLEAR_ALL.value:
         removed = compilation_cache.clear(compiled)
@@ -52,25 +53,25 @@ def main(argv: list[str]) -> None:
             print(f"removed {_megabytes(compilation_cache.remove(path))}: {path}")
         return
     rows = [("compiled programs", compiled)]
-    rows += [(what, path) for path, what in prepared.items()]
+    rows += [(contents, path) for path, contents in prepared.items()]
     sizes = [compilation_cache.size(path) for _, path in rows]
-    width = max(len(what) for what, _ in rows)
-    for (what, path), taken in zip(rows, sizes, strict=True):
-        print(f"{what:{width}}  {_megabytes(taken):>12}  {path}")
-    print(f"{'together':{width}}  {_megabytes(sum(sizes)):>12}")
-    print(f"compiled programs may take {_megabytes(compilation_cache.limit())}")
+    width = max(len(contents) for contents, _ in rows)
+    for (contents, path), size in zip(rows, sizes, strict=True):
+        print(f"{contents:{width}}  {_megabytes(size):>12}  {path}")
+    print(f"{'total':{width}}  {_megabytes(sum(sizes)):>12}")
+    print(f"limit of compiled programs: {_megabytes(compilation_cache.limit())}")
 
 
 def _prepared() -> dict[pathlib.Path, str]:
-    """The folders of the cache that `leon` prepared, and what each holds."""
+    """Returns the cache's folders of prepared data and a description of each one's contents."""
     folder = compilation_cache.cache_folder()
-    found = {}
+    contents = {}
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if (path / "manifest.json").is_file():
-            found[path] = "prepared documents"
+            contents[path] = "prepared documents"
         elif path.name.lstrip(".").startswith("emoji"):
-            found[path] = "emoji images"
-    return found
+            contents[path] = "emoji images"
+    return contents
 
 
 def _megabytes(size: int) -> str:

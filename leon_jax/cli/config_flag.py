@@ -1,4 +1,4 @@
-"""The flag --config, the same in every verb that reads an experiment's file."""
+"""Defines the flag --config and reads the config file it names; shared by several verbs."""
 
 import os
 from typing import Any
@@ -8,15 +8,15 @@ from ml_collections import config_flags
 
 from leon_jax.config import UserError
 
-# The flag belongs to the verb that asks for it, so that its --help shows it.
+# The flag then belongs to the verb that defines it, and the verb's --help lists it.
 flags.disclaim_key_flags()
 
 
 def define(values: flags.FlagValues = flags.FLAGS) -> flags.FlagHolder:
     """Defines --config.
 
-    A file says what departs from the defaults, so keys that it leaves out can be set as well.
-    Whether a key exists is checked where its value is used, and the answer names the nearest one.
+    A config file lists only the keys that differ from the defaults, so any key can be overridden
+    on the command line. Unknown keys are rejected later, where the configuration is built.
     """
     return config_flags.DEFINE_config_file(
         "config",
@@ -29,10 +29,10 @@ def define(values: flags.FlagValues = flags.FLAGS) -> flags.FlagHolder:
 
 
 def read(flag: flags.FlagHolder, example: str) -> dict[str, Any]:
-    """The configuration, with what the command line sets.
+    """Returns the configuration with the overrides of the command line.
 
     Raises:
-      UserError: the flag is missing (then `example` is shown), or the file cannot be loaded.
+      UserError: the flag is missing (the message shows `example`), or the file cannot be loaded.
     """
     if not flag.present:
         raise UserError(f"--config is missing; for example --config={example}")
@@ -41,7 +41,7 @@ def read(flag: flags.FlagHolder, example: str) -> dict[str, Any]:
         raise UserError(f"--config is empty; for example --config={example}")
     try:
         to_dict = getattr(flag.value, "to_dict", None)
-    except OSError as error:  # the flag puts off its complaint until it is used
+    except OSError as error:  # config_flags raises it only when the value is read
         raise UserError(_unreadable(path)) from error
     if to_dict is None:
         kind = "nothing" if flag.value is None else type(flag.value).__name__
@@ -50,17 +50,17 @@ def read(flag: flags.FlagHolder, example: str) -> dict[str, Any]:
 
 
 def _path(flag: flags.FlagHolder) -> str:
-    """The config file as it was named, without what its get_config is given after a colon."""
-    named = flag._flagvalues[flag.name].config_filename  # type: ignore[attr-defined]
-    return str(named).partition(":")[0]
+    """Returns the path of the config file, without the argument of get_config after a colon."""
+    filename = flag._flagvalues[flag.name].config_filename  # type: ignore[attr-defined]
+    return str(filename).partition(":")[0]
 
 
 def _unreadable(path: str) -> str:
-    """Why a config file could not be loaded: by itself, or for a file that it reads."""
+    """Returns the error message for a config file, or a file that it opens, that is unreadable."""
     if os.path.isdir(path):
         return f"--config={path} is a folder; it must be a Python file"
     if not os.path.exists(path):
         return f"there is no config file {path}"
     if not os.access(path, os.R_OK):
-        return f"the config file {path} must not be read"
+        return f"the config file {path} cannot be read: permission denied"
     return f"the config file {path} needs a file that cannot be read"

@@ -1,4 +1,4 @@
-"""What is wrong with the flags of a command or with its config file, in one sentence of our own."""
+"""Writes one sentence about a mistake in the flags of a command or in its config file."""
 
 import difflib
 import os
@@ -8,21 +8,21 @@ from collections.abc import Sequence
 
 from absl import flags
 
-# How absl calls the kinds of values, and how we do.
+# absl's names of value types, and the names that our messages use.
 _KINDS = {"an integer": "a whole number", "integer": "whole number"}
 
 
 def sentence(values: flags.FlagValues, argv: Sequence[str], error: Exception) -> str:
-    """What to tell the person.
+    """Returns the error message for the user.
 
     Args:
-      values: the flags that were to be parsed.
-      argv: what was parsed, the program's name first.
-      error: what parsing raised.
+      values: the flags of the command.
+      argv: the command line; the program's name comes first.
+      error: the exception that parsing raised.
     """
     if path := _config_path(argv):
-        if said := _config_sentence(path, error):
-            return said
+        if message := _config_sentence(path, error):
+            return message
         files = {os.path.basename(frame.filename) for frame in _frames(error)}
         if "config_path.py" in files and not isinstance(error, flags.Error):
             return _override_sentence(path, argv, str(error))
@@ -32,22 +32,22 @@ def sentence(values: flags.FlagValues, argv: Sequence[str], error: Exception) ->
         return _value_sentence(values, error)
     if missing := re.fullmatch(r"Missing value for flag (\S+)", str(error)):
         return f"{missing[1]} has no value; write {missing[1]}=VALUE"
-    if taken := re.fullmatch(r"--no(\S+?)=.* does not take an argument", str(error), re.DOTALL):
-        return f"--no{taken[1]} takes no value; write --no{taken[1]}, or --{taken[1]}=false"
-    if order := re.match(r"Found (\S+) in argv before a value for --config", str(error)):
-        return f"{order[1]} stands before --config; it must come after it"
-    if again := re.match(r"Flag (\S+) is provided after (\S+) and", str(error)):
-        return f"{again[1]} would undo {again[2]}, which stands before it; change their order"
+    if negated := re.fullmatch(r"--no(\S+?)=.* does not take an argument", str(error), re.DOTALL):
+        return f"--no{negated[1]} takes no value; write --no{negated[1]}, or --{negated[1]}=false"
+    if early := re.match(r"Found (\S+) in argv before a value for --config", str(error)):
+        return f"{early[1]} comes before --config; it must come after it"
+    if late := re.match(r"Flag (\S+) is provided after (\S+) and", str(error)):
+        return f"{late[1]} would override {late[2]}, which comes before it; swap them"
     if isinstance(error, flags.CantOpenFlagFileError):
         return "the file that --flagfile names cannot be read"
-    return "the flags cannot be read; --help shows how each is written"
+    return "the flags cannot be parsed; --help shows the form of each"
 
 
 def _config_sentence(path: str, error: BaseException | None) -> str | None:
-    """What is wrong with a config file that raised an error when it was loaded; None: nothing.
+    """Returns the message for an error that the config file caused, else None.
 
-    What the file's own lines raise is quoted; what a library raises is not. The flag raises errors
-    of its own while it handles those of the file.
+    The message quotes an exception that the file itself raises, not one that a library raises. The
+    file's exception may be in the context of another one, which the flag raised while handling it.
     """
     while error is not None:
         if isinstance(error, SyntaxError) and _is_same(error.filename or "", path):
@@ -57,14 +57,14 @@ def _config_sentence(path: str, error: BaseException | None) -> str | None:
         if lines and isinstance(error, ModuleNotFoundError):
             return f"the config file {path} imports {error.name}, which is not installed"
         if lines:
-            stop = f"the config file {path} stops in line {lines[-1]} with {type(error).__name__}"
+            sentence = f"the config file {path} fails in line {lines[-1]}: {type(error).__name__}"
             text = " ".join(map(str, error.args)).strip()
-            own = _is_same(frames[-1].filename, path)
-            return f"{stop}: {text}" if own and text else stop
+            is_from_file = _is_same(frames[-1].filename, path)
+            return f"{sentence}: {text}" if is_from_file and text else sentence
         if isinstance(error, AttributeError) and error.name == "get_config":
             return f"the config file {path} has no function get_config"
         if isinstance(error, TypeError) and str(error).startswith("get_config()"):
-            return f"get_config of {path} takes other arguments than the one after the colon"
+            return f"get_config of {path} needs --config={path}:ARGUMENT, or takes no argument"
         error = error.__context__
     return None
 
@@ -74,7 +74,7 @@ def _frames(error: BaseException) -> traceback.StackSummary:
 
 
 def _config_path(argv: Sequence[str]) -> str | None:
-    """The file that --config names, without what its get_config is given after a colon."""
+    """Returns the path in --config, without the argument of get_config after a colon."""
     for position, argument in enumerate(argv):
         name, equals, value = argument.partition("=")
         if name in ("--config", "-config"):
@@ -88,42 +88,42 @@ def _is_same(filename: str, path: str) -> bool:
 
 
 def _override_sentence(path: str, argv: Sequence[str], message: str) -> str:
-    keys = [found[1] for word in argv if (found := re.match(r"--(?:no)?config\.([^=]*)", word))]
-    wrong = [key for key in keys if key and message.endswith(f" {key}")] or keys
-    return f"--config.{wrong[0]} names no key that {path} could have"
+    matches = (re.match(r"--(?:no)?config\.([^=]*)", argument) for argument in argv)
+    keys = [match[1] for match in matches if match]
+    wrong_keys = [key for key in keys if key and message.endswith(f" {key}")] or keys
+    return f"--config.{wrong_keys[0]} is not a key of {path}"
 
 
 def _unknown_sentence(values: flags.FlagValues, name: str) -> str:
     if name.startswith("config.") and "config" in values:
-        return f"--{name} sets a key of the file that --config names, but --config is missing"
-    known = [flag for flag in values if flag not in _ABSL]
-    close = difflib.get_close_matches(name, known, n=1)
+        return f"--{name} sets a key of the config file, but --config is missing"
+    own_flags = [flag for flag in values if flag not in _ABSL]
+    close = difflib.get_close_matches(name, own_flags, n=1)
     hint = f"did you mean --{close[0]}?" if close else "--help shows all flags"
     return f"there is no flag --{name}; {hint}"
 
 
 def _value_sentence(values: flags.FlagValues, error: flags.IllegalFlagValueError) -> str:
-    written = re.match(r"flag --([^=]*)=(.*)", str(error), re.DOTALL)
-    if written is None or written[1] not in values:
-        return "a flag has a value that it cannot have; --help shows what each takes"
-    # absl writes `flag --name=value: reason`, and raises it while it handles the reason.
-    value = written[2].removesuffix(f": {error.__context__}")
-    parser = values[written[1]].parser
-    kind = getattr(parser, "syntactic_help", "")
+    match = re.match(r"flag --([^=]*)=(.*)", str(error), re.DOTALL)
+    if match is None or match[1] not in values:
+        return "a flag has an invalid value; --help shows the values of each"
+    # absl writes `flag --name=value: reason`, where the reason is the context's message.
+    name, value = match[1], match[2].removesuffix(f": {error.__context__}")
+    parser = values[name].parser
+    expected = getattr(parser, "syntactic_help", "")
     if isinstance(parser, flags.BooleanParser):
-        wanted = "true or false"
+        expected = "true or false"
     elif isinstance(parser, flags.EnumParser):
-        wanted = f"one of {', '.join(parser.enum_values)}"
-    elif kind:
-        for theirs, ours in _KINDS.items():
-            kind = kind.replace(theirs, ours)
-        wanted = kind
-    elif written[1].startswith("config."):
-        wanted = "of the kind that it has in the config file"
+        expected = f"one of {', '.join(parser.enum_values)}"
+    elif expected:
+        for absl_name, our_name in _KINDS.items():
+            expected = expected.replace(absl_name, our_name)
+    elif name.startswith("config."):
+        expected = "of the type that the key has in the config file"
     else:
-        wanted = "of another kind; --help shows what it takes"
-    return f"--{written[1]}={value} must be {wanted}"
+        expected = "of another type; --help shows it"
+    return f"--{name}={value} must be {expected}"
 
 
-# Flags that absl itself defines; nobody means them.
+# Flags that absl itself defines. Suggestions leave them out.
 _ABSL = frozenset(flags.FLAGS) | {"flagfile", "undefok"}

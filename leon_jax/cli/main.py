@@ -1,11 +1,12 @@
 """The `leon` command: `leon VERB --flag=value ...`.
 
 A verb is a module of this package with a docstring, its own absl flags and `main(argv)`. It is
-imported only when it is used, so `leon --help` is quick. Its flags are absl's global ones, or a
-`FlagValues` of its own called FLAGS, so that several verbs can be used in one process. What a
-person can fix is one sentence on stderr and exit code 2; Ctrl-C is exit code 130. Characters that a
-terminal cannot show are printed as escapes. A reader that closes the pipe ends the command quietly,
-with exit code 141, as the shell reports it of other programs.
+imported only when it is used, so `leon --help` is quick. A verb uses absl's global flags, or its
+own `FlagValues` called FLAGS, which lets several verbs run in one process.
+
+An error that the user can fix prints one sentence on stderr and exits with code 2. Ctrl-C exits
+with code 130. A closed output pipe exits with code 141 and prints nothing, like other programs.
+Characters that the terminal cannot show are printed as escapes.
 """
 
 import contextlib
@@ -26,31 +27,31 @@ from absl import flags
 from leon_jax.cli import flag_errors
 from leon_jax.config import UserError
 
-# NumPy multiplies only small matrices here (augmentation, neighbours), on threads that already run
-# side by side; BLAS threads of its own would make each of them wait. Read when NumPy is loaded.
+# NumPy multiplies only small matrices here (augmentation, neighbours), and does so on several
+# threads at once. More BLAS threads would only compete. NumPy reads the variable at import.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 VERBS = {
-    "generate": "generate images for a prompt, or write a caption for an image",
-    "prepare": "make the folder of images and texts that training and retrieval read",
+    "generate": "generate images from a prompt, or a caption from an image",
+    "prepare": "convert image-text pairs into a dataset folder for training and retrieval",
     "train": "train a tokenizer, an encoder or a decoder from a config file",
-    "plan": "check a config against a TPU pod that is not there",
-    "evaluate": "measure a trained model",
-    "cache": "show what is kept between commands, and empty it",
-    "demo": "run everything once on real data, and leave a page to look at",
+    "plan": "estimate memory and speed of a config on a TPU pod, without the pod",
+    "evaluate": "evaluate a trained model on held-out documents",
+    "cache": "show or clear the cache of compiled programs and prepared data",
+    "demo": "run every step once on real data and write an HTML report",
 }
 
 USAGE = """\
-leon: one transformer that reads and writes text and images.
+leon: one transformer that reads and generates text and images.
 
 usage: leon VERB [--flag=value ...]
 
 {verbs}
 
-leon VERB --help   says what a verb does and what its flags are
+leon VERB --help   describes a verb and its flags
 leon --version     prints the version
 
-LEON_DEBUG=1 leon VERB ...   also shows where in the program an error comes from
+LEON_DEBUG=1 leon VERB ...   also prints the traceback of an error
 
 for example: leon generate --prompt="cat face, Twemoji style" --num_images=4 --out=images"""
 
@@ -66,21 +67,21 @@ def main() -> None:
     try:
         try:
             code = run(sys.argv[1:])
-        finally:  # what is still in the buffer is written here, not while Python ends
+        finally:  # flush here, so that a closed pipe raises here and not while Python exits
             for stream in streams:
                 stream.flush()
     except BrokenPipeError:
         closed = [stream for stream in streams if _is_closed(stream)]
         if not closed:
             raise
-        for stream in closed:  # Python flushes them once more when it ends
+        for stream in closed:  # Python flushes them again at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         code = PIPE_CLOSED
     sys.exit(code)
 
 
 def _is_closed(stream: io.TextIOWrapper) -> bool:
-    """Whether the stream is a pipe that nobody reads any more."""
+    """Returns whether the stream is a pipe whose reader has closed it."""
     poll = select.poll()
     poll.register(stream, 0)
     return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
@@ -90,7 +91,7 @@ def run(arguments: Sequence[str]) -> int:
     """Runs one command and returns its exit code.
 
     Args:
-      arguments: what stands after `leon` on the command line.
+      arguments: the command line after `leon`.
     """
     if not arguments or arguments[0] in ("--help", "-h", "-help", "help"):
         print(usage())
@@ -107,19 +108,19 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def run_verb(verb: str, arguments: Sequence[str]) -> int:
-    """Parses a verb's flags, runs its `main`, and turns errors into messages and exit codes."""
+    """Parses a verb's flags, runs its `main`, and returns the exit code."""
     name = f"leon {verb}"
     _allow_many_files()
     try:
-        with _argv([name]):  # the definition of --config reads it
+        with _argv([name]):  # the definition of --config reads sys.argv
             module = importlib.import_module(f"leon_jax.cli.{verb}")
         if {"--help", "-h", "-help"} & set(arguments):
             print(describe(module, verb))
             return 0
-        rest = _parse(module, [name, *map(_with_underscores, arguments)])
-        if len(rest) > 1:
-            raise UserError(f"{rest[1]!r} is not a flag; flags are written --name=value")
-        module.main(rest)
+        positional = _parse(module, [name, *map(_with_underscores, arguments)])
+        if len(positional) > 1:
+            raise UserError(f"{positional[1]!r} is not a flag; flags are written --name=value")
+        module.main(positional)
     except UserError as error:
         if os.environ.get("LEON_DEBUG"):
             traceback.print_exc()
@@ -131,17 +132,17 @@ def run_verb(verb: str, arguments: Sequence[str]) -> int:
 
 
 def _parse(module: types.ModuleType, argv: list[str]) -> list[str]:
-    """Sets a verb's flags, and returns what is no flag."""
+    """Sets a verb's flags and returns the arguments that are not flags."""
     values = getattr(module, "FLAGS", flags.FLAGS)
     if values is not flags.FLAGS:
-        # Flags of the module's own start anew with every command of a process. The global ones
-        # count as parsed, for the libraries that ask.
+        # Reset the module's flags, since one process may run several commands. Mark absl's global
+        # flags as parsed, because some libraries check.
         values.unparse_flags()
         for flag in values:
             values[flag].unparse()
         flags.FLAGS.mark_as_parsed()
     try:
-        with _argv(argv):  # the overrides of a config's keys are looked for in there
+        with _argv(argv):  # --config reads its overrides from sys.argv
             return values(argv)
     except UserError:
         raise
@@ -151,7 +152,7 @@ def _parse(module: types.ModuleType, argv: list[str]) -> list[str]:
 
 @contextlib.contextmanager
 def _argv(argv: list[str]) -> Iterator[None]:
-    """Makes `argv` the command line of this process for a while."""
+    """Replaces `sys.argv` within the context."""
     previous, sys.argv = sys.argv, argv
     try:
         yield
@@ -160,14 +161,14 @@ def _argv(argv: list[str]) -> Iterator[None]:
 
 
 def _allow_many_files() -> None:
-    """Raises the limit of open files as far as it goes: a large prepared folder maps thousands."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(ValueError, OSError):  # macOS allows less than it says
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    """Raises the limit of open files to its maximum: a large prepared folder maps thousands."""
+    _, hard_limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # macOS allows less than it reports
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard_limit, hard_limit))
 
 
 def _with_underscores(argument: str) -> str:
-    """`--remove-keys=a-b` as `--remove_keys=a-b`: both spellings of a flag are understood."""
+    """Converts `--remove-keys=a-b` to `--remove_keys=a-b`, so that both spellings work."""
     if not argument.startswith("--"):
         return argument
     name, equals, value = argument.partition("=")
@@ -175,13 +176,13 @@ def _with_underscores(argument: str) -> str:
 
 
 def usage() -> str:
-    """What `leon --help` prints."""
+    """Returns the text of `leon --help`."""
     width = max(map(len, VERBS))
     return USAGE.format(verbs="\n".join(f"  {verb:{width}}  {VERBS[verb]}" for verb in VERBS))
 
 
 def version() -> str:
-    """What `leon --version` prints."""
+    """Returns the text of `leon --version`."""
     from importlib import metadata
 
     import leon_jax
@@ -190,12 +191,15 @@ def version() -> str:
 
 
 def describe(module: types.ModuleType, verb: str) -> str:
-    """What `leon VERB --help` prints: the module's docstring and its flags with their defaults."""
+    """Returns the text of `leon VERB --help`: the module's docstring, flags and defaults."""
     lines = [inspect.cleandoc(module.__doc__ or VERBS[verb]), "", f"flags of leon {verb}:"]
     values = getattr(module, "FLAGS", flags.FLAGS)
     for flag in sorted(values.get_flags_for_module(module.__name__), key=lambda f: f.name):
-        default = "" if flag.default is None else f" (default: {flag.default_as_str.strip("'")})"
-        lines.append(f"  --{flag.name}: {' '.join((flag.help or '').split())}{default}")
+        has_default = flag.default not in (None, "", [])
+        default = f" (default: {flag.default_as_str.strip("'")})" if has_default else ""
+        # absl adds a sentence to flags that may be repeated; our help already says so.
+        text = " ".join((flag.help or "").split()).partition("; repeat this option")[0]
+        lines.append(f"  --{flag.name}: {text}{default}")
     return "\n".join(lines)
 
 

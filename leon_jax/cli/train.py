@@ -2,13 +2,13 @@
 
     leon train --config=configs/emoji/decoder.py --workdir=runs/emoji/decoder
 
-The config file says which; any of its keys can be set on the command line, for example
---config.batch_size=32. A second start with the same --workdir goes on from the newest checkpoint.
-The finished model is written into WORKDIR/export.
+The config file sets the kind of model. Override any key on the command line, for example
+--config.batch_size=32. Run the command again with the same --workdir to resume from the newest
+checkpoint. The trained model is written to WORKDIR/export.
 
-On several hosts every process runs this command with --distributed. On TPU pods, SLURM, Open MPI
-and Kubernetes they find each other; elsewhere say --coordinator, --processes and --process_id.
-When one of them is lost the others end within --heartbeat_seconds, with exit code 134.
+On several hosts, run the command with --distributed in every process. On TPU pods, SLURM, Open MPI
+and Kubernetes the processes find each other. Elsewhere set --coordinator, --processes and
+--process_id. If a process is lost, the others exit with code 134 within --heartbeat_seconds.
 """
 
 import os
@@ -28,22 +28,28 @@ if TYPE_CHECKING:
     from leon_jax.train.state import Program
 
 _CONFIG = config_flag.define()
-_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run keeps everything it writes.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "The folder for all files of the run.")
 
-_DISTRIBUTED = flags.DEFINE_bool("distributed", False, "One of several processes of one run.")
-_COORDINATOR = flags.DEFINE_string(
-    "coordinator", None, "host:port of process 0, where the cluster does not say."
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "Run as one of several processes that train one model."
 )
-_PROCESSES = flags.DEFINE_integer("processes", None, "How many processes, likewise.", 1)
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, likewise.", 0)
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "host:port of process 0; needed where no cluster sets it."
+)
+_PROCESSES = flags.DEFINE_integer(
+    "processes", None, "The number of processes; needed where no cluster sets it.", 1
+)
+_PROCESS_ID = flags.DEFINE_integer(
+    "process_id", None, "The index of this process; needed where no cluster sets it.", 0
+)
 _HEARTBEAT_SECONDS = flags.DEFINE_integer(
     "heartbeat_seconds",
     100,
-    "With --distributed: a process that is silent for so long counts as lost, and the others end.",
+    "Seconds without a heartbeat after which a process counts as lost and the others exit.",
     2,
 )
 
-# How long the processes of a run wait for each other at the start.
+# Seconds that a process waits for the others at the start.
 _JOIN_SECONDS = 300
 
 KINDS = ("text", "tokenizer", "encoder", "decoder")
@@ -53,14 +59,14 @@ def main(argv: list[str]) -> None:
     """Runs `leon train`.
 
     Raises:
-      UserError: a flag is missing, the config has unknown or ill-typed keys, or its files are
-        missing.
+      UserError: a flag is missing, the config has an unknown key or a value of the wrong type, or
+        a file is missing.
     """
     del argv
     values = config_flag.read(_CONFIG, "configs/emoji/decoder.py")
     if not _WORKDIR.value:
         raise UserError("--workdir is missing; for example --workdir=runs/emoji/decoder")
-    if "://" in _WORKDIR.value:  # as a path it would name a new folder here
+    if "://" in _WORKDIR.value:  # pathlib would create a local folder
         raise UserError(
             f"--workdir={_WORKDIR.value} is an address; it must be a folder that all hosts share, "
             "for example a mounted bucket or network file system"
@@ -73,7 +79,7 @@ def main(argv: list[str]) -> None:
         from leon_jax.train import text_tokenizer
 
         tokenizer = text_tokenizer.run(configs.build(text_tokenizer.TextConfig, values), workdir)
-        print(f"{tokenizer.size} entries -> {workdir / 'export'}", file=sys.stderr)
+        print(f"{tokenizer.size} entries; saved to {workdir / 'export'}", file=sys.stderr)
         return
 
     _check_process_flags()
@@ -92,11 +98,11 @@ def main(argv: list[str]) -> None:
         if _DISTRIBUTED.value:
             _exit_without_waiting_for_others(130)
         raise
-    print(f"trained -> {workdir / 'export'}", file=sys.stderr)
+    print(f"training finished; saved to {workdir / 'export'}", file=sys.stderr)
 
 
 def _train(kind: str, values: dict[str, Any], workdir: pathlib.Path) -> None:
-    """Trains a model in this process, which is one of several with --distributed."""
+    """Trains a model in this process; with --distributed it is one of several."""
     import jax
 
     from leon_jax import compilation_cache, sharding
@@ -104,7 +110,7 @@ def _train(kind: str, values: dict[str, Any], workdir: pathlib.Path) -> None:
 
     if _DISTRIBUTED.value:
         _join_processes()
-    # Beside the run, so that whoever restarts it compiles nothing again.
+    # In the workdir, so that a restart on any host compiles nothing again.
     compilation_cache.use_compilation_cache(workdir / compilation_cache.RUN_FOLDER)
     settings = configs.build(loop.LoopConfig, values.pop("loop", {}), "config.loop")
     try:
@@ -116,26 +122,26 @@ def _train(kind: str, values: dict[str, Any], workdir: pathlib.Path) -> None:
 
 
 def _check_process_flags() -> None:
-    """Checks the flags about processes.
+    """Checks --coordinator, --processes and --process_id.
 
     Raises:
-      UserError: they contradict each other.
+      UserError: the flags contradict each other or --distributed.
     """
     coordinator, processes, process_id = _COORDINATOR.value, _PROCESSES.value, _PROCESS_ID.value
-    given = [value is not None for value in (coordinator, processes, process_id)]
-    if any(given) and not _DISTRIBUTED.value:
+    is_set = [value is not None for value in (coordinator, processes, process_id)]
+    if any(is_set) and not _DISTRIBUTED.value:
         raise UserError("--coordinator, --processes and --process_id need --distributed")
-    if any(given) and not all(given):
+    if any(is_set) and not all(is_set):
         raise UserError("give all of --coordinator, --processes and --process_id, or none of them")
     if processes is not None and process_id is not None and process_id >= processes:
         raise UserError(f"--process_id={process_id} must be below --processes={processes}")
 
 
 def _join_processes() -> None:
-    """Makes this process one of several.
+    """Connects this process to the other processes of the run.
 
     Raises:
-      UserError: no cluster says which processes there are, or they cannot be found.
+      UserError: no cluster was detected, or the other processes cannot be reached.
     """
     import jax
 
@@ -146,44 +152,43 @@ def _join_processes() -> None:
             _PROCESS_ID.value,
             initialization_timeout=_JOIN_SECONDS,
             heartbeat_timeout_seconds=_HEARTBEAT_SECONDS.value,
-            # How long a process that has ended waits for the others to end; `loop.run` ends
-            # at the same time in all of them.
+            # Seconds that a finished process waits for the others. `loop.run` returns at the same
+            # time in all of them.
             shutdown_timeout_seconds=_HEARTBEAT_SECONDS.value,
         )
     except ValueError as error:
         raise UserError(
-            "--distributed: no cluster was found that says which processes there are; give "
-            "--coordinator=HOST:PORT, --processes and --process_id"
+            "--distributed: no cluster was detected; give --coordinator=HOST:PORT, --processes and "
+            "--process_id"
         ) from error
     except RuntimeError as error:
         raise UserError(
-            "--distributed: this process cannot meet the others; --coordinator must be a free port "
-            "of the host of process 0, the same for all of them"
+            "--distributed: this process cannot reach the others; --coordinator must be a free "
+            "port on the host of process 0, and the same in all processes"
         ) from error
 
 
 def _explanations() -> dict[str, str]:
-    """What JAX writes when it ends a process because of another one, to a sentence about it."""
+    """Returns the error message for each text that JAX writes when another process is lost."""
     return {
         supervisor.NEVER_MET_MARK: (
             f"leon train: the processes of this run did not find each other within {_JOIN_SECONDS} "
-            "s; start all of them, with the same --coordinator, which is a free port of the host "
-            "of process 0"
+            "s; start all of them with the same --coordinator, a free port on the host of process 0"
         ),
         supervisor.LOST_PEER_MARK: (
-            "leon train: another process of this run failed or was silent for "
-            f"{_HEARTBEAT_SECONDS.value} s (--heartbeat_seconds), so this one ended as well; see "
-            "what that process wrote, then start all of them again, and they go on from the newest "
+            "leon train: another process of this run failed or sent no heartbeat for "
+            f"{_HEARTBEAT_SECONDS.value} s (--heartbeat_seconds), so this process exited; read "
+            "that process's error, then start all of them again to resume from the newest "
             "checkpoint"
         ),
     }
 
 
 def _exit_without_waiting_for_others(code: int) -> None:
-    """Ends this process with an exit code in a moment, even if others wait for it.
+    """Exits with `code` after at most 10 seconds, even if other processes wait for this one.
 
-    At its exit JAX waits for all processes. Where all met the same error they end together; where
-    only this one did, the others wait for its part of a step.
+    JAX waits for all processes at exit. If all of them failed, they exit together. If only this
+    one failed, the others still wait for it in a collective, so it must not wait for them.
     """
     seconds = min(10, _HEARTBEAT_SECONDS.value / 2)
     timer = threading.Timer(seconds, os._exit, [code])
@@ -192,7 +197,7 @@ def _exit_without_waiting_for_others(code: int) -> None:
 
 
 def _make_program(kind: str, values: dict[str, Any]) -> "Program":
-    """The program of a kind, with its configuration built from `values`."""
+    """Returns the program of a kind, with its configuration built from `values`."""
     match kind:
         case "tokenizer":
             from leon_jax.train.image_tokenizer import TokenizerConfig, TokenizerProgram

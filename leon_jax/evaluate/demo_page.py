@@ -1,4 +1,4 @@
-"""The demo's page: one HTML file with its pictures inside, readable without a server."""
+"""Writes the demo's report: one HTML file with embedded images."""
 
 import base64
 import html
@@ -11,7 +11,7 @@ import numpy as np
 import PIL.Image
 
 from leon_jax.documents import Document
-from leon_jax.evaluate.meanings import MEANINGS, Number, shown
+from leon_jax.evaluate.meanings import MEANINGS, Number, format_metric
 from leon_jax.leon import GeneratedImage, credit
 
 _STYLE = """
@@ -30,8 +30,8 @@ figure { margin: 0; width: 10rem; overflow-wrap: anywhere }
 """
 
 
-def picture(pixels: np.ndarray | PIL.Image.Image, alt: str) -> str:
-    """An <img> with the picture inside it."""
+def image_tag(pixels: np.ndarray | PIL.Image.Image, alt: str) -> str:
+    """Returns an <img> tag with the image embedded as PNG."""
     image = pixels if isinstance(pixels, PIL.Image.Image) else PIL.Image.fromarray(pixels)
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
@@ -40,66 +40,81 @@ def picture(pixels: np.ndarray | PIL.Image.Image, alt: str) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table; cells are HTML."""
+    """Returns an HTML table; cells are HTML."""
     top = "".join(f"<th>{cell}</th>" for cell in head)
     body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
     return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def retrieved(documents: Sequence[Document]) -> str:
-    """Pictures of retrieved documents with what must be said of them."""
+    """Returns the images of retrieved documents with captions, licences and credits, as HTML."""
     if not documents:
-        return "<small>nothing</small>"
+        return "<small>none</small>"
     figures = []
     for document in documents:
         origin = credit(document)
         caption = html.escape(origin["caption"])
         note = html.escape(f"{origin['key']}, {origin['licence']}: {origin['attribution']}")
         figures.append(
-            f"<figure>{picture(document.pixels, origin['caption'])}"
+            f"<figure>{image_tag(document.pixels, origin['caption'])}"
             f"<figcaption>{caption}<small>{note}</small></figcaption></figure>"
         )
     return f'<div class="read">{"".join(figures)}</div>'
 
 
-def drawings(
+def generated_images(
     documents: Sequence[Document],
-    without: Sequence[GeneratedImage],
-    with_documents: Sequence[GeneratedImage],
+    without_retrieval: Sequence[GeneratedImage],
+    with_retrieval: Sequence[GeneratedImage],
 ) -> str:
-    """Held-out prompts: the true picture, the model's without and with documents, what it read."""
+    """Returns a table of prompts, held-out images, generated images and retrieved documents."""
     rows = []
-    for document, plain, read in zip(documents, without, with_documents, strict=True):
+    for document, plain, augmented in zip(
+        documents, without_retrieval, with_retrieval, strict=True
+    ):
         rows.append(
             [
                 html.escape(plain.prompt),
-                picture(document.pixels, f"held-out picture: {plain.prompt}"),
-                picture(plain.image, f"drawn without documents: {plain.prompt}"),
-                picture(read.image, f"drawn with documents: {plain.prompt}"),
-                retrieved(read.retrieved),
+                image_tag(document.pixels, f"held-out image: {plain.prompt}"),
+                image_tag(plain.image, f"generated without documents: {plain.prompt}"),
+                image_tag(augmented.image, f"generated with documents: {plain.prompt}"),
+                retrieved(augmented.retrieved),
             ]
         )
-    head = ["Prompt", "Held-out picture", "Drawn, 0 documents", "Drawn, 2 documents", "Retrieved"]
-    return table(head, rows)
+    return table(
+        [
+            "Prompt",
+            "Held-out image",
+            "Generated, 0 documents",
+            "Generated, 2 documents",
+            "Retrieved",
+        ],
+        rows,
+    )
 
 
-def captions(documents: Sequence[Document], written: Sequence[tuple[str, str]]) -> str:
-    """Held-out pictures and the captions written for them without and with documents."""
+def captions(documents: Sequence[Document], generated: Sequence[tuple[str, str]]) -> str:
+    """Returns a table of held-out images and their captions.
+
+    Args:
+      documents: held-out documents.
+      generated: (caption without retrieval, caption with retrieval) of each document.
+    """
     rows = []
-    for document, (plain, read) in zip(documents, written, strict=True):
-        shown = picture(document.pixels, document.text)
-        rows.append([shown, *(html.escape(text) for text in (plain, read, document.text))])
-    head = ["Held-out picture", "Caption, 0 documents", "Caption, 2 documents", "Its true caption"]
+    for document, (plain, augmented) in zip(documents, generated, strict=True):
+        image = image_tag(document.pixels, document.text)
+        rows.append([image, *(html.escape(text) for text in (plain, augmented, document.text))])
+    head = ["Held-out image", "Caption, 0 documents", "Caption, 2 documents", "True caption"]
     return table(head, rows)
 
 
 def curve(points: Sequence[tuple[int, float]], resumed_at: int, label: str) -> str:
-    """A line chart as SVG: steps to the right, values up, a mark where the run was resumed.
+    """Returns a line chart as SVG, with a mark at the step where the run was resumed.
 
     Args:
-      points: (step, value).
+      points: (step, value) pairs.
       resumed_at: the step of the mark.
-      label: what the values are, with their unit.
+      label: name and unit of the values.
     """
     steps, values = np.array(points, float).T
     width, height, left, bottom = 720, 260, 60, 40
@@ -135,24 +150,30 @@ def curve(points: Sequence[tuple[int, float]], resumed_at: int, label: str) -> s
     )
 
 
-def numbers(metrics: Mapping[str, Number]) -> str:
-    """The table of metrics, each with its unit and its meaning."""
+def metrics_table(metrics: Mapping[str, Number]) -> str:
+    """Returns a table of metrics with units and definitions."""
     rows = [
         [
             f"<code>{name}</code>",
-            f'<span class="number">{html.escape(shown(name, value))}</span>',
+            f'<span class="number">{html.escape(format_metric(name, value))}</span>',
             html.escape(MEANINGS[name]),
         ]
         for name, value in metrics.items()
     ]
-    return table(["Number", "Measured here", "What it is"], rows)
+    return table(["Metric", "Value", "Definition"], rows)
 
 
 def page(title: str, sections: Sequence[tuple[str, str]], metrics: Mapping[str, Any]) -> str:
-    """The whole page; section bodies are HTML."""
+    """Returns the whole page.
+
+    Args:
+      title: the title, plain text.
+      sections: (heading, HTML body) pairs.
+      metrics: shown as JSON at the end.
+    """
     raw = html.escape(json.dumps(metrics, indent=1))
     body = "".join(f"<h2>{html.escape(name)}</h2>{content}" for name, content in sections)
-    body += f"<h2>All numbers</h2><pre>{raw}</pre>"
+    body += f"<h2>All metrics</h2><pre>{raw}</pre>"
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}'
         f'</title><meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head>'

@@ -1,39 +1,40 @@
-"""What each number of `leon evaluate` and `leon demo` is, and how it is written for people.
+"""Defines the metrics of `leon evaluate` and `leon demo`, and formats them for display.
 
-The same numbers are printed as JSON. There a share is 0 to 1, and `..._by_documents` is a group by
-how many retrieved documents the model reads first.
+In JSON a share is 0 to 1. A metric `..._by_documents` maps the number of retrieved documents in
+the prompt to a value.
 """
 
 from collections.abc import Mapping
 
 MEANINGS = {
-    "candidates": "documents that are told apart",
+    "candidates": "documents in each group; the matching metrics rank within a group",
     "tokenizer_psnr_db": "peak signal-to-noise ratio of held-out images after the image tokenizer, "
-    "in decibels; the mean over images",
+    "in decibels; mean over images",
     "codes_used_share": "share of the codebook that the held-out images use",
     "real_match_share": "share of real held-out images that the retrieval encoder matches to their "
-    "own caption among all candidates: how far the encoder can judge generated images",
-    "image_perplexity_by_documents": "perplexity of a held-out image's token given the caption; 1 "
-    "is certainty",
+    "own caption among all candidates; an estimate of the ceiling of prompt_match_share",
+    "image_perplexity_by_documents": "perplexity per token of a held-out image given its caption",
     "prompt_match_share_by_documents": "share of generated images that the retrieval encoder "
     "matches to their own prompt among all candidates",
-    "caption_rank1_share_by_documents": "share of held-out images for which no other candidate's "
-    "caption is likelier than their own; each caption is read after the documents that it finds",
+    "caption_rank1_share_by_documents": "share of held-out images whose own caption is the most "
+    "likely of all candidates; each caption follows the documents that it retrieves",
     "seconds": "wall-clock time of the whole demo",
 }
 
 Number = float | Mapping[str, float]
 
 
-def shown(name: str, value: Number) -> str:
-    """A number with its unit, or one for each number of documents.
+def format_metric(name: str, value: Number) -> str:
+    """Formats a metric with its unit.
 
     Args:
       name: a key of `MEANINGS`.
-      value: the number, or numbers by how many documents are read first.
+      value: the number, or a mapping from the number of retrieved documents to a number.
     """
     if isinstance(value, Mapping):
-        return "; ".join(f"{docs} documents: {shown(name, one)}" for docs, one in value.items())
+        return "; ".join(
+            f"{docs} documents: {format_metric(name, number)}" for docs, number in value.items()
+        )
     if "_share" in name:
         return f"{100 * value:.1f} %"
     if name.endswith("_db"):

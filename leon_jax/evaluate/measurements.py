@@ -1,7 +1,7 @@
-"""The demo's numbers, measured on documents that training never saw.
+"""Computes metrics of a model on held-out documents.
 
-Every function takes documents of a held-out split, each (caption, picture with pixels and codes),
-and retrieves from the training documents only.
+Every function takes documents of a held-out split, each a caption and an image with pixels and
+codes, and retrieves only from the training documents.
 """
 
 import dataclasses
@@ -18,47 +18,48 @@ from leon_jax.leon import GeneratedImage, Leon
 from leon_jax.tokenizers.image import fit_picture, to_pixels
 
 # Sequences scored in one compiled call.
-_SCORED_TOGETHER = 25
+_SCORE_BATCH = 25
 
 
 @dataclasses.dataclass(frozen=True)
 class Reconstruction:
-    """How well pictures survive the image tokenizer.
+    """Reconstructions of the image tokenizer and their quality.
 
     Attributes:
-      psnr_db: peak signal-to-noise ratio, 10 log10(255^2 / mean squared error), the mean over
-        pictures of their own.
-      codes_used: the share of the codebook that these pictures use, 0 to 1.
-      pictures: (original, reconstruction), uint8[n, r, r, 3] each.
+      psnr_db: peak signal-to-noise ratio, 10 log10(255^2 / mean squared error); mean over images.
+      codes_used: share of the codebook that these images use, 0 to 1.
+      images: (originals, reconstructions), uint8[n, r, r, 3] each.
     """
 
     psnr_db: float
     codes_used: float
-    pictures: tuple[np.ndarray, np.ndarray]
+    images: tuple[np.ndarray, np.ndarray]
 
 
 def reconstruct(leon: Leon, documents: Sequence[Document]) -> Reconstruction:
-    """Encodes and decodes the documents' pictures."""
+    """Decodes the documents' image codes and compares the results with the original images."""
     tokenizer = leon.model.image_tokenizer
     codes = np.stack([document.codes for document in documents])
     originals = np.stack(
         [fit_picture(document.pixels, tokenizer.resolution) for document in documents]
     )
     with jax.set_mesh(leon.model.mesh):
-        rebuilt = to_pixels(tokenizer.decode(codes))
-    errors = np.square(originals.astype(np.float64) - rebuilt).mean((1, 2, 3))
+        reconstructions = to_pixels(tokenizer.decode(codes))
+    errors = np.square(originals.astype(np.float64) - reconstructions).mean((1, 2, 3))
     psnr = 10 * np.log10(255**2 / np.maximum(errors, 1e-10))
-    used = len(np.unique(codes)) / tokenizer.codes
-    return Reconstruction(float(psnr.mean()), used, (originals, rebuilt))
+    codes_used = len(np.unique(codes)) / tokenizer.codes
+    return Reconstruction(float(psnr.mean()), codes_used, (originals, reconstructions))
 
 
 def image_perplexity(leon: Leon, documents: Sequence[Document], num_docs: int) -> float:
-    """Exp of the mean negative log-likelihood of a picture token, given the caption.
+    """Returns the perplexity of image tokens given the caption.
+
+    The perplexity is the exponential of the mean negative log-likelihood per image token.
 
     Args:
       leon: the model.
-      documents: (caption, picture with codes).
-      num_docs: documents retrieved by the caption and read first.
+      documents: documents with a caption and image codes.
+      num_docs: number of documents retrieved by the caption and put before it.
     """
     tokenizer = leon.model.tokenizer
     sequences, weights = [], []
@@ -75,38 +76,39 @@ def image_perplexity(leon: Leon, documents: Sequence[Document], num_docs: int) -
 def caption_ranks(
     leon: Leon, documents: Sequence[Document], num_docs: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Where each picture's own caption ranks among the captions of all of them.
+    """Ranks all captions for each image by the likelihood of the image given the caption.
 
-    A caption's score for a picture is how likely `Leon.generate` is to draw that very picture for
-    it, log p(picture | caption, documents retrieved by the caption): by Bayes' rule the posterior
-    of the caption when all captions are equally likely beforehand.
+    The score of a caption for an image is log p(image | caption, documents retrieved by the
+    caption), the model's log-likelihood of the image's tokens. By Bayes' rule this is the log
+    posterior of the caption, up to a constant, if all captions have the same prior.
 
     Args:
       leon: the model.
-      documents: the candidates and the pictures at once.
-      num_docs: documents retrieved by each *caption* and read first, the same for all pictures.
+      documents: their captions are the candidates for each of their images.
+      num_docs: number of documents retrieved by each caption and put before it, whatever the image.
 
     Returns:
-      int[n] ranks (0 is first) and the scores float32[picture, caption].
+      int[n], the rank of each image's own caption (0 is first), and the scores
+      float32[image, caption].
     """
     tokenizer = leon.model.tokenizer
-    read = _retrieved(leon, documents, num_docs)
+    contexts = _retrieved(leon, documents, num_docs)
     scores = np.zeros((len(documents), len(documents)), np.float32)
-    for column, (document, retrieved) in enumerate(zip(documents, read, strict=True)):
+    for column, (document, retrieved) in enumerate(zip(documents, contexts, strict=True)):
         sequences, weights = [], []
-        for drawn in documents:
-            shown = Document((Text(document.text), Image(codes=drawn.codes)))
-            ids = tokenizer.encode([*retrieved, shown])
+        for candidate in documents:
+            pair = Document((Text(document.text), Image(codes=candidate.codes)))
+            ids = tokenizer.encode([*retrieved, pair])
             weight = np.zeros(len(ids), np.float32)
             weight[-1 - tokenizer.image_tokens : -1] = 1
             sequences.append(ids)
             weights.append(weight)
         scores[:, column] = _score(leon, sequences, weights)
-    own = np.diag(scores)[:, None]
-    return (scores > own).sum(1), scores
+    own_scores = np.diag(scores)[:, None]
+    return (scores > own_scores).sum(1), scores
 
 
-def draw(
+def generate(
     leon: Leon,
     documents: Sequence[Document],
     num_docs: int,
@@ -115,11 +117,21 @@ def draw(
     temperature: float = 1.0,
     seed: int = 0,
 ) -> list[GeneratedImage]:
-    """One picture for each document's caption, all in one batch."""
+    """Generates one image for each document's caption, all in one batch.
+
+    Args:
+      leon: the model.
+      documents: their captions are the prompts.
+      num_docs: number of documents retrieved by each caption and put before it.
+      guidance: classifier-free guidance weight.
+      top_p: nucleus sampling probability, above 0 to 1; None samples from all tokens.
+      temperature: sampling temperature.
+      seed: seed of the first image; each further image adds 1.
+    """
     params = SamplingParams.of(guidance=guidance, top_p=top_p, temperature=temperature)
     prompts = [Document((Text(document.text), Hole("image"))) for document in documents]
     retrieved = _retrieved(leon, documents, num_docs)
-    done = leon.complete(
+    images = leon.complete(
         prompts,
         retrieved=retrieved,
         seeds=[seed + row for row in range(len(documents))],
@@ -127,62 +139,63 @@ def draw(
     )
     return [
         GeneratedImage(
-            PIL.Image.fromarray(picture.pixels),
+            PIL.Image.fromarray(image.pixels),
             document.text,
             seed + row,
             params,
-            tuple(read),
+            tuple(context),
             leon.name,
         )
-        for row, (document, picture, read) in enumerate(
-            zip(documents, done, retrieved, strict=True)
+        for row, (document, image, context) in enumerate(
+            zip(documents, images, retrieved, strict=True)
         )
     ]
 
 
 def prompt_match(leon: Leon, generations: Sequence[GeneratedImage]) -> float:
-    """The share of pictures whose own prompt scores highest among all prompts.
+    """Returns the share of images whose own prompt scores highest among all prompts, 0 to 1.
 
-    The judge is the retrieval encoder: inner products of unit image and text embeddings.
+    The score is the retrieval encoder's inner product of unit image and text embeddings.
     """
+    encoder = leon.model.encoder
     with jax.set_mesh(leon.model.mesh):
-        pictures = leon.model.encoder.embed_images([np.asarray(each.image) for each in generations])
-        prompts = leon.model.encoder.embed_texts([each.prompt for each in generations])
-    return float((np.argmax(pictures @ prompts.T, axis=1) == np.arange(len(generations))).mean())
+        images = encoder.embed_images([np.asarray(generation.image) for generation in generations])
+        prompts = encoder.embed_texts([generation.prompt for generation in generations])
+    return float((np.argmax(images @ prompts.T, axis=1) == np.arange(len(generations))).mean())
 
 
 def real_match(leon: Leon, documents: Sequence[Document]) -> float:
-    """`prompt_match` of the real pictures: how far the judge can be trusted."""
-    real = [
+    """Returns `prompt_match` of the real images, an estimate of its ceiling."""
+    real_images = [
         GeneratedImage(
             PIL.Image.fromarray(document.pixels), document.text, 0, SamplingParams(), (), ""
         )
         for document in documents
     ]
-    return prompt_match(leon, real)
+    return prompt_match(leon, real_images)
 
 
 def _retrieved(
     leon: Leon, documents: Sequence[Document], num_docs: int
 ) -> list[tuple[Document, ...]]:
-    """What `Leon.generate` would read for each caption."""
-    found = []
+    """Returns the documents that `Leon.generate` would retrieve for each caption."""
+    retrieved = []
     for document in documents:
         prompt = Document((Text(document.text), Hole("image")))
-        found.append(leon.retrieve_fitting(prompt, num_docs, leon.model.tokenizer.image_tokens))
-    return found
+        retrieved.append(leon.retrieve_fitting(prompt, num_docs, leon.model.tokenizer.image_tokens))
+    return retrieved
 
 
 def _score(
     leon: Leon, sequences: Sequence[np.ndarray], weights: Sequence[np.ndarray]
 ) -> np.ndarray:
-    longest = max(map(len, sequences))
-    # Multiples of 32 keep padding small and the number of compiled programs few.
+    max_length = max(map(len, sequences))
+    # Multiples of 32 need little padding and few compiled programs.
     engine = Engine(
-        leon.model.engine.decoder, leon.model.tokenizer.vocabulary, [-(-longest // 32) * 32]
+        leon.model.engine.decoder, leon.model.tokenizer.vocabulary, [-(-max_length // 32) * 32]
     )
     scores = []
-    for start in range(0, len(sequences), _SCORED_TOGETHER):
-        stop = start + _SCORED_TOGETHER
+    for start in range(0, len(sequences), _SCORE_BATCH):
+        stop = start + _SCORE_BATCH
         scores.append(engine.score(sequences[start:stop], weights[start:stop]))
     return np.concatenate(scores)

@@ -1,13 +1,13 @@
-"""What a compiled TPU program sends between devices, read from its HLO text.
+"""Counts the collectives of a compiled TPU program from its HLO text.
 
-A collective in a loop runs once an iteration. XLA's loops count from zero up to a constant that
-stands in their condition, so what a scan over layers sends is counted for every layer, and so are
-the rings of permutes that XLA puts in place of an all-gather or a reduce-scatter beside a matrix
-product. A reduce-scatter that XLA makes of an all-reduce and a slice is a computation named for
-both (`all-reduce-scatter`) and counts as what it is. Of the branches of a conditional the longest
-one counts. An asynchronous collective stands in the text
-two or three times (start, what runs meanwhile, done) under one channel id, and is counted as often
-as the piece that runs least.
+- Loops: a collective in a loop runs once per iteration. XLA's loops count from zero to a constant
+  in their condition. So a scan over layers counts once per layer, and so do the rings of permutes
+  that XLA uses instead of an all-gather or a reduce-scatter next to a matrix product.
+- Fusions: XLA writes some reduce-scatters as a computation `all-reduce-scatter` with an all-reduce
+  and a slice. It counts as a reduce-scatter.
+- Conditionals: only the longest branch counts.
+- Asynchronous collectives: they occur two or three times in the text (start, overlapped work, done)
+  with the same channel id. They run as often as the piece with the fewest runs.
 """
 
 import dataclasses
@@ -17,7 +17,12 @@ from collections import defaultdict
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 
-_BYTES = {"pred": 1, "bf16": 2, "f8e4m3fn": 1, "f8e5m2": 1}  # others say it: s32, f16, u8
+_BYTES = {
+    "pred": 1,
+    "bf16": 2,
+    "f8e4m3fn": 1,
+    "f8e5m2": 1,
+}  # other names end in the number of bits: s32, f16, u8
 _COMPUTATION = re.compile(r"^(ENTRY )?%([\w.\-]+) \(")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%[\w.\-]+ = (.*?) ([a-z][a-z\-]*)\((.*)$")
 _CALLED = re.compile(r"\b(?:calls|body|condition|to_apply)=%([\w.\-]+)")
@@ -30,12 +35,12 @@ _LIMIT = re.compile(r"\bconstant\((\d+)\)")
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One kind of collective in one execution of a program.
+    """Counts of one kind of collective in one execution of a program.
 
     Attributes:
-      instructions: how often it stands in the program.
-      runs: how often it runs.
-      bytes_sent: what one device sends in all of them, by the ring algorithms.
+      instructions: number of instructions in the program.
+      runs: number of executions.
+      bytes_sent: bytes that one device sends in all executions, with ring algorithms.
     """
 
     instructions: int = 0
@@ -44,17 +49,17 @@ class Collective:
 
 
 def collectives(hlo: str, iterations: int = 1) -> dict[str, Collective]:
-    """What one device sends in one execution of the program, by kind of `KINDS`.
+    """Counts the collectives of one execution of a program, by kind of `KINDS`.
 
     Args:
-      hlo: the compiled program.
-      iterations: of loops that end when the data say so.
+      hlo: the text of the compiled program.
+      iterations: assumed iterations of loops whose end depends on data.
     """
     bodies, entry = _computations(hlo)
     runs: dict[str, int] = defaultdict(int)
-    _walk(entry, 1, bodies, runs, iterations)
-    # By what all pieces of one collective share -> (runs, bytes).
-    found: dict[tuple[str, str, str, int], tuple[int, float]] = {}
+    _count_runs(entry, 1, bodies, runs, iterations)
+    # (runs, bytes) of each collective; the key is what all its pieces have in common.
+    counts: dict[tuple[str, str, str, int], tuple[int, float]] = {}
     for name, lines in bodies.items():
         for number, (shape, opcode, rest) in enumerate(lines):
             kind = opcode.removesuffix("-start")
@@ -65,20 +70,24 @@ def collectives(hlo: str, iterations: int = 1) -> dict[str, Collective]:
             size = _bytes(shape, opcode.endswith("-start"))
             if name.startswith("all-reduce-scatter"):
                 kind, size = "reduce-scatter", size / group
-            plain = re.sub(r"\{[^}]*\}", "", shape)  # without layouts, which differ
-            key = kind, channel[1] if channel else f"{name} {number}", plain, group
-            once = runs[name], _sent(kind, size, group) * runs[name]
-            # What runs meanwhile may be a loop, with a piece in each iteration.
-            found[key] = min(found.get(key, once), once)
+            plain_shape = re.sub(r"\{[^}]*\}", "", shape)  # layouts may differ between pieces
+            key = kind, channel[1] if channel else f"{name} {number}", plain_shape, group
+            count = runs[name], _sent(kind, size, group) * runs[name]
+            # The overlapped work may be a loop with a piece in each iteration.
+            counts[key] = min(counts.get(key, count), count)
     totals = {}
     for kind in KINDS:
-        chosen = [value for key, value in found.items() if key[0] == kind]
-        totals[kind] = Collective(len(chosen), sum(n for n, _ in chosen), sum(b for _, b in chosen))
+        values = [count for key, count in counts.items() if key[0] == kind]
+        totals[kind] = Collective(len(values), sum(n for n, _ in values), sum(b for _, b in values))
     return totals
 
 
 def _computations(hlo: str) -> tuple[dict[str, list[tuple[str, str, str]]], str]:
-    """Instructions (shape, opcode, rest of the line) by computation, and the entry's name."""
+    """Parses the instructions (shape, opcode, rest of the line) of each computation.
+
+    Returns:
+      The instructions by computation, and the name of the entry computation.
+    """
     bodies: dict[str, list[tuple[str, str, str]]] = {}
     entry = current = ""
     for line in hlo.splitlines():
@@ -86,13 +95,13 @@ def _computations(hlo: str) -> tuple[dict[str, list[tuple[str, str, str]]], str]
             current = head[2]
             bodies[current] = []
             entry = current if head[1] else entry
-        elif current and (found := _INSTRUCTION.match(line)):
-            bodies[current].append((found[1], found[2], found[3]))
+        elif current and (match := _INSTRUCTION.match(line)):
+            bodies[current].append((match[1], match[2], match[3]))
     return bodies, entry
 
 
-def _walk(name: str, times: int, bodies: dict, runs: dict[str, int], iterations: int) -> None:
-    """Adds how often a computation and those it calls run."""
+def _count_runs(name: str, times: int, bodies: dict, runs: dict[str, int], iterations: int) -> None:
+    """Adds the runs of a computation and of the computations that it calls to `runs`."""
     runs[name] += times
     for _, opcode, rest in bodies.get(name, ()):
         called = _CALLED.findall(rest)
@@ -100,54 +109,55 @@ def _walk(name: str, times: int, bodies: dict, runs: dict[str, int], iterations:
             called.append(max(branches, key=lambda branch: _length(branch, bodies)))
         trips = _trips(rest, bodies, iterations) if opcode == "while" else 1
         for inner in called:
-            _walk(inner, times * trips, bodies, runs, iterations)
+            _count_runs(inner, times * trips, bodies, runs, iterations)
 
 
 def _branches(rest: str) -> list[str]:
-    """The computations that a conditional chooses from."""
-    return [name for found in _BRANCHES.findall(rest) for name in re.findall(r"%([\w.\-]+)", found)]
+    """Returns the names of a conditional's branches."""
+    lists = _BRANCHES.findall(rest)
+    return [name for names in lists for name in re.findall(r"%([\w.\-]+)", names)]
 
 
 def _length(name: str, bodies: dict) -> int:
-    """Instructions of a computation and of those it calls."""
+    """Returns the number of instructions of a computation and of those that it calls."""
     lines = bodies.get(name, ())
     called = [inner for _, _, rest in lines for inner in (*_CALLED.findall(rest), *_branches(rest))]
     return len(lines) + sum(_length(inner, bodies) for inner in called)
 
 
 def _trips(rest: str, bodies: dict, iterations: int) -> int:
-    """Iterations of a loop: what its condition compares with; `iterations` where data decide."""
+    """Returns a loop's iterations: the constant in its condition, or `iterations` if none."""
     condition = re.search(r"\bcondition=%([\w.\-]+)", rest)
     lines = bodies.get(condition[1], ()) if condition else ()
-    limits = [_LIMIT.search(f"{opcode}({after}") for _, opcode, after in lines]
-    known = [int(limit[1]) for limit in limits if limit]
-    return max(known, default=iterations)
+    matches = [_LIMIT.search(f"{opcode}({operands}") for _, opcode, operands in lines]
+    limits = [int(match[1]) for match in matches if match]
+    return max(limits, default=iterations)
 
 
-def _bytes(shape: str, started: bool) -> float:
-    """Size of a result. That of a start holds its operands, too: the largest part counts."""
+def _bytes(shape: str, is_start: bool) -> float:
+    """Returns the bytes of a result; for a start, only the largest part, as it has operands too."""
     sizes = []
     for kind, axes in _SHAPE.findall(shape):
         digits = re.search(r"\d+$", kind)
         width = _BYTES.get(kind, int(digits[0]) / 8 if digits else 4)
         sizes.append(width * math.prod(int(n) for n in axes.split(",") if n))
-    return (max(sizes) if started else sum(sizes)) if sizes else 0.0
+    return (max(sizes) if is_start else sum(sizes)) if sizes else 0.0
 
 
 def _group(rest: str) -> int:
-    """How many devices take part in one collective; XLA writes it in three ways."""
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", rest):
-        sizes = dict(re.findall(r"'([^']+)'=(\d+)", found[1]))
-        return math.prod(int(sizes[axis]) for axis in re.findall(r"'([^']+)'", found[2]))
-    if found := re.search(r"replica_groups=\[\d+,(\d+)\]", rest):
-        return int(found[1])
-    if found := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):
-        return len(found[1].split(","))
+    """Returns the number of devices in a collective's group; XLA writes it in three formats."""
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", rest):
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", match[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'([^']+)'", match[2]))
+    if match := re.search(r"replica_groups=\[\d+,(\d+)\]", rest):
+        return int(match[1])
+    if match := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):
+        return len(match[1].split(","))
     return 2
 
 
 def _sent(kind: str, size: float, group: int) -> float:
-    """Bytes one device sends round a ring; `size` is that of the result."""
+    """Returns the bytes that one device sends in a ring; `size` is the size of the result."""
     match kind:
         case "all-reduce":
             return 2 * size * (group - 1) / group

@@ -1,4 +1,4 @@
-"""Plans of generation: the programs of `leon_jax.engine.decode_loop`, compiled for absent chips."""
+"""Plans image generation: compiles the programs of `leon_jax.engine.decode_loop` for a topology."""
 
 import dataclasses
 
@@ -21,21 +21,21 @@ from leon_jax.plan.topology import Topology
 from leon_jax.train.decoder import check_divisible
 from leon_jax.train.decoder_config import DecoderTraining
 
-# Ids of a prompt that says nothing, padding included: the smallest bucket of the engine.
-_BARE = 64
+# Tokens of an unconditional prompt with padding: the engine's smallest bucket.
+_UNCONDITIONAL_TOKENS = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What is answered, and on which mesh.
+    """The batch and the mesh of a plan.
 
     Attributes:
-      mesh: sizes of (data, fsdp, context, tensor), without -1.
-      rows: pictures drawn at once.
-      guidance: weight; 1 is none, more takes two streams a row.
-      prompt: tokens of a prompt, padding included; the unconditional stream has few.
-      weights: their dtype.
-      cache: the dtype of cached keys and values.
+      mesh: sizes of the axes (data, fsdp, context, tensor), without -1.
+      rows: images in a batch.
+      guidance: classifier-free guidance weight; other values than 1 need two streams a row.
+      prompt: tokens of a prompt with padding; the unconditional stream has at most 64.
+      weights: dtype of the weights.
+      cache: dtype of cached keys and values; "compute" is the model's dtype.
     """
 
     mesh: tuple[int, ...]
@@ -47,26 +47,26 @@ class Setting:
 
 
 def plan(config: DecoderTraining, topology: Topology, setting: Setting) -> Plan:
-    """Compiles drawing `rows` pictures: prefill, and the loop over the codes of a picture.
+    """Compiles the generation of `rows` images: the prefill and the loop over image tokens.
 
     Raises:
-      UserError: the rows cannot be dealt to the mesh, or prompt and picture exceed the context.
-      DoesNotFit: it needs more memory than a device has.
+      UserError: the mesh cannot split the rows evenly, or prompt and image exceed the context.
+      DoesNotFit: the program needs more memory than a device has.
     """
     model, span = config.model, ImageSpan(config.data.image_shape[0] * config.data.image_shape[1])
     guidance = make_guidance(setting.guidance)
     data, fsdp, _, tensor = setting.mesh
     batch = setting.rows * guidance.streams
-    drawn = dataclasses.replace(config, batch_size=batch, microbatches=1)
-    check_divisible(drawn, setting.mesh, batch_size="rows times streams")
+    batch_config = dataclasses.replace(config, batch_size=batch, microbatches=1)
+    check_divisible(batch_config, setting.mesh, batch_size="rows times streams")
     if setting.rows % (data * fsdp):
         raise UserError(f"--rows={setting.rows} must be a multiple of data x fsdp, {data * fsdp}")
     if setting.prompt + span.limit > model.max_length:
         raise UserError(
-            f"--prompt={setting.prompt} and a picture of {span.limit} tokens are longer than "
+            f"--prompt={setting.prompt} and an image of {span.limit} tokens are longer than "
             f"model.max_length, {model.max_length}"
         )
-    slots = (setting.prompt, *[min(_BARE, setting.prompt)] * (guidance.streams - 1))
+    slots = (setting.prompt, *[min(_UNCONDITIONAL_TOKENS, setting.prompt)] * (guidance.streams - 1))
     mesh = sharding.make_mesh(setting.mesh, topology.devices)
     with jax.set_mesh(mesh):
         decoder = jax.eval_shape(
@@ -81,18 +81,27 @@ def plan(config: DecoderTraining, topology: Topology, setting: Setting) -> Plan:
             SamplingParams(guidance),
             setting.cache,
         )
-        held = {"parameters": decoder, "cache": state.caches}
-        reading = plans.compile_for(prefill, held, topology)
-        memory, found, seconds = plans.compile_for(decode, held, topology, span.limit)
-    rows, shared = setting.rows / (data * fsdp), sum(slots) / len(slots)
-    prompt_work = roofline.prefill_work(model, shared, rows * len(slots), tensor)
+        arrays = {"parameters": decoder, "cache": state.caches}
+        _, prefill_collectives, _ = plans.compile_for(prefill, arrays, topology)
+        memory, decode_collectives, seconds = plans.compile_for(
+            decode, arrays, topology, span.limit
+        )
+    rows, mean_prompt = setting.rows / (data * fsdp), sum(slots) / len(slots)
+    prefill_work = roofline.prefill_work(model, mean_prompt, rows * len(slots), tensor)
     ids = config.vocabulary.image_stop - config.vocabulary.image_start
-    step = roofline.decode_work(
-        model, shared + span.limit, ids, rows * len(slots), tensor, setting.weights, setting.cache
+    step_work = roofline.decode_work(
+        model,
+        mean_prompt + span.limit,
+        ids,
+        rows * len(slots),
+        tensor,
+        setting.weights,
+        setting.cache,
     )
+    step_bytes = plans.sent_bytes(decode_collectives) / span.limit
     bounds = {
-        "prefill": Roofline.of(prompt_work, plans.sent_bytes(reading[1]), topology),
-        "token": Roofline.of(step, plans.sent_bytes(found) / span.limit, topology),
+        "prefill": Roofline.of(prefill_work, plans.sent_bytes(prefill_collectives), topology),
+        "token": Roofline.of(step_work, step_bytes, topology),
     }
     total = bounds["prefill"].seconds + span.limit * bounds["token"].seconds
     return Plan(
@@ -103,7 +112,7 @@ def plan(config: DecoderTraining, topology: Topology, setting: Setting) -> Plan:
         setting=dataclasses.asdict(setting),
         parameters=model.parameter_count(),
         memory=memory,
-        collectives=found,
+        collectives=decode_collectives,
         rooflines=bounds,
         figures={
             "seconds_per_batch": total,

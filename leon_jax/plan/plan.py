@@ -1,4 +1,4 @@
-"""What is known of a program before it runs: memory, traffic, and how fast it can be at most."""
+"""Compiles a program for a topology and estimates its memory, traffic and minimum time."""
 
 import dataclasses
 import math
@@ -16,19 +16,20 @@ from leon_jax.plan.topology import Topology
 
 
 class DoesNotFit(Exception):
-    """The compiler found no room; the message says how much is needed and there."""
+    """The program needs more memory than a device has; the message gives both numbers."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes of one device.
+    """Memory of one device in bytes.
 
     Attributes:
-      parameters, optimizer: of the state.
-      activations: everything else that lives at the peak.
-      peak: the most that lives at once, in the compiler's schedule.
-      capacity: what the device has.
-      cache: keys and values while answering.
+      parameters: the model's parameters.
+      optimizer: the optimizer's state.
+      activations: everything else that is allocated at the peak.
+      peak: the peak allocation in the compiler's schedule.
+      capacity: the device's memory.
+      cache: cached keys and values during generation.
     """
 
     parameters: float
@@ -41,12 +42,12 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-    """Seconds that a program cannot be faster than, by what limits it.
+    """Lower bounds on the time of a program in seconds, by resource.
 
     Attributes:
-      compute: its arithmetic at the chip's peak.
-      memory: its traffic at the bandwidth of device memory.
-      links: its collectives at the bandwidth of all links to other chips together.
+      compute: arithmetic at the chip's peak rate.
+      memory: traffic at the bandwidth of device memory.
+      links: collectives at the total bandwidth of the links to other chips.
     """
 
     compute: float
@@ -55,44 +56,45 @@ class Roofline:
 
     @classmethod
     def of(cls, work: Work, sent: float, topology: Topology) -> Self:
-        """The roofline of one device's work and the bytes it sends."""
+        """Computes the roofline of one device's work and of the bytes that it sends."""
         chip, share = topology.chip, topology.share
         return cls(
             work.flops / (chip.flops * share),
             work.hbm_bytes / (chip.hbm_bandwidth * share),
-            sent / chip.ici_bandwidth,  # what stays within a chip does not use its links
+            sent / chip.ici_bandwidth,  # not shared: traffic between a chip's devices uses no link
         )
 
     @property
     def seconds(self) -> float:
-        """With everything else hidden behind what takes longest: no run is faster."""
+        """The lower bound if the resources are used in parallel: the slowest one."""
         return max(self.compute, self.memory, self.links)
 
     @property
     def serial_seconds(self) -> float:
-        """With no collective hidden behind arithmetic."""
+        """The lower bound if no collective overlaps with compute or memory traffic."""
         return max(self.compute, self.memory) + self.links
 
     @property
     def limit(self) -> str:
-        """What takes longest."""
+        """The name of the slowest resource."""
         return max(("compute", "memory", "links"), key=lambda name: getattr(self, name))
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """One compiled program.
+    """The plan of one compiled program.
 
     Attributes:
-      program: `train`: a step; `decode`: pictures for a batch of prompts.
-      topology, chips, devices: where it would run.
-      setting: what was chosen: mesh, remat, microbatches, ...
-      parameters: of the model.
-      memory: of a device.
-      collectives: by kind, one device, one execution.
-      rooflines: by part of the program; a training step has one.
-      figures: what follows from them, by name (see docs/plans.md).
-      compile_seconds: what compiling took here.
+      program: `train`, a training step, or `decode`, the images of a batch of prompts.
+      topology: name of the topology.
+      chips, devices: number of chips and of JAX devices in the topology.
+      setting: mesh, remat, microbatches and other choices, by name.
+      parameters: number of the model's parameters.
+      memory: memory of one device.
+      collectives: collectives of one device in one execution, by kind.
+      rooflines: by part of the program; a training step has one part.
+      figures: derived numbers by name (see docs/plans.md).
+      compile_seconds: seconds of compiling on this machine.
     """
 
     program: Literal["train", "decode"]
@@ -108,11 +110,11 @@ class Plan:
     compile_seconds: float
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, rooflines with their bound."""
-        plain = dataclasses.asdict(self)
+        """Returns JSON values; each roofline also has its bound and its slowest resource."""
+        values = dataclasses.asdict(self)
         for name, roofline in self.rooflines.items():
-            plain["rooflines"][name] |= {"seconds": roofline.seconds, "limit": roofline.limit}
-        return plain
+            values["rooflines"][name] |= {"seconds": roofline.seconds, "limit": roofline.limit}
+        return values
 
 
 def compile_for(
@@ -121,16 +123,19 @@ def compile_for(
     topology: Topology,
     iterations: int = 1,
 ) -> tuple[Memory, dict[str, Collective], float]:
-    """(memory, collectives, seconds of compiling) of a program on a topology's devices.
+    """Compiles a program for the devices of a topology.
 
     Args:
       lower: lowers the program.
-      state: trees of abstract arrays that it holds, `parameters`, `optimizer` and `cache`.
-      topology: gives the capacity.
+      state: trees of the program's abstract arrays: `parameters`, `optimizer` and `cache`.
+      topology: the devices and their memory.
       iterations: see `leon_jax.plan.collectives.collectives`.
 
+    Returns:
+      The memory of a device, the collectives by kind, and the seconds of compiling.
+
     Raises:
-      DoesNotFit: it needs more memory than a device has.
+      DoesNotFit: the program needs more memory than a device has.
     """
     start = time.monotonic()
     lowered = lower()
@@ -142,11 +147,11 @@ def compile_for(
         raise DoesNotFit(memory_shortage(str(error))) from error
     seconds = time.monotonic() - start
     figures, text = compiled.memory_analysis(), compiled.as_text()
-    assert figures is not None and text is not None  # the compiler for TPUs gives both
+    assert figures is not None and text is not None  # the TPU compiler returns both
     peak = float(figures.peak_memory_in_bytes)
-    held = {name: device_bytes(tree) for name, tree in state.items()}
-    parameters, optimizer = held["parameters"], held.get("optimizer", 0.0)
-    cache = held.get("cache", 0.0)
+    sizes = {name: device_bytes(tree) for name, tree in state.items()}
+    parameters, optimizer = sizes["parameters"], sizes.get("optimizer", 0.0)
+    cache = sizes.get("cache", 0.0)
     memory = Memory(
         parameters,
         optimizer,
@@ -159,23 +164,23 @@ def compile_for(
 
 
 def device_bytes(tree: Any) -> float:
-    """Bytes of one device's part of abstract arrays with shardings."""
+    """Returns the bytes of one device's shards of abstract arrays."""
 
     def size(leaf: Any) -> float:
-        whole = leaf.sharding is None or not leaf.shape
-        shape = leaf.shape if whole else leaf.sharding.shard_shape(leaf.shape)
+        is_replicated = leaf.sharding is None or not leaf.shape
+        shape = leaf.shape if is_replicated else leaf.sharding.shard_shape(leaf.shape)
         return math.prod(shape) * np.dtype(leaf.dtype).itemsize
 
     return float(sum(map(size, jax.tree.leaves(tree))))
 
 
-def sent_bytes(found: dict[str, Collective]) -> float:
-    """Bytes that a device sends in all kinds of collectives."""
-    return sum(collective.bytes_sent for collective in found.values())
+def sent_bytes(by_kind: dict[str, Collective]) -> float:
+    """Returns the bytes that a device sends in all collectives."""
+    return sum(collective.bytes_sent for collective in by_kind.values())
 
 
 def memory_shortage(message: str) -> str:
-    """How much memory is needed and there, with the numbers of the compiler's message."""
+    """Returns a message with the needed and the available memory of a compiler's error message."""
     # "Used 23G of 15.75G hbm", or "... (23G) exceeds available HBM (15.75G)".
     sizes = r"([\d.]+)([KMGT])(?: of |\) exceeds available HBM \()([\d.]+)([KMGT])"
     numbers = re.search(sizes, message)

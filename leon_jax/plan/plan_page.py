@@ -1,4 +1,4 @@
-"""A plan as lines for a terminal, and as a page with a chart."""
+"""Formats a plan as text for the terminal and as an HTML page with charts."""
 
 import html
 from typing import Any
@@ -24,7 +24,7 @@ _COLOURS = {
     "memory": "#5d9bd6",
     "links": "#e0a030",
 }
-# The names of settings that are numbers, with what they count.
+# Descriptions of numeric settings.
 _SETTINGS = {
     "mesh": "mesh, data x fsdp x context x tensor",
     "microbatches": "microbatches of a step",
@@ -36,9 +36,9 @@ _GIB = 2**30
 
 
 def lines(plan: Plan, source: str) -> list[tuple[str, str]]:
-    """(name, value) of everything a plan says; `source` is the config's path."""
+    """Returns the (name, value) pairs of a plan; `source` is the config's path."""
     memory, figures = plan.memory, plan.figures
-    shown = [
+    pairs = [
         ("config", source),
         ("topology", f"{plan.topology}: {plan.chips} chips, {plan.devices} devices"),
         *((_SETTINGS.get(name, name), _plain(value)) for name, value in plan.setting.items()),
@@ -48,17 +48,19 @@ def lines(plan: Plan, source: str) -> list[tuple[str, str]]:
         if name in ("optimizer", "cache") and not getattr(memory, name):
             continue
         title = "capacity of a device" if name == "capacity" else f"{name}, a device"
-        shown.append((title, f"{getattr(memory, name) / _GIB:,.2f} GiB"))
-    for kind, found in plan.collectives.items():
-        if found.runs:
-            sent = f"{found.bytes_sent / 1e9:,.3f} GB sent by a device"
-            count = f"{found.instructions} instructions, run {found.runs:,} times"
-            shown.append((kind, f"{sent}; {count}"))
+        pairs.append((title, f"{getattr(memory, name) / _GIB:,.2f} GiB"))
+    for kind, collective in plan.collectives.items():
+        if collective.runs:
+            size = f"{collective.bytes_sent / 1e9:,.3f} GB sent by a device"
+            count = f"{collective.instructions} instructions, run {collective.runs:,} times"
+            pairs.append((kind, f"{size}; {count}"))
     for part, bound in plan.rooflines.items():
-        each = ", ".join(f"{n} {getattr(bound, n):.3g} s" for n in ("compute", "memory", "links"))
-        shown.append((f"a {part} takes at least", f"{each}; limited by {bound.limit}"))
+        seconds = ", ".join(
+            f"{name} {getattr(bound, name):.3g} s" for name in ("compute", "memory", "links")
+        )
+        pairs.append((f"a {part} takes at least", f"{seconds}; limited by {bound.limit}"))
     if plan.program == "train":
-        shown += [
+        pairs += [
             ("FLOPs a step", f"{figures['flops_per_step']:.4g}"),
             (
                 "executed FLOPs a step, with recomputation",
@@ -77,23 +79,23 @@ def lines(plan: Plan, source: str) -> list[tuple[str, str]]:
             ),
         ]
     else:
-        shown += [
+        pairs += [
             ("all images take at least", f"{figures['seconds_per_batch']:.3g} s"),
             ("images a second at most", f"{figures['pictures_per_second']:,.2f}"),
             ("tokens a second at most", f"{figures['tokens_per_second']:,.0f}"),
         ]
-    return [*shown, ("compiled here in", f"{plan.compile_seconds:.0f} s")]
+    return [*pairs, ("compiled here in", f"{plan.compile_seconds:.0f} s")]
 
 
 def text(plan: Plan, source: str) -> str:
-    """The lines, aligned."""
-    found = lines(plan, source)
-    width = max(len(name) for name, _ in found)
-    return "\n".join(f"{name:{width}}  {value}" for name, value in found)
+    """Returns the plan as aligned lines."""
+    pairs = lines(plan, source)
+    width = max(len(name) for name, _ in pairs)
+    return "\n".join(f"{name:{width}}  {value}" for name, value in pairs)
 
 
 def page(plan: Plan, source: str) -> str:
-    """The page, with a chart of memory and one of the roofline."""
+    """Returns the plan as an HTML page with charts of the memory and the rooflines."""
     memory = plan.memory
     parts = {
         name: getattr(memory, name) / _GIB
@@ -101,7 +103,7 @@ def page(plan: Plan, source: str) -> str:
         if getattr(memory, name)
     }
     limits = "".join(
-        f"<h2>Seconds a {part} needs at least; the longest decides</h2>"
+        f"<h2>Minimum seconds of a {part} by resource; the slowest one limits</h2>"
         + _bars({n: getattr(bound, n) for n in ("compute", "memory", "links")})
         for part, bound in plan.rooflines.items()
     )
@@ -113,51 +115,47 @@ def page(plan: Plan, source: str) -> str:
     return (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
         f"<style>{_STYLE}</style><h1>{title}</h1>"
-        "<p>Compiled by the compiler for TPUs, on a machine without one. Bytes are the compiler's; "
-        "times are bounds that no run can beat, not predictions.</p>"
+        "<p>Compiled by the TPU compiler on a machine without a TPU. Sizes are the compiler's. "
+        "Times are lower bounds, not predictions.</p>"
         f"<h2>Memory of a device, GiB</h2>{_stack(parts, memory.capacity / _GIB)}{limits}"
-        f"<h2>Everything</h2><table>{rows}</table></html>\n"
+        f"<h2>All numbers</h2><table>{rows}</table></html>\n"
     )
 
 
 def _stack(parts: dict[str, float], capacity: float) -> str:
-    """One bar of parts within a frame of the capacity."""
+    """Returns a stacked bar of the parts in a frame of the capacity's width, as SVG."""
     scale = 700 / max(capacity, sum(parts.values()))
-    drawn, left, legend = [], 0.0, []
+    bars, x, legend = [], 0.0, []
     for number, (name, size) in enumerate(parts.items()):
         colour, width = _COLOURS[name], size * scale
-        drawn.append(
-            f'<rect x="{left:.1f}" y="0" width="{width:.1f}" height="36" fill="{colour}"/>'
-        )
+        bars.append(f'<rect x="{x:.1f}" y="0" width="{width:.1f}" height="36" fill="{colour}"/>')
         legend.append(
             f'<rect x="{number * 190}" y="50" width="12" height="12" fill="{colour}"/>'
             f'<text x="{number * 190 + 18}" y="61">{name} {size:.2f} GiB</text>'
         )
-        left += width
+        x += width
     frame = f'<rect x=".5" y=".5" width="{capacity * scale - 1:.1f}" height="35" fill="none"'
     label = f'<text x="{3 * 190}" y="61">capacity {capacity:.0f} GiB</text>'
     return (
-        f'<svg viewBox="0 0 701 66" role="img" aria-label="memory">{"".join(drawn)}'
+        f'<svg viewBox="0 0 701 66" role="img" aria-label="memory">{"".join(bars)}'
         f'{frame} stroke="#1c1c1c"/>{"".join(legend)}{label}</svg>'
     )
 
 
 def _bars(values: dict[str, float]) -> str:
-    """One bar each."""
+    """Returns a bar for each value in seconds, as SVG."""
     scale = 480 / max(*values.values(), 1e-12)
-    drawn = []
+    bars = []
     for number, (name, value) in enumerate(values.items()):
         top = number * 28
-        drawn.append(
+        bars.append(
             f'<text x="0" y="{top + 16}">{name}</text>'
             f'<rect x="90" y="{top}" width="{max(value * scale, 1):.1f}" height="22" '
             f'fill="{_COLOURS[name]}"/>'
             f'<text x="{96 + value * scale:.1f}" y="{top + 16}">{value:.3g} s</text>'
         )
     height = 28 * len(values)
-    return (
-        f'<svg viewBox="0 0 701 {height}" role="img" aria-label="roofline">{"".join(drawn)}</svg>'
-    )
+    return f'<svg viewBox="0 0 701 {height}" role="img" aria-label="roofline">{"".join(bars)}</svg>'
 
 
 def _plain(value: Any) -> str:

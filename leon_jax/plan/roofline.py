@@ -1,8 +1,8 @@
-"""Arithmetic and memory traffic of the decoder, counted from its shape.
+"""Counts the arithmetic and memory traffic of the decoder from its shape.
 
-XLA's own count takes the body of a loop once, so it cannot be used for layers that are scanned.
-Only matrix products are counted (their operands and results, for traffic), and the optimizer's
-state: what is left out makes a step slower, so a bound stays a bound.
+XLA's own analysis counts the body of a loop once, which is wrong for scanned layers. Only matrix
+products and the optimizer's state are counted; for traffic, the operands and results of the
+products. Everything else would only add time, so the results are lower bounds.
 
 Letters: E embed, F mlp, V vocab, T length.
 """
@@ -17,10 +17,10 @@ from leon_jax.ops.attention import BLOCKS
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What a program must at least do; sums over all devices or one device's part.
+    """The least work of a program, of one device or of all devices.
 
     Attributes:
-      flops: operations that are executed.
+      flops: executed floating-point operations.
       hbm_bytes: bytes read from and written to device memory.
     """
 
@@ -29,21 +29,21 @@ class Work:
 
 
 def training_flops(config: DecoderConfig, length: int) -> float:
-    """Operations executed for a token of a training step, those computed again included.
+    """Returns the executed operations per token of a training step, with recomputation.
 
-    `DecoderConfig.flops_per_token` is what a step needs; beyond it are
-      - scores, computed again by flash attention's backward pass (1 of 4 products more);
-      - blocks of scores on the diagonal, half of which is masked;
-      - what the remat policy gives up.
+    In addition to `DecoderConfig.flops_per_token` it counts
+      - scores that flash attention recomputes in its backward pass (1 product more for 4);
+      - the masked half of the score blocks on the diagonal;
+      - what the remat policy recomputes.
     """
     weights = _layer_weights(config)
     block = next((size for size in BLOCKS if length % size == 0), 0)
-    # Two products forward, QK^T and AV, at half of T^2 each, and what the diagonal adds.
+    # Two forward products, QK^T and AV, at half of T^2 each, and the diagonal blocks.
     forward = 2 * config.layers * (length + block) * config.embed
     attention = forward * (1 + 2.5 + (config.remat in ("dots", "full")))
-    # The last product of a layer is never needed again: nothing but the next layer reads it.
-    again = weights - config.layers * config.mlp * config.embed if _recomputes(config) else 0
-    return 2 * (3 * weights + again) + attention + 6 * config.vocab_size * config.embed
+    # The last product of a layer is never recomputed, since only the next layer reads its result.
+    recomputed = weights - config.layers * config.mlp * config.embed if _recomputes(config) else 0
+    return 2 * (3 * weights + recomputed) + attention + 6 * config.vocab_size * config.embed
 
 
 def training_work(
@@ -56,42 +56,42 @@ def training_work(
     microbatches: int = 1,
     loss_chunk: int = 2048,
 ) -> Work:
-    """One device's part of a training step.
+    """Returns one device's work in a training step.
 
     Args:
       config: the model.
-      length: tokens of a row.
-      tokens: of a device, all microbatches together; `tensor` devices share them.
-      state_bytes: parameters and optimizer state that the device holds.
+      length: tokens in a row.
+      tokens: tokens per device in all microbatches; `tensor` devices share the same tokens.
+      state_bytes: bytes of parameters and optimizer state on the device.
       fsdp, tensor: sizes of these mesh axes.
-      microbatches: each gathers and reads the weights anew.
-      loss_chunk: tokens after which the gradient of the table is read and written.
+      microbatches: number of microbatches; each gathers and reads all weights.
+      loss_chunk: tokens per chunk of the loss; each chunk reads and writes the table's gradient.
     """
     flops = training_flops(config, length) * tokens / tensor
-    # Read and written by the optimizer, and gradients as large as parameters (a third of it).
+    # The optimizer reads and writes its state, and gradients as large as the parameters (a third).
     traffic = state_bytes * (2 + 2 / 3)
     weights = _layer_weights(config)
-    again = _recomputes(config)
-    # bfloat16 weights: read by each forward pass and for one of the two products backward; a gather
-    # writes them once for the forward and once for the backward pass.
-    traffic += 2 * weights / tensor * (2 + again + (2 if fsdp > 1 else 0)) * microbatches
-    # Operands and results of a token: queries, keys, values and output 2 E each, MLP E + F twice,
-    # of which the second is not computed again.
-    once = 10 * config.embed + 2 * config.mlp
-    operands = 3 * once + again * (once - config.embed - config.mlp)
-    # Logits are written and read in float32, their slopes in bfloat16 by two products.
+    recomputes = _recomputes(config)
+    # bfloat16 weights are read by each forward pass and by one of the two backward products. With
+    # FSDP a gather writes them once for the forward and once for the backward pass.
+    traffic += 2 * weights / tensor * (2 + recomputes + (2 if fsdp > 1 else 0)) * microbatches
+    # Operands and results per token: queries, keys, values and output 2 E each, MLP E + F twice,
+    # of which the second is not recomputed.
+    forward_operands = 10 * config.embed + 2 * config.mlp
+    operands = 3 * forward_operands + recomputes * (forward_operands - config.embed - config.mlp)
+    # Logits are written and read in float32, their gradients in bfloat16 by two products.
     logits = (2 * 4 + 3 * 2) * config.vocab_size / tensor
     logits += 2 * 4 * config.vocab_size * config.embed / tensor / loss_chunk
     return Work(flops, traffic + tokens * (2 * config.layers * operands / tensor + logits))
 
 
 def prefill_work(config: DecoderConfig, length: float, rows: float, tensor: int) -> Work:
-    """One device's part of reading prompts of `length` tokens.
+    """Returns one device's work in a prefill.
 
     Args:
       config: the model.
-      length: of a prompt, padding included.
-      rows: of a device, streams included.
+      length: tokens in a prompt with padding.
+      rows: rows per device, over all streams.
       tensor: size of this mesh axis.
     """
     weights, tokens = _layer_weights(config), rows * length
@@ -107,40 +107,40 @@ def decode_work(
     rows: float,
     tensor: int,
     weights: WeightType | None = None,
-    kept: CacheDtype = "compute",
+    cache_dtype: CacheDtype = "compute",
 ) -> Work:
-    """One device's part of writing one more token in each row.
+    """Returns one device's work in a decode step.
 
     Args:
       config: the model.
-      slots: of the cache, all of which are read; of several streams, on average.
-      ids: how many may follow; every device holds the rows of the table that score them.
-      rows: of a device, streams included.
+      slots: cache slots of a row, all of which are read; the mean over streams.
+      ids: number of ids that may follow; each device holds the rows of the table that score them.
+      rows: rows per device, over all streams.
       tensor: size of this mesh axis.
-      weights: what the layers' weights are kept in; None: the compute dtype.
-      kept: what the cache is kept in.
+      weights: dtype of the layers' weights; None is the compute dtype.
+      cache_dtype: dtype of the cache.
     """
     layers, head = _layer_weights(config), ids * config.embed
     attention = 4 * config.layers * slots * config.embed
     cache = 2 * config.layers * config.embed * slots
     flops = rows * ((2 * layers + attention) / tensor + 2 * head)
     width = {None: _width(config), "float32": 4, "bfloat16": 2, "int8": 1}[weights]
-    # In 8 bits a scale of four bytes stands beside each key and value of a head.
-    cached = 1 + 4 / config.head_dim if kept == "int8" else _width(config)
-    read = (width * layers + cached * rows * cache) / tensor
-    return Work(flops, read + _width(config) * head)
+    # An int8 cache also has a scale of four bytes for each head's key and value.
+    cache_width = 1 + 4 / config.head_dim if cache_dtype == "int8" else _width(config)
+    traffic = (width * layers + cache_width * rows * cache) / tensor
+    return Work(flops, traffic + _width(config) * head)
 
 
 def _layer_weights(config: DecoderConfig) -> int:
-    """Weights of all layers."""
+    """Returns the number of weights in all layers."""
     return config.layers * (4 * config.embed**2 + 2 * config.embed * config.mlp)
 
 
 def _width(config: DecoderConfig) -> int:
-    """Bytes of a weight as products read it."""
+    """Returns the bytes of a weight in the compute dtype."""
     return 2 if config.dtype == "bfloat16" else 4
 
 
 def _recomputes(config: DecoderConfig) -> bool:
-    """Whether products with weights are computed again in the backward pass."""
+    """Returns whether the backward pass recomputes products with weights."""
     return config.remat in ("attention", "full")

@@ -1,4 +1,4 @@
-"""Plans of training: the very step of `leon_jax.train.loop`, compiled for absent chips."""
+"""Plans training: compiles the training step for a topology and searches for settings that fit."""
 
 import dataclasses
 import itertools
@@ -18,17 +18,17 @@ from leon_jax.train.decoder_config import DecoderTraining
 from leon_jax.train.decoder_loss import BATCH_DTYPES
 from leon_jax.train.loop import skip_nonfinite
 
-# From the one that computes nothing again to the one that keeps least.
+# Remat policies, from the one that recomputes nothing to the one that stores least.
 REMAT = ("none", "dots", "attention", "full")
 MICROBATCHES = (1, 2, 4, 8)
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What a plan may change without changing the model or the update.
+    """Settings that do not change the model or the update.
 
     Attributes:
-      mesh: sizes of (data, fsdp, context, tensor), without -1.
+      mesh: sizes of the axes (data, fsdp, context, tensor), without -1.
       remat: see `DecoderConfig`.
       microbatches: see `DecoderTraining`.
     """
@@ -38,28 +38,28 @@ class Setting:
     microbatches: int
 
     def apply(self, config: DecoderTraining) -> DecoderTraining:
-        """The configuration with this remat policy and so many microbatches."""
+        """Returns the configuration with this remat policy and number of microbatches."""
         model = dataclasses.replace(config.model, remat=self.remat)  # type: ignore[arg-type]
         return dataclasses.replace(config, model=model, microbatches=self.microbatches)
 
     def changes(self, other: "Setting") -> str:
-        """What is different from another one, as flags."""
-        found = []
+        """Returns the differences from another setting, as command-line flags."""
+        flags = []
         if self.remat != other.remat:
-            found.append(f"--config.model.remat={self.remat}")
+            flags.append(f"--config.model.remat={self.remat}")
         if self.microbatches != other.microbatches:
-            found.append(f"--config.microbatches={self.microbatches}")
+            flags.append(f"--config.microbatches={self.microbatches}")
         if self.mesh != other.mesh:
-            found.append(f"--mesh={','.join(map(str, self.mesh))}")
-        return " ".join(found)
+            flags.append(f"--mesh={','.join(map(str, self.mesh))}")
+        return " ".join(flags)
 
 
 def plan(config: DecoderTraining, topology: Topology, setting: Setting) -> Plan:
     """Compiles a training step.
 
     Raises:
-      UserError: the batch cannot be dealt to the mesh.
-      DoesNotFit: it needs more memory than a device has.
+      UserError: the mesh cannot split the batch or the model evenly.
+      DoesNotFit: the program needs more memory than a device has.
     """
     config = setting.apply(config)
     program = DecoderProgram(config)
@@ -70,12 +70,13 @@ def plan(config: DecoderTraining, topology: Topology, setting: Setting) -> Plan:
             name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.batch_sharding())
             for name, dtype in BATCH_DTYPES.items()
         }
-        memory, found, seconds = plans.compile_for(
+        memory, collectives, seconds = plans.compile_for(
             lambda: jax.jit(skip_nonfinite(program.step), donate_argnums=0).lower(state, batch),
             {"parameters": state.model, "optimizer": state.opt_state},
             topology,
         )
-    bound = _roofline(config, topology, setting, memory.parameters + memory.optimizer, found)
+    state_bytes = memory.parameters + memory.optimizer
+    bound = _roofline(config, topology, setting, state_bytes, plans.sent_bytes(collectives))
     return Plan(
         program="train",
         topology=topology.name,
@@ -84,7 +85,7 @@ def plan(config: DecoderTraining, topology: Topology, setting: Setting) -> Plan:
         setting=dataclasses.asdict(setting),
         parameters=config.model.parameter_count(),
         memory=memory,
-        collectives=found,
+        collectives=collectives,
         rooflines={"step": bound},
         figures=_figures(config, topology, bound),
         compile_seconds=seconds,
@@ -95,73 +96,80 @@ def search(
     config: DecoderTraining,
     topology: Topology,
     setting: Setting,
-    say: Callable[[str], None],
+    report: Callable[[str], None],
     attempts: int = 32,
 ) -> Plan | None:
-    """The fastest plan if `setting` fits, else that of the smallest change that does; None if none.
+    """Searches for the fastest setting that fits, or for the smallest change that makes it fit.
 
-    The fastest is that with the least arithmetic and collectives, added up: first over remat
-    policies and microbatches, then, with what was best, over how `data` and `fsdp` share the
-    devices. The smallest change keeps the mesh if it can; one key before two, cheap before dear.
+    If `setting` fits, the result is the plan with the smallest sum of arithmetic and collective
+    time. The search goes first over remat policies and microbatches, then over the sizes of `data`
+    and `fsdp` with the best of those. If `setting` does not fit, the result is the plan of the
+    smallest change that fits: the same mesh before another one, one key before two, and less
+    recomputation before more.
 
     Args:
-      config, topology, setting: where to start.
-      say: is told of every attempt.
-      attempts: how many changes are tried at most if it does not fit; each is compiled.
+      config: the configuration of the run.
+      topology: the devices.
+      setting: where the search starts.
+      report: is called with a line about each attempt.
+      attempts: maximum number of changes to compile if `setting` does not fit.
+
+    Returns:
+      The plan, or None if nothing fits.
     """
 
     def attempt(other: Setting, name: str = "") -> Plan | None:
         name = name or other.changes(setting)
         try:
-            found = plan(config, topology, other)
+            result = plan(config, topology, other)
         except DoesNotFit as error:
-            say(f"{name}: does not fit: {error}")
+            report(f"{name}: does not fit: {error}")
             return None
-        bound = found.rooflines["step"]
-        say(f"{name}: fits, {bound.seconds:.3g} to {bound.serial_seconds:.3g} s a step at least")
-        return found
+        bound = result.rooflines["step"]
+        report(f"{name}: fits, {bound.seconds:.3g} to {bound.serial_seconds:.3g} s a step at least")
+        return result
 
     def first(others: Iterable[Setting]) -> Plan | None:
-        return next((found for other in others if (found := attempt(other))), None)
+        return next((result for other in others if (result := attempt(other))), None)
 
-    def faster(one: Plan, other: Plan | None) -> Plan:
-        seconds = one.rooflines["step"].serial_seconds
-        return other if other and other.rooflines["step"].serial_seconds < seconds else one
+    def faster(best: Plan, other: Plan | None) -> Plan:
+        seconds = best.rooflines["step"].serial_seconds
+        return other if other and other.rooflines["step"].serial_seconds < seconds else best
 
     best = attempt(setting, "as configured")
     if best is None:
-        smaller = [o for o in candidates(config, topology, setting) if _saves(o, setting)]
+        smaller = [o for o in candidates(config, topology, setting) if _saves_memory(o, setting)]
         return first(sorted(smaller, key=lambda other: _distance(other, setting))[:attempts])
     for remat in REMAT[: REMAT.index(setting.remat) + 1]:
-        # The fewest microbatches that fit gather the weights least often.
+        # Fewer microbatches gather the weights less often, so the first that fits is the fastest.
         counts = [n for n in MICROBATCHES if remat != setting.remat or n < setting.microbatches]
-        same = (Setting(setting.mesh, remat, count) for count in counts)
-        best = faster(best, first(other for other in same if deals(config, other)))
-    chosen = Setting(**best.setting)
-    for mesh in _splits(setting.mesh):
-        other = dataclasses.replace(chosen, mesh=mesh)
-        if deals(config, other):
+        settings = (Setting(setting.mesh, remat, count) for count in counts)
+        best = faster(best, first(other for other in settings if is_divisible(config, other)))
+    best_setting = Setting(**best.setting)
+    for mesh in _other_splits(setting.mesh):
+        other = dataclasses.replace(best_setting, mesh=mesh)
+        if is_divisible(config, other):
             best = faster(best, attempt(other))
     return best
 
 
 def candidates(config: DecoderTraining, topology: Topology, setting: Setting) -> Iterator[Setting]:
-    """All other settings that deal rows, weights and tokens evenly."""
+    """Yields all other settings that split rows, weights and tokens evenly."""
     devices = len(topology.devices)
-    meshes = [setting.mesh, *_splits(setting.mesh)]
+    meshes = [setting.mesh, *_other_splits(setting.mesh)]
     for tensor, context in itertools.product((1, 2, 4, 8), (1, 2, 4)):
-        rest, odd = divmod(devices, tensor * context)
-        if not odd:
-            meshes.append((1, rest, context, tensor))
+        fsdp, remainder = divmod(devices, tensor * context)
+        if not remainder:
+            meshes.append((1, fsdp, context, tensor))
     counts = sorted({*MICROBATCHES, setting.microbatches})
-    for mesh, remat, parts in itertools.product(dict.fromkeys(meshes), REMAT, counts):
-        other = Setting(mesh, remat, parts)
-        if other != setting and deals(config, other):
+    for mesh, remat, microbatches in itertools.product(dict.fromkeys(meshes), REMAT, counts):
+        other = Setting(mesh, remat, microbatches)
+        if other != setting and is_divisible(config, other):
             yield other
 
 
-def deals(config: DecoderTraining, setting: Setting) -> bool:
-    """Whether a mesh and microbatches split the batch and the model evenly."""
+def is_divisible(config: DecoderTraining, setting: Setting) -> bool:
+    """Returns whether a setting splits the batch and the model evenly."""
     try:
         check_divisible(setting.apply(config), setting.mesh)
     except UserError:
@@ -169,33 +177,35 @@ def deals(config: DecoderTraining, setting: Setting) -> bool:
     return True
 
 
-def _splits(mesh: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """The same devices with other shares of `data` and `fsdp`."""
-    both = mesh[0] * mesh[1]
-    shares = [fsdp for fsdp in (both, 64, 32, 16) if both % fsdp == 0]
-    found = dict.fromkeys((both // fsdp, fsdp, *mesh[2:]) for fsdp in shares)
-    return [other for other in found if other != mesh]
+def _other_splits(mesh: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Returns meshes of the same devices with other sizes of `data` and `fsdp`."""
+    product = mesh[0] * mesh[1]
+    sizes = [fsdp for fsdp in (product, 64, 32, 16) if product % fsdp == 0]
+    meshes = dict.fromkeys((product // fsdp, fsdp, *mesh[2:]) for fsdp in sizes)
+    return [other for other in meshes if other != mesh]
 
 
-def _saves(other: Setting, setting: Setting) -> bool:
-    """Whether another setting can need less memory."""
+def _saves_memory(other: Setting, setting: Setting) -> bool:
+    """Returns whether another setting can need less memory."""
     return (
         REMAT.index(other.remat) >= REMAT.index(setting.remat)
         and other.microbatches >= setting.microbatches
-        # Copies along `data` save nothing.
+        # Replicas along `data` save no memory.
         and other.mesh[0] <= setting.mesh[0]
     )
 
 
 def _distance(other: Setting, setting: Setting) -> tuple:
-    """How large a change is: the mesh comes last, then how many keys, then what it costs."""
-    remesh = other.mesh != setting.mesh
-    keys = (other.remat != setting.remat) + (other.microbatches != setting.microbatches) + remesh
+    """Returns a sort key for the size of a change: the mesh, the number of keys, then the cost."""
+    is_new_mesh = other.mesh != setting.mesh
+    keys = (
+        (other.remat != setting.remat) + (other.microbatches != setting.microbatches) + is_new_mesh
+    )
     split = other.mesh[2] * other.mesh[3]
-    return remesh, keys, split, REMAT.index(other.remat), other.microbatches
+    return is_new_mesh, keys, split, REMAT.index(other.remat), other.microbatches
 
 
-def _roofline(config, topology, setting, state_bytes, found) -> Roofline:
+def _roofline(config, topology, setting, state_bytes, sent_bytes) -> Roofline:
     _, fsdp, _, tensor = setting.mesh
     tokens = config.batch_size * config.data.length * tensor // len(topology.devices)
     work = roofline.training_work(
@@ -208,7 +218,7 @@ def _roofline(config, topology, setting, state_bytes, found) -> Roofline:
         setting.microbatches,
         config.loss_chunk,
     )
-    return Roofline.of(work, plans.sent_bytes(found), topology)
+    return Roofline.of(work, sent_bytes, topology)
 
 
 def _figures(config: DecoderTraining, topology: Topology, bound: Roofline) -> dict[str, Any]:

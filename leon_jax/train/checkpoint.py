@@ -1,8 +1,8 @@
-"""Checkpoints of a training run: the whole state and the data position, saved while it goes on.
+"""Saves and restores training checkpoints: the training state and the data position.
 
-A thin layer over Orbax v1. A step's folder appears under its final name only when it is complete,
-so what is found after a crash is whole, unless storage itself failed. For that case every array has
-a checksum, and the newest checkpoint that reads back right is taken.
+A thin layer over Orbax v1, which writes while training continues. A step's folder gets its final
+name only when it is complete, so a crash leaves no partial checkpoint. Every array has a checksum,
+so that storage errors are detected too. Restoring takes the newest checkpoint that is intact.
 """
 
 import atexit
@@ -31,9 +31,9 @@ from leon_jax import weight_files
 from leon_jax.config import UserError
 from leon_jax.train.state import TrainState
 
-# Where a run ends, and so the end of its learning-rate schedule; and what no result depends on.
+# Keys that may change between starts: a run's length, and settings without effect on results.
 MAY_CHANGE = ("steps", "optimizer.total_steps", "data.threads")
-# Settings that earlier versions had, and the value that this version always takes.
+# Keys of earlier versions, and the value that this version always uses.
 REMOVED = {
     "data.spare_spans": 4,
     "data.flip": True,
@@ -44,37 +44,38 @@ REMOVED = {
 
 
 class Checkpoints:
-    """The checkpoints of one run, in `directory`.
+    """Saves and restores the checkpoints of one run.
 
     Args:
-      directory: made if it does not exist. What turns out damaged is moved beside it, into
-        `damaged_checkpoints`.
-      keep: how many of the newest stay.
+      directory: folder of the checkpoints; created if missing. Damaged checkpoints are moved to
+        `damaged_checkpoints` next to it.
+      keep: number of newest checkpoints to keep.
 
     Raises:
       UserError: `directory` cannot be written.
     """
 
     def __init__(self, directory: pathlib.Path, keep: int = 2) -> None:
-        logging.getLogger("absl").addFilter(_worth_telling)
+        logging.getLogger("absl").addFilter(_is_useful)
         threading.excepthook = _thread_failed
         self._directory, self._keep = directory.absolute(), keep
         self._checkpointer = self._open()
 
     def latest(self) -> int | None:
-        """The newest complete step, or None."""
+        """Returns the step of the newest complete checkpoint, or None."""
         newest = self._checkpointer.latest
         return None if newest is None else newest.step
 
     def save(self, state: TrainState, data: Mapping[str, str]) -> None:
-        """Starts saving; arrays are copied before it returns, files are written behind it.
+        """Copies the arrays, then writes the checkpoint in the background.
 
         Args:
-          state: the state after some step.
-          data: the data position, texts by name.
+          state: the state after a step.
+          data: the data position, strings by name.
 
         Raises:
-          UserError: this or the last checkpoint could not be written (disk full, no permission).
+          UserError: this or the previous checkpoint could not be written, for example because the
+            disk is full.
         """
         arrays = {name: _raw(leaf) for name, leaf in weight_files.flatten(state).items()}
         sums = {name: str(value) for name, value in _checksums(arrays).items()}
@@ -84,50 +85,52 @@ class Checkpoints:
                 {"state": arrays, "data": dict(data), "checksums": sums},
                 force=True,
             )
-        except Exception as error:  # Orbax raises many kinds, most of them ValueError
-            raise self._unwritten(error) from error
+        except Exception as error:  # Orbax raises many types, mostly ValueError
+            raise self._write_error(error) from error
 
     def restore(self, abstract: TrainState) -> tuple[int, TrainState, dict[str, str]]:
-        """The newest checkpoint that reads back as it was written, bit for bit.
+        """Restores the newest intact checkpoint.
 
-        One that does not is named on stderr and moved away, and the one before is taken.
+        Damaged checkpoints are reported on stderr and moved to `damaged_checkpoints`.
 
         Args:
-          abstract: shapes, dtypes and shardings to restore into (`jax.eval_shape` of `init`);
-            the mesh and the number of processes may differ from those that saved.
+          abstract: shapes, dtypes and shardings to restore into (`jax.eval_shape` of `init`). The
+            mesh and the number of processes may differ from those that saved.
 
         Returns:
-          The step, the state, and the data position given to `save`.
+          The step, the state, and the data position that `save` received.
 
         Raises:
-          UserError: no checkpoint fits this configuration and is whole.
+          UserError: no checkpoint is intact and fits this configuration.
         """
-        steps = sorted((found.step for found in self._checkpointer.checkpoints), reverse=True)
+        steps = sorted((saved.step for saved in self._checkpointer.checkpoints), reverse=True)
         problems: dict[int, str] = {}
         for step in steps:
             loaded = None
             try:
                 loaded = self._load(step, abstract)
-            except Exception as error:  # Orbax raises many kinds; each means "not this one"
-                problems[step] = _reason(error, "a file is missing, damaged or of other arrays")
+            except Exception as error:  # Orbax raises many types; all mean it cannot be restored
+                problems[step] = _reason(
+                    error, "a file is missing or damaged, or its arrays do not fit"
+                )
             if not on_all_processes(loaded is not None):
                 problems.setdefault(step, "another process could not read it")
                 continue
             assert loaded is not None
             for damaged, problem in problems.items():
-                self._put_away(damaged, problem)
+                self._move_damaged(damaged, problem)
             if problems:
                 self._checkpointer.close()
                 self._checkpointer = self._open()
             return step, *loaded
-        newest = f"; of the newest, {steps[0]}, {problems[steps[0]]}" if steps else ""
+        newest = f" (the newest, step {steps[0]}: {problems[steps[0]]})" if steps else ""
         raise UserError(
-            f"none of the {len(steps)} checkpoints in {self._directory} is whole and fits this "
-            f"configuration{newest}; put the configuration back, or use another --workdir"
+            f"none of the {len(steps)} checkpoints in {self._directory} is intact and fits this "
+            f"configuration{newest}; restore the configuration, or use another --workdir"
         )
 
     def close(self) -> None:
-        """Waits for what is being written.
+        """Waits until the last checkpoint is written.
 
         Raises:
           UserError: it could not be written.
@@ -135,7 +138,7 @@ class Checkpoints:
         try:
             self._checkpointer.close()
         except Exception as error:
-            raise self._unwritten(error) from error
+            raise self._write_error(error) from error
 
     def _open(self) -> ocp.training.Checkpointer:
         policies = ocp.training
@@ -149,8 +152,8 @@ class Checkpoints:
             )
         except OSError as error:
             raise UserError(
-                f"checkpoints cannot be kept in {self._directory}: "
-                f"{_reason(error, 'it is no folder that can be written')}"
+                f"checkpoints cannot be saved in {self._directory}: "
+                f"{_reason(error, 'it is not a writable folder')}"
             ) from error
 
     def _load(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, str]]:
@@ -159,9 +162,9 @@ class Checkpoints:
         names = _stored_names(weight_files.flatten(abstract), sums)
         targets = {name: _target(leaf) for name, leaf in zip(names, leaves, strict=True)}
         loaded = self._checkpointer.load_checkpointables(step, {"state": targets, "data": None})
-        read = {name: str(value) for name, value in _checksums(loaded["state"]).items()}
-        if wrong := [name for name in names if read[name] != sums[name]]:
-            raise UserError(f"{wrong[0]} is not what was written")
+        actual_sums = {name: str(value) for name, value in _checksums(loaded["state"]).items()}
+        if damaged := [name for name in names if actual_sums[name] != sums[name]]:
+            raise UserError(f"{damaged[0]} does not match its checksum")
         arrays = [
             jax.random.wrap_key_data(loaded["state"][name]) if _is_key(leaf) else array
             for name, leaf in zip(names, leaves, strict=True)
@@ -169,20 +172,20 @@ class Checkpoints:
         ]
         return jax.tree.unflatten(structure, arrays), loaded["data"]
 
-    def _put_away(self, step: int, problem: str) -> None:
-        away = self._directory.with_name("damaged_checkpoints") / str(step)
-        print(f"checkpoint {step} is damaged ({problem}); moved to {away}", file=sys.stderr)
+    def _move_damaged(self, step: int, problem: str) -> None:
+        target = self._directory.with_name("damaged_checkpoints") / str(step)
+        print(f"checkpoint {step} is damaged ({problem}); moved to {target}", file=sys.stderr)
         if jax.process_index() == 0:
-            shutil.rmtree(away, ignore_errors=True)
-            away.parent.mkdir(exist_ok=True)
-            os.replace(self._directory / str(step), away)
+            shutil.rmtree(target, ignore_errors=True)
+            target.parent.mkdir(exist_ok=True)
+            os.replace(self._directory / str(step), target)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices(f"damaged checkpoint {step}")
 
-    def _unwritten(self, error: Exception) -> UserError:
-        whole = [int(path.name) for path in self._directory.iterdir() if path.name.isdigit()]
-        last = f"the last good one, of step {max(whole)}, stays" if whole else "there is none yet"
-        reason = _reason(error, "its storage did not take it")
+    def _write_error(self, error: Exception) -> UserError:
+        steps = [int(path.name) for path in self._directory.iterdir() if path.name.isdigit()]
+        last = f"the last good one is of step {max(steps)}" if steps else "no earlier one exists"
+        reason = _reason(error, "its storage reported an error")
         return UserError(
             f"a checkpoint could not be written into {self._directory}: {reason}; {last}"
         )
@@ -190,11 +193,11 @@ class Checkpoints:
 
 @functools.cache
 def _path_for_orbax(directory: pathlib.Path) -> pathlib.Path:
-    """A path to an absolute folder that means the same as a pattern.
+    """Returns a path to `directory` without glob characters.
 
-    Orbax joins the arrays that processes wrote after looking for them with `glob`, and what the
-    folder's own path says is part of the pattern. So a folder such as `lr[3e-4]` is reached
-    through a link in a temporary folder, which this process removes at its end.
+    Orbax finds the arrays of all processes with `glob` on the folder's path, which fails for a
+    folder such as `lr[3e-4]`. Then this returns a symbolic link in a temporary folder, which this
+    process removes at exit.
     """
     if not set("*?[]\\") & set(str(directory)):
         return directory
@@ -205,27 +208,27 @@ def _path_for_orbax(directory: pathlib.Path) -> pathlib.Path:
     return link
 
 
-def on_all_processes(fact: bool) -> bool:
-    """Whether a fact holds on all processes; collective."""
+def on_all_processes(condition: bool) -> bool:
+    """Returns whether `condition` holds on all processes; a collective operation."""
     if jax.process_count() == 1:
-        return fact
-    return bool(multihost_utils.process_allgather(np.array(fact)).all())
+        return condition
+    return bool(multihost_utils.process_allgather(np.array(condition)).all())
 
 
 def load_weights(
     directory: pathlib.Path, names: Mapping[str, jax.ShapeDtypeStruct]
 ) -> dict[str, Array]:
-    """Some arrays of a run's newest checkpoint, for example its model without the optimizer.
+    """Loads some arrays of a run's newest checkpoint, for example the model without the optimizer.
 
     Args:
-      directory: `checkpoints` of a run.
-      names: dotted paths (see `leon_jax.weight_files.flatten`) to shapes, dtypes and shardings.
+      directory: the folder `checkpoints` of a run.
+      names: shapes, dtypes and shardings by dotted path (see `leon_jax.weight_files.flatten`).
 
     Returns:
       The arrays by the same paths.
 
     Raises:
-      UserError: there is no checkpoint, or it has no such arrays of these shapes.
+      UserError: there is no checkpoint, or an array is missing or has another shape.
     """
     steps = [int(path.name) for path in directory.glob("*") if path.name.isdigit()]
     if not steps:
@@ -243,35 +246,38 @@ def load_weights(
             arrays = ocp.load_checkpointables(orbax_path, {"state": targets})["state"]
             return {name: arrays[stored[name]] for name in names}
     except Exception as error:
-        reason = _reason(error, "a file is damaged, or its model has another shape than this one")
-        raise UserError(f"the weights in {path} cannot be used: {reason}") from error
+        reason = _reason(error, "a file is damaged, or its model has another shape")
+        raise UserError(f"the weights in {path} cannot be loaded: {reason}") from error
 
 
 def check_config(path: pathlib.Path, config: dict[str, Any]) -> None:
-    """Keeps a run's configuration beside its checkpoints and refuses to go on with another.
+    """Compares a run's configuration with the saved one, then saves it.
 
-    Where there are no checkpoints yet there is nothing to go on with, and the new one is kept.
+    Nothing is compared if the run has no checkpoint yet. Keys of `MAY_CHANGE` and of `loop` may
+    differ, so that a run can be extended. A key of `REMOVED` may be missing in `config` if the run
+    had the value that this version always uses.
 
-    What is in `MAY_CHANGE` and in `loop` may differ between starts: a run can be made longer. What
-    is in `REMOVED` may be missing now, if the run had the value that this version takes.
+    Args:
+      path: the file of the saved configuration; the folder `checkpoints` is next to it.
+      config: the configuration of this start.
 
     Raises:
-      UserError: the kept configuration differs; the message names the first key that does.
+      UserError: another key differs; the message names the first one.
     """
     config = json.loads(json.dumps(config))
     if path.exists() and any(path.parent.glob("checkpoints/[0-9]*")):
-        kept = json.loads(path.read_text())
-        for key, (old, new) in _differences(kept, config).items():
+        saved = json.loads(path.read_text())
+        for key, (old, new) in _differences(saved, config).items():
             if key in REMOVED and new is None:
                 if old != REMOVED[key]:
                     raise UserError(
                         f"{path.parent} holds a run with {key} = {old!r}, but this version always "
-                        f"takes {REMOVED[key]!r}; use another --workdir"
+                        f"uses {REMOVED[key]!r}; use another --workdir"
                     )
             elif key not in MAY_CHANGE and not key.startswith("loop."):
                 raise UserError(
                     f"{path.parent} holds a run with {key} = {old!r}, but it is now {new!r}; "
-                    "use another --workdir or put the value back"
+                    "use another --workdir or restore the value"
                 )
     if jax.process_index() == 0:
         temporary = path.with_name(path.name + ".tmp")
@@ -282,23 +288,26 @@ def check_config(path: pathlib.Path, config: dict[str, Any]) -> None:
 def _differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
     if not (isinstance(old, dict) and isinstance(new, dict)):
         return {} if old == new else {prefix.removesuffix("."): (old, new)}
-    found: dict[str, tuple[Any, Any]] = {}
+    differences: dict[str, tuple[Any, Any]] = {}
     for key in [*new, *(key for key in old if key not in new)]:
-        found |= _differences(old.get(key), new.get(key), f"{prefix}{key}.")
-    return found
+        differences |= _differences(old.get(key), new.get(key), f"{prefix}{key}.")
+    return differences
 
 
 def _stored_names(names: Iterable[str], stored: Container[str]) -> list[str]:
-    """What a checkpoint calls these arrays: older versions left out path parts called `value`."""
+    """Returns the names of these arrays in a checkpoint.
+
+    Older versions left out path components called `value`.
+    """
     names = list(names)
     if all(name in stored for name in names):
         return names
-    former = [weight_files.former_name(name) for name in names]
-    return former if all(name in stored for name in former) else names
+    old_names = [weight_files.former_name(name) for name in names]
+    return old_names if all(name in stored for name in old_names) else names
 
 
 def _checksums(arrays: dict[str, Array]) -> dict[str, int]:
-    """The sum of every array's 32-bit words modulo 2^32; however it is split, and in any order."""
+    """Returns the sum of each array's words modulo 2^32, which is independent of the sharding."""
     return {name: int(value) for name, value in jax.device_get(_word_sums(arrays)).items()}
 
 
@@ -312,7 +321,7 @@ def _word_sums(arrays: dict[str, Array]) -> dict[str, UInt32[Array, ""]]:
     return jax.tree.map(words, arrays)
 
 
-# What storage does to a run, as far as a person can do something about it.
+# Storage errors that the user can fix.
 _STORAGE_ERRORS = (
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO,
     errno.ESTALE, errno.ENOTDIR,
@@ -320,11 +329,11 @@ _STORAGE_ERRORS = (
 
 
 def _reason(error: Exception, otherwise: str) -> str:
-    """Why, in the words of this project or of the operating system, never those of a library.
+    """Returns the reason of an error: our own message or the operating system's, not a library's.
 
     Args:
-      error: its causes are looked through; a library may name the system's error in its text.
-      otherwise: what to say if none of them is known.
+      error: the error; its causes are searched too. A library may quote the system's error.
+      otherwise: the reason if none is known.
     """
     cause: BaseException | None = error
     while cause is not None:
@@ -339,15 +348,15 @@ def _reason(error: Exception, otherwise: str) -> str:
     return otherwise
 
 
-def _worth_telling(record: logging.LogRecord) -> bool:
-    """Not Orbax's errors, which it raises as well, and nothing about folders without arrays."""
+def _is_useful(record: logging.LogRecord) -> bool:
+    """Rejects Orbax's errors, which it also raises, and warnings about folders without arrays."""
     if "orbax" in record.pathname and record.levelno >= logging.ERROR:
         return False
     return "No per-process OCDBT" not in record.getMessage()
 
 
 def _thread_failed(failure: threading.ExceptHookArgs) -> None:
-    """Prints what ended a thread, unless it was one of Orbax's, whose next call raises it again."""
+    """Prints the exception of a thread, unless Orbax raises it again at its next call."""
     frames = traceback.extract_tb(failure.exc_traceback)
     if not any("orbax" in frame.filename for frame in frames):
         threading.__excepthook__(failure)

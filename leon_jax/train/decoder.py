@@ -1,4 +1,4 @@
-"""Training of the decoder: next-token prediction over packed rows of CM3-masked documents.
+"""Trains the decoder: next-token prediction over packed rows of CM3-masked documents.
 
 The loss is the plain cross-entropy of every token of every document, retrieved ones included
 (arXiv 2309.02591, section 2.2), unless the masking configuration weights tokens differently.
@@ -37,7 +37,10 @@ from leon_jax.train.state import TrainState, rows_of_shard
 
 
 class DecoderProgram:
-    """See `leon_jax.train.state.Program`. Made without reading a file, so it can be planned too."""
+    """The training program of the decoder; see `leon_jax.train.state.Program`.
+
+    The constructor reads no file, so that `leon plan` can compile the program without data.
+    """
 
     kind = KIND
 
@@ -48,7 +51,7 @@ class DecoderProgram:
 
     @functools.cached_property
     def text(self) -> TextTokenizer:
-        """The text tokenizer of `config.data.text`.
+        """The text tokenizer `config.data.text`.
 
         Raises:
           UserError: its file is missing or damaged.
@@ -57,7 +60,7 @@ class DecoderProgram:
 
     @functools.cached_property
     def documents(self) -> DocumentTokenizer:
-        """Documents to ids.
+        """The tokenizer of documents.
 
         Raises:
           UserError: the text tokenizer is missing or does not fit `vocabulary.text_tokens`.
@@ -66,10 +69,10 @@ class DecoderProgram:
         return DocumentTokenizer(self.config.vocabulary, self.text, (rows, columns))
 
     def init(self, key: jax.Array) -> TrainState:
-        """A new model and the optimizer's state.
+        """Returns a randomly initialised model with its optimizer state.
 
         Raises:
-          UserError: the mesh that is set cannot split the batch or the model evenly.
+          UserError: the current mesh cannot split the batch or the model evenly.
         """
         check_divisible(self.config, tuple(jax.sharding.get_abstract_mesh().shape.values()))
         model_key, run_key = jax.random.split(key)
@@ -79,9 +82,14 @@ class DecoderProgram:
     def step(
         self, state: TrainState, batch: dict[str, Array]
     ) -> tuple[TrainState, dict[str, Array]]:
-        """One update, and metrics: those of `batch_loss`, `gradient_norm` and `learning_rate`.
+        """Updates the model once.
 
-        `batch` is described in `leon_jax.data.pipeline.make`.
+        Args:
+          state: the current state.
+          batch: see `leon_jax.data.pipeline.make`.
+
+        Returns:
+          The next state, and the metrics of `batch_loss`, `gradient_norm` and `learning_rate`.
         """
         grads, metrics = gradients(self.config, state.model, batch)
         updates, opt_state = self.optimizer.update(grads, state.opt_state, state.model)
@@ -91,7 +99,7 @@ class DecoderProgram:
         return TrainState(state.step + 1, model, opt_state, state.key), metrics
 
     def batches(self, shard: int = 0, shards: int = 1) -> grain.IterDataset:
-        """Endless packed batches, or one of their equal parts, seeded by `config.seed`."""
+        """Returns endless packed batches, or one shard of them, seeded by `config.seed`."""
         config, data = self.config, self.config.data
         return pipeline.make(
             decoder_data.open_components(data),
@@ -106,10 +114,10 @@ class DecoderProgram:
         )
 
     def samples(self, state: TrainState) -> dict[str, np.ndarray]:
-        """One row of pictures, one for each of `config.samples.captions`.
+        """Generates a row of images, one for each of `config.samples.captions`.
 
-        Nothing without an image tokenizer. Its file is read anew each time, so it takes no memory
-        between samples.
+        Returns an empty dictionary without an image tokenizer. The tokenizer is loaded each time,
+        so that it takes no memory between samples.
 
         Raises:
           UserError: the image tokenizer's file is missing or does not fit.
@@ -119,25 +127,28 @@ class DecoderProgram:
             return {}
         vocabulary, (rows, columns) = self.config.vocabulary, self.config.data.image_shape
         params = SamplingParams(make_guidance(config.guidance))
-        free = self.documents.prompt(Document((Hole("text"), Hole("image"))))
-        prompts = []
+        unconditional = self.documents.prompt(Document((Hole("text"), Hole("image"))))
+        requests = []
         for seed, caption in enumerate(config.captions):
-            bound = self.documents.prompt(Document((Text(caption), Hole("image"))))
+            conditional = self.documents.prompt(Document((Text(caption), Hole("image"))))
             grammar = (ImageSpan(rows * columns),)
-            prompts.append(TokenRequest((bound, free), grammar, (Sample(seed, params),)))
-        outputs = scheduler.generate(Engine(state.model, vocabulary), prompts)
+            requests.append(
+                TokenRequest((conditional, unconditional), grammar, (Sample(seed, params),))
+            )
+        outputs = scheduler.generate(Engine(state.model, vocabulary), requests)
         codes = np.stack([spans[0].ids - vocabulary.image_start for (spans,) in outputs])
         tokenizer = ImageTokenizer.load(config.image)
         if tokenizer.shape != (rows, columns) or tokenizer.codes != vocabulary.image_codes:
             raise UserError(
-                f"{config.image} makes {tokenizer.shape} of {tokenizer.codes} codes; the decoder "
-                f"is trained on {(rows, columns)} of {vocabulary.image_codes}"
+                f"the tokenizer {config.image} has {tokenizer.shape} tokens an image and "
+                f"{tokenizer.codes} codes; the decoder needs {(rows, columns)} tokens and "
+                f"{vocabulary.image_codes} codes"
             )
-        pictures = to_pixels(tokenizer.decode(codes.reshape(-1, rows, columns)))
-        return {"samples": np.concatenate(list(pictures), axis=1)}
+        images = to_pixels(tokenizer.decode(codes.reshape(-1, rows, columns)))
+        return {"samples": np.concatenate(list(images), axis=1)}
 
     def export(self, state: TrainState, directory: pathlib.Path) -> None:
-        """Writes `decoder.safetensors`, and `text.json`, which it cannot be used without."""
+        """Writes `decoder.safetensors` and its text tokenizer `text.json`."""
         directory, config = pathlib.Path(directory), self.config
         header = {
             "model": configuration.to_dict(config.model),
@@ -155,12 +166,12 @@ def check_divisible(
     """Checks that a mesh and the microbatches split the batch and the model evenly.
 
     Args:
-      config: what is trained.
-      mesh: sizes of (data, fsdp, context, tensor).
-      batch_size: what errors call the rows of a batch.
+      config: the configuration of the run.
+      mesh: sizes of the axes (data, fsdp, context, tensor).
+      batch_size: the name of the batch size in error messages.
 
     Raises:
-      UserError: a size is no multiple of the parts it is split into; the sentence names both.
+      UserError: a size is not a multiple of the number of its parts; the message names both.
     """
     data, fsdp, context, tensor = mesh
     model, rows = config.model, data * fsdp * config.microbatches

@@ -1,4 +1,4 @@
-"""What a training run of the decoder depends on."""
+"""Configuration of a decoder's training run."""
 
 import dataclasses
 
@@ -15,11 +15,11 @@ KIND = "decoder"
 
 @dataclasses.dataclass(frozen=True)
 class SampleConfig:
-    """Pictures drawn while training.
+    """Settings of the images that are generated during training.
 
     Attributes:
-      image: the image tokenizer's file; "" draws nothing.
-      captions: one picture each.
+      image: the image tokenizer's file; "" generates no images.
+      captions: prompts, one for each image.
       guidance: classifier-free guidance weight.
     """
 
@@ -30,22 +30,24 @@ class SampleConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DecoderTraining:
-    """Everything a run of `leon_jax.train.decoder.DecoderProgram` depends on.
+    """Configuration of `leon_jax.train.decoder.DecoderProgram`.
 
     Attributes:
       model: shape of the decoder.
-      vocabulary: id layout; its size is the model's `vocab_size`.
+      vocabulary: layout of the ids; its size must equal the model's `vocab_size`.
       optimizer: see `leon_jax.train.optimizer`.
-      data: what it is trained on.
-      batch_size: rows of a global batch.
-      steps: updates.
-      seed: decides initialisation, order, neighbours and masks.
+      batch_size: rows in a global batch.
+      steps: number of updates.
+      seed: seed of initialisation, order, neighbours and masks.
+      kind: always "decoder".
+      data: the training data.
       masking: the CM3 objective.
-      loss_chunk: tokens a device turns into logits at a time.
-      microbatches: into how many parts a batch is cut whose gradients are added up, one part in
-        memory at a time; the update is the same.
+      samples: the images generated during training.
+      loss_chunk: tokens per device whose logits are in memory at a time.
+      microbatches: number of parts of a batch, whose gradients are accumulated one after the
+        other to save memory; the update is the same.
       z_loss: weight of log(sum(exp(logits)))^2, which keeps logits from drifting (PaLM, section
-        5: 1e-4); 0 is CM3Leon's.
+        5: 1e-4); CM3Leon uses 0.
     """
 
     model: DecoderConfig

@@ -1,4 +1,4 @@
-"""Opens the prepared folders that a decoder's configuration names."""
+"""Opens the prepared folders of a decoder's configuration."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -15,14 +15,14 @@ from leon_jax.retrieval.selection import sample_neighbours
 
 
 def open_components(data: DataConfig) -> list[Component]:
-    """Opens the prepared folders that `data` says to train on.
+    """Opens the prepared folders of `data`.
 
     Raises:
-      UserError: there is nothing to train on, a file is missing or damaged, or a setting does not
-        fit what a folder holds; the sentence begins with the key.
+      UserError: no folder is set, a file is missing or damaged, or a setting does not fit a
+        folder; the message begins with the config key.
     """
     if not data.components:
-        raise UserError("config.data.folder is empty; name a prepared folder, or give data.mixture")
+        raise UserError("config.data.folder is empty; name a prepared folder, or set data.mixture")
     if not data.mixture:
         return [_open("config.data", data.components[0], data.per_modality)]
     return [
@@ -32,76 +32,79 @@ def open_components(data: DataConfig) -> list[Component]:
 
 
 def _open(key: str, settings: MixtureComponent, per_modality: int) -> Component:
-    """Opens one folder; `key` is what a person calls it, and `settings` has no None."""
+    """Opens one folder; `key` is its config key for messages, and `settings` has no None."""
     assert settings.retrieved is not None and settings.variants is not None
     try:
         folder = PreparedFolder(settings.folder)
         source = folder.records(settings.split, pixels=False)
-        shown = folder.variants(source, settings.split) if settings.variants > 1 else None
-        if shown is not None and shown.count < settings.variants:
+        variants = folder.variants(source, settings.split) if settings.variants > 1 else None
+        if variants is not None and variants.count < settings.variants:
             raise UserError(
-                f"variants is {settings.variants}, but {settings.folder} holds {shown.count}"
+                f"variants is {settings.variants}, but {settings.folder} holds {variants.count}"
             )
-        draw = None
+        neighbours = None
         if any(settings.retrieved[1:]):
-            draw = neighbours(folder, settings.split, per_modality)
+            neighbours = neighbour_sampler(folder, settings.split, per_modality)
         weights = None
         if settings.balance:
-            weights = balanced(folder.listing(settings.split), settings.balance)
+            weights = group_weights(folder.listing(settings.split), settings.balance)
         return Component(
             settings,
             source,
-            neighbours=draw,
+            neighbours=neighbours,
             query_weights=weights,
-            variant=shown,
-            plain_variants=min(image_variants.plain(shown.count), settings.variants)
-            if shown
+            variant=variants,
+            plain_variants=min(image_variants.plain(variants.count), settings.variants)
+            if variants
             else 1,
         )
     except UserError as error:
         raise UserError(f"{key}: {error}") from error
 
 
-def balanced(
+def group_weights(
     listing: Iterable[Mapping[str, Any]], exponent: float
 ) -> Float64[np.ndarray, "documents"]:
-    """A weight for each document: (documents of its group) ** -exponent; without one it is alone.
+    """Returns a sampling weight for each document: (size of its group) ** -exponent.
 
-    Without weights a model learns mostly what comes in the most variations, such as skin tones.
+    A document without a group has weight 1. Without weights, concepts with many variants, such as
+    skin tones, would dominate the training data.
     """
-    numbers: dict[str, int] = {}
+    group_ids: dict[str, int] = {}
     names = (document.get("group") for document in listing)
     groups = np.fromiter(
-        (numbers.setdefault(name, len(numbers)) if name else -1 for name in names), np.int64
+        (group_ids.setdefault(name, len(group_ids)) if name else -1 for name in names), np.int64
     )
     counts = np.bincount(groups[groups >= 0], minlength=1)
     sizes = np.where(groups >= 0, counts[groups], 1)
     return sizes.astype(np.float64) ** -exponent
 
 
-def neighbours(folder: PreparedFolder, split: str, per_modality: int) -> Neighbours:
-    """Draws the documents to put before a query from the folder's neighbour table.
+def neighbour_sampler(folder: PreparedFolder, split: str, per_modality: int) -> Neighbours:
+    """Returns a function that samples retrieved documents from the folder's neighbour table.
 
     Args:
       folder: a prepared folder.
-      split: whose documents are queries; only the indexed one, whose documents neighbours are.
-      per_modality: how many columns of the table are drawn from, in each modality.
+      split: the split of the queries; must be the train split, which is the indexed one.
+      per_modality: number of nearest neighbours to sample from, in each modality.
 
     Raises:
-      UserError: the table is missing, is none, or is that of other documents.
+      UserError: `split` is not the train split, or the table is missing, damaged, or of another
+        number of documents.
     """
     if split != TRAIN:
         raise UserError(
             f"split is {split}, but neighbours are documents of {TRAIN}; set retrieved to (1.0,)"
         )
-    table, documents = folder.neighbours(split), folder.manifest["splits"][split]
-    if len(table) != documents:
+    table, num_documents = folder.neighbours(split), folder.manifest["splits"][split]
+    if len(table) != num_documents:
         raise UserError(
-            f"the neighbours in {folder.folder} are of {len(table)} documents, not {documents}"
+            f"{folder.folder} has neighbours of {len(table)} documents, but {num_documents} "
+            "documents; prepare it again"
         )
 
-    def draw(rng: np.random.Generator, index: int, number: int) -> list[int]:
+    def sample(rng: np.random.Generator, index: int, count: int) -> list[int]:
         row = table[index]
-        return sample_neighbours(rng, row["by_text_ids"], row["by_image_ids"], number, per_modality)
+        return sample_neighbours(rng, row["by_text_ids"], row["by_image_ids"], count, per_modality)
 
-    return draw
+    return sample

@@ -1,6 +1,6 @@
-"""The decoder's loss and its gradient, in parts if memory asks for it.
+"""Computes the decoder's loss and its gradient, optionally accumulated over microbatches.
 
-Functions of shapes and settings alone: they read no file.
+These functions read no file, so `leon plan` can compile them.
 
 Axes: b batch, t length, n microbatches.
 """
@@ -17,7 +17,7 @@ from leon_jax.sharding import spec
 from leon_jax.train.decoder_config import DecoderTraining
 from leon_jax.vocabulary import Vocabulary
 
-# What a batch holds; see `leon_jax.data.pipeline.make`.
+# The arrays of a batch; see `leon_jax.data.pipeline.make`.
 BATCH_DTYPES = {
     "ids": jnp.int32,
     "targets": jnp.int32,
@@ -30,16 +30,16 @@ BATCH_DTYPES = {
 def gradients(
     config: DecoderTraining, model: Decoder, batch: dict[str, Array]
 ) -> tuple[Decoder, dict[str, Float[Array, ""]]]:
-    """The gradient of a batch's loss, and the metrics of `batch_loss`.
+    """Returns the gradient of a batch's loss, and the metrics of `batch_loss`.
 
-    With several microbatches one is in memory at a time. Parts are divided by the weights of the
-    whole batch, so they add up to exactly the gradient of the whole, however unevenly weights fall
-    on them.
+    With several microbatches, one is in memory at a time. Each part's loss is divided by the total
+    weight of the whole batch, so the sum of the gradients is exactly the batch's gradient even if
+    the parts have different weights.
 
     Args:
-      config: gives the vocabulary, `loss_chunk`, `z_loss` and `microbatches`.
+      config: the vocabulary, `loss_chunk`, `z_loss` and `microbatches` are used.
       model: the decoder.
-      batch: see `leon_jax.data.pipeline.make`; its rows are a multiple of the microbatches.
+      batch: see `leon_jax.data.pipeline.make`; its rows are a multiple of `microbatches`.
 
     Returns:
       A tree like `model`, and float32 scalars by name.
@@ -59,7 +59,7 @@ def gradients(
     totals = loss_totals(batch, config.vocabulary)
 
     def split(array):
-        # Neighbouring rows go to different parts, so that every device keeps the rows it has.
+        # Consecutive rows go to different parts, so that no row moves to another device.
         rows, length = array.shape
         parts = array.reshape(
             rows // count,
@@ -90,19 +90,20 @@ def batch_loss(
     chunk: int,
     z_loss: float = 0.0,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """Weighted mean cross-entropy in nats a token, and metrics.
+    """Returns the weighted mean cross-entropy in nats per token, and metrics.
 
     Args:
       model: the decoder.
       batch: see `leon_jax.data.pipeline.make`.
-      totals: what to divide by, `loss_totals` of the whole batch of which `batch` is a part; then
-        results of the parts add up to those of the whole. None: the batch is whole.
-      vocabulary: tells text from image tokens.
-      chunk, z_loss: see `chunked_cross_entropy`. Metrics leave the z-loss in.
+      totals: the divisors, `loss_totals` of the whole batch if `batch` is a microbatch. Then the
+        losses and metrics of the microbatches add up to those of the whole batch. None if `batch`
+        is the whole batch.
+      vocabulary: separates text tokens from image tokens.
+      chunk, z_loss: see `chunked_cross_entropy`. Metrics include the z-loss.
 
     Returns:
-      The loss; `loss`, `loss_text`, `loss_image` (means over the targets of that kind, 0 where a
-      batch has none) and `tokens` (targets that are no padding).
+      The loss, and the metrics `loss`, `loss_text` and `loss_image` (means over the targets of
+      that kind; 0 if there are none) and `tokens` (number of targets without padding).
     """
     batch = {name: jax.reshard(array, spec("batch", "length")) for name, array in batch.items()}
     totals = loss_totals(batch, vocabulary) if totals is None else totals
@@ -111,8 +112,8 @@ def batch_loss(
         hidden, model.table[...], batch["targets"], batch["weights"], chunk=chunk, z_loss=z_loss
     )
     metrics = {
-        name: jnp.where(chosen, losses, 0).sum() / jnp.maximum(totals[name], 1e-6)
-        for name, chosen in _kinds(batch, vocabulary).items()
+        name: jnp.where(mask, losses, 0).sum() / jnp.maximum(totals[name], 1e-6)
+        for name, mask in _target_masks(batch, vocabulary).items()
     }
     tokens = (batch["segment_ids"] > 0).sum().astype(jnp.float32)
     loss = total / jnp.maximum(totals["loss"], 1e-6)
@@ -120,14 +121,14 @@ def batch_loss(
 
 
 def loss_totals(batch: dict[str, Array], vocabulary: Vocabulary) -> dict[str, Float[Array, ""]]:
-    """The weights of a batch's targets, summed by kind: `loss` (all), `loss_text`, `loss_image`."""
+    """Returns the total weight of a batch's targets: `loss` (all), `loss_text`, `loss_image`."""
     return {
-        name: jnp.where(chosen, batch["weights"], 0).sum()
-        for name, chosen in _kinds(batch, vocabulary).items()
+        name: jnp.where(mask, batch["weights"], 0).sum()
+        for name, mask in _target_masks(batch, vocabulary).items()
     }
 
 
-def _kinds(batch, vocabulary):
+def _target_masks(batch, vocabulary):
     targets = batch["targets"]
     return {
         "loss": batch["weights"] > 0,

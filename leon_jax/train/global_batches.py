@@ -1,9 +1,8 @@
-"""From the programs' host batches to global batches on the mesh.
+"""Assembles global batches on the mesh from the host batches of data shards.
 
-The training data of a run are cut into a fixed number of *data shards*, each an endless stream of
-its own part of every batch. Which process reads which shards follows from the mesh: each reads
-those that its devices hold rows of. So a batch does not depend on the number of processes, and a
-run can go on with more or fewer of them, bit for bit.
+A run's training data has a fixed number of *data shards*. Each shard is an endless stream of its
+part of every batch. A process reads the shards whose rows its devices hold. So batches do not
+depend on the number of processes, and a run can resume with more or fewer of them, bit for bit.
 """
 
 import json
@@ -23,17 +22,17 @@ MakeShard = Callable[[int, int], grain.IterDataset]
 
 
 class Feed:
-    """Endless global batches `{name: array[batch, ...]}`, the first axis split over the mesh.
+    """An iterator of global batches `{name: array[batch, ...]}`, sharded over the first axis.
 
-    Make it, and use it, under `jax.set_mesh`.
+    Create and use it under `jax.set_mesh`.
 
     Args:
-      make: the data of one shard.
-      shards: how many there are. With fewer shards than processes several processes read the same
-        one, which is right but slower.
+      make: makes the host batches of one shard; may raise UserError.
+      shards: number of data shards. With fewer shards than processes, several processes read the
+        same shard, which is correct but slower.
 
     Raises:
-      UserError: `shards` is below 1; or whatever `make` raises.
+      UserError: `shards` is below 1.
     """
 
     def __init__(self, make: MakeShard, shards: int = 1) -> None:
@@ -52,7 +51,7 @@ class Feed:
         }
 
     def get_state(self) -> dict[str, str]:
-        """Where every shard is, as JSON by its number; the same on all processes."""
+        """Returns the position of every shard, as JSON by shard number; same on all processes."""
         local_states = {
             str(shard): json.dumps(iterator.get_state())
             for shard, iterator in self._iterators.items()
@@ -62,24 +61,24 @@ class Feed:
         return _merge_over_processes(local_states)
 
     def set_state(self, states: Mapping[str, str]) -> None:
-        """Goes to where `get_state` was called, by any number of processes.
+        """Restores the positions that `get_state` returned on any number of processes.
 
         Raises:
-          UserError: the states are those of another number of shards.
+          UserError: the number of shards differs.
         """
         if len(states) != self._shards:
             raise UserError(
-                f"the checkpoint's data come in {len(states)} shards, but loop.data_shards is "
-                f"{self._shards}; put it back"
+                f"loop.data_shards is {self._shards}, but the checkpoint has {len(states)} data "
+                f"shards; set it to {len(states)}"
             )
         for shard, iterator in self._iterators.items():
             iterator.set_state(json.loads(states[str(shard)]))
 
     def _join(self, parts: dict[int, np.ndarray]) -> jax.Array:
-        rows, *rest = next(iter(parts.values())).shape
-        shape = (rows * self._shards, *rest)
+        rows, *item_shape = next(iter(parts.values())).shape
+        shape = (rows * self._shards, *item_shape)
 
-        def piece(index: tuple[slice, ...] | None) -> Shaped[np.ndarray, "rows *rest"]:
+        def device_rows(index: tuple[slice, ...] | None) -> Shaped[np.ndarray, "rows *item"]:
             assert index is not None
             start, stop, _ = index[0].indices(shape[0])
             pieces = []
@@ -88,13 +87,13 @@ class Feed:
                 pieces.append(parts[shard][max(start - first, 0) : stop - first])
             return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
-        return jax.make_array_from_callback(shape, self._layout, piece)
+        return jax.make_array_from_callback(shape, self._layout, device_rows)
 
 
 def local_shards(layout: jax.NamedSharding, shards: int) -> list[int]:
-    """The shards that this process's devices hold rows of, for batches split like `layout`."""
+    """Returns the shards whose rows this process's devices hold, given a batch layout."""
     parts = len({str(i) for i in layout.devices_indices_map((layout.mesh.size,)).values()})
-    # On a ruler of parts * shards units both parts and shards begin at whole units.
+    # An array of parts * shards rows splits evenly both into parts and into shards.
     needed: set[int] = set()
     for index in layout.addressable_devices_indices_map((parts * shards,)).values():
         assert index is not None
@@ -104,11 +103,11 @@ def local_shards(layout: jax.NamedSharding, shards: int) -> list[int]:
 
 
 def _merge_over_processes(local: dict[str, str]) -> dict[str, str]:
-    """The union of the dictionaries of all processes; collective."""
+    """Returns the union of the dictionaries of all processes; a collective operation."""
     text = np.frombuffer(json.dumps(local).encode(), np.uint8)
-    longest = int(multihost_utils.process_allgather(np.array(len(text))).max())
-    # Spaces after JSON mean nothing.
-    padded = np.full(longest, ord(" "), np.uint8)
+    max_length = int(multihost_utils.process_allgather(np.array(len(text))).max())
+    # JSON ignores trailing spaces.
+    padded = np.full(max_length, ord(" "), np.uint8)
     padded[: len(text)] = text
     union: dict[str, str] = {}
     for row in multihost_utils.process_allgather(padded):

@@ -1,7 +1,8 @@
-"""Where a run's wall time goes, over all its starts.
+"""Measures how a run spends its wall time, over all its starts.
 
-Every second since the first start belongs to exactly one of `SPENT`. *Goodput* is the share of
-`step`: time in which the devices worked on updates that are part of the result.
+Every second since the first start belongs to exactly one category of `CATEGORIES`. *Goodput* is
+the share of the category `step`: time in which the devices computed updates that the final model
+contains.
 """
 
 import contextlib
@@ -11,41 +12,41 @@ import pathlib
 import time
 from collections.abc import Iterator
 
-SPENT = {
-    "start": "imports, data, restoring a checkpoint, and what is not named below",
+CATEGORIES = {
+    "start": "imports, opening data, restoring a checkpoint, and everything not listed below",
     "compile": "tracing and compiling the step",
     "input": "devices idle, waiting for a batch",
     "step": "updates",
-    "checkpoint": "waiting for a checkpoint (most of the writing happens beside the steps)",
-    "sample": "drawing samples and exporting",
-    "redone": "updates that were lost in a stop and had to be made again",
+    "checkpoint": "waiting for a checkpoint (most of it is written in the background)",
+    "sample": "generating samples and exporting",
+    "redone": "updates that were lost in a stop and repeated",
     "down": "between a stop and the next start",
 }
 
 
 class GoodputTracker:
-    """Counts the wall time of every category of `SPENT`; kept in a file, so it spans restarts.
+    """Counts the wall time of each category of `CATEGORIES`, over restarts.
 
     Args:
       path: a JSON file {"seconds": {category: seconds}, "step": updates, "time": unix time}; None
-        keeps nothing.
+        saves nothing.
     """
 
     def __init__(self, path: pathlib.Path | None) -> None:
-        self.seconds = dict.fromkeys(SPENT, 0.0)
+        self.seconds = dict.fromkeys(CATEGORIES, 0.0)
         self._path, self._last_time, self._category = path, time.time(), "start"
         self._step = 0
         if path is not None and path.exists():
             try:
                 saved = json.loads(path.read_text())
-                self.seconds |= {name: float(saved["seconds"][name]) for name in SPENT}
+                self.seconds |= {name: float(saved["seconds"][name]) for name in CATEGORIES}
                 self._step, stop_time = int(saved["step"]), float(saved["time"])
             except (ValueError, KeyError, TypeError):
-                return  # of another version: the count starts anew
+                return  # the file is of another version; start from zero
             self.seconds["down"] += max(0.0, self._last_time - stop_time)
 
     def resume(self, step: int) -> None:
-        """Takes the step that the run goes on from; later updates of the last start are redone."""
+        """Sets the step that the run resumes from; later updates of the last start are redone."""
         if self._step > step:
             lost_seconds = self.seconds["step"] * (self._step - step) / self._step
             self.seconds["step"] -= lost_seconds
@@ -54,7 +55,7 @@ class GoodputTracker:
 
     @contextlib.contextmanager
     def spend(self, category: str) -> Iterator[None]:
-        """Counts the time inside under `category`, of `SPENT`."""
+        """Counts the time within the context under `category`."""
         outer_category = self._category
         self.switch(category)
         try:
@@ -65,18 +66,19 @@ class GoodputTracker:
     def switch(self, category: str, was: str | None = None) -> None:
         """Counts the time from now on under `category`.
 
-        The time since the last switch is counted under `was`, if given, instead of the category
-        switched to then.
+        Args:
+          category: a key of `CATEGORIES`.
+          was: the category of the time since the last switch, if not the one of that switch.
 
         Raises:
-          KeyError: a category is not one of `SPENT`.
+          KeyError: a category is unknown.
         """
         now = time.time()
         self.seconds[was or self._category] += now - self._last_time
         self._last_time, self._category = now, category
 
     def report(self, step: int) -> float:
-        """Counts up to now, saves the file, and returns the goodput, 0 to 1."""
+        """Counts the time up to now, saves the file, and returns the goodput, 0 to 1."""
         self.switch(self._category)
         self._step = step
         if self._path is not None:
@@ -87,8 +89,8 @@ class GoodputTracker:
         return self.seconds["step"] / max(sum(self.seconds.values()), 1e-9)
 
     def summary(self) -> str:
-        """One line, the largest shares first."""
+        """Returns one line with the share of each category, the largest first."""
         total = max(sum(self.seconds.values()), 1e-9)
         by_size = sorted(self.seconds.items(), key=lambda item: -item[1])
-        shares = [f"{name} {100 * spent / total:.1f} %" for name, spent in by_size if spent > 0]
+        shares = [f"{name} {100 * value / total:.1f} %" for name, value in by_size if value > 0]
         return f"{total:,.0f} s: " + ", ".join(shares)

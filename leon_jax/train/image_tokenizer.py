@@ -1,8 +1,8 @@
-"""Training the image tokenizer: reconstruction, perceptual, codebook and adversarial losses.
+"""Trains the image tokenizer: reconstruction, perceptual, codebook and adversarial losses.
 
-The losses and their balance are taming-transformers' (Esser et al. 2021, arXiv 2012.09841): L1 +
-LPIPS + hinge PatchGAN, the last weighted so that its gradient at the decoder's last layer is as
-large as the reconstruction's, and switched on late.
+The losses and their weights are those of taming-transformers (Esser et al. 2021, arXiv 2012.09841):
+L1 + LPIPS + hinge PatchGAN. The adversarial loss starts late. Its weight makes its gradient at the
+decoder's last layer as large as that of the reconstruction loss.
 """
 
 import dataclasses
@@ -33,24 +33,24 @@ MIN_CROP = 0.75
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerData:
-    """Where images come from: the dataset folder made by `leon prepare`."""
+    """The training data: a dataset folder written by `leon prepare`."""
 
     dir: str
 
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerLosses:
-    """Weights of the losses.
+    """Weights and settings of the losses.
 
     Attributes:
-      perceptual: of LPIPS; L1 has weight 1.
-      network: whose features LPIPS uses.
-      commitment: pulls latents to their code, relative to the codebook's own term.
-      codebook: of the two codebook terms together.
-      adversarial: over the adaptive weight.
+      perceptual: weight of LPIPS; L1 has weight 1.
+      network: the network whose features LPIPS compares.
+      commitment: weight of the commitment term, relative to the codebook term.
+      codebook: weight of the codebook and commitment terms together.
+      adversarial: factor of the adaptive weight of the adversarial loss.
       adversarial_start: first step with the discriminator.
-      discriminator_channels, discriminator_layers: its shape.
-      revive_after: a code that no latent of the last so many steps chose is moved to a latent.
+      discriminator_channels, discriminator_layers: the discriminator's shape.
+      revive_after: number of steps after which an unused code is moved to a latent.
     """
 
     perceptual: float = 1.0
@@ -66,7 +66,7 @@ class TokenizerLosses:
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig:
-    """A run that trains an image tokenizer."""
+    """Configuration of `TokenizerProgram`; see `leon_jax.train.decoder_config` for shared keys."""
 
     model: VQGANConfig
     losses: TokenizerLosses
@@ -79,7 +79,7 @@ class TokenizerConfig:
 
 
 class AdversarialPair(nnx.Module):
-    """The tokenizer and the network that judges it."""
+    """The tokenizer (generator) and its discriminator."""
 
     def __init__(self, config: TokenizerConfig, *, rngs: nnx.Rngs) -> None:
         self.generator = VQGAN(config.model, rngs=rngs)
@@ -89,7 +89,7 @@ class AdversarialPair(nnx.Module):
 
 
 class TokenizerProgram:
-    """See `leon_jax.train.state.Program`."""
+    """The training program of the image tokenizer; see `leon_jax.train.state.Program`."""
 
     kind = "tokenizer"
     flops_per_token = 0.0
@@ -105,7 +105,8 @@ class TokenizerProgram:
         opt_state = {
             "generator": self.optimizer.init(pair.generator),
             "discriminator": self.optimizer.init(pair.discriminator),
-            # Steps since each code was last chosen; all are stale, so the first batch fills them.
+            # Steps since each code was last used. All start as unused, so that the first batch
+            # initialises the codebook.
             "idle": jnp.full(
                 (self.config.model.codes,), self.config.losses.revive_after, jnp.int32
             ),
@@ -126,56 +127,60 @@ class TokenizerProgram:
             features = generator.decoder.features(generator.from_code(vectors))
             return (generator.decoder.out(features), codebook_loss), (features, codes)
 
-        # One backward pass through the tokenizer: the losses' gradients are taken at the picture,
-        # weighed against each other there, and sent back together.
-        (pictures, codebook_loss), backward, (features, codes) = jax.vjp(
+        # The losses' gradients are computed at the output image and weighted there, so that one
+        # backward pass through the tokenizer is enough.
+        (outputs, codebook_loss), backward, (features, codes) = jax.vjp(
             forward, generator, has_aux=True
         )
-        (reconstruction, parts), pull = jax.value_and_grad(self._reconstruction_loss, has_aux=True)(
-            pictures, images
-        )
+        (reconstruction, parts), reconstruction_grad = jax.value_and_grad(
+            self._reconstruction_loss, has_aux=True
+        )(outputs, images)
 
-        def adversarial(_):
-            def fool(pictures):
-                return -discriminator(pictures).mean()
+        def with_discriminator(_):
+            def generator_loss(outputs):
+                return -discriminator(outputs).mean()
 
-            def judge(discriminator):
-                real, fake = discriminator(images), discriminator(pictures)
+            def discriminator_loss(discriminator):
+                real, fake = discriminator(images), discriminator(outputs)
                 return hinge_loss(real, fake), (real.mean(), fake.mean())
 
-            loss, push = jax.value_and_grad(fool)(pictures)
-            weight = losses.adversarial * _adaptive_weight(generator, features, pull, push)
-            (judge_loss, scores), judge_grads = jax.value_and_grad(judge, has_aux=True)(
-                discriminator
+            loss, grad = jax.value_and_grad(generator_loss)(outputs)
+            weight = losses.adversarial * _adaptive_weight(
+                generator, features, reconstruction_grad, grad
             )
-            return weight * push, judge_grads, (loss, judge_loss, weight, *scores)
+            (hinge, scores), discriminator_grads = jax.value_and_grad(
+                discriminator_loss, has_aux=True
+            )(discriminator)
+            return weight * grad, discriminator_grads, (loss, hinge, weight, *scores)
 
-        def silent(_):
+        def without_discriminator(_):
             zero = jnp.float32(0)
             return (
-                jnp.zeros_like(pictures),
+                jnp.zeros_like(outputs),
                 jax.tree.map(jnp.zeros_like, discriminator),
                 (zero,) * 5,
             )
 
-        started = state.step >= losses.adversarial_start
-        push, judge_grads, scores = jax.lax.cond(started, adversarial, silent, None)
-        (grads,) = backward((pull + push, jnp.float32(losses.codebook)))
+        is_adversarial = state.step >= losses.adversarial_start
+        adversarial_grad, discriminator_grads, scores = jax.lax.cond(
+            is_adversarial, with_discriminator, without_discriminator, None
+        )
+        (grads,) = backward((reconstruction_grad + adversarial_grad, jnp.float32(losses.codebook)))
 
         updates, generator_state = self.optimizer.update(
             grads, state.opt_state["generator"], generator
         )
         generator = optax.apply_updates(generator, updates)
         updates, discriminator_state = self.optimizer.update(
-            judge_grads, state.opt_state["discriminator"], discriminator
+            discriminator_grads, state.opt_state["discriminator"], discriminator
         )
-        # Weight decay must not move the discriminator before it has begun.
-        updates = jax.tree.map(lambda update: jnp.where(started, update, 0), updates)
+        # Weight decay must not change the discriminator before `adversarial_start`.
+        updates = jax.tree.map(lambda update: jnp.where(is_adversarial, update, 0), updates)
         discriminator = optax.apply_updates(discriminator, updates)
 
-        everywhere = codes.reshape(-1, out_sharding=jax.P(None))
-        chosen = jnp.zeros(idle.shape, bool).at[everywhere].set(True)
-        idle = jnp.where(chosen, 0, idle + 1)
+        replicated_codes = codes.reshape(-1, out_sharding=jax.P(None))
+        is_used = jnp.zeros(idle.shape, bool).at[replicated_codes].set(True)
+        idle = jnp.where(is_used, 0, idle + 1)
         metrics = {
             "loss": reconstruction + losses.codebook * codebook_loss,
             "l1": parts[0],
@@ -189,7 +194,7 @@ class TokenizerProgram:
             "adaptive_weight": scores[2],
             "score_real": scores[3],
             "score_fake": scores[4],
-            "gradient_norm": optax.tree.norm((grads, judge_grads)),
+            "gradient_norm": optax.tree.norm((grads, discriminator_grads)),
             "pictures": jnp.float32(images.shape[0]),
         }
         state = dataclasses.replace(
@@ -205,36 +210,40 @@ class TokenizerProgram:
         return state, metrics
 
     def _reconstruction_loss(
-        self, pictures: Float[Array, "b h w 3"], images: Float[Array, "b h w 3"]
+        self, outputs: Float[Array, "b h w 3"], images: Float[Array, "b h w 3"]
     ) -> tuple[Float[Array, ""], tuple[Float[Array, ""], ...]]:
         losses = self.config.losses
         weights = jax.tree.map(jnp.asarray, self.perceptual)
-        l1 = jnp.abs(pictures - images).mean()
-        perceptual = lpips(pictures, images, weights, losses.network).mean()
-        error = jnp.square((jnp.clip(pictures, -1, 1) - images) / 2).mean((1, 2, 3))
+        l1 = jnp.abs(outputs - images).mean()
+        perceptual = lpips(outputs, images, weights, losses.network).mean()
+        error = jnp.square((jnp.clip(outputs, -1, 1) - images) / 2).mean((1, 2, 3))
         psnr = (-10 * jnp.log10(error + 1e-10)).mean()
         return l1 + losses.perceptual * perceptual, (l1, perceptual, psnr)
 
     def _revive(
         self, generator: VQGAN, state: TrainState, images: Float[Array, "b h w 3"]
     ) -> tuple[VQGAN, Int[Array, "k"], Float[Array, ""]]:
-        """Moves idle codes onto latents of this batch, so that none is lost for good."""
-        idle = state.opt_state["idle"]
-        dead = idle >= self.config.losses.revive_after
+        """Replaces unused codes by random latents of this batch, so that all codes stay in use.
 
-        def move(generator: VQGAN) -> VQGAN:
+        Returns:
+          The generator, the steps since each code was last used, and the number of revived codes.
+        """
+        idle = state.opt_state["idle"]
+        is_dead = idle >= self.config.losses.revive_after
+
+        def replace(generator: VQGAN) -> VQGAN:
             latents = generator.latents(images)
             rows = latents.reshape(-1, latents.shape[-1], out_sharding=jax.P(None, None))
-            picks = jax.random.randint(state.step_key(), dead.shape, 0, rows.shape[0])
-            codebook = jnp.where(dead[:, None], rows[picks], generator.codebook[...])
+            indices = jax.random.randint(state.step_key(), is_dead.shape, 0, rows.shape[0])
+            codebook = jnp.where(is_dead[:, None], rows[indices], generator.codebook[...])
             leaves, structure = jax.tree.flatten(generator)
             old = generator.codebook[...]
             return jax.tree.unflatten(
                 structure, [codebook if leaf is old else leaf for leaf in leaves]
             )
 
-        generator = jax.lax.cond(dead.any(), move, lambda generator: generator, generator)
-        return generator, jnp.where(dead, 0, idle), dead.sum().astype(jnp.float32)
+        generator = jax.lax.cond(is_dead.any(), replace, lambda generator: generator, generator)
+        return generator, jnp.where(is_dead, 0, idle), is_dead.sum().astype(jnp.float32)
 
     def batches(self, shard: int = 0, shards: int = 1) -> grain.IterDataset:
         config = self.config
@@ -250,16 +259,16 @@ class TokenizerProgram:
         )
 
     def samples(self, state: TrainState) -> dict[str, np.ndarray]:
-        """Sixteen pictures of `unseen_design` above their reconstructions."""
+        """Returns sixteen images of `unseen_design` above their reconstructions."""
         source = demo.source("unseen_design", self.config.data.dir)
         resolution = self.config.model.resolution
-        pixels = np.stack([_picture(source[i], resolution) for i in range(16)])
-        rebuilt = _rebuild(state.model.generator, normalize(pixels))
-        rows = [np.concatenate(list(row), axis=1) for row in (pixels, to_pixels(rebuilt))]
+        pixels = np.stack([_fitted_pixels(source[i], resolution) for i in range(16)])
+        outputs = _reconstruct(state.model.generator, normalize(pixels))
+        rows = [np.concatenate(list(row), axis=1) for row in (pixels, to_pixels(outputs))]
         return {"reconstructions": np.concatenate(rows, axis=0)}
 
     def export(self, state: TrainState, directory: pathlib.Path) -> None:
-        """Writes `tokenizer.safetensors`, stored in bfloat16."""
+        """Writes `tokenizer.safetensors` in bfloat16."""
         weight_files.save(
             directory / "tokenizer.safetensors",
             state.model.generator,
@@ -270,7 +279,10 @@ class TokenizerProgram:
 
 
 class Augment(grain.transforms.RandomMap):
-    """Document -> {"images": float32[r, r, 3] in [-1, 1]}: a random square crop, half mirrored."""
+    """Maps a document to {"images": float32[r, r, 3] in [-1, 1]}.
+
+    The image is a random square crop, mirrored with probability one half.
+    """
 
     def __init__(self, resolution: int) -> None:
         self.resolution = resolution
@@ -286,19 +298,22 @@ class Augment(grain.transforms.RandomMap):
         return {"images": normalize(pixels)}
 
 
-def _picture(document, resolution: int) -> np.ndarray:
+def _fitted_pixels(document, resolution: int) -> np.ndarray:
     return fit_picture(document.parts[1].pixels, resolution)
 
 
 @jax.jit
-def _rebuild(generator: VQGAN, images: Float[Array, "b h w 3"]) -> Float[Array, "b h w 3"]:
+def _reconstruct(generator: VQGAN, images: Float[Array, "b h w 3"]) -> Float[Array, "b h w 3"]:
     return generator.decode(generator.encode(images))
 
 
 def _adaptive_weight(
-    generator: VQGAN, features: Array, pull: Array, push: Array
+    generator: VQGAN, features: Array, reconstruction_grad: Array, adversarial_grad: Array
 ) -> Float[Array, ""]:
-    """|d reconstruction / d last kernel| / |d adversarial / d last kernel|, eq. 7 of the paper."""
+    """Returns |d reconstruction / d kernel| / |d adversarial / d kernel| of the last layer.
+
+    This is equation 7 of the paper. The arguments are gradients with respect to the output images.
+    """
     last = generator.decoder.out
 
     def norm(cotangent: Array) -> Array:
@@ -307,13 +322,14 @@ def _adaptive_weight(
         )
         return jnp.linalg.norm(backward(cotangent)[0])
 
-    return jax.lax.stop_gradient(jnp.clip(norm(pull) / (norm(push) + 1e-4), 0.0, 1e4))
+    ratio = norm(reconstruction_grad) / (norm(adversarial_grad) + 1e-4)
+    return jax.lax.stop_gradient(jnp.clip(ratio, 0.0, 1e4))
 
 
 def _pair(
     pair: AdversarialPair, generator: VQGAN, discriminator: PatchDiscriminator
 ) -> AdversarialPair:
-    """The pair with new parts; modules are pytrees, so this is a rebuild, not a mutation."""
+    """Returns a new pair with the given parts; modules are pytrees, so nothing is mutated."""
     structure = jax.tree.structure(pair)
-    # Attribute order is alphabetical in a module's tree: discriminator, then generator.
+    # The attributes of a module's tree are in alphabetical order: discriminator, then generator.
     return jax.tree.unflatten(structure, jax.tree.leaves((discriminator, generator)))

@@ -1,4 +1,4 @@
-"""The training loop, the same for every kind of model."""
+"""The training loop, which all kinds of models share."""
 
 import contextlib
 import dataclasses
@@ -34,18 +34,20 @@ Step = Callable[[TrainState, dict[str, Array]], tuple[TrainState, dict[str, Arra
 
 @dataclasses.dataclass(frozen=True)
 class LoopConfig:
-    """What happens beside the steps.
+    """Configuration of the loop: logging, checkpoints, mesh and initialisation.
 
     Attributes:
-      log_every, save_every, sample_every: in steps; the last step does all three.
-      keep: how many of the newest checkpoints stay.
+      log_every, save_every, sample_every: periods in steps; the last step does all three.
+      keep: number of newest checkpoints to keep.
       mesh: sizes of the mesh axes (data, fsdp, context, tensor); one may be -1.
-      slices: TPU slices (or other islands of fast links) the `data` axis is laid over first.
-      data_shards: how many streams a batch is read by (see `leon_jax.train.global_batches`). A
-        multiple of the number of processes is fastest. It cannot change within a run.
-      max_skipped: so many updates in a row with a loss or gradient that is not finite end the run.
-      init_from: whose weights a new run starts from: a model file (`<kind>.safetensors`), or the
-        workdir of another run (its newest checkpoint); "" starts from random ones.
+      slices: number of TPU slices, or other groups of devices with fast links, that the `data`
+        axis spans.
+      data_shards: number of data shards (see `leon_jax.train.global_batches`); a multiple of the
+        number of processes is fastest. It cannot change within a run.
+      max_skipped: number of consecutive updates with a non-finite loss or gradient that ends the
+        run.
+      init_from: initial weights of a new run: a model file (`<kind>.safetensors`), or the workdir
+        of another run (its newest checkpoint); "" is random initialisation.
     """
 
     log_every: int = 20
@@ -69,41 +71,48 @@ class LoopConfig:
 
 
 def run(program: Program, loop: LoopConfig, workdir: pathlib.Path) -> TrainState:
-    """Trains `program` to `program.config.steps`, going on from the newest checkpoint if any.
+    """Trains `program` up to step `program.config.steps`, resuming from the newest checkpoint.
 
-    The run resumes exactly: state, data position and randomness are those of an uninterrupted run,
-    so the parameters are too, bit for bit. SIGTERM and SIGINT save and end it. An update whose loss
-    or gradient is not finite is left out. The step is compiled once, ahead of the first one, so
-    nothing is ever compiled again, and nothing but batches and metrics moves between host and
-    devices.
+    A resumed run has the state, data position and randomness of an uninterrupted run, so its
+    parameters are the same bit for bit. SIGTERM and SIGINT save a checkpoint and end the run. An
+    update with a non-finite loss or gradient is skipped. The step is compiled once, before the
+    loop. Only batches and metrics move between host and devices.
 
-    Writes `config.json`, `checkpoints/`, `metrics.jsonl`, `goodput.json`, `samples/` and, at the
-    end, what `program.export` writes, into `workdir/export`.
+    Writes `config.json`, `checkpoints/`, `metrics.jsonl`, `goodput.json` and `samples/`. At the end
+    `program.export` writes the model to `workdir/export`.
 
-    Must be called under `jax.set_mesh`, by all processes of the mesh.
+    Call it under `jax.set_mesh` on all processes of the mesh.
+
+    Args:
+      program: the model and how to train it.
+      loop: configuration of the loop.
+      workdir: the folder of the run; created if missing.
+
+    Returns:
+      The final state.
 
     Raises:
-      UserError: `workdir` cannot be written, is used by another run, or holds a run of another
-        configuration; or too many updates in a row were not finite.
-      SystemExit: a signal ended the run; code 128 + its number.
+      UserError: `workdir` cannot be written, is used by another run, or holds a run with another
+        configuration; or too many consecutive updates were not finite.
+      SystemExit: a signal ended the run; the code is 128 + its number.
     """
     total, is_main = program.config.steps, jax.process_index() == 0
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_name_what_cannot_be_written(workdir))
+        stack.enter_context(_report_write_errors(workdir))
 
-        # Data. First, so that missing data leave no workdir.
+        # Data. It comes first, so that no workdir is created if data is missing.
         feed = Feed(program.batches, loop.data_shards)
 
         # Workdir.
         workdir.mkdir(parents=True, exist_ok=True)
-        stack.enter_context(_only_run_in(workdir))
+        stack.enter_context(_lock_workdir(workdir))
         run_config = {**configs.to_dict(program.config), "loop": configs.to_dict(loop)}
         check_config(workdir / "config.json", run_config)
         goodput = GoodputTracker(workdir / "goodput.json" if is_main else None)
         checkpoints = Checkpoints(workdir / "checkpoints", loop.keep)
 
         # State: the newest checkpoint, the weights of another run, or random weights.
-        state = _first_state(program, loop.init_from, checkpoints, feed, workdir)
+        state = _initial_state(program, loop.init_from, checkpoints, feed, workdir)
         start = int(state.step)
         goodput.resume(start)
         metrics = Metrics(workdir if is_main else None, start, total, program.flops_per_token)
@@ -124,19 +133,19 @@ def run(program: Program, loop: LoopConfig, workdir: pathlib.Path) -> TrainState
             if values:
                 goodput.switch("input")
                 batch = next(feed)
-                # Waiting for a batch costs nothing while the devices still work on the last step.
-                idle = values[SKIPPED].is_ready()  # type: ignore[attr-defined]  # stubs lack it
-                goodput.switch("step", was="input" if idle else "step")
+                # The wait counts as input time only if the devices have finished the last step.
+                is_idle = values[SKIPPED].is_ready()  # type: ignore[attr-defined]  # stubs lack it
+                goodput.switch("step", was="input" if is_idle else "step")
             with jax.transfer_guard("disallow"):
                 state, values = train_step(state, batch)
             metrics.add(values)
 
-            # Read once: a signal that comes while this step is logged or saved ends the next one.
+            # Read only once a step: a signal during logging or saving takes effect after the next.
             signal_number = stop_signal.received(step)
             is_last = step == total or bool(signal_number)
             if is_last or step % loop.log_every == 0:
                 fetched = metrics.fetch()
-                skipped_in_a_row = _count_in_a_row(skipped_in_a_row, fetched[SKIPPED])
+                skipped_in_a_row = _consecutive_skips(skipped_in_a_row, fetched[SKIPPED])
                 metrics.report(fetched, goodput.report(step))
             has_failed = skipped_in_a_row >= loop.max_skipped
             if is_last or has_failed or step % loop.save_every == 0:
@@ -153,10 +162,10 @@ def run(program: Program, loop: LoopConfig, workdir: pathlib.Path) -> TrainState
                 goodput.report(step)
                 if has_failed:
                     raise UserError(
-                        f"{skipped_in_a_row} updates in a row, up to step {step}, had a loss or "
-                        "gradient that is not finite; none of them was made, and the state before "
-                        f"them is saved in {workdir}. Lower the learning rate or look at the data "
-                        "before going on"
+                        f"{skipped_in_a_row} updates in a row, up to step {step}, had a non-finite "
+                        "loss or gradient and were skipped; the state before them is saved in "
+                        f"{workdir}. Lower the learning rate or check the data, then run the "
+                        "command again"
                     )
                 print(f"stopped by a signal; step {step} is saved", file=sys.stderr)
                 raise SystemExit(128 + signal_number)
@@ -167,7 +176,7 @@ def run(program: Program, loop: LoopConfig, workdir: pathlib.Path) -> TrainState
         with goodput.spend("sample"):
             program.export(state, workdir / "export")
             if jax.process_count() > 1:
-                # No process ends before the last file is written.
+                # No process exits before the last file is written.
                 multihost_utils.sync_global_devices("export")
         goodput.report(total)
         if is_main:
@@ -176,10 +185,10 @@ def run(program: Program, loop: LoopConfig, workdir: pathlib.Path) -> TrainState
 
 
 def skip_nonfinite(step: Step) -> Step:
-    """`step`, but an update whose metrics are not finite is left out.
+    """Wraps `step` so that it skips an update with non-finite metrics.
 
-    Such an update leaves the model and the optimizer's state as they were, and still counts as a
-    step. The metric `SKIPPED` is 1 for it, else 0.
+    A skipped update leaves the model and the optimizer state unchanged, but counts as a step. The
+    metric `SKIPPED` is 1 if the update was skipped, else 0.
     """
 
     def train_step(
@@ -199,21 +208,21 @@ def skip_nonfinite(step: Step) -> Step:
 
 
 @contextlib.contextmanager
-def _name_what_cannot_be_written(workdir: pathlib.Path) -> Iterator[None]:
-    """Turns the errors of a disk that is full, gone or not ours into a UserError."""
+def _report_write_errors(workdir: pathlib.Path) -> Iterator[None]:
+    """Converts an OSError within the context, such as a full disk, to a UserError."""
     try:
         yield
     except OSError as error:
         reason = f": {error.strerror}" if error.strerror else ""
         raise UserError(
-            f"{error.filename or workdir} cannot be written{reason}; checkpoints that are whole "
-            "stay, and the same command goes on from the newest"
+            f"{error.filename or workdir} cannot be written{reason}; fix this and run the same "
+            "command again to resume from the newest checkpoint"
         ) from error
 
 
 @contextlib.contextmanager
-def _only_run_in(workdir: pathlib.Path) -> Iterator[None]:
-    """Holds `workdir` against other runs; process 0 does, for all processes of its run."""
+def _lock_workdir(workdir: pathlib.Path) -> Iterator[None]:
+    """Locks `workdir` against other runs; process 0 holds the lock for all processes of its run."""
 
     def refuse() -> None:
         raise UserError(
@@ -226,18 +235,18 @@ def _only_run_in(workdir: pathlib.Path) -> Iterator[None]:
             try:
                 stack.enter_context(file_lock.hold(workdir / "lock", refuse))
             except file_lock.NoLocks as error:
-                print(f"{error}; a second run in {workdir} would not be noticed", file=sys.stderr)
+                print(f"{error}; a second run in {workdir} will not be detected", file=sys.stderr)
             except UserError as error:
                 refusal = error
         if not on_all_processes(refusal is None):
-            raise refusal or UserError(f"process 0 cannot use {workdir}, and says why")
+            raise refusal or UserError(f"process 0 cannot use {workdir}; its error says why")
         yield
 
 
-def _first_state(
+def _initial_state(
     program: Program, init_from: str, checkpoints: Checkpoints, feed: Feed, workdir: pathlib.Path
 ) -> TrainState:
-    """A new state, or the newest saved one; then `feed` goes to where it was saved."""
+    """Returns the newest saved state and moves `feed` to its position, or returns a new state."""
     key = jax.random.key(program.config.seed)
     abstract = jax.eval_shape(program.init, key)
     if checkpoints.latest() is not None:
@@ -260,28 +269,33 @@ def _first_state(
     return dataclasses.replace(state, model=model)
 
 
-def _count_in_a_row(count: int, skipped: Float64[np.ndarray, "steps"]) -> int:
-    """How many of the newest updates were skipped, one after the other; `count` were before."""
+def _consecutive_skips(count: int, skipped: Float64[np.ndarray, "steps"]) -> int:
+    """Returns the number of consecutive skipped updates up to the newest.
+
+    Args:
+      count: the number before these steps.
+      skipped: 1 for each skipped step, else 0.
+    """
     for flag in skipped:
         count = count + 1 if flag else 0
     return count
 
 
 class _StopSignal:
-    """Remembers the first SIGTERM or SIGINT; a second one acts at once.
+    """Records the first SIGTERM or SIGINT; a second signal has its default effect.
 
-    Several processes must stop after the same step, so there JAX listens for SIGTERM and says when
-    all of them have heard it.
+    Several processes must stop after the same step. There JAX handles SIGTERM and reports the step
+    that all processes have agreed on.
     """
 
     def __init__(self) -> None:
         self._number = 0
-        listened = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
-        for number in listened:
+        handled_signals = (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else ()
+        for number in handled_signals:
             signal.signal(number, self._handle)
 
     def received(self, step: int) -> int:
-        """The number of the signal to stop for after this step; 0: go on."""
+        """Returns the number of the signal that ends the run after this step, or 0."""
         if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
             return signal.SIGTERM
         return self._number

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: a JSON line a report, TensorBoard, and one line on the terminal."""
+"""Writes a run's metrics to metrics.jsonl, TensorBoard and the terminal."""
 
 import json
 import pathlib
@@ -14,22 +14,22 @@ from jaxtyping import Float64
 
 from leon_jax.train import peak_flops
 
-# Metrics that count things; they are summed over steps and shown as a rate.
+# Metrics that are counts. They are summed over steps and reported as rates.
 COUNTS = ("tokens", "pictures", "pairs")
-# 1 for an update that was left out because its loss or gradient was not finite, else 0.
+# 1 for an update that was skipped because its loss or gradient was not finite, else 0.
 SKIPPED = "skipped"
 
 
 class Metrics:
-    """Collects the metrics of steps, and writes their means.
+    """Collects the metrics of steps and writes their means.
 
     Args:
-      directory: holds `metrics.jsonl`, TensorBoard's files and `samples/`; None (all processes but
-        the first) writes and prints nothing.
-      step: where the run starts; lines of later steps, left by a run that was killed after its
-        last checkpoint, are dropped.
-      total: where it ends, for the time left.
-      flops_per_token: of one update, for the utilisation of the devices; 0: not known.
+      directory: the folder of `metrics.jsonl`, TensorBoard's files and `samples/`; None (on all
+        processes but the first) writes and prints nothing.
+      step: the step the run starts from. Lines of later steps, which a killed run wrote after its
+        last checkpoint, are removed.
+      total: the last step of the run, used to estimate the remaining time.
+      flops_per_token: operations of one update per token, used for the MFU; 0 if unknown.
     """
 
     def __init__(
@@ -47,12 +47,12 @@ class Metrics:
         self._time = self._start_time = time.monotonic()
 
     def add(self, metrics: Mapping[str, jax.Array]) -> None:
-        """Keeps one step's metrics on the device, without waiting for them."""
+        """Stores one step's metrics on the device, without waiting for them."""
         self._pending.append(metrics)
         self._step += 1
 
     def fetch(self) -> dict[str, Float64[np.ndarray, "steps"]]:
-        """The metrics of every step since the last fetch; waits for the devices."""
+        """Returns the metrics of all steps since the last fetch; waits for the devices."""
         fetched = jax.device_get(self._pending)
         self._pending = []
         return {
@@ -63,9 +63,13 @@ class Metrics:
     def report(
         self, fetched: Mapping[str, Float64[np.ndarray, "steps"]], goodput: float
     ) -> dict[str, float]:
-        """Writes and returns the means (and rates) of what was fetched.
+        """Writes and returns the means and rates of the fetched metrics.
 
-        Means leave out the steps that were skipped, unless all were.
+        Means exclude skipped steps, unless all steps were skipped.
+
+        Args:
+          fetched: the result of `fetch`.
+          goodput: share of the wall time, 0 to 1.
         """
         now = time.monotonic()
         seconds, self._time = now - self._time, now
@@ -91,7 +95,7 @@ class Metrics:
         return values
 
     def pause(self) -> None:
-        """Leaves time spent on anything but steps out of the rates; call it after a report."""
+        """Excludes the time since the last report from the rates; call it after other work."""
         self._time = time.monotonic()
 
     def save_images(self, images: Mapping[str, np.ndarray]) -> None:
@@ -105,7 +109,7 @@ class Metrics:
             self._board.add_image(name, pixels, self._step, dataformats="HWC")
 
     def close(self) -> None:
-        """Flushes what is buffered."""
+        """Flushes TensorBoard's buffers."""
         if self._directory is not None:
             self._board.close()
 
@@ -134,7 +138,7 @@ def _drop_after(path: pathlib.Path, step: int) -> None:
             if json.loads(line)["step"] <= step:
                 lines.append(line + "\n")
         except (ValueError, KeyError):
-            continue  # the half line of a killed run
+            continue  # the partial line of a killed run
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text("".join(lines))
     temporary.replace(path)

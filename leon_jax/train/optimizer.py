@@ -1,4 +1,4 @@
-"""The optimizer of every model here: AdamW with warm-up, a decay, and clipping by global norm."""
+"""The optimizer of all models: AdamW with warm-up, decay and clipping by global norm."""
 
 import dataclasses
 from typing import Literal
@@ -9,18 +9,18 @@ import optax
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """Settings of `make`.
+    """Configuration of `make`.
 
     Attributes:
-      learning_rate: the peak.
+      learning_rate: the peak learning rate.
+      total_steps: the step at which the decay ends.
       warmup_steps: steps of linear warm-up from 0.
-      total_steps: where the decay ends.
-      schedule: shape after warm-up; `linear` and `cosine` end at `final_fraction` of the peak.
-      final_fraction: 0.1 is what OPT's code, the base of CM3Leon's, uses.
-      beta1, beta2, eps: Adam's constants; OPT's by default.
-      weight_decay: decoupled; applied to arrays of two or more axes only.
-      first_moment: how Adam's mean of gradients is kept; bfloat16 saves 2 bytes a weight.
-      clip_norm: gradients are scaled down to this global L2 norm; 0 turns clipping off.
+      schedule: the decay after warm-up; `linear` and `cosine` end at `final_fraction` of the peak.
+      final_fraction: final learning rate as a fraction of the peak; OPT's code uses 0.1.
+      beta1, beta2, eps: Adam's constants; the defaults are OPT's.
+      weight_decay: decoupled weight decay, applied only to arrays with two or more axes.
+      first_moment: dtype of Adam's first moment; bfloat16 saves 2 bytes per weight.
+      clip_norm: maximum global L2 norm of the gradients; 0 disables clipping.
     """
 
     learning_rate: float
@@ -44,7 +44,7 @@ class OptimizerConfig:
 
 
 def learning_rate(config: OptimizerConfig) -> optax.Schedule:
-    """The learning rate as a function of the step."""
+    """Returns the learning rate as a function of the step."""
     peak, final = config.learning_rate, config.learning_rate * config.final_fraction
     decay_steps = max(1, config.total_steps - config.warmup_steps)
     match config.schedule:
@@ -61,7 +61,7 @@ def learning_rate(config: OptimizerConfig) -> optax.Schedule:
 
 
 def make(config: OptimizerConfig) -> optax.GradientTransformation:
-    """The optax transformation of this configuration."""
+    """Returns the optax transformation of a configuration."""
     adamw = optax.adamw(
         learning_rate(config),
         b1=config.beta1,

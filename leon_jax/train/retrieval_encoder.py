@@ -1,8 +1,8 @@
-"""Training of the retrieval encoder: a small CLIP on captioned pictures.
+"""Trains the retrieval encoder: a small CLIP on captioned images.
 
 The loss is CLIP's symmetric InfoNCE (arXiv 2103.00020, figure 3) with one change: all pairs of a
-batch that show the same concept are positives of each other (the targets of supervised contrastive
-learning, arXiv 2004.11362), because two designs of one thing are no negatives.
+batch that show the same concept are positives of each other, as in supervised contrastive learning
+(arXiv 2004.11362). Two designs of one concept should not be negatives.
 """
 
 import dataclasses
@@ -31,24 +31,24 @@ from leon_jax.train import optimizer
 from leon_jax.train.optimizer import OptimizerConfig
 from leon_jax.train.state import TrainState, rows_of_shard
 
-# Pictures whose names hold one of these words are not mirrored: they show writing or a direction.
+# Images whose names contain one of these words show text or a direction. They are not mirrored.
 DIRECTED = ("left", "right", "button", "clock", "o'clock", "flag", "east", "west", "input")
 
-# Pictures of each concept in a batch. Two designs side by side teach that the style says nothing.
+# Images of each concept in a batch. Two designs as positives make the encoder ignore the style.
 VIEWS = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class EncoderData:
-    """What the encoder is trained on.
+    """The training data and the augmentation of captions.
 
     Attributes:
-      dir: the dataset folder made by `leon prepare`.
+      dir: a dataset folder written by `leon prepare`.
       text: the text tokenizer's file.
-      split: which split of it.
-      name_style: how often a caption names a style: any one, drawn at random, not its own. A
-        retriever is to find what is shown in whatever style, so the style must say nothing.
-      drop_words: how often each word of the name is dropped (never all of them).
+      split: the split to train on.
+      name_style: probability that a caption names a style. The style is random, so that the
+        encoder learns to ignore it: retrieval should match concepts, not styles.
+      drop_words: probability of dropping each word of the name; one word always remains.
     """
 
     dir: str = "data/emoji"
@@ -60,7 +60,7 @@ class EncoderData:
 
 @dataclasses.dataclass(frozen=True)
 class EncoderConfig:
-    """Everything a run of `EncoderProgram` depends on."""
+    """Configuration of `EncoderProgram`; see `leon_jax.train.decoder_config` for shared keys."""
 
     model: CLIPConfig
     optimizer: OptimizerConfig
@@ -74,13 +74,13 @@ class EncoderConfig:
     def __post_init__(self):
         if self.batch_size < 2 * VIEWS or self.batch_size % VIEWS:
             raise ValueError(
-                f"batch_size is {self.batch_size}; it must be a multiple of {VIEWS}, and a "
-                f"contrast needs {2 * VIEWS}"
+                f"batch_size is {self.batch_size}; it must be a multiple of {VIEWS}, and at least "
+                f"{2 * VIEWS}"
             )
 
 
 class EncoderProgram:
-    """See `leon_jax.train.state.Program`.
+    """The training program of the retrieval encoder; see `leon_jax.train.state.Program`.
 
     Raises:
       UserError: the text tokenizer is missing or does not fit `model.text.vocab_size`.
@@ -92,16 +92,16 @@ class EncoderProgram:
     def __init__(self, config: EncoderConfig) -> None:
         self.config = config
         self.text = TextTokenizer.load(config.data.text)
-        needed = self.text.size + SPECIALS
-        if config.model.text.vocab_size != needed:
+        vocab_size = self.text.size + SPECIALS
+        if config.model.text.vocab_size != vocab_size:
             raise UserError(
                 f"config.model.text.vocab_size is {config.model.text.vocab_size}; the tokenizer "
-                f"{config.data.text} has {self.text.size} entries, so it must be {needed}"
+                f"{config.data.text} has {self.text.size} entries, so it must be {vocab_size}"
             )
         self.optimizer = optimizer.make(config.optimizer)
 
     def init(self, key: jax.Array) -> TrainState:
-        """A new model and the optimizer's state."""
+        """Returns a randomly initialised model with its optimizer state."""
         model_key, run_key = jax.random.split(key)
         model = create(self.config.model, model_key)
         return TrainState(jnp.zeros((), jnp.int32), model, self.optimizer.init(model), run_key)
@@ -109,11 +109,13 @@ class EncoderProgram:
     def step(
         self, state: TrainState, batch: dict[str, Array]
     ) -> tuple[TrainState, dict[str, Array]]:
-        """One update.
+        """Updates the model once and returns the next state and metrics.
 
-        `batch` holds `image` uint8[b, h, w, 3], `text` int32[b, t] and `concept` int32[b].
+        Args:
+          state: the current state.
+          batch: `image` uint8[b, h, w, 3], `text` int32[b, t] and `concept` int32[b].
         """
-        (loss, accuracy), gradients = jax.value_and_grad(contrast, has_aux=True)(
+        (loss, accuracy), gradients = jax.value_and_grad(contrastive_loss, has_aux=True)(
             state.model, batch["image"], batch["text"], batch["concept"]
         )
         updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.model)
@@ -128,7 +130,7 @@ class EncoderProgram:
         return TrainState(state.step + 1, model, opt_state, state.key), metrics
 
     def batches(self, shard: int = 0, shards: int = 1) -> grain.IterDataset:
-        """Endless shuffled batches of random views, or a part, seeded by `config.seed`."""
+        """Returns endless shuffled batches of random views, or one shard of them."""
         config = self.config
         concepts = Concepts(demo.source(config.data.split, config.data.dir))
         pairs = rows_of_shard(config.batch_size // VIEWS, shards)
@@ -150,12 +152,12 @@ class EncoderProgram:
         )
 
     def samples(self, state: TrainState) -> dict[str, np.ndarray]:
-        """None: an encoder draws no pictures."""
+        """Returns no images, since an encoder generates none."""
         del state
         return {}
 
     def export(self, state: TrainState, directory: pathlib.Path) -> None:
-        """Writes `encoder.safetensors`, and `text.json`, which it cannot be used without."""
+        """Writes `encoder.safetensors` and its text tokenizer `text.json`."""
         directory = pathlib.Path(directory)
         config = configuration.to_dict(self.config.model)
         weight_files.save(directory / "encoder.safetensors", state.model, KIND, config)
@@ -163,30 +165,32 @@ class EncoderProgram:
             self.text.save(directory / "text.json")
 
 
-def contrast(
+def contrastive_loss(
     model: CLIP,
     images: Array,
     texts: Int[Array, "b t"],
     concepts: Int[Array, "b"],
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Symmetric InfoNCE over the global batch, with several positives where a concept repeats.
+    """Returns the symmetric InfoNCE loss over the global batch; equal concepts are positives.
 
     Args:
+      model: the encoder.
       images: uint8[b, h, w, 3].
       texts: framed token ids.
-      concepts: equal numbers mark documents that show the same thing.
+      concepts: concept of each pair; equal numbers are the same concept.
 
     Returns:
-      The loss in nats, the mean of both directions, and how often a picture's best text is right.
+      The loss in nats, the mean of both directions, and the share of images whose most similar text
+      has the same concept.
     """
-    everywhere, rows = spec(None, None), spec("batch", None)
+    replicated, rows = spec(None, None), spec("batch", None)
     image = model.embed_image(images.astype(jnp.float32) / 255)
     text = model.embed_text(texts)
     same = (concepts[:, None] == jax.reshard(concepts, spec(None))[None, :]).astype(jnp.float32)
     target = same / same.sum(1, keepdims=True)  # `same` is symmetric, so is the row count
 
     def one_way(query: Array, key: Array) -> tuple[Array, Array]:
-        key = jax.reshard(key, everywhere)
+        key = jax.reshard(key, replicated)
         logits = model.scale() * jnp.einsum("ie,je->ij", query, key, out_sharding=rows)
         best = jnp.argmax(logits, axis=1)[:, None] == jnp.arange(logits.shape[1])[None, :]
         loss = -(target * jax.nn.log_softmax(logits, axis=1)).sum(1).mean()
@@ -198,21 +202,25 @@ def contrast(
 
 
 def _flatten(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """[concepts, views, ...] to [pictures, ...]."""
+    """Reshapes [concepts, views, ...] to [images, ...]."""
     return {name: array.reshape(-1, *array.shape[2:]) for name, array in batch.items()}
 
 
 class Concepts(Sequence[list[tuple[np.ndarray, str, int]]]):
-    """All documents decoded once, (pixels, caption, concept), and grouped by concept.
+    """Documents as (pixels, caption, concept), decoded once and grouped by concept.
 
-    A document must hold a caption and a picture with pixels.
+    Args:
+      documents: each must have a caption and an image with pixels.
+
+    Raises:
+      UserError: a document has no caption or no pixels.
     """
 
     def __init__(self, documents: Source):
         groups: dict[int, list[tuple[np.ndarray, str, int]]] = {}
         for index in range(len(documents)):
-            described = describe(documents[index])
-            groups.setdefault(described[-1], []).append(described)
+            example = training_example(documents[index])
+            groups.setdefault(example[-1], []).append(example)
         self.groups = list(groups.values())
         captions = (caption for group in self.groups for _, caption, _ in group)
         self.styles = sorted(
@@ -226,31 +234,32 @@ class Concepts(Sequence[list[tuple[np.ndarray, str, int]]]):
         return self.groups[index]
 
     def __repr__(self) -> str:
-        return f"Concepts({len(self.groups)} of them)"
+        return f"Concepts(count={len(self.groups)})"
 
 
-def describe(document: Document) -> tuple[np.ndarray, str, int]:
-    """The pixels, the caption, and a number that documents of the same concept share.
+def training_example(document: Document) -> tuple[np.ndarray, str, int]:
+    """Returns a document's pixels, caption and concept number.
 
-    The concept is what follows the first `/` of the provenance key, or the caption where there is
-    no key; its CRC-32 stands for it (two of 4,000 concepts collide once in 500 such sets).
+    The concept is the part of the provenance key after the first `/`, or the caption if there is
+    no key. Its number is the CRC-32 of that string, as int32. (A set of 4,000 concepts has a
+    collision with a probability of 1 in 500.)
 
     Raises:
-      UserError: there is no caption or no picture with pixels.
+      UserError: the document has no caption or no pixels.
     """
     caption = next((part.text for part in document.parts if isinstance(part, Text)), None)
-    picture = next(
+    pixels = next(
         (p.pixels for p in document.parts if isinstance(p, Image) and p.pixels is not None), None
     )
-    if caption is None or picture is None:
-        raise UserError("the encoder learns from documents with a caption and a picture's pixels")
+    if caption is None or pixels is None:
+        raise UserError("the encoder trains on documents with a caption and an image with pixels")
     key = document.provenance.key if document.provenance else caption
     concept = zlib.crc32(key.partition("/")[2].encode() or caption.encode())
-    return picture, caption, int(np.uint32(concept).view(np.int32))
+    return pixels, caption, int(np.uint32(concept).view(np.int32))
 
 
 class Views(grain.transforms.RandomMap):
-    """A concept to two random views: of two of its designs, or of the same one twice."""
+    """Maps a concept to two random views, of two of its designs or twice of its only one."""
 
     def __init__(self, config: EncoderConfig, text: TextTokenizer, styles: Sequence[str]):
         self.config, self.text, self.styles = config, text, styles
@@ -263,14 +272,14 @@ class Views(grain.transforms.RandomMap):
         return {name: np.stack([view[name] for view in views]) for name in views[0]}
 
     def _view(
-        self, described: tuple[np.ndarray, str, int], rng: np.random.Generator
+        self, example: tuple[np.ndarray, str, int], rng: np.random.Generator
     ) -> dict[str, np.ndarray]:
-        pixels, caption, concept = described
+        pixels, caption, concept = example
         model = self.config.model
         name = caption.lower()
         mirror = not any(word in name for word in DIRECTED)
         view = augment(pixels, model.vision.image_size, self.config.augment, rng, mirror)
-        words = vary(caption, self.config.data, rng, self.styles)
+        words = augment_caption(caption, self.config.data, rng, self.styles)
         return {
             "image": np.round(view * 255).astype(np.uint8),
             "text": frame(self.text.encode(words), model.text),
@@ -278,16 +287,23 @@ class Views(grain.transforms.RandomMap):
         }
 
 
-def vary(
+def augment_caption(
     caption: str, data: EncoderData, rng: np.random.Generator, styles: Sequence[str] = ()
 ) -> str:
-    """The caption with words of its name dropped, and with no style or one of `styles`."""
+    """Drops words of the caption's name at random, and drops or replaces its style.
+
+    Args:
+      caption: `NAME, STYLE` or `NAME`.
+      data: the probabilities.
+      rng: random generator.
+      styles: styles to choose from; () keeps the caption's own.
+    """
     name, comma, style = caption.rpartition(", ")
     if not comma:
         name, style = caption, ""
     words = name.split()
-    kept = [word for word in words if rng.random() >= data.drop_words] or words
-    named = rng.random() < data.name_style
+    remaining = [word for word in words if rng.random() >= data.drop_words] or words
+    has_style = rng.random() < data.name_style
     if styles:
         style = styles[int(rng.integers(len(styles)))]
-    return " ".join(kept) + (f", {style}" if named and style else "")
+    return " ".join(remaining) + (f", {style}" if has_style and style else "")

@@ -1,4 +1,4 @@
-"""What a training run carries from step to step, and what a kind of model tells the loop."""
+"""The state of a training run, and the interface between a kind of model and the loop."""
 
 import dataclasses
 import pathlib
@@ -15,13 +15,13 @@ from leon_jax.config import UserError
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class TrainState:
-    """Everything an exact resume needs, as one pytree.
+    """The training state as one pytree; an exact resume needs it and the data position.
 
     Attributes:
-      step: int32[], updates done so far.
-      model: the module (tree mode: a pytree of its parameters); of the program's own type.
+      step: int32[], number of updates so far.
+      model: the module, a pytree of its parameters; its type depends on the program.
       opt_state: the optimizer's state.
-      key: the run's random key; a step uses `jax.random.fold_in(key, step)` and never changes it.
+      key: the run's random key, which is constant; a step uses `jax.random.fold_in(key, step)`.
     """
 
     step: Int[Array, ""]
@@ -30,18 +30,23 @@ class TrainState:
     key: jax.Array
 
     def step_key(self) -> jax.Array:
-        """The random key of the coming step."""
+        """Returns the random key of the next step."""
         return jax.random.fold_in(self.key, self.step)
 
 
 def rows_of_shard(batch_size: int, shards: int, name: str = "data shards") -> int:
-    """Rows of a batch that one of `shards` equal parts, called `name`, holds.
+    """Returns the number of rows in each of `shards` equal parts of a batch.
+
+    Args:
+      batch_size: rows of the batch.
+      shards: number of parts.
+      name: name of the parts in the error message.
 
     Raises:
-      UserError: the parts would not be equal.
+      UserError: `batch_size` is not a multiple of `shards`.
     """
-    rows, rest = divmod(batch_size, shards)
-    if rest:
+    rows, remainder = divmod(batch_size, shards)
+    if remainder:
         raise UserError(
             f"config.batch_size is {batch_size}; it must be a multiple of the {shards} {name}"
         )
@@ -49,15 +54,14 @@ def rows_of_shard(batch_size: int, shards: int, name: str = "data shards") -> in
 
 
 class Program(Protocol):
-    """One kind of model (tokenizer, encoder, decoder) as the training loop sees it.
+    """The interface of the training loop to one kind of model (tokenizer, encoder, decoder).
 
-    Its constructor takes the kind's frozen configuration and nothing else.
+    The constructor takes the kind's configuration and nothing else.
 
     Attributes:
-      kind: the name used in configs and model files.
-      config: the frozen dataclass the program was built from.
-      flops_per_token: floating-point operations of an update for each of its `tokens`; 0 where
-        utilisation means little.
+      kind: the name of the kind in configs and model files.
+      config: the configuration, a frozen dataclass.
+      flops_per_token: floating-point operations of an update per token; 0 if MFU is not reported.
     """
 
     kind: str
@@ -65,27 +69,28 @@ class Program(Protocol):
     flops_per_token: float
 
     def init(self, key: jax.Array) -> TrainState:
-        """The state before the first step; pure, the loop jits it."""
+        """Returns the initial state; a pure function that the loop jits."""
         ...
 
     def step(
         self, state: TrainState, batch: dict[str, Array]
     ) -> tuple[TrainState, dict[str, Array]]:
-        """One update and its scalar metrics; pure, the loop jits it and donates `state`."""
+        """Returns the updated state and scalar metrics; pure, jitted with `state` donated."""
         ...
 
     def batches(self, shard: int = 0, shards: int = 1) -> grain.IterDataset:
-        """Endless host batches `{name: array[rows, ...]}` whose iterator can be checkpointed.
+        """Returns endless host batches `{name: array[rows, ...]}` with a checkpointable iterator.
 
         Args:
-          shard, shards: which of how many equal parts of every batch.
+          shard: index of the part of every batch to return.
+          shards: number of equal parts of every batch.
         """
         ...
 
     def samples(self, state: TrainState) -> dict[str, np.ndarray]:
-        """Images, uint8[h, w, 3] by name, that show how far training is; may be empty."""
+        """Returns sample images of the current model, uint8[h, w, 3] by name; may be empty."""
         ...
 
     def export(self, state: TrainState, directory: pathlib.Path) -> None:
-        """Writes the model as safetensors, with all that a user of it needs, into `directory`."""
+        """Writes the model as safetensors, with the files it depends on, into `directory`."""
         ...

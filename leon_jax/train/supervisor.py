@@ -1,11 +1,11 @@
-"""The parent of one process of a distributed run: it has the last word when a peer is lost.
+"""Runs one process of a distributed run as a child, to explain its exit if a peer is lost.
 
-When a process of a run is lost, JAX's coordination service ends all others from C++, with a dump of
-the stack, and nothing in such a process can speak after that. So `leon train --distributed` runs
-the training in a child. The parent copies what the child writes to stderr, passes signals on, and
-says in one sentence what a dump means.
+When one process of a run is lost, JAX's coordination service aborts all others from C++ with a
+stack trace. The aborted process cannot print an explanation. So `leon train --distributed` trains
+in a child process. The parent copies the child's stderr, forwards signals, and prints one sentence
+that explains the abort.
 
-Nothing here loads JAX.
+This module does not import JAX.
 """
 
 import os
@@ -15,22 +15,22 @@ import sys
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 
-# The exit code of a process that ended because another one was lost: 128 + SIGABRT, JAX's own way.
+# Exit code of a process that ended because another one was lost: 128 + SIGABRT, as JAX does it.
 LOST_PEER = 134
 
-# What JAX writes when its coordination service ends a process (xla/pjrt/distributed/client.h), and
-# what else if the process had not met the others yet.
+# Texts that JAX writes when its coordination service aborts a process: always
+# (xla/pjrt/distributed/client.h), and if the process had not connected to the others yet.
 LOST_PEER_MARK = "JAX distributed service detected fatal errors"
 NEVER_MET_MARK = "CoordinationService/RegisterTask"
 
-# Holds the number of the file descriptor that shows a child the end of its parent.
+# Environment variable with a file descriptor; its end of file tells the child that its parent died.
 _LIFELINE = "LEON_TRAIN_LIFELINE"
 
 
 def is_child() -> bool:
-    """Whether this process was started by `supervise`; if so it dies with its parent from now on.
+    """Returns whether `supervise` started this process; if so, it now exits with its parent.
 
-    The answer is yes only once, so that what this process starts is not taken for such a child.
+    Returns True only once, so that processes which this one starts do not count as such children.
     """
     number = os.environ.pop(_LIFELINE, None)
     if number is None:
@@ -40,14 +40,14 @@ def is_child() -> bool:
 
 
 def supervise(command: Sequence[str], explanations: Mapping[str, str]) -> int:
-    """Runs a command as a child to its end, and returns its exit code.
+    """Runs a command as a child process and returns its exit code.
 
-    SIGTERM, SIGINT and SIGHUP are passed on. If this process is killed, the child dies too.
+    SIGTERM, SIGINT and SIGHUP are forwarded. If this process is killed, the child exits too.
 
     Args:
       command: a program that calls `is_child` early.
-      explanations: what the child may write to stderr before it ends with `LOST_PEER` or 1, to a
-        sentence about it. The sentence of the first such text is written to stderr, after all else.
+      explanations: sentences by a text on the child's stderr. If the child exits with `LOST_PEER`
+        or 1 and wrote one of the texts, the sentence of the first is written to stderr at the end.
 
     Returns:
       The child's exit code, or 128 + the number of the signal that ended it; `LOST_PEER` after an
@@ -56,24 +56,24 @@ def supervise(command: Sequence[str], explanations: Mapping[str, str]) -> int:
     child: subprocess.Popen[bytes] | None = None
     early_signals: list[int] = []
 
-    def pass_on(number: int, frame: object) -> None:
+    def forward(number: int, frame: object) -> None:
         if child is None:
             early_signals.append(number)
         else:
             child.send_signal(number)
 
     for name in ("SIGTERM", "SIGINT", "SIGHUP"):
-        # What is ignored, as under nohup, the child ignores as well.
+        # The child inherits ignored signals, as under nohup; keep them ignored.
         if signal.getsignal(getattr(signal, name)) is not signal.SIG_IGN:
-            signal.signal(getattr(signal, name), pass_on)
-    # The parent alone holds the writing end, so the reading end shows when the parent is gone.
-    lifeline, _held_open = os.pipe()
+            signal.signal(getattr(signal, name), forward)
+    # Only the parent holds the write end, so the read end reaches end of file when it exits.
+    lifeline, _write_end = os.pipe()
     child = subprocess.Popen(
         command,
         env={**os.environ, _LIFELINE: str(lifeline)},
         pass_fds=(lifeline,),
         stderr=subprocess.PIPE,
-        start_new_session=True,  # a terminal's Ctrl-C comes once, through this process
+        start_new_session=True,  # a terminal's Ctrl-C reaches the child only through this process
     )
     os.close(lifeline)
     for number in early_signals:
@@ -91,7 +91,7 @@ def supervise(command: Sequence[str], explanations: Mapping[str, str]) -> int:
 
 
 class _Relay(threading.Thread):
-    """Copies a child's stderr to this process's, and notes which of some texts it holds."""
+    """Copies a child's stderr to this process's stderr and records which texts occur in it."""
 
     def __init__(self, child: subprocess.Popen[bytes], marks: Iterable[str]) -> None:
         super().__init__(daemon=True)
@@ -111,13 +111,13 @@ class _Relay(threading.Thread):
                 while chunk:
                     chunk = chunk[os.write(sys.stderr.fileno(), chunk) :]
             except OSError:
-                continue  # nobody reads any more; the child must not wait for it
+                continue  # stderr is closed; keep reading so that the child does not block
 
     def finish(self) -> None:
-        """Waits for the last bytes; not for ever, because another process may hold the pipe."""
+        """Waits up to 5 seconds for the last bytes, as another process may hold the pipe open."""
         self.join(timeout=5)
 
 
 def _die_with_parent(lifeline: int) -> None:
-    os.read(lifeline, 1)  # returns when the writing end is closed
+    os.read(lifeline, 1)  # returns when the write end is closed
     os.kill(os.getpid(), signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Training the text tokenizer on the captions of the training split."""
+"""Trains the text tokenizer on the captions of the training split."""
 
 import dataclasses
 import pathlib
@@ -11,18 +11,20 @@ from leon_jax.tokenizers.text import TextTokenizer
 
 @dataclasses.dataclass(frozen=True)
 class TextData:
-    """Where captions come from: the dataset folder made by `leon prepare`."""
+    """The training data: a dataset folder written by `leon prepare`."""
 
     dir: str
 
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-    """A run that trains a text tokenizer.
+    """Configuration of a text tokenizer's training.
 
     Attributes:
-      size: entries of the byte-level BPE vocabulary, 256 to 56,320; fewer result when the captions
-        hold no more pairs to merge.
+      data: the captions.
+      size: entries of the byte-level BPE vocabulary, 256 to 56,320. The result may be smaller if
+        the captions have too few pairs to merge.
+      kind: always "text".
     """
 
     data: TextData
@@ -31,7 +33,7 @@ class TextConfig:
 
 
 def run(config: TextConfig, workdir: pathlib.Path) -> TextTokenizer:
-    """Trains on the captions of `train` and writes `workdir/export/text.json`."""
+    """Trains on the captions of the train split and writes `workdir/export/text.json`."""
     source = demo.source("train", config.data.dir)
     captions = (
         part.text for document in source for part in document.parts if isinstance(part, Text)

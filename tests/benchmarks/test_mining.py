@@ -1,4 +1,4 @@
-"""The benchmark of the index runs, and compares things that find the same."""
+"""Tests that the benchmark of the index runs and that all sides find the same neighbours."""
 
 import re
 import subprocess
@@ -10,9 +10,9 @@ from benchmarks.turns import ROOT
 
 
 @pytest.mark.slow
-def test_the_page_says_what_was_measured(tmp_path):
+def test_the_page_has_the_measured_numbers(tmp_path):
     pytest.importorskip("faiss")
-    done = subprocess.run(
+    result = subprocess.run(
         [
             sys.executable, "-m", "benchmarks.mining", "--rows=2000", "--dimensions=32",
             "--queries=50", "--truth=50", "--growth", "1", "2", "--growth_queries=50",
@@ -21,7 +21,7 @@ def test_the_page_says_what_was_measured(tmp_path):
         ],
         cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert result.returncode == 0, result.stderr
     assert [file.name for file in tmp_path.iterdir()] == ["mining.md"]
     page = (tmp_path / "mining.md").read_text()
     rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")]

@@ -1,4 +1,4 @@
-"""What others do to a measurement is seen."""
+"""Tests that CPU use of other programs is detected."""
 
 import os
 import subprocess
@@ -12,15 +12,15 @@ from benchmarks.quiet import Watch
 pytestmark = pytest.mark.skipif(not os.path.exists("/proc/stat"), reason="needs Linux's /proc")
 
 
-def test_a_program_beside_is_seen_unless_it_is_the_one_measured():
+def test_other_programs_are_detected_but_not_the_measured_one():
     busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     try:
-        stranger, known = Watch(()), Watch((busy.pid,))
+        unaware, aware = Watch(()), Watch((busy.pid,))
         time.sleep(1.5)
-        # At least a tenth of a core, even where many others want it too.
+        # At least a tenth of a core, even on a busy machine.
         cores = os.cpu_count() or 1
-        assert stranger.others() > 0.1 / cores
-        assert stranger.others() - known.others() > 0.1 / cores
+        assert unaware.others() > 0.1 / cores
+        assert unaware.others() - aware.others() > 0.1 / cores
     finally:
         busy.kill()
         busy.wait()

@@ -1,4 +1,4 @@
-"""The stopwatch counts a function's own time."""
+"""Tests that the stopwatch counts the time of the innermost function only."""
 
 import time
 
@@ -23,7 +23,7 @@ class Work:
 
 
 def test_time_is_counted_once_under_the_innermost_function():
-    before = Work.outer
+    original = Work.outer
     with Stopwatch() as watch:
         for name in ("outer", "inner", "fail"):
             watch.time(Work, name, name)
@@ -34,4 +34,4 @@ def test_time_is_counted_once_under_the_innermost_function():
     assert watch.seconds["outer"] == pytest.approx(0.1, abs=0.05)
     assert watch.seconds["inner"] == pytest.approx(0.3, abs=0.05)
     assert watch.seconds["fail"] == pytest.approx(0.05, abs=0.04)
-    assert Work.outer is before
+    assert Work.outer is original

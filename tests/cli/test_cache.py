@@ -1,4 +1,4 @@
-"""`leon cache`: what is kept, how large it is, and what is removed."""
+"""Tests `leon cache`: the listing, the sizes and the removal."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from leon_jax.cli import main
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A cache with a program of 2 MB, two prepared folders, and a file of somebody else."""
+    """Returns a cache with a program of 2 MB, two prepared folders and an unrelated file."""
     for name in ("JAX_COMPILATION_CACHE_DIR", "LEON_CACHE_LIMIT"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("LEON_CACHE", str(tmp_path / "cache"))
@@ -17,7 +17,7 @@ def folder(tmp_path, monkeypatch):
         ("emoji/images", 500_000),
         ("emoji-0123/manifest.json", 0),
         ("emoji-0123/records", 1_200_000),
-        ("mine/notes", 100),
+        ("other/notes", 100),
     ):
         path = tmp_path / "cache" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -31,7 +31,7 @@ def leon(capsys, *arguments: str) -> tuple[int, list[str], str]:
     return code, printed.out.splitlines(), printed.err
 
 
-def test_what_is_kept_is_listed_with_sizes(capsys, folder, monkeypatch):
+def test_the_contents_are_listed_with_sizes(capsys, folder, monkeypatch):
     monkeypatch.setenv("LEON_CACHE_LIMIT", "3GB")
     code, lines, _ = leon(capsys)
     assert code == 0
@@ -39,12 +39,12 @@ def test_what_is_kept_is_listed_with_sizes(capsys, folder, monkeypatch):
         ["compiled", "programs", "2.0", "MB", str(folder / "compiled")],
         ["emoji", "images", "0.5", "MB", str(folder / "emoji")],
         ["prepared", "documents", "1.2", "MB", str(folder / "emoji-0123")],
-        ["together", "3.7", "MB"],
-        ["compiled", "programs", "may", "take", "3,000.0", "MB"],
+        ["total", "3.7", "MB"],
+        ["limit", "of", "compiled", "programs:", "3,000.0", "MB"],
     ]
 
 
-def test_clear_removes_programs_and_clear_all_what_was_prepared(capsys, folder):
+def test_clear_removes_programs_and_clear_all_also_prepared_documents(capsys, folder):
     code, lines, _ = leon(capsys, "--clear")
     assert code == 0
     assert lines == [f"removed 2.0 MB of compiled programs from {folder / 'compiled'}"]
@@ -55,10 +55,10 @@ def test_clear_removes_programs_and_clear_all_what_was_prepared(capsys, folder):
         f"removed 0.5 MB: {folder / 'emoji'}",
         f"removed 1.2 MB: {folder / 'emoji-0123'}",
     ]
-    assert {path.name for path in folder.iterdir()} == {"compiled", "mine"}
+    assert {path.name for path in folder.iterdir()} == {"compiled", "other"}
 
 
-def test_the_programs_of_a_run_are_its_own(capsys, folder, tmp_path):
+def test_workdir_selects_the_programs_of_that_run(capsys, folder, tmp_path):
     run = tmp_path / "run"
     (run / "compile_cache").mkdir(parents=True)
     (run / "compile_cache" / "step-cache").write_bytes(bytes(100_000))
@@ -69,28 +69,28 @@ def test_the_programs_of_a_run_are_its_own(capsys, folder, tmp_path):
     assert (run / "config.json").exists() and (folder / "compiled" / "jit_f-cache").exists()
 
 
-def test_an_empty_cache_is_nothing_special(capsys, monkeypatch, tmp_path):
+def test_a_missing_cache_is_listed_and_cleared_as_empty(capsys, monkeypatch, tmp_path):
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     monkeypatch.setenv("LEON_CACHE", str(tmp_path / "none"))
     assert leon(capsys, "--clear-all")[0] == 0
     code, lines, _ = leon(capsys)
-    assert code == 0 and lines[1].split() == ["together", "0.0", "MB"]
+    assert code == 0 and lines[1].split() == ["total", "0.0", "MB"]
     assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--clear_all", "--workdir=."], "--clear_all is for what is kept for all commands"),
-        (["--workdir=nowhere"], "--workdir=nowhere is no folder; it must be that of a training"),
+        (["--clear_all", "--workdir=."], "--clear_all cannot be used with --workdir"),
+        (["--workdir=nowhere"], "--workdir=nowhere is not a folder; it must be a training"),
     ],
 )
-def test_flags_that_do_not_fit_are_refused(capsys, folder, arguments, message):
+def test_flags_that_contradict_each_other_are_refused(capsys, folder, arguments, message):
     code, lines, error = leon(capsys, *arguments)
     assert code == 2 and not lines and message in error
 
 
-def test_what_cannot_be_removed_or_is_no_folder_is_named(capsys, folder, monkeypatch):
+def test_a_folder_that_cannot_be_removed_is_named(capsys, folder, monkeypatch):
     def refuse(path):
         raise OSError(1, "Operation not permitted")
 

@@ -1,4 +1,4 @@
-"""`leon evaluate`: numbers averaged over groups of documents."""
+"""Tests `leon evaluate`: the metrics of `leon_jax.evaluate.measurements`, averaged over groups."""
 
 import json
 
@@ -14,26 +14,24 @@ from tests import tiny
 
 @pytest.fixture
 def run(capsys):
-    checkpoint, prepared = tiny.folders()
+    model, prepared = tiny.folders()
 
     def command(*arguments: str) -> tuple[int, str, str]:
-        code = main.run(
-            ["evaluate", f"--checkpoint={checkpoint}", f"--index={prepared}", *arguments]
-        )
-        printed = capsys.readouterr()
-        return code, printed.out, printed.err
+        code = main.run(["evaluate", f"--model={model}", f"--index={prepared}", *arguments])
+        output = capsys.readouterr()
+        return code, output.out, output.err
 
     return command
 
 
-def test_what_is_ranked_and_drawn_is_averaged_over_the_groups(run):
-    code, printed, said = run(
+def test_matching_metrics_are_averaged_over_the_groups(run):
+    code, stdout, stderr = run(
         "--candidates=2", "--groups=2", "--caption_docs=0", "--caption_docs=1", "--top_p=1"
     )
     assert code == 0
-    metrics = json.loads(printed)
-    # A line for each, with the unit and the meaning.
-    lines = dict(line.split(": ", 1) for line in said.splitlines())
+    metrics = json.loads(stdout)
+    # One line for each metric, with its unit and definition.
+    lines = dict(line.split(": ", 1) for line in stderr.splitlines())
     assert list(lines) == list(metrics)
     assert all(meanings.MEANINGS[name] in line for name, line in lines.items())
     assert lines["tokenizer_psnr_db"].startswith(f"{metrics['tokenizer_psnr_db']:.2f} dB (")
@@ -54,14 +52,16 @@ def test_what_is_ranked_and_drawn_is_averaged_over_the_groups(run):
         assert metrics["caption_rank1_share_by_documents"][str(docs)] == np.mean(
             np.concatenate(ranks) == 0
         )
-    drawn = [measurements.draw(leon, group, 2, guidance=3.0, top_p=1.0) for group in groups]
+    generations = [
+        measurements.generate(leon, group, 2, guidance=3.0, top_p=1.0) for group in groups
+    ]
     assert metrics["prompt_match_share_by_documents"]["2"] == np.mean(
-        [measurements.prompt_match(leon, d) for d in drawn]
+        [measurements.prompt_match(leon, images) for images in generations]
     )
 
 
-@pytest.mark.parametrize("wrong", ["--candidates=1", "--candidates=5", "--groups=0", "--groups=3"])
-def test_groups_that_the_split_cannot_fill_are_named(run, wrong):
-    code, printed, message = run("--candidates=2", wrong)
-    assert code == 2 and not printed
-    assert wrong.split("=")[0] in message and message.count("\n") == 1
+@pytest.mark.parametrize("flag", ["--candidates=1", "--candidates=5", "--groups=0", "--groups=3"])
+def test_a_group_size_or_count_out_of_range_is_refused(run, flag):
+    code, stdout, message = run("--candidates=2", flag)
+    assert code == 2 and not stdout
+    assert flag.split("=")[0] in message and message.count("\n") == 1

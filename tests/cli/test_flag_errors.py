@@ -1,4 +1,4 @@
-"""What is wrong with flags and config files is said in sentences of our own, as it was typed."""
+"""Tests that a mistake in flags or a config file gives one sentence that quotes the input."""
 
 import os
 import pathlib
@@ -23,13 +23,13 @@ FILES = {
 
 
 def refused(*arguments: str, **environment: str) -> list[str]:
-    """The lines of the error of `leon train`; absl's own warnings left out."""
-    done = subprocess.run(
+    """Returns the error lines of `leon train` without absl's warnings."""
+    result = subprocess.run(
         [sys.executable, "-m", "leon_jax.cli.main", "train", *arguments],
         capture_output=True, text=True, env=os.environ | environment,
     )  # fmt: skip
-    assert done.returncode == 2, done.stderr
-    return [line for line in done.stderr.splitlines() if not line.startswith("WARNING:absl")]
+    assert result.returncode == 2, result.stderr
+    return [line for line in result.stderr.splitlines() if not line.startswith("WARNING:absl")]
 
 
 @pytest.fixture
@@ -45,13 +45,13 @@ def folder(tmp_path, monkeypatch):
     ("path", "message"),
     [
         ("syntax.py", "the config file syntax.py has a syntax error in line 1"),
-        ("key.py", r'the config file key.py stops in line 2 with KeyError: x\y "z"'),
+        ("key.py", r'the config file key.py fails in line 2: KeyError: x\y "z"'),
         (
             "value.py",
-            "the config file value.py stops in line 2 with ValueError: the rate must be below 1",
+            "the config file value.py fails in line 2: ValueError: the rate must be below 1",
         ),
-        # What a library says is not passed on.
-        ("library.py", "the config file library.py stops in line 3 with JSONDecodeError"),
+        # A library's message is not quoted.
+        ("library.py", "the config file library.py fails in line 3: JSONDecodeError"),
         (
             "imports.py",
             "the config file imports.py imports no_such_package, which is not installed",
@@ -62,14 +62,14 @@ def folder(tmp_path, monkeypatch):
         ("opens.py", "the config file opens.py needs a file that cannot be read"),
         (
             "argument.py",
-            "get_config of argument.py takes other arguments than the one after the colon",
+            "get_config of argument.py needs --config=argument.py:ARGUMENT, or takes no argument",
         ),
         ("missing.py", "there is no config file missing.py"),
         (".", "--config=. is a folder; it must be a Python file"),
         ("", "--config is empty; for example --config=configs/emoji/decoder.py"),
     ],
 )
-def test_a_config_file_that_cannot_be_used(path, message):
+def test_an_invalid_config_file_is_refused(path, message):
     assert refused(f"--config={path}", "--workdir=w") == [f"leon train: {message}"]
 
 
@@ -80,16 +80,16 @@ def test_a_config_file_that_cannot_be_used(path, message):
          "whole number"),
         ([f"--config={CONFIG}", "--config.batch_size"], "--config.batch_size has no value; write "
          "--config.batch_size=VALUE"),
-        ([f"--config={CONFIG}", "--config.model.codes.x=3"], "--config.model.codes.x names no key "
-         f"that {CONFIG} could have"),
-        ([f"--config={CONFIG}", "--config.model=3"], "--config.model=3 must be of the kind that it "
-         "has in the config file"),
-        (["--config.batch_size=3", f"--config={CONFIG}"], "--config.batch_size=3 stands before "
+        ([f"--config={CONFIG}", "--config.model.codes.x=3"], "--config.model.codes.x is not a key "
+         f"of {CONFIG}"),
+        ([f"--config={CONFIG}", "--config.model=3"], "--config.model=3 must be of the type that "
+         "the key has in the config file"),
+        (["--config.batch_size=3", f"--config={CONFIG}"], "--config.batch_size=3 comes before "
          "--config; it must come after it"),
         ([f"--config={CONFIG}", "--config.model.codes=3", "--config.model={}"], "--config.model "
-         "would undo --config.model.codes, which stands before it; change their order"),
-        (["--config.batch_size=3"], "--config.batch_size sets a key of the file that --config "
-         "names, but --config is missing"),
+         "would override --config.model.codes, which comes before it; swap them"),
+        (["--config.batch_size=3"], "--config.batch_size sets a key of the config file, but "
+         "--config is missing"),
         (["--wrkdir=x"], "there is no flag --wrkdir; did you mean --workdir?"),
         (["--zzz=x"], "there is no flag --zzz; --help shows all flags"),
         (["--processes=0"], "--processes=0 must be a positive whole number"),
@@ -101,11 +101,11 @@ def test_a_config_file_that_cannot_be_used(path, message):
         (["--flagfile=nowhere"], "the file that --flagfile names cannot be read"),
     ],
 )  # fmt: skip
-def test_a_flag_that_cannot_be_used(arguments, message):
+def test_an_invalid_flag_is_refused(arguments, message):
     assert refused(*arguments) == [f"leon train: {message}"]
 
 
-def test_leon_debug_shows_where_an_error_comes_from():
+def test_leon_debug_prints_the_traceback():
     lines = refused("--processes=0", LEON_DEBUG="1")
     assert lines[0] == "Traceback (most recent call last):"
     assert lines[-1] == "leon train: --processes=0 must be a positive whole number"

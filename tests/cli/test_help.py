@@ -1,4 +1,4 @@
-"""`leon --help` and `leon VERB --help`: what they load; a flag has the choices of its type."""
+"""Tests `leon --help` and `leon VERB --help`: they load little, and their commands are valid."""
 
 import ast
 import pathlib
@@ -17,7 +17,7 @@ from leon_jax.models.inference_weights import WeightType
 
 ROOT = pathlib.Path(__file__).parents[2]
 
-# Packages that take long to load. Help needs none of them.
+# Packages that load slowly. Help must not import them.
 HEAVY = {
     "PIL", "flax", "grain", "jax", "jaxlib", "numpy", "optax", "orbax", "tensorflow_datasets",
 }  # fmt: skip
@@ -36,16 +36,16 @@ def test_help_loads_no_heavy_package(arguments):
         f"loaded = {HEAVY} & {{name.split('.')[0] for name in sys.modules}}\n"
         "sys.exit(code or (f'loaded: {sorted(loaded)}' if loaded else 0))\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("leon") or "flags of leon" in done.stdout
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("leon") or "flags of leon" in result.stdout
 
 
 def python(program: str) -> str:
-    """What a program of a process of its own prints: loading a verb defines global flags."""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    """Runs a program and returns its output; in a new process, since verbs define global flags."""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
 @pytest.mark.parametrize(
@@ -56,26 +56,26 @@ def python(program: str) -> str:
         ("generate", "rank_by", Ranking),
     ],
 )
-def test_the_choices_of_a_flag_are_those_of_the_type(verb, flag, type_):
+def test_the_choices_of_a_flag_are_those_of_its_type(verb, flag, type_):
     values = f"{verb}.FLAGS[{flag!r}].parser.enum_values"
     printed = python(f"from leon_jax.cli import {verb}; print(*{values})")
     assert tuple(printed.split()) == get_args(type_)
 
 
-def test_the_default_folder_of_prepare_is_the_one_that_models_look_in():
+def test_the_default_folder_of_prepare_is_the_default_index_of_models():
     printed = python("from leon_jax.cli import prepare; print(prepare.FLAGS['out'].help)")
     assert f"(default: {DEFAULT_FOLDER}, for the emoji)" in printed
 
 
 def help_commands(verb: str) -> list[list[str]]:
-    """The commands that a verb's help shows, without `leon VERB`."""
+    """Returns the example commands in a verb's help, without `leon VERB`."""
     tree = ast.parse((ROOT / "leon_jax" / "cli" / f"{verb}.py").read_text(encoding="utf-8"))
     text = (ast.get_docstring(tree) or "").replace("\\\n", " ")
     lines = [line.strip() for line in text.splitlines()]
     return [shlex.split(line)[2:] for line in lines if line.startswith(f"leon {verb} ")]
 
 
-def test_the_model_that_the_help_of_evaluate_names_is_a_whole_one():
+def test_the_model_folder_in_the_help_of_evaluate_is_complete():
     flags = [flag for command in help_commands("evaluate") for flag in command]
     (folder,) = [flag.split("=")[1] for flag in flags if flag.startswith("--model=")]
     for name in ("decoder.safetensors", "tokenizer.safetensors", "encoder.safetensors"):
@@ -84,7 +84,7 @@ def test_the_model_that_the_help_of_evaluate_names_is_a_whole_one():
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_the_commands_in_help_have_flags_that_exist(verb):
+def test_the_commands_in_help_use_existing_flags(verb):
     names = {flag.partition("=")[0] for command in help_commands(verb) for flag in command}
     text = python(f"from leon_jax.cli import main, {verb}; print(main.describe({verb}, 'x'))")
     assert not [name for name in names if f"\n  {name}: " not in text]

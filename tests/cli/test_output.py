@@ -1,4 +1,4 @@
-"""What `leon` prints arrives on every terminal, and ends quietly where nobody reads it."""
+"""Tests the output of `leon` on terminals without Unicode and on closed pipes."""
 
 import os
 import subprocess
@@ -33,39 +33,39 @@ main.main()
     ids=["ascii", "C"],
 )
 def test_a_terminal_without_unicode_shows_escapes(environment):
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", PRINTS.format(text=ascii("Größe → \N{CAT FACE}"))],
         capture_output=True,
         env=os.environ | environment,
     )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == rb"Gr\xf6\xdfe \u2192 \U0001f431" + b"\n"
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == rb"Gr\xf6\xdfe \u2192 \U0001f431" + b"\n"
 
 
-def test_a_name_that_is_no_unicode_is_shown_with_escapes():
-    done = subprocess.run(
+def test_a_file_name_that_is_not_unicode_is_printed_with_escapes():
+    result = subprocess.run(
         [sys.executable, "-c", PRINTS.format(text=ascii("caf\udce9.png"))],
         capture_output=True,
         env=os.environ | {"PYTHONUTF8": "1"},
     )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == rb"caf\udce9.png" + b"\n"
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == rb"caf\udce9.png" + b"\n"
 
 
 def with_closed_pipe(arguments: list[str], stream: str, unbuffered: str) -> tuple[int, str]:
-    """Runs Python while nobody reads `stdout` or `stderr`: (exit code, the other stream)."""
+    """Runs Python with one stream's pipe closed; returns the exit code and the other stream."""
     reader, writer = os.pipe()
     os.close(reader)
     other = {"stdout": "stderr", "stderr": "stdout"}[stream]
     environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
     pipes = {stream: writer, other: subprocess.PIPE}
     try:
-        done = subprocess.run(
+        result = subprocess.run(
             [sys.executable, *arguments], text=True, env=environment, check=False, **pipes
         )
     finally:
         os.close(writer)
-    return done.returncode, getattr(done, other)
+    return result.returncode, getattr(result, other)
 
 
 @pytest.mark.parametrize(
@@ -84,18 +84,18 @@ def test_a_closed_pipe_ends_the_command_quietly(arguments, stream, unbuffered):
     assert with_closed_pipe(arguments, stream, unbuffered) == (141, "")
 
 
-def test_another_broken_pipe_is_not_hidden():
+def test_a_broken_pipe_of_a_socket_is_not_hidden():
     program = (
         "from leon_jax.cli import main\n"
         "def run(arguments):\n    raise BrokenPipeError('a socket')\n"
         "main.run = run\nmain.main()\n"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.returncode == 1 and "BrokenPipeError: a socket" in done.stderr
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode == 1 and "BrokenPipeError: a socket" in result.stderr
 
 
-def test_closed_streams_are_no_error():
-    done = subprocess.run(
+def test_closed_streams_cause_no_error():
+    result = subprocess.run(
         ["sh", "-c", f"{sys.executable} -m leon_jax.cli.main --help >&- 2>&-"], check=False
     )
-    assert done.returncode == 0
+    assert result.returncode == 0

@@ -1,4 +1,4 @@
-"""`leon plan`: what a person types, and what comes back."""
+"""Tests the flags, exit codes and output of `leon plan`."""
 
 import json
 import re
@@ -39,40 +39,40 @@ def leon_plan(*flags: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.slow
-def test_what_does_not_fit_exits_3_and_search_names_the_smallest_change(config, tmp_path):
+def test_a_program_that_does_not_fit_exits_3_and_search_names_the_smallest_change(config, tmp_path):
     flags = f"--config={config}", "--topology=v5e:2x2"
-    done = leon_plan(*flags)
-    assert done.returncode == 3
+    result = leon_plan(*flags)
+    assert result.returncode == 3
     sentence = r"does not fit v5e:2x2: it needs at least [\d.]+ GiB of memory, and .* 15\.\d+ GiB\n"
-    assert re.search(sentence, done.stderr) and "--search" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert re.search(sentence, result.stderr) and "--search" in result.stderr
+    assert "Traceback" not in result.stderr
 
-    done = leon_plan(*flags, "--search", f"--out={tmp_path}")
-    assert done.returncode == 0, done.stderr
-    lines = [line for line in done.stderr.splitlines() if line.startswith("leon plan: ")]
+    result = leon_plan(*flags, "--search", f"--out={tmp_path}")
+    assert result.returncode == 0, result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.startswith("leon plan: ")]
     change = next(line for line in lines if "fits," in line).split(": ")[1]
     assert change.startswith("--config.") and f"leon plan: with {change}" in lines
-    found = json.loads((tmp_path / "plan.json").read_text())
-    assert found["memory"]["peak"] < found["memory"]["capacity"]
-    # The change that was named is enough by itself.
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert plan["memory"]["peak"] < plan["memory"]["capacity"]
+    # The printed change alone makes the config fit.
     assert leon_plan(*flags, *change.split()).returncode == 0
 
 
 @pytest.mark.slow
-def test_a_plan_says_everything_twice(config, tmp_path):
-    done = leon_plan(
+def test_the_plan_on_the_terminal_and_on_the_page_agree(config, tmp_path):
+    result = leon_plan(
         f"--config={config}", "--topology=v6e:2x2", "--mesh=1,2,1,2",
         "--config.batch_size=64", f"--out={tmp_path}",
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "plan.json").read_text())
+    assert result.returncode == 0, result.stderr
+    plan = json.loads((tmp_path / "plan.json").read_text())
     weights = 2 * (4 * 512**2 + 2 * 512 * 2048) + (65536 + 4096) * 512
-    assert found["parameters"] == weights
+    assert plan["parameters"] == weights
     # Split over fsdp and tensor; positions over fsdp only. Adam keeps two more of everything.
     split = (weights - 4096 * 512) / 4 + 4096 * 512 / 2
-    assert found["memory"]["parameters"] == 4 * split
-    assert found["memory"]["optimizer"] == pytest.approx(8 * split)
-    figures, bound = found["figures"], found["rooflines"]["step"]
+    assert plan["memory"]["parameters"] == 4 * split
+    assert plan["memory"]["optimizer"] == pytest.approx(8 * split)
+    figures, bound = plan["figures"], plan["rooflines"]["step"]
     assert figures["tokens_per_step"] == 64 * 4096
     assert bound["seconds"] == max(bound["compute"], bound["memory"], bound["links"])
     assert figures["mfu_bound"] == pytest.approx(
@@ -82,21 +82,21 @@ def test_a_plan_says_everything_twice(config, tmp_path):
     page = (tmp_path / "index.html").read_text()
     assert f"{100 * figures['mfu_bound']:.1f} %" in page and page.count("<svg") == 2
     for line in ("parameters", "all-reduce", "MFU at most", "chip-hours"):
-        assert line in done.stdout and line in page
+        assert line in result.stdout and line in page
 
 
 @pytest.mark.slow
-def test_drawing_can_be_planned(config, tmp_path):
-    done = leon_plan(
+def test_image_generation_can_be_planned(config, tmp_path):
+    result = leon_plan(
         f"--config={config}", "--topology=v5e:2x2", "--program=decode", "--rows=4",
         "--mesh=-1,1,1,4", "--prompt=128", f"--out={tmp_path}",
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "plan.json").read_text())
-    assert set(found["rooflines"]) == {"prefill", "token"}
-    assert found["collectives"]["all-gather"]["runs"] < 100, "no weights are gathered for a token"
-    total = found["rooflines"]["prefill"]["seconds"] + 1024 * found["rooflines"]["token"]["seconds"]
-    assert found["figures"]["pictures_per_second"] == pytest.approx(4 / total)
+    assert result.returncode == 0, result.stderr
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert set(plan["rooflines"]) == {"prefill", "token"}
+    assert plan["collectives"]["all-gather"]["runs"] < 100, "no weights are gathered for a token"
+    total = plan["rooflines"]["prefill"]["seconds"] + 1024 * plan["rooflines"]["token"]["seconds"]
+    assert plan["figures"]["pictures_per_second"] == pytest.approx(4 / total)
 
 
 def test_every_kind_of_chip_has_its_devices_and_a_mesh():
@@ -110,11 +110,11 @@ def test_every_kind_of_chip_has_its_devices_and_a_mesh():
         "    assert {device.device_kind for device in pod.devices} <= set(chip.kinds)\n"
         "    print(chip.name, pod.chips, mesh.size, chip.devices * pod.chips)\n"
     )
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", program], env=tpu.environment(), capture_output=True, text=True
     )
-    assert done.returncode == 0, done.stderr
-    lines = [line.split() for line in done.stdout.splitlines()]
+    assert result.returncode == 0, result.stderr
+    lines = [line.split() for line in result.stdout.splitlines()]
     assert [line[0] for line in lines] == ["v4", "v5e", "v5p", "v6e", "tpu7x"]
     assert all(chips == "8" and size == devices for _, chips, size, devices in lines)
 
@@ -123,7 +123,7 @@ def test_every_kind_of_chip_has_its_devices_and_a_mesh():
     ("flags", "message"),
     [
         (["--topology=v5p"], "must be a chip and a shape"),
-        (["--topology=v9z:2x2"], "there are v4:AxBxC, v5e:AxB, v5p:AxBxC"),
+        (["--topology=v9z:2x2"], "the chips are v4:AxBxC, v5e:AxB, v5p:AxBxC"),
         (["--topology=v5e:4x4x4"], "must be a chip and a shape"),
         (["--topology=v5e:3x5"], "--topology=v5e:3x5 is not a shape of v5e that"),
         (["--topology=v5e:2x2", "--mesh=3,1,1,1"], "--mesh: mesh"),
@@ -133,23 +133,23 @@ def test_every_kind_of_chip_has_its_devices_and_a_mesh():
         ([], "--topology is missing"),
     ],
 )
-def test_bad_flags_are_one_sentence(config, flags, message):
-    done = leon_plan(f"--config={config}", *flags)
-    assert done.returncode == 2
-    assert message in done.stderr and done.stderr.count("\n") == 1
+def test_invalid_flags_give_one_sentence(config, flags, message):
+    result = leon_plan(f"--config={config}", *flags)
+    assert result.returncode == 2
+    assert message in result.stderr and result.stderr.count("\n") == 1
 
 
-def test_other_kinds_have_no_plan():
-    done = leon_plan("--config=configs/vqgan_256.py", "--topology=v5e:2x2")
-    assert done.returncode == 2 and "plans are made of 'decoder'" in done.stderr
+def test_only_decoders_can_be_planned():
+    result = leon_plan("--config=configs/vqgan_256.py", "--topology=v5e:2x2")
+    assert result.returncode == 2 and "leon plan needs 'decoder'" in result.stderr
 
 
-def test_without_the_compiler_it_says_how_to_get_it(config):
+def test_a_missing_compiler_gives_the_install_command(config):
     environment = tpu.environment()
     del environment["TPU_LIBRARY_PATH"]
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-m", "leon_jax.cli.main", "plan", f"--config={config}",
          "--topology=v5e:2x2"],
         env=environment, cwd=tpu.ROOT, capture_output=True, text=True,
     )  # fmt: skip
-    assert done.returncode == 2 and "pip install 'leon_jax[tpu]'" in done.stderr
+    assert result.returncode == 2 and "pip install 'leon_jax[tpu]'" in result.stderr

@@ -1,4 +1,4 @@
-"""`leon prepare`: what a person types, and what comes back."""
+"""Tests the flags, output and errors of `leon prepare`."""
 
 import json
 
@@ -12,9 +12,9 @@ from tests import tiny
 
 
 @pytest.fixture
-def pictures(tmp_path):
-    """A folder of six pictures and a captions file, one line of it wrong."""
-    folder, rng = tmp_path / "my pictures", np.random.default_rng(0)
+def images(tmp_path):
+    """Returns a folder of six images and a captions file with one invalid line."""
+    folder, rng = tmp_path / "my images", np.random.default_rng(0)
     folder.mkdir()
     lines = []
     for number in range(6):
@@ -33,60 +33,62 @@ def leon(capsys, *arguments):
         ("tokenizer", "tokenizer.safetensors"), ("encoder", "encoder.safetensors"),
         ("text", "text.json"))]  # fmt: skip
     code = main.run(["prepare", *files, *map(str, arguments)])
-    printed = capsys.readouterr()
-    return code, printed.out, printed.err
+    output = capsys.readouterr()
+    return code, output.out, output.err
 
 
-def test_a_folder_of_pictures_is_prepared_audited_and_edited(capsys, tmp_path, pictures):
+def test_a_folder_of_images_is_prepared_audited_and_edited(capsys, tmp_path, images):
     out = tmp_path / "prepared"
-    source = f"--source=jsonl:{pictures}"
-    code, said, _ = leon(capsys, source, "--licence=CC-BY-4.0", "--attribution=me", f"--out={out}")
-    assert code == 0 and "4 train; 2 records are not used" in said
-    assert "card.md" in said and (out / "card.md").is_file()
+    source = f"--source=jsonl:{images}"
+    code, stdout, _ = leon(
+        capsys, source, "--licence=CC-BY-4.0", "--attribution=me", f"--out={out}"
+    )
+    assert code == 0 and "4 train; 2 records rejected" in stdout
+    assert "card.md" in stdout and (out / "card.md").is_file()
     assert {d["attribution"] for d in PreparedFolder(out).listing()} == {"me"}
-    code, said, _ = leon(capsys, f"--out={out}", "--audit", "n2")
-    (document,) = json.loads(said)
+    code, stdout, _ = leon(capsys, f"--out={out}", "--audit", "n2")
+    (document,) = json.loads(stdout)
     assert code == 0 and document["licence"] == "CC-BY-4.0" and document["text"]
     (tmp_path / "keys.txt").write_text("n2\nn9\n")
-    code, said, _ = leon(capsys, f"--out={out}", "--remove-keys", tmp_path / "keys.txt")
-    assert code == 0 and "1 documents were removed" in said and "1 keys belong to no" in said
+    code, stdout, _ = leon(capsys, f"--out={out}", "--remove-keys", tmp_path / "keys.txt")
+    assert code == 0 and "removed 1 documents" in stdout and "1 keys are not in" in stdout
     assert [d["key"] for d in PreparedFolder(out).listing()] == ["n0", "n1", "n3"]
-    code, said, _ = leon(capsys, source, "--licence=CC0-1.0", f"--out={out}")
+    code, stdout, _ = leon(capsys, source, "--licence=CC0-1.0", f"--out={out}")
     assert code == 0 and [d["key"] for d in PreparedFolder(out).listing()] == ["n0", "n1", "n3"]
 
 
-def test_splits_and_a_config_file(capsys, tmp_path, pictures):
-    (tmp_path / "mine.py").write_text(f"""
+def test_splits_and_a_config_file(capsys, tmp_path, images):
+    (tmp_path / "own.py").write_text(f"""
 from ml_collections import ConfigDict
 
 def get_config():
-    source = {{"kind": "jsonl", "path": {str(pictures)!r}, "licence": "CC0-1.0"}}
+    source = {{"kind": "jsonl", "path": {str(images)!r}, "licence": "CC0-1.0"}}
     return ConfigDict({{"sources": [source, source | {{"split": "exam"}}], "min_side": 40}})
 """)
     out = tmp_path / "prepared"
-    config = f"--config={tmp_path / 'mine.py'}"
-    code, said, error = leon(capsys, config, f"--out={out}")
-    # Every train document repeats one of the exam.
+    config = f"--config={tmp_path / 'own.py'}"
+    code, stdout, error = leon(capsys, config, f"--out={out}")
+    # Every train document is a duplicate of an exam document.
     assert code == 2 and "no document of train can be used" in error
     assert "; the first, " in error and "for the others see" in error
-    # A file that names no sources takes them from the command line.
+    # A config file without sources takes them from --source.
     (tmp_path / "filters.py").write_text(
         "from ml_collections import ConfigDict\n\n\ndef get_config():\n"
         "    return ConfigDict({'min_side': 40})\n"
     )
-    code, said, error = leon(
+    code, stdout, error = leon(
         capsys, f"--config={tmp_path / 'filters.py'}", f"--out={out}", "--config.max_text=7",
-        f"--source=jsonl:{pictures}", "--licence=CC0-1.0",
+        f"--source=jsonl:{images}", "--licence=CC0-1.0",
     )  # fmt: skip
-    assert code == 0 and "4 train" in said, error
+    assert code == 0 and "4 train" in stdout, error
     assert PreparedFolder(out).manifest["config"]["max_text"] == 7
     code, _, error = leon(capsys, config, f"--out={out}", "--config.max_txt=7")
     assert code == 2 and "config.max_txt; did you mean config.max_text?" in error
-    code, _, error = leon(capsys, config, f"--out={out}", f"--source=jsonl:{pictures}")
-    assert code == 2 and "--source is given, but --config names the sources already" in error
-    (tmp_path / "mine.py").write_text("def get_config(:\n")
+    code, _, error = leon(capsys, config, f"--out={out}", f"--source=jsonl:{images}")
+    assert code == 2 and "--source cannot be used with a --config that sets sources" in error
+    (tmp_path / "own.py").write_text("def get_config(:\n")
     code, _, error = leon(capsys, config, f"--out={out}")
-    assert code == 2 and "mine.py has a syntax error in line 1" in error
+    assert code == 2 and "own.py has a syntax error in line 1" in error
 
 
 @pytest.mark.parametrize(
@@ -97,13 +99,13 @@ def get_config():
         (["--source=jsonl:nowhere"], "nowhere"),
         (["--source=test=jsonl:nowhere"], "no source becomes the split 'train', only test"),
         (["--audit=x", "--out=nowhere"], "nowhere is not a prepared folder"),
-        (["--licence=MIT"], "--licence and --attribution say what holds for the sources of"),
-        (["--source=jsonl:{}", "--licence=GPL-9"], "--licence=GPL-9 is no SPDX licence"),
-        (["--beam=--x", "--source=jsonl:{}"], "--beam gives options to --runner"),
+        (["--licence=MIT"], "--licence and --attribution need --source"),
+        (["--source=jsonl:{}", "--licence=GPL-9"], "--licence=GPL-9 is not an SPDX licence"),
+        (["--beam=--x", "--source=jsonl:{}"], "--beam needs --runner"),
     ],
 )
-def test_mistakes_are_one_sentence(capsys, tmp_path, pictures, arguments, message):
-    arguments = [argument.format(pictures) for argument in arguments]
+def test_mistakes_give_one_sentence(capsys, tmp_path, images, arguments, message):
+    arguments = [argument.format(images) for argument in arguments]
     if not any(a.startswith("--out") for a in arguments):
         arguments.append(f"--out={tmp_path / 'out'}")
     code, _, error = leon(capsys, *arguments)
@@ -111,8 +113,8 @@ def test_mistakes_are_one_sentence(capsys, tmp_path, pictures, arguments, messag
     assert not (tmp_path / "out").exists()
 
 
-def test_out_is_asked_for(capsys, pictures):
-    code, _, error = leon(capsys, f"--source=jsonl:{pictures}")
+def test_a_missing_out_is_refused(capsys, images):
+    code, _, error = leon(capsys, f"--source=jsonl:{images}")
     assert code == 2 and "--out is missing" in error
     code, _, error = leon(capsys, "--remove-keys=x")
     assert code == 2 and "--out is missing" in error

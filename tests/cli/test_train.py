@@ -1,4 +1,4 @@
-"""`leon train`: what a person gets wrong is one sentence and exit code 2; a text run works."""
+"""Tests `leon train`: mistakes give one sentence and exit code 2, and a text run works."""
 
 import json
 import pathlib
@@ -16,7 +16,7 @@ TOKENIZER = f"--config={CONFIGS}/emoji/tokenizer.py"
 
 
 def train(*arguments: str) -> subprocess.CompletedProcess:
-    """Runs `leon train` as a person does: config flags change absl's global state."""
+    """Runs `leon train` in a new process, since config flags change absl's global state."""
     return subprocess.run(
         [sys.executable, "-m", "leon_jax.cli.main", "train", *arguments],
         capture_output=True, text=True, cwd=CONFIGS.parent, check=False,
@@ -24,33 +24,33 @@ def train(*arguments: str) -> subprocess.CompletedProcess:
 
 
 def refused(*arguments: str) -> str:
-    """Runs `leon train`, checks that it refuses in one line, and returns the line."""
-    done = train(*arguments)
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.count("\n") == 1 and done.stderr.startswith("leon train: ")
-    return done.stderr
+    """Runs `leon train`, checks that it exits with code 2, and returns its one line of error."""
+    result = train(*arguments)
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.count("\n") == 1 and result.stderr.startswith("leon train: ")
+    return result.stderr
 
 
 def test_a_text_tokenizer_is_trained_from_the_command_line(tmp_path, emoji_data_dir):
     workdir = tmp_path / "text"
     data = f"--config.data.dir={emoji_data_dir}"
-    done = train(TEXT, f"--workdir={workdir}", data, "--config.size=300")
-    assert done.returncode == 0, done.stderr
+    result = train(TEXT, f"--workdir={workdir}", data, "--config.size=300")
+    assert result.returncode == 0, result.stderr
     assert TextTokenizer.load(workdir / "export" / "text.json").size == 300
 
 
-def test_flags_that_are_needed_are_asked_for(tmp_path):
+def test_missing_flags_are_named(tmp_path):
     assert "--config is missing" in refused(f"--workdir={tmp_path}")
     assert "--workdir is missing" in refused(TEXT)
 
 
-def test_a_bucket_is_not_taken_for_a_folder():
+def test_a_bucket_address_as_workdir_is_refused():
     message = refused(TEXT, "--workdir=gs://bucket/run")
     assert "gs://bucket/run is an address" in message
     assert not (CONFIGS.parent / "gs:").exists()
 
 
-def test_flags_of_processes_are_used_together(tmp_path):
+def test_incomplete_process_flags_are_refused(tmp_path):
     workdir = f"--workdir={tmp_path / 'w'}"
     assert "need --distributed" in refused(TOKENIZER, workdir, "--processes=2")
     message = refused(TOKENIZER, workdir, "--distributed", "--processes=2", "--process_id=0")
@@ -58,7 +58,7 @@ def test_flags_of_processes_are_used_together(tmp_path):
     assert not (tmp_path / "w").exists()
 
 
-def test_a_config_that_is_not_there_is_named(tmp_path):
+def test_a_missing_config_file_is_named(tmp_path):
     message = refused(f"--config={tmp_path}/none.py", f"--workdir={tmp_path}/w")
     assert "none.py" in message
     assert not (tmp_path / "w").exists()
@@ -70,7 +70,7 @@ def test_a_misspelt_key_on_the_command_line_is_named(tmp_path):
     assert not (tmp_path / "w").exists()
 
 
-def test_a_misspelt_key_in_a_file_is_named_with_the_right_one(tmp_path):
+def test_a_misspelt_key_in_a_file_is_named(tmp_path):
     source = (CONFIGS / "emoji" / "tokenizer.py").read_text()
     (tmp_path / "bad.py").write_text(source.replace('"code_dim"', '"code_dimm"'))
     message = refused(f"--config={tmp_path}/bad.py", f"--workdir={tmp_path}/w")
@@ -78,18 +78,18 @@ def test_a_misspelt_key_in_a_file_is_named_with_the_right_one(tmp_path):
     assert not (tmp_path / "w").exists()
 
 
-def test_missing_data_say_what_to_run(tmp_path):
+def test_missing_data_names_the_command_to_run(tmp_path):
     message = refused(TOKENIZER, f"--workdir={tmp_path}/w", f"--config.data.dir={tmp_path}/nothing")
     assert "leon prepare" in message
     assert not (tmp_path / "w").exists()
 
 
-def test_a_mesh_that_does_not_fit_the_devices_is_explained(tmp_path):
+def test_a_mesh_that_does_not_cover_the_devices_is_refused(tmp_path):
     message = refused(TOKENIZER, f"--workdir={tmp_path}/w", "--config.loop.mesh=(3, 5, 1, 1)")
     assert "does not cover" in message
 
 
-def test_slices_that_are_not_there_are_explained(tmp_path, monkeypatch):
+def test_a_wrong_number_of_slices_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
     mesh = "--config.loop.mesh=(2, 1, 1, 1)", "--config.loop.slices=2"
     message = refused(TOKENIZER, f"--workdir={tmp_path}/w", *mesh)
@@ -99,8 +99,7 @@ def test_slices_that_are_not_there_are_explained(tmp_path, monkeypatch):
     )
 
 
-def test_processes_that_no_cluster_names_are_asked_for(tmp_path):
-    """In our own words; JAX's are the cause of the error."""
+def test_missing_process_flags_without_a_cluster_are_named(tmp_path):
     message = refused(TOKENIZER, f"--workdir={tmp_path}/w", "--distributed")
     assert message.endswith("give --coordinator=HOST:PORT, --processes and --process_id\n")
     ids = "--coordinator=127.0.0.1:1", "--processes=2", "--process_id=2"
@@ -109,18 +108,18 @@ def test_processes_that_no_cluster_names_are_asked_for(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["cm3leon_350m", "vqgan_256", "emoji/encoder", "emoji/decoder"])
-def test_a_key_that_the_file_leaves_out_can_be_set(tmp_path, name):
+def test_a_key_that_is_not_in_the_file_can_be_overridden(tmp_path, name):
     config = f"--config={CONFIGS}/{name}.py"
     message = refused(config, f"--workdir={tmp_path}/w", "--config.loop.data_shards=0")
     assert "data_shards is 0; it must be at least 1" in message
 
 
-def test_a_run_of_another_configuration_is_not_gone_on_with(tmp_path, emoji_data_dir):
+def test_a_run_with_another_configuration_is_not_resumed(tmp_path, emoji_data_dir):
     workdir = tmp_path / "w"
     (workdir / "checkpoints" / "100").mkdir(parents=True)
-    kept = runpy.run_path(str(CONFIGS / "emoji" / "tokenizer.py"))["get_config"]().to_dict()
-    codes = kept["model"]["codes"]
-    kept["model"]["codes"] = codes + 1
-    (workdir / "config.json").write_text(json.dumps(kept))
+    saved = runpy.run_path(str(CONFIGS / "emoji" / "tokenizer.py"))["get_config"]().to_dict()
+    codes = saved["model"]["codes"]
+    saved["model"]["codes"] = codes + 1
+    (workdir / "config.json").write_text(json.dumps(saved))
     message = refused(TOKENIZER, f"--workdir={workdir}", f"--config.data.dir={emoji_data_dir}")
     assert f"model.codes = {codes + 1}, but it is now {codes}" in message

@@ -1,7 +1,7 @@
-"""Twenty steps of a small decoder on packed documents: what the tests of meshes and processes run.
+"""Trains a small decoder for twenty steps on packed documents, for tests of meshes and processes.
 
-As a program, `curves.py FOLDER`, it prints the losses of one device, of a mesh with
-two microbatches, and of every mesh of eight simulated devices.
+`python -m tests.end_to_end.curves FOLDER` prints the losses on one device, on a mesh with two
+microbatches, and on all meshes of eight simulated devices.
 """
 
 import json
@@ -28,7 +28,7 @@ MESHES = [
 
 
 def get_config(folder: str):
-    """Sizes that every one of the meshes divides."""
+    """Returns a configuration whose sizes all meshes divide."""
     folder = pathlib.Path(folder)
     config = make_config(folder)
     text = TextTokenizer.load(folder / "text.json").size
@@ -45,7 +45,7 @@ def get_config(folder: str):
 def curve(
     folder: str, shape: tuple[int, ...], devices: int = 8, microbatches: int = 1
 ) -> list[float]:
-    """The loss of every step on a mesh."""
+    """Returns the loss of every step on a mesh."""
     with jax.set_mesh(sharding.make_mesh(shape, jax.devices()[:devices])):
         config = get_config(folder)
         config.microbatches = microbatches
@@ -65,6 +65,6 @@ def curve(
 
 if __name__ == "__main__":
     folder = sys.argv[1]
-    alone = curve(folder, (1, 1, 1, 1), 1)
-    parts = curve(folder, (2, 2, 1, 2), microbatches=2)
-    print(json.dumps([alone, parts, *(curve(folder, mesh) for mesh in MESHES)]))
+    one_device = curve(folder, (1, 1, 1, 1), 1)
+    microbatches = curve(folder, (2, 2, 1, 2), microbatches=2)
+    print(json.dumps([one_device, microbatches, *(curve(folder, mesh) for mesh in MESHES)]))

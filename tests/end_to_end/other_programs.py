@@ -1,7 +1,7 @@
-"""Losses of the image tokenizer (with its discriminator) and the dual encoder on eight devices.
+"""Trains the image tokenizer (with its discriminator) and the retrieval encoder on eight devices.
 
-`other_programs.py KIND` prints the metrics of one device, and of each mesh. Batches are
-made here: what is tested is the step.
+`python -m tests.end_to_end.other_programs KIND` prints the metrics on one device and on each mesh.
+The batches are random noise, since only the step is tested.
 """
 
 import dataclasses
@@ -19,30 +19,30 @@ from leon_jax.tokenizers.text import TextTokenizer
 from leon_jax.train.image_tokenizer import TokenizerProgram
 from leon_jax.train.loop import skip_nonfinite
 from leon_jax.train.retrieval_encoder import EncoderProgram
-from tests.train.test_encoder_program import NAMES, tiny
-from tests.train.test_tokenizer_program import CONFIG
+from tests.train.test_image_tokenizer import CONFIG
+from tests.train.test_retrieval_encoder import NAMES, tiny
 
 STEPS = 5
-ALONE = (1, 1, 1, 1)
-# Compiling the tokenizer takes long, so it meets one mesh that splits whatever can be split.
+ONE_DEVICE = (1, 1, 1, 1)
+# The tokenizer compiles slowly, so it runs only on one mesh, which splits every axis it can.
 MESHES = {"tokenizer": [(2, 2, 1, 2)], "encoder": [(8, 1, 1, 1), (2, 4, 1, 1), (2, 2, 1, 2)]}
 
 
 def tokenizer_program(folder: pathlib.Path) -> TokenizerProgram:
-    """The discriminator works from the third step on."""
+    """Returns the tokenizer's program with the discriminator from the third step on."""
     losses = dataclasses.replace(CONFIG.losses, adversarial_start=2)
     return TokenizerProgram(dataclasses.replace(CONFIG, losses=losses, batch_size=8))
 
 
 def encoder_program(folder: pathlib.Path) -> EncoderProgram:
-    """Sizes that two devices divide."""
+    """Returns the encoder's program with sizes that two devices divide."""
     text = TextTokenizer.train(list(NAMES), 301)
     text.save(folder / "text.json")
     return EncoderProgram(tiny(folder / "text.json", text.size))
 
 
 def batches(kind: str, program, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """A batch of eight rows of noise."""
+    """Returns a batch of eight rows of noise."""
     if kind == "tokenizer":
         return {"images": rng.uniform(-1, 1, (8, 32, 32, 3)).astype(np.float32)}
     text = program.config.model.text
@@ -53,9 +53,9 @@ def batches(kind: str, program, rng: np.random.Generator) -> dict[str, np.ndarra
 
 
 def curve(kind: str, shape: tuple[int, ...]) -> list[dict[str, float]]:
-    """The metrics of every step."""
+    """Returns the metrics of every step on a mesh."""
     devices = jax.devices()[: int(np.prod(shape))]
-    rng, found = np.random.default_rng(0), []
+    rng, history = np.random.default_rng(0), []
     with (
         tempfile.TemporaryDirectory() as folder,
         jax.set_mesh(sharding.make_mesh(shape, devices)),
@@ -68,10 +68,10 @@ def curve(kind: str, shape: tuple[int, ...]) -> list[dict[str, float]]:
             batch = jax.device_put(batches(kind, program, rng), sharding.batch_sharding())
             step = step or jitted.lower(state, batch).compile()
             state, metrics = step(state, batch)
-            found.append({name: float(jnp.asarray(value)) for name, value in metrics.items()})
-    return found
+            history.append({name: float(jnp.asarray(value)) for name, value in metrics.items()})
+    return history
 
 
 if __name__ == "__main__":
     kind = sys.argv[1]
-    print(json.dumps([curve(kind, mesh) for mesh in (ALONE, *MESHES[kind])]))
+    print(json.dumps([curve(kind, mesh) for mesh in (ONE_DEVICE, *MESHES[kind])]))

@@ -1,4 +1,4 @@
-"""`leon train` on a real decoder, killed with -9, ends with the bits of a run that was not."""
+"""Tests that a decoder run killed with SIGKILL ends exactly as an uninterrupted run."""
 
 import json
 import re
@@ -18,19 +18,19 @@ from leon_jax.train.state import TrainState
 from tests import tiny
 
 
-def test_a_killed_decoder_ends_with_the_same_bits(tmp_path):
-    """Three kills, one of them in a save; `python -m benchmarks.soak` makes twenty."""
+def test_a_killed_decoder_run_ends_with_the_same_bits(tmp_path):
+    """Kills a run three times, once during a save; `benchmarks.soak` does so twenty times."""
     command = [
         sys.executable, "-m", "benchmarks.soak", "--kills=3", "--steps=80", "--seed=0",
         f"--out={tmp_path / 'soak'}",
     ]  # fmt: skip
-    done = subprocess.run(command, cwd=soak.ROOT, text=True, capture_output=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert len(re.findall("^kill ", done.stdout, re.MULTILINE)) == 3
-    halves = re.search(r"(\d+) left half a checkpoint", done.stdout)
-    assert halves and int(halves[1]) >= 1, done.stdout
+    result = subprocess.run(command, cwd=soak.ROOT, text=True, capture_output=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert len(re.findall("^kill ", result.stdout, re.MULTILINE)) == 3
+    partial = re.search(r"(\d+) left a partial checkpoint", result.stdout)
+    assert partial and int(partial[1]) >= 1, result.stdout
     assert "resumed from step" in (tmp_path / "soak" / "killed.log").read_text()
-    # The comparison has something to compare: the run has learned.
+    # The run has learned, so the comparison is meaningful.
     lines = (tmp_path / "soak" / "killed" / "metrics.jsonl").read_text().splitlines()
     losses = [json.loads(line)["loss"] for line in lines]
     assert len(losses) == 80 and np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
@@ -38,7 +38,7 @@ def test_a_killed_decoder_ends_with_the_same_bits(tmp_path):
 
 @pytest.fixture
 def finished(tmp_path):
-    """Makes the workdir of a finished run, by name, with some things other than usual."""
+    """Returns a function that writes the workdir of a finished run, with optional changes."""
 
     def make(name: str, moment: float = 0.5, loss: float = 2.0, position: str = "7"):
         workdir = tmp_path / name
@@ -49,7 +49,7 @@ def finished(tmp_path):
         checkpoints = Checkpoints(workdir / "checkpoints")
         checkpoints.save(state, {"0": position})
         checkpoints.close()
-        # Two starts are never equally fast.
+        # The times of two runs always differ.
         lines = [
             {"step": 1, "loss": 3.0, "seconds_per_step": len(name)},
             {"step": 2, "loss": loss, "seconds_per_step": 0.1},
@@ -61,7 +61,7 @@ def finished(tmp_path):
     return make
 
 
-def test_runs_that_differ_only_in_time_are_equal(finished):
+def test_runs_that_differ_only_in_times_are_equal(finished):
     assert differences(finished("one"), finished("other")) == []
 
 
@@ -69,17 +69,17 @@ def test_runs_that_differ_only_in_time_are_equal(finished):
     ("change", "sentence"),
     [
         ({"moment": 0.5 + 2**-24}, "opt_state.mu differs: 1 of 1,280 numbers"),
-        ({"loss": 2.0 + 2**-51}, "what was logged of step 2 differs"),
+        ({"loss": 2.0 + 2**-51}, "metrics of step 2 differs"),
         ({"position": "8"}, "data position 0 differs"),
     ],
 )
-def test_what_differs_is_named(finished, change, sentence):
-    found = differences(finished("one"), finished("other", **change))
-    assert len(found) == 1 and found[0].startswith(sentence), found
+def test_a_difference_is_named(finished, change, sentence):
+    sentences = differences(finished("one"), finished("other", **change))
+    assert len(sentences) == 1 and sentences[0].startswith(sentence), sentences
 
 
-def test_a_run_that_ends_too_early_is_no_success(tmp_path, capfd, monkeypatch):
-    """The command is one that does nothing at all."""
+def test_a_run_that_ends_too_early_is_a_failure(tmp_path, capfd, monkeypatch):
+    """The command does nothing and exits with code 0."""
     monkeypatch.setattr(sys, "executable", "true")
     monkeypatch.setattr(sys, "argv", ["soak", "--kills=1", f"--out={tmp_path / 'soak'}"])
     assert soak.main() == 2

@@ -1,4 +1,4 @@
-"""Training is the same on every mesh and with any number of processes."""
+"""Tests that training gives the same losses on every mesh and with any number of processes."""
 
 import json
 import os
@@ -43,28 +43,28 @@ def run(*command: str, **kwargs) -> str:
 
 @pytest.fixture(scope="module")
 def losses(folder):
-    """By mesh; (1, 1, 1, 1) is one device, "microbatches" (2, 2, 1, 2) with two of them."""
-    found = json.loads(run(sys.executable, "-m", "tests.end_to_end.curves", str(folder)))
+    """Returns the losses by mesh; "microbatches" is mesh (2, 2, 1, 2) with two microbatches."""
+    output = json.loads(run(sys.executable, "-m", "tests.end_to_end.curves", str(folder)))
     names = [(1, 1, 1, 1), "microbatches", *curves.MESHES]
-    return dict(zip(names, map(np.array, found), strict=True))
+    return dict(zip(names, map(np.array, output), strict=True))
 
 
 @pytest.mark.parametrize("mesh", [*curves.MESHES, "microbatches"])
-def test_twenty_losses_on_a_mesh_are_those_on_one_device(losses, mesh):
-    alone = losses[1, 1, 1, 1]
-    assert alone[-1] < 0.9 * alone[0], "it learns"
-    np.testing.assert_allclose(losses[mesh], alone, rtol=1e-5)
+def test_losses_on_a_mesh_equal_those_on_one_device(losses, mesh):
+    one_device = losses[1, 1, 1, 1]
+    assert one_device[-1] < 0.9 * one_device[0], "the loss decreases"
+    np.testing.assert_allclose(losses[mesh], one_device, rtol=1e-5)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["tokenizer", "encoder"])
-def test_the_other_programs_train_on_meshes_as_on_one_device(kind):
-    """The tokenizer's adversarial part included."""
+def test_the_other_programs_train_equally_on_meshes_and_on_one_device(kind):
+    """Includes the tokenizer's discriminator."""
     program = "tests.end_to_end.other_programs"
-    alone, *meshes = json.loads(run(sys.executable, "-m", program, kind))
-    assert alone[-1]["loss"] < alone[0]["loss"], "it learns"
+    one_device, *meshes = json.loads(run(sys.executable, "-m", program, kind))
+    assert one_device[-1]["loss"] < one_device[0]["loss"], "the loss decreases"
     for mesh in meshes:
-        for step, expected in zip(mesh, alone, strict=True):
+        for step, expected in zip(mesh, one_device, strict=True):
             for name, value in expected.items():
                 assert step[name] == pytest.approx(value, rel=1e-3, abs=1e-6), name
             assert step["loss"] == pytest.approx(expected["loss"], rel=1e-5)
@@ -80,7 +80,7 @@ def get_config():
 """
 
 
-def test_two_processes_train_as_one_and_hand_over_to_it(folder, losses, tmp_path):
+def test_two_processes_train_as_one_and_one_process_resumes_their_run(folder, losses, tmp_path):
     config = tmp_path / "config.py"
     config.write_text(CONFIG.format(folder=str(folder)))
     train = [sys.executable, "-m", "leon_jax.cli.main", "train", f"--config={config}"]
@@ -90,51 +90,51 @@ def test_two_processes_train_as_one_and_hand_over_to_it(folder, losses, tmp_path
         lines = (workdir / "metrics.jsonl").read_text().splitlines()
         return np.array([json.loads(line)["loss"] for line in lines])
 
-    # Each process is an island of fast links: only gradients go from one to the other.
+    # Each process is a slice, so only gradients are sent between processes.
     run(*pair, *train, f"--workdir={tmp_path / 'two'}", "--config.loop.slices=2")
     np.testing.assert_allclose(curve(tmp_path / "two"), losses[2, 2, 1, 2], rtol=1e-5)
     assert (tmp_path / "two" / "export" / "decoder.safetensors").is_file()
 
-    # Ten steps by two processes, the rest by one: the data go on where they were.
+    # Two processes train ten steps, and one process trains the remaining steps.
     run(*pair, *train, f"--workdir={tmp_path / 'both'}", "--config.steps=10")
     run(*train, f"--workdir={tmp_path / 'both'}")
     np.testing.assert_allclose(curve(tmp_path / "both"), losses[2, 2, 1, 2], rtol=1e-5)
 
 
 def test_ctrl_c_reaches_every_process_once_and_as_sigterm(tmp_path):
-    """A terminal sends it to the whole group of processes, and a second signal would end a save."""
+    """A terminal signals the whole process group, and a second signal would interrupt a save."""
     script = (
         "import pathlib, signal, sys, time\n"
-        "def note(number, frame):\n"
+        "def record(number, frame):\n"
         "    with open(sys.argv[1], 'a') as file: file.write(f'{number} ')\n"
-        "signal.signal(signal.SIGINT, note)\n"
-        "signal.signal(signal.SIGTERM, note)\n"
+        "signal.signal(signal.SIGINT, record)\n"
+        "signal.signal(signal.SIGTERM, record)\n"
         "pathlib.Path(sys.argv[1]).touch()\n"
         "time.sleep(1.5)\n"
         "time.sleep(1.5)\n"
     )
-    heard = tmp_path / "heard"
-    started = subprocess.Popen(
-        [*LOCAL, "--processes=1", "--", sys.executable, "-c", script, str(heard)],
+    signals = tmp_path / "signals"
+    process = subprocess.Popen(
+        [*LOCAL, "--processes=1", "--", sys.executable, "-c", script, str(signals)],
         start_new_session=True,
     )
-    while not heard.exists():
+    while not signals.exists():
         time.sleep(0.05)
-    os.killpg(started.pid, signal.SIGINT)
-    assert started.wait(timeout=60) == 0
-    assert heard.read_text().split() == [str(int(signal.SIGTERM))]
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=60) == 0
+    assert signals.read_text().split() == [str(int(signal.SIGTERM))]
 
 
 @pytest.mark.parametrize(
-    ("end", "words", "code"),
+    ("end", "description", "code"),
     [
         ("sys.exit(7)", "exit code 7", 7),
         ("os.kill(os.getpid(), signal.SIGKILL)", "signal SIGKILL", 137),
         ("sys.exit(137)", "exit code 137 (SIGKILL)", 137),
     ],
 )
-def test_a_process_that_fails_ends_the_others_and_is_named(end, words, code):
-    """Process 0 ends first, as one that lost a peer; that is not the cause."""
+def test_the_process_that_failed_first_is_named_and_the_others_are_stopped(end, description, code):
+    """Process 0 ends first, because it lost a peer, so it is not the cause."""
     script = (
         "import os, signal, sys, time\n"
         "if '--process_id=0' in sys.argv: sys.exit(134)\n"
@@ -145,4 +145,4 @@ def test_a_process_that_fails_ends_the_others_and_is_named(end, words, code):
         capture_output=True, text=True,
     )  # fmt: skip
     assert result.returncode == code
-    assert result.stderr.splitlines()[-1] == f"local.py: process 1 failed first, with {words}"
+    assert result.stderr.splitlines()[-1] == f"local.py: process 1 failed first, with {description}"

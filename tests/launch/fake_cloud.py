@@ -1,11 +1,11 @@
-"""`gcloud compute tpus queued-resources` and `sudo`, as launch/tpu_vm.sh meets them.
+"""Fakes `gcloud compute tpus queued-resources` and `sudo` for launch/tpu_vm.sh.
 
     fake_cloud.py gcloud|sudo ARGUMENTS
 
-Every call is added to $FAKE_CLOUD/calls.jsonl. What `list` and `docker inspect` answer is read from
-$FAKE_CLOUD/states and $FAKE_CLOUD/statuses, a line a call. The state `fail` is a `list` that fails,
-the status `unreachable` a host that `ssh` cannot reach.
-`ssh` runs its command here in a shell, once, so that what it quotes is seen as a host would see it.
+Every call is appended to $FAKE_CLOUD/calls.jsonl. `list` and `docker inspect` print the lines of
+$FAKE_CLOUD/states and $FAKE_CLOUD/statuses, one per call. The state `fail` makes `list` fail; the
+status `unreachable` makes `ssh` fail. `ssh` runs its command once in a local shell, so that quoting
+is interpreted as on a host.
 """
 
 import argparse
@@ -23,26 +23,26 @@ def main(role: str, arguments: list[str]) -> int:
         calls.write(json.dumps([role, *arguments]) + "\n")
     if role == "sudo":
         if arguments[:2] == ["docker", "inspect"]:
-            return say(answer("statuses"), unless="none")
+            return print_line(next_line("statuses"), failure="none")
         return 0
     assert arguments[:3] == ["compute", "tpus", "queued-resources"], arguments
     call = parser().parse_args(arguments[3:])
     if call.verb == "list":
-        return say(answer("states"), unless="fail")
+        return print_line(next_line("states"), failure="fail")
     if call.verb == "ssh":
         if (FOLDER / "statuses").read_text().startswith("unreachable"):
-            answer("statuses")
+            next_line("statuses")
             return 255
-        # As a remote shell, it knows nothing of the script's variables.
-        known = {name: os.environ[name] for name in ("PATH", "FAKE_CLOUD")}
-        return subprocess.run(["bash", "-c", call.command], env=known).returncode
+        # A remote shell does not have the script's variables.
+        environment = {name: os.environ[name] for name in ("PATH", "FAKE_CLOUD")}
+        return subprocess.run(["bash", "-c", call.command], env=environment).returncode
     return 0
 
 
 def parser() -> argparse.ArgumentParser:
-    """The flags of gcloud's reference that the script may use; any other is an error."""
-    found = argparse.ArgumentParser(allow_abbrev=False)
-    verbs = found.add_subparsers(dest="verb", required=True)
+    """Returns a parser of those gcloud flags that the script may use."""
+    gcloud = argparse.ArgumentParser(allow_abbrev=False)
+    verbs = gcloud.add_subparsers(dest="verb", required=True)
     flags = {
         "create": ("accelerator-type", "runtime-version"),
         "list": ("filter", "format"),
@@ -50,34 +50,34 @@ def parser() -> argparse.ArgumentParser:
         "delete": (),
     }
     for verb, names in flags.items():
-        one = verbs.add_parser(verb, allow_abbrev=False)
+        verb_parser = verbs.add_parser(verb, allow_abbrev=False)
         if verb != "list":
-            one.add_argument("name")
+            verb_parser.add_argument("name")
         for name in ("zone", *names):
-            one.add_argument(f"--{name}", required=True)
+            verb_parser.add_argument(f"--{name}", required=True)
         if verb == "create":
-            one.add_argument("--spot", action="store_true")
-            nodes = one.add_mutually_exclusive_group(required=True)
+            verb_parser.add_argument("--spot", action="store_true")
+            nodes = verb_parser.add_mutually_exclusive_group(required=True)
             nodes.add_argument("--node-id")
             nodes.add_argument("--node-count", type=int)
-            one.add_argument("--node-prefix")
+            verb_parser.add_argument("--node-prefix")
         if verb == "delete":
-            one.add_argument("--force", action="store_true", required=True)
-            one.add_argument("--quiet", action="store_true", required=True)
-    return found
+            verb_parser.add_argument("--force", action="store_true", required=True)
+            verb_parser.add_argument("--quiet", action="store_true", required=True)
+    return gcloud
 
 
-def answer(kind: str) -> str:
-    """The next line of a file, which it takes away."""
-    path = FOLDER / kind
-    line, _, rest = path.read_text().partition("\n")
-    path.write_text(rest)
+def next_line(name: str) -> str:
+    """Removes the first line of a file and returns it."""
+    path = FOLDER / name
+    line, _, remaining = path.read_text().partition("\n")
+    path.write_text(remaining)
     return line
 
 
-def say(line: str, unless: str) -> int:
-    """Prints a line, or fails if it is this one."""
-    if line == unless:
+def print_line(line: str, failure: str) -> int:
+    """Prints a line and returns 0, or returns 1 if the line is `failure`."""
+    if line == failure:
         return 1
     print(line)
     return 0

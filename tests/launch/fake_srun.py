@@ -1,7 +1,7 @@
-"""What SLURM's `srun` does for a step, on this machine: starts its tasks and tells each who it is.
+"""Fakes SLURM's `srun`: starts the tasks of a step on this machine and sets their variables.
 
-Knows the options that launch/slurm.sbatch uses and no other. Passes SIGTERM on, and ends with the
-highest exit code of the tasks, as the real one. Leaves its process id in $FAKE_SLURM/srun.pid.
+Accepts only the options that launch/slurm.sbatch uses. Forwards SIGTERM, and exits with the highest
+exit code of the tasks, as the real `srun` does. Writes its process id to $FAKE_SLURM/srun.pid.
 """
 
 import argparse

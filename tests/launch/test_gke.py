@@ -1,7 +1,7 @@
-"""The manifests of launch/gke: the API knows their fields, and their numbers fit together.
+"""Tests the manifests of launch/gke: all fields are valid, and the numbers are consistent.
 
-The API is that of the published models (kubeflow-trainer-api). What GKE writes on every pod of a
-TPU slice is written here as its documentation says, and JAX's own detection reads it.
+The published models of the API (kubeflow-trainer-api) validate the fields. The environment that
+GKE sets in the pods of a TPU slice follows its documentation, and JAX's own detection reads it.
 """
 
 import copy
@@ -31,16 +31,16 @@ def read(name: str) -> dict:
 
 
 def check(model: type, values: dict) -> None:
-    """Fails unless the model knows every field, and every value is of the field's type."""
-    # What the model does not know it leaves out, and what is missing it fills in.
+    """Fails if a field is unknown or a value has the wrong type."""
+    # The model drops unknown fields and adds missing ones.
     assert model.from_dict(values).to_dict() == values
 
 
 @pytest.fixture
 def job() -> dict:
-    """The only job of the set."""
-    (found,) = read("jobset.yaml")["spec"]["replicatedJobs"]
-    return found
+    """Returns the only job of the set."""
+    (replicated_job,) = read("jobset.yaml")["spec"]["replicatedJobs"]
+    return replicated_job
 
 
 @pytest.fixture
@@ -49,11 +49,11 @@ def pod(job) -> dict:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_api_knows_every_field(name):
+def test_all_fields_are_valid(name):
     check(MODELS[name], read(name))
 
 
-def test_each_manifest_is_checked():
+def test_all_manifests_are_checked():
     assert {path.name for path in GKE.iterdir()} == set(MODELS)
 
 
@@ -66,17 +66,17 @@ def test_each_manifest_is_checked():
         (("spec", "replicatedJobs", 0, "template", "spec", "template", "spec"), "volume", []),
     ],
 )
-def test_a_wrong_field_would_be_noticed(path, key, value):
+def test_an_invalid_field_is_detected(path, key, value):
     values = read("jobset.yaml")
-    place = values
-    for step in path:
-        place = place[step]
-    place[key] = value
+    parent = values
+    for part in path:
+        parent = parent[part]
+    parent[key] = value
     with pytest.raises((AssertionError, ValueError)):
         check(MODELS["jobset.yaml"], values)
 
 
-def test_the_hosts_have_the_chips_of_the_topology(job, pod):
+def test_hosts_times_chips_equals_the_topology(job, pod):
     hosts = job["template"]["spec"]["parallelism"]
     (container,) = pod["containers"]
     chips = container["resources"]["limits"]["google.com/tpu"]
@@ -87,7 +87,7 @@ def test_the_hosts_have_the_chips_of_the_topology(job, pod):
     assert int(shards.split("=")[1]) % (hosts * job["replicas"]) == 0
 
 
-def test_the_run_is_written_into_the_volume(pod):
+def test_the_workdir_is_in_the_volume(pod):
     (container,), (volume,) = pod["containers"], pod["volumes"]
     (mount,) = container["volumeMounts"]
     assert mount["name"] == volume["name"]
@@ -98,15 +98,15 @@ def test_the_run_is_written_into_the_volume(pod):
     assert pathlib.PurePath(workdir.split("=")[1]).is_relative_to(mount["mountPath"])
 
 
-def test_only_a_mistake_ends_the_run_for_good(job, pod):
-    """Exit code 2 (tests/cli/test_train.py); 143 after SIGTERM and crashes start all again."""
+def test_only_exit_code_2_ends_the_run(job, pod):
+    """Exit code 2 is a mistake (tests/cli/test_train.py); 143 after SIGTERM and crashes restart."""
     template = job["template"]["spec"]
     (rule,) = template["podFailurePolicy"]["rules"]
     assert rule["action"] == "FailJob"
     assert rule["onExitCodes"] == {
         "containerName": pod["containers"][0]["name"], "operator": "In", "values": [2],
     }  # fmt: skip
-    # The API takes such a rule only with this; and a pod alone cannot join a run again.
+    # The API requires these values for such a rule, and a single pod cannot rejoin a run.
     assert pod["restartPolicy"] == "Never" and template["backoffLimit"] == 0
     policy = read("jobset.yaml")["spec"]["failurePolicy"]
     assert policy["maxRestarts"] >= 10
@@ -115,7 +115,7 @@ def test_only_a_mistake_ends_the_run_for_good(job, pod):
 
 
 def pods(jobset: dict) -> list[dict[str, str]]:
-    """The environment that GKE gives every pod of a set of TPU slices, slice by slice.
+    """Returns the environment that GKE sets in each pod of the TPU slices, slice by slice.
 
     https://cloud.google.com/kubernetes-engine/docs/how-to/tpu-multislice
     """
@@ -125,41 +125,42 @@ def pods(jobset: dict) -> list[dict[str, str]]:
     for index in range(slices):
         names = [f"{name}-{job['name']}-{index}-{host}.{name}" for host in range(hosts)]
         for host in range(hosts):
-            found = {"TPU_WORKER_ID": str(host), "TPU_WORKER_HOSTNAMES": ",".join(names)}
+            environment = {"TPU_WORKER_ID": str(host), "TPU_WORKER_HOSTNAMES": ",".join(names)}
             if slices > 1:
-                found |= {
+                environment |= {
                     "MEGASCALE_NUM_SLICES": str(slices),
                     "MEGASCALE_SLICE_ID": str(index),
                     "MEGASCALE_COORDINATOR_ADDRESS": f"{name}-{job['name']}-0-0.{name}",
                 }
-            environments.append(found)
+            environments.append(environment)
     return environments
 
 
 @pytest.mark.parametrize("slices", [1, 2])
-def test_jax_gives_every_pod_its_place(slices, monkeypatch):
+def test_jax_detects_the_process_index_of_every_pod(slices, monkeypatch):
     jobset = copy.deepcopy(read("jobset.yaml"))
     jobset["spec"]["replicatedJobs"][0]["replicas"] = slices
     first = "leon-slice-0-0.leon"
-    # A host with chips and libtpu; what is not in the environment is not in the metadata either.
+    # A host with chips and libtpu, whose metadata has no more values than the environment.
     for module in (cluster, cloud_tpu_cluster):
         monkeypatch.setattr(module, "running_in_cloud_tpu_vm", True)
     monkeypatch.setattr(cloud_tpu_cluster, "get_tpu_env_value_from_metadata", lambda key: None)
-    known = {first: "10.0.0.1"}
-    monkeypatch.setattr(socket, "gethostbyname", known.__getitem__)
+    addresses = {first: "10.0.0.1"}
+    monkeypatch.setattr(socket, "gethostbyname", addresses.__getitem__)
     environments = pods(jobset)
-    found = []
+    detected = []
     for environment in environments:
-        with monkeypatch.context() as here:
+        with monkeypatch.context() as patch:
             for key, value in environment.items():
-                here.setenv(key, value)
-            found.append(clusters.ClusterEnv.auto_detect_unset_distributed_params(*[None] * 5, 1))
+                patch.setenv(key, value)
+            parameters = clusters.ClusterEnv.auto_detect_unset_distributed_params(*[None] * 5, 1)
+            detected.append(parameters)
     assert len(environments) == 4 * slices
-    assert found == [(f"{first}:8482", 4 * slices, number, None) for number in range(4 * slices)]
+    assert detected == [(f"{first}:8482", 4 * slices, index, None) for index in range(4 * slices)]
 
 
-def test_the_command_gets_as_far_as_its_data(job, pod, tmp_path):
-    """Every flag is right on as many simulated devices as a slice has chips; data are missing."""
+def test_the_command_is_valid_up_to_the_missing_data(job, pod, tmp_path):
+    """The command runs with as many simulated devices as a slice has chips."""
     (container,) = pod["containers"]
     (slices,) = container["env"]
     value = slices["valueFrom"]["fieldRef"]["fieldPath"]
@@ -176,8 +177,8 @@ def test_the_command_gets_as_far_as_its_data(job, pod, tmp_path):
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={chips}",
     }
     command = [sys.executable, "-m", "leon_jax.cli.main", verb, *flags]
-    done = subprocess.run(
+    result = subprocess.run(
         command, env=os.environ | devices, cwd=ROOT, capture_output=True, text=True
     )
-    assert done.returncode == 2, done.stderr
-    assert f"{tmp_path}/data" in done.stderr, done.stderr
+    assert result.returncode == 2, result.stderr
+    assert f"{tmp_path}/data" in result.stderr, result.stderr

@@ -1,7 +1,7 @@
-"""launch/slurm.sbatch trains as several tasks, saves when it is told to end, and goes on.
+"""Tests launch/slurm.sbatch: it trains with several tasks, saves at SIGTERM, and resumes.
 
-`srun`, `squeue` and `scontrol` are small programs of these tests; the rest is real: the batch
-file, JAX's detection of SLURM, the processes, their network and their checkpoints.
+`srun`, `squeue` and `scontrol` are fakes. The batch file, JAX's detection of SLURM, the processes,
+their network and their checkpoints are real.
 """
 
 import json
@@ -38,19 +38,19 @@ def get_config():
 
 
 def directives() -> dict[str, str]:
-    """The options that the file gives to sbatch."""
-    found = re.findall(r"^#SBATCH --([\w-]+)(?:=(\S+))?$", BATCH.read_text(), re.MULTILINE)
-    return dict(found)
+    """Returns the sbatch options in the file."""
+    options = re.findall(r"^#SBATCH --([\w-]+)(?:=(\S+))?$", BATCH.read_text(), re.MULTILINE)
+    return dict(options)
 
 
 def program(path: pathlib.Path, *lines: str) -> None:
-    """A shell script that can be run."""
+    """Writes an executable shell script."""
     path.write_text("\n".join(["#!/bin/sh", *lines, ""]))
     path.chmod(0o755)
 
 
 def job_id() -> int:
-    """A job whose coordinator's port, which JAX derives from the number, is free."""
+    """Returns a job id for which the coordinator's port, which JAX derives from it, is free."""
     for number in range(1, 4096):
         with socket.socket() as listener:
             try:
@@ -72,14 +72,14 @@ class Cluster:
         program(bin / "leon", f'exec {sys.executable} -m leon_jax.cli.main "$@"')
         program(bin / "squeue", f"echo {state}")
         program(bin / "scontrol", f'echo "$@" >> {folder}/scontrol.log')
-        # sbatch runs a copy of the file, in the folder where it was submitted.
+        # sbatch runs a copy of the file, in the folder of the submission.
         self.script = shutil.copy(BATCH, folder / "slurm_script")
         self.environment = os.environ | {
             "PATH": f"{bin}:{os.environ['PATH']}",
             "PYTHONPATH": str(ROOT),
             "LEON": str(bin / "leon"),
             "JAX_PLATFORMS": "cpu",
-            # Compiling is most of the time here; the steps are few.
+            # There are few steps, so most of the time goes into compiling.
             "XLA_FLAGS": "--xla_backend_optimization_level=0",
             "FAKE_SLURM": str(folder),
             "SLURM_JOB_ID": str(job_id()),
@@ -105,7 +105,7 @@ def lines(workdir: pathlib.Path) -> list[dict]:
 
 
 @pytest.mark.slow
-def test_two_tasks_save_at_sigterm_are_requeued_and_go_on(tmp_path):
+def test_two_tasks_save_at_sigterm_are_requeued_and_resume(tmp_path):
     write_data(tmp_path)
     cluster, workdir, config = Cluster(tmp_path), tmp_path / "run", tmp_path / "config.py"
     flags = (f"--config={config}", f"--workdir={workdir}")
@@ -115,11 +115,11 @@ def test_two_tasks_save_at_sigterm_are_requeued_and_go_on(tmp_path):
 
     write(FOREVER)
     job = cluster.start(*flags)
-    until = time.monotonic() + 120
-    while len(lines(workdir)) < 5 and job.poll() is None and time.monotonic() < until:
+    deadline = time.monotonic() + 120
+    while len(lines(workdir)) < 5 and job.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
     assert job.poll() is None, job.stderr.read()
-    # The time is nearly over: SLURM tells the tasks and not the shell.
+    # Shortly before the time limit SLURM signals the tasks, but not the shell.
     os.kill(int((tmp_path / "srun.pid").read_text()), signal.SIGTERM)
     messages = job.communicate(timeout=120)[1]
     assert job.returncode == 143, messages
@@ -137,28 +137,28 @@ def test_two_tasks_save_at_sigterm_are_requeued_and_go_on(tmp_path):
     assert f"resumed from step {saved}" in messages
     assert [line["step"] for line in lines(workdir)] == list(range(1, saved + 6))
     assert (workdir / "export" / "decoder.safetensors").is_file()
-    assert len(cluster.requeued()) == 1, "a finished job is not queued again"
+    assert len(cluster.requeued()) == 1, "a finished job is not requeued"
 
 
 @pytest.mark.parametrize(
-    ("state", "again"), [("RUNNING", True), ("COMPLETING", False), ("CANCELLED", False)]
+    ("state", "is_requeued"), [("RUNNING", True), ("COMPLETING", False), ("CANCELLED", False)]
 )
-def test_only_a_job_that_still_runs_is_requeued_from_within(tmp_path, state, again):
-    """`scancel` and a preemption signal the shell as well, and then the job runs no more."""
+def test_only_a_running_job_requeues_itself(tmp_path, state, is_requeued):
+    """After `scancel` or a preemption, which signal the shell too, the job is no longer RUNNING."""
     cluster = Cluster(tmp_path, state)
     program(tmp_path / "bin" / "leon", "trap 'exit 143' TERM", "while :; do sleep 0.05; done")
     job = cluster.start("--config=any")
-    until = time.monotonic() + 30
-    while not (tmp_path / "srun.pid").exists() and time.monotonic() < until:
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "srun.pid").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
     job.send_signal(signal.SIGTERM)
     os.kill(int((tmp_path / "srun.pid").read_text()), signal.SIGTERM)
     messages = job.communicate(timeout=30)[1]
     assert job.returncode == 143, messages
-    assert bool(cluster.requeued()) == again
+    assert bool(cluster.requeued()) == is_requeued
 
 
-def test_a_mistake_is_not_requeued(tmp_path):
+def test_a_job_that_fails_with_a_mistake_is_not_requeued(tmp_path):
     cluster = Cluster(tmp_path)
     job = cluster.start(f"--config={tmp_path}/none.py", f"--workdir={tmp_path}/run")
     messages = job.communicate(timeout=120)[1]
@@ -166,10 +166,10 @@ def test_a_mistake_is_not_requeued(tmp_path):
     assert cluster.requeued() == []
 
 
-def test_jax_gives_every_task_of_a_node_a_gpu_of_its_own(monkeypatch):
-    asked = directives()
-    nodes, tasks = int(asked["nodes"]), int(asked["ntasks-per-node"])
-    found = []
+def test_jax_assigns_each_task_of_a_node_its_own_gpu(monkeypatch):
+    options = directives()
+    nodes, tasks = int(options["nodes"]), int(options["ntasks-per-node"])
+    detected = []
     for number in range(nodes * tasks):
         environment = {
             "SLURM_JOB_ID": "4711",
@@ -180,11 +180,11 @@ def test_jax_gives_every_task_of_a_node_a_gpu_of_its_own(monkeypatch):
         }
         for name, value in environment.items():
             monkeypatch.setenv(name, str(value))
-        found.append(clusters.ClusterEnv.auto_detect_unset_distributed_params(*[None] * 5, 1))
-    addresses, counts, ids, devices = zip(*found, strict=True)
+        detected.append(clusters.ClusterEnv.auto_detect_unset_distributed_params(*[None] * 5, 1))
+    addresses, counts, ids, devices = zip(*detected, strict=True)
     assert set(addresses) == {f"gpu07:{4711 % 4096 + 65535 - 4095}"}
     assert set(counts) == {nodes * tasks} and list(ids) == list(range(nodes * tasks))
-    gpus = [[number] for number in range(int(asked["gpus-per-node"]))]
+    gpus = [[number] for number in range(int(options["gpus-per-node"]))]
     assert list(devices) == gpus * nodes
 
 

@@ -1,6 +1,6 @@
-"""launch/tpu_vm.sh asks for slices, starts the run on them, and again when they were taken away.
+"""Tests launch/tpu_vm.sh: it requests slices, starts the run, and restarts it after a preemption.
 
-gcloud is tests/launch/fake_cloud.py: it knows the flags of gcloud's reference and no other.
+gcloud is tests/launch/fake_cloud.py, which accepts only flags of gcloud's reference.
 """
 
 import json
@@ -17,7 +17,7 @@ from tests.test_docs import defined_flags
 ROOT = pathlib.Path(__file__).parents[2]
 SCRIPT = ROOT / "launch" / "tpu_vm.sh"
 IMAGE = "us-east5-docker.pkg.dev/project/images/leon:tpu"
-# Spaces, quotes and parentheses must arrive as they are.
+# Spaces, quotes and parentheses must arrive unchanged.
 FLAGS = [
     "--config=configs/cm3leon_350m.py",
     "--workdir=/runs/it's one",
@@ -26,7 +26,7 @@ FLAGS = [
 
 
 class Cloud:
-    """A cloud that answers as it is told, in a folder."""
+    """A fake cloud in a folder, with predefined answers."""
 
     def __init__(self, folder: pathlib.Path, states: list[str], statuses: list[str] = ()) -> None:
         self.folder = folder
@@ -41,46 +41,46 @@ class Cloud:
             path.chmod(0o755)
 
     def run(self, *words: str, code: int = 0, **variables: str) -> str:
-        """Runs the script; gives what it says."""
+        """Runs the script and returns its stderr."""
         environment = os.environ | {
             "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}", "FAKE_CLOUD": str(self.folder),
             "IMAGE": IMAGE, "SHARE": "10.0.0.2:/runs", "ZONE": "us-east5-b", "POLL": "0",
         }  # fmt: skip
-        done = subprocess.run(
+        result = subprocess.run(
             [str(SCRIPT), *words],
             env=environment | variables, capture_output=True, text=True, timeout=60, cwd=ROOT,
         )  # fmt: skip
-        assert done.returncode == code, done.stderr
-        return done.stderr
+        assert result.returncode == code, result.stderr
+        return result.stderr
 
     def calls(self) -> list[list[str]]:
         path = self.folder / "calls.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()]
 
     def changes(self) -> list[str]:
-        """What was done to the cloud, in order; asking changes nothing."""
-        words = {
+        """Returns the calls that changed the cloud, in order."""
+        actions = {
             ("gcloud", "create"): "create", ("gcloud", "delete"): "delete",
             ("sudo", "mount"): "mount", ("sudo", "pull"): "pull", ("sudo", "run"): "run",
         }  # fmt: skip
-        named = ((call[0], word) for call in self.calls() for word in call[1:5])
-        return [words[pair] for pair in named if pair in words]
+        pairs = ((call[0], word) for call in self.calls() for word in call[1:5])
+        return [actions[pair] for pair in pairs if pair in actions]
 
     def started(self) -> list[list[str]]:
-        """The arguments of the image, each time that it was run."""
+        """Returns the arguments of the image for each time that it was started."""
         return [
             call[call.index(IMAGE) + 1 :] for call in self.calls() if call[1:3] == ["docker", "run"]
         ]
 
 
-def test_a_run_is_started_and_after_a_preemption_started_again(tmp_path):
+def test_a_run_is_started_and_restarted_after_a_preemption(tmp_path):
     states = ["", "WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE", "ACTIVE"]
     states += ["SUSPENDING", "SUSPENDED", "", "ACTIVE", "ACTIVE", "ACTIVE"]
     statuses = ["none", "running 0", "none", "running 0", "exited 0"]
     cloud = Cloud(tmp_path, states, statuses)
     assert "finished" in cloud.run("keep", *FLAGS)
-    once = ["create", "mount", "pull", "run"]
-    assert cloud.changes() == [*once, "delete", *once]
+    start = ["create", "mount", "pull", "run"]
+    assert cloud.changes() == [*start, "delete", *start]
     first, second = cloud.started()
     assert first == second == ["train", "--distributed", "--config.loop.slices=1", *FLAGS]
 
@@ -93,7 +93,7 @@ def test_the_flags_are_those_of_leon_train(tmp_path):
     assert names <= defined_flags(verb)
 
 
-def test_every_host_mounts_the_share_and_gets_the_image(tmp_path):
+def test_all_hosts_mount_the_share_and_pull_the_image(tmp_path):
     cloud = Cloud(tmp_path, [])
     cloud.run("install")
     (ssh, *on_host) = cloud.calls()
@@ -102,7 +102,7 @@ def test_every_host_mounts_the_share_and_gets_the_image(tmp_path):
     assert on_host[-1] == ["sudo", "docker", "pull", "--quiet", IMAGE]
 
 
-def test_one_slice_is_a_node_and_several_are_counted(tmp_path):
+def test_one_slice_is_one_node_and_several_slices_have_a_node_count(tmp_path):
     cloud = Cloud(tmp_path, [])
     cloud.run("create", NAME="one", SPOT="no")
     cloud.run("create", NAME="two", SLICES="2")
@@ -113,21 +113,21 @@ def test_one_slice_is_a_node_and_several_are_counted(tmp_path):
     assert "--config.loop.slices=2" in cloud.started()[0]
 
 
-def test_a_crash_is_started_again_and_a_mistake_is_not(tmp_path):
+def test_a_crash_is_restarted_and_a_mistake_is_not(tmp_path):
     cloud = Cloud(tmp_path, ["ACTIVE"] * 3, ["exited 134", "running 0", "exited 2"])
     assert "mistake" in cloud.run("keep", *FLAGS, code=2)
     assert cloud.changes() == ["mount", "pull", "run"]
 
 
-def test_what_cannot_be_known_changes_nothing(tmp_path):
+def test_an_unknown_state_changes_nothing(tmp_path):
     cloud = Cloud(tmp_path, ["fail", "ACTIVE", "ACTIVE"], ["unreachable", "exited 0"])
     cloud.run("keep", *FLAGS)
     assert cloud.changes() == []
 
 
-def test_hosts_that_are_not_up_yet_are_tried_again(tmp_path):
+def test_unreachable_hosts_are_tried_again(tmp_path):
     cloud = Cloud(tmp_path, ["ACTIVE"] * 3, ["none", "unreachable", "none", "exited 0"])
-    assert "not every host could start" in cloud.run("keep", *FLAGS)
+    assert "not all hosts could start" in cloud.run("keep", *FLAGS)
     assert cloud.changes() == ["mount", "pull", "run"]
 
 
@@ -135,21 +135,21 @@ def test_hosts_that_are_not_up_yet_are_tried_again(tmp_path):
     ("states", "code"),
     [(["WAITING_FOR_RESOURCES", "fail", "ACTIVE"], 0), (["PROVISIONING", "FAILED"], 1), ([""], 1)],
 )
-def test_ready_waits_until_it_is_decided(tmp_path, states, code):
+def test_ready_waits_until_the_slices_are_active_or_failed(tmp_path, states, code):
     Cloud(tmp_path, states).run("ready", code=code)
     assert (tmp_path / "states").read_text() == ""
 
 
-def test_stop_lets_the_run_save(tmp_path):
+def test_stop_gives_the_run_time_to_save(tmp_path):
     cloud = Cloud(tmp_path, [])
     cloud.run("stop")
     assert cloud.calls()[-1] == ["sudo", "docker", "stop", "--time=600", "leon"]
 
 
 @pytest.mark.parametrize("name", ["IMAGE", "SHARE", "ZONE"])
-def test_what_has_no_default_is_asked_for(tmp_path, name):
+def test_missing_variables_are_named(tmp_path, name):
     assert f"{name}: " in Cloud(tmp_path, []).run("create", code=1, **{name: ""})
 
 
-def test_an_unknown_step_prints_how_to_use_it(tmp_path):
+def test_an_unknown_step_prints_the_usage(tmp_path):
     assert "keep" in Cloud(tmp_path, []).run("rm", code=2)

@@ -1,6 +1,6 @@
-"""Plans whose collectives and memory must not change unnoticed.
+"""Records the collectives and memory of two plans, so that a test detects changes.
 
-After a change that is meant to change them: python -m tests.plan.golden
+After an intended change, run python -m tests.plan.golden
 """
 
 import json
@@ -27,26 +27,27 @@ PLANS = {
 
 
 def plan(*flags: str) -> dict:
-    """What `leon plan` writes."""
+    """Runs `leon plan` and returns its plan.json."""
     with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run(
+        result = subprocess.run(
             [sys.executable, "-m", "leon_jax.cli.main", "plan", *flags, f"--out={folder}"],
             env=tpu.environment(),
             cwd=tpu.ROOT,
             capture_output=True,
             text=True,
         )
-        assert done.returncode == 0, done.stderr
+        assert result.returncode == 0, result.stderr
         return json.loads(Path(folder, "plan.json").read_text())
 
 
-def summary(found: dict) -> dict:
-    """What is compared."""
+def summary(content: dict) -> dict:
+    """Returns the recorded numbers of a plan."""
+    collectives = content["collectives"]
     return {
-        "peak_gib": round(found["memory"]["peak"] / 2**30, 3),
-        "collectives": {kind: each["instructions"] for kind, each in found["collectives"].items()},
+        "peak_gib": round(content["memory"]["peak"] / 2**30, 3),
+        "collectives": {kind: counts["instructions"] for kind, counts in collectives.items()},
         "sent_gb": {
-            kind: round(each["bytes_sent"] / 1e9, 3) for kind, each in found["collectives"].items()
+            kind: round(counts["bytes_sent"] / 1e9, 3) for kind, counts in collectives.items()
         },
     }
 

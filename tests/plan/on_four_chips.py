@@ -1,4 +1,4 @@
-"""Run by test_collectives.py in a process of its own: a program whose traffic is known."""
+"""Compiles a program with known traffic; test_collectives.py runs it in a new process."""
 
 import dataclasses
 import json
@@ -40,5 +40,5 @@ with jax.set_mesh(mesh):
         .lower(array((LAYERS, WIDTH, WIDTH), None, "fsdp", None), array((ROWS, WIDTH), "fsdp"))
         .compile()
     )
-found = collectives(compiled.as_text())
-print(json.dumps({kind: dataclasses.asdict(each) for kind, each in found.items()}))
+counts = collectives(compiled.as_text())
+print(json.dumps({kind: dataclasses.asdict(count) for kind, count in counts.items()}))

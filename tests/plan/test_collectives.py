@@ -1,4 +1,4 @@
-"""What a program sends is read correctly from its text."""
+"""Tests that collectives are counted correctly from a program's HLO text."""
 
 import json
 import subprocess
@@ -8,9 +8,9 @@ from pathlib import Path
 from leon_jax.plan.collectives import Collective, collectives
 from tests import tpu
 
-# A loop of 5 around an asynchronous gather (three pieces, one channel) and a permute, and a piece
-# of a gather that begins outside; outside also two reductions with one channel, and a fused
-# reduce-scatter.
+# A loop of 5 iterations has an asynchronous gather (pieces of one channel), a permute and a piece
+# of a gather that starts outside the loop. Outside are also two reductions with one channel and a
+# fused reduce-scatter.
 HLO = """\
 HloModule example
 
@@ -60,11 +60,11 @@ ENTRY %main (a: f32[8,16]) -> f32[] {
 """
 
 
-def test_loops_async_pieces_and_fusions_are_counted_once_each():
+def test_loops_asynchronous_pieces_and_fusions_are_counted_correctly():
     gathered, permuted, reduced, scattered = 8 * 64 * 2, 2 * 64 * 2, 10 * 4 + 6 * 4, 8 * 16 * 4
-    once, scalar = 16 * 64 * 2, 4
+    gathered_outside, scalar = 16 * 64 * 2, 4
     assert collectives(HLO) == {
-        "all-gather": Collective(2, 6, (5 * gathered + once) * 3 / 4),
+        "all-gather": Collective(2, 6, (5 * gathered + gathered_outside) * 3 / 4),
         "reduce-scatter": Collective(1, 1, scattered * 3 / 4),
         "all-reduce": Collective(2, 2, 2 * reduced * 1 / 2 + 2 * scalar * 3 / 4),
         "all-to-all": Collective(0, 0, 0),
@@ -72,15 +72,15 @@ def test_loops_async_pieces_and_fusions_are_counted_once_each():
     }
 
 
-def test_a_compiled_scan_sends_what_its_layers_send():
+def test_the_collectives_of_a_compiled_scan_count_once_per_layer():
     """Six gathers of a 1,024 x 1,024 bfloat16 weight over four chips, and a reduction."""
     program = Path(__file__).with_name("on_four_chips.py")
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, program], env=tpu.environment(), capture_output=True, text=True
     )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    # XLA may gather by a ring of permutes; what is sent is the same.
-    gathered = sum(found[kind]["bytes_sent"] for kind in ("all-gather", "collective-permute"))
+    assert result.returncode == 0, result.stderr
+    counts = json.loads(result.stdout)
+    # XLA may gather with a ring of permutes, which sends the same bytes.
+    gathered = sum(counts[kind]["bytes_sent"] for kind in ("all-gather", "collective-permute"))
     assert gathered == 6 * 1024 * 1024 * 2 * 3 / 4
-    assert found["all-reduce"]["bytes_sent"] == 2 * 1024 * 4 * 3 / 4
+    assert counts["all-reduce"]["bytes_sent"] == 2 * 1024 * 4 * 3 / 4

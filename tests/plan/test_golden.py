@@ -1,4 +1,4 @@
-"""The large models' programs, as the compiler for TPUs makes them, stay what they are."""
+"""Tests that the compiled programs of the large models do not change unintentionally."""
 
 import json
 
@@ -11,8 +11,8 @@ from tests.plan import golden
 @pytest.mark.parametrize("name", golden.PLANS)
 def test_collectives_and_memory_are_as_recorded(name):
     expected = json.loads(golden.GOLDEN.read_text())[name]
-    found = golden.summary(golden.plan(*golden.PLANS[name]))
-    again = "if that is meant: python -m tests.plan.golden"
-    assert found["collectives"] == expected["collectives"], again
-    assert found["peak_gib"] == pytest.approx(expected["peak_gib"], rel=0.02), again
-    assert found["sent_gb"] == pytest.approx(expected["sent_gb"], rel=0.02), again
+    summary = golden.summary(golden.plan(*golden.PLANS[name]))
+    hint = "after an intended change, run python -m tests.plan.golden"
+    assert summary["collectives"] == expected["collectives"], hint
+    assert summary["peak_gib"] == pytest.approx(expected["peak_gib"], rel=0.02), hint
+    assert summary["sent_gb"] == pytest.approx(expected["sent_gb"], rel=0.02), hint

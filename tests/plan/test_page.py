@@ -1,4 +1,4 @@
-"""What a plan prints: every number has its unit, and what does not fit is told in our words."""
+"""Tests the output of a plan, and the message for a program that does not fit."""
 
 import pytest
 
@@ -39,12 +39,12 @@ def test_every_number_has_its_unit(plan):
     assert "parameters 2.00 GiB<" in html and "capacity 16 GiB<" in html
 
 
-def test_what_the_compiler_says_of_memory_is_told_in_our_words():
-    said = (
+def test_a_compilers_memory_error_becomes_one_sentence():
+    message = (
         "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space "
         "hbm. Used 29.61G of 15.75G hbm. Exceeded hbm capacity by 13.86G.\n\nTotal hbm usage"
     )
-    assert memory_shortage(said) == (
+    assert memory_shortage(message) == (
         "it needs at least 29.61 GiB of memory, and a device has 15.75 GiB"
     )
     assert memory_shortage("hbm: else") == "it needs more memory than a device has"

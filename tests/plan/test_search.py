@@ -1,4 +1,4 @@
-"""What `leon plan --search` tries, and in which order; nothing is compiled."""
+"""Tests the attempts of `leon plan --search` and their order; nothing is compiled."""
 
 import dataclasses
 import types
@@ -27,8 +27,11 @@ POD = types.SimpleNamespace(devices=(None,) * 16)
 MESH = (1, 16, 1, 1)
 
 
-def searched(monkeypatch, setting, fits, seconds=lambda setting: 1.0):
-    """(what was chosen, what was tried) where `fits` and `seconds` stand for the compiler."""
+def run_search(monkeypatch, setting, fits, seconds=lambda setting: 1.0):
+    """Searches with `fits` and `seconds` in place of the compiler.
+
+    Returns the chosen setting, or None, and all settings that were tried.
+    """
     tried = []
 
     def plan(config, topology, other):
@@ -40,44 +43,43 @@ def searched(monkeypatch, setting, fits, seconds=lambda setting: 1.0):
         return types.SimpleNamespace(rooflines={"step": bound}, setting=dataclasses.asdict(other))
 
     monkeypatch.setattr(train, "plan", plan)
-    found = train.search(CONFIG, POD, setting, lambda line: None)
-    return found and Setting(**found.setting), tried
+    result = train.search(CONFIG, POD, setting, lambda line: None)
+    return result and Setting(**result.setting), tried
 
 
-def test_the_smallest_change_keeps_the_mesh_and_computes_least_again(monkeypatch):
+def test_the_smallest_change_keeps_the_mesh_and_recomputes_least(monkeypatch):
     start = Setting(MESH, "none", 1)
-    chosen, tried = searched(monkeypatch, start, lambda s: s.microbatches >= 4)
+    chosen, tried = run_search(monkeypatch, start, lambda s: s.microbatches >= 4)
     assert chosen == Setting(MESH, "none", 4)
     assert tried[:4] == [start, *(Setting(MESH, "none", count) for count in (2, 4))][:4]
 
 
-def test_a_policy_is_changed_where_microbatches_are_many_already(monkeypatch):
-    chosen, _ = searched(monkeypatch, Setting(MESH, "none", 16), lambda s: s.remat == "full")
+def test_the_remat_policy_changes_if_there_are_many_microbatches_already(monkeypatch):
+    chosen, _ = run_search(monkeypatch, Setting(MESH, "none", 16), lambda s: s.remat == "full")
     assert chosen == Setting(MESH, "full", 16)
 
 
-def test_two_keys_are_changed_if_one_is_not_enough(monkeypatch):
-    chosen, _ = searched(
+def test_two_keys_change_if_one_is_not_enough(monkeypatch):
+    chosen, _ = run_search(
         monkeypatch, Setting(MESH, "none", 1), lambda s: s.remat == "full" and s.microbatches > 1
     )
     assert chosen == Setting(MESH, "full", 2)
 
 
-def test_nothing_fits(monkeypatch):
-    chosen, tried = searched(monkeypatch, Setting(MESH, "none", 1), lambda s: False)
+def test_a_search_without_a_fitting_setting_returns_none(monkeypatch):
+    chosen, tried = run_search(monkeypatch, Setting(MESH, "none", 1), lambda s: False)
     assert chosen is None and len(tried) == 33
 
 
-def test_the_mesh_is_changed_if_nothing_else_is_enough(monkeypatch):
-    """From weights split over all devices to two that also share the activations."""
+def test_the_mesh_changes_if_nothing_else_is_enough(monkeypatch):
     start = Setting(MESH, "none", 1)
-    chosen, tried = searched(monkeypatch, start, lambda s: s.mesh[3] == 2)
+    chosen, tried = run_search(monkeypatch, start, lambda s: s.mesh[3] == 2)
     assert chosen == Setting((1, 8, 1, 2), "none", 1)
-    assert all(other.mesh == MESH for other in tried[:16]), "every policy and count came first"
+    assert all(other.mesh == MESH for other in tried[:16]), "policies and microbatches come first"
 
 
 @pytest.mark.parametrize("remat", REMAT)
-def test_the_fastest_is_found_wherever_it_starts(monkeypatch, remat):
+def test_the_fastest_setting_does_not_depend_on_the_start(monkeypatch, remat):
     """Less recomputation and fewer microbatches are faster; `none` needs four of them."""
 
     def fits(setting):
@@ -88,5 +90,5 @@ def test_the_fastest_is_found_wherever_it_starts(monkeypatch, remat):
         return REMAT.index(setting.remat) + setting.microbatches / 100 + (0 if fast else 0.001)
 
     start = Setting((4, 4, 1, 1), remat, 8)
-    chosen, _ = searched(monkeypatch, start, fits, seconds)
+    chosen, _ = run_search(monkeypatch, start, fits, seconds)
     assert chosen == Setting((1, 16, 1, 1), "none", 4)

@@ -1,4 +1,4 @@
-"""Checkpoints, apart from the loop: silent damage is found, and arrays keep their kind."""
+"""Tests checkpoints without the loop: exact restoring, damage, and changed configurations."""
 
 import dataclasses
 import json
@@ -37,19 +37,26 @@ def save_two(folder):
     checkpoints.close()
 
 
-def test_what_is_restored_is_what_was_saved(tmp_path):
+def test_restore_returns_exactly_what_was_saved(tmp_path):
     save_two(tmp_path / "checkpoints")
     step, restored, data = Checkpoints(tmp_path / "checkpoints").restore(ABSTRACT)
     assert (step, data) == (2, {"0": '{"at": 2}'})
-    for got, saved in zip(jax.tree.leaves(restored), jax.tree.leaves(state(2, 2)), strict=True):
-        assert got.dtype == saved.dtype
-        if jnp.issubdtype(got.dtype, jax.dtypes.prng_key):
-            got, saved = jax.random.key_data(got), jax.random.key_data(saved)
-        np.testing.assert_array_equal(np.asarray(got, np.float64), np.asarray(saved, np.float64))
+    for restored_leaf, saved_leaf in zip(
+        jax.tree.leaves(restored), jax.tree.leaves(state(2, 2)), strict=True
+    ):
+        assert restored_leaf.dtype == saved_leaf.dtype
+        if jnp.issubdtype(restored_leaf.dtype, jax.dtypes.prng_key):
+            restored_leaf, saved_leaf = (
+                jax.random.key_data(restored_leaf),
+                jax.random.key_data(saved_leaf),
+            )
+        np.testing.assert_array_equal(
+            np.asarray(restored_leaf, np.float64), np.asarray(saved_leaf, np.float64)
+        )
 
 
 class Layers(nnx.Module):
-    """Names as in the decoder, of which older versions left out every `value`."""
+    """Has an array called `value`, as the decoder does; older versions left this name out."""
 
     def __init__(self, *, rngs: nnx.Rngs):
         self.query = nnx.Param(jax.random.normal(rngs.params(), (4, 4)))
@@ -68,13 +75,15 @@ def layered(seed: int) -> TrainState:
     return TrainState(jnp.int32(3), model, moments, jax.random.key(seed))
 
 
-@pytest.mark.parametrize("former", [False, True])
-def test_a_checkpoint_of_an_older_version_is_restored_exactly(tmp_path, monkeypatch, former):
+@pytest.mark.parametrize("is_old_version", [False, True])
+def test_a_checkpoint_of_an_older_version_is_restored_exactly(
+    tmp_path, monkeypatch, is_old_version
+):
     flatten = weight_files.flatten
     names = [weight_files.former_name(name) for name in flatten(layered(0))]
     assert "model.blocks" in names and "model.blocks.value" in flatten(layered(0))
     with monkeypatch.context() as patch:
-        if former:
+        if is_old_version:
             patch.setattr(
                 weight_files,
                 "flatten",
@@ -87,15 +96,17 @@ def test_a_checkpoint_of_an_older_version_is_restored_exactly(tmp_path, monkeypa
     step, restored, _ = Checkpoints(tmp_path / "checkpoints").restore(abstract)
     assert step == 3
     raw = lambda x: jax.random.key_data(x) if x.dtype == restored.key.dtype else x  # noqa: E731
-    for got, saved in zip(jax.tree.leaves(restored), jax.tree.leaves(layered(0)), strict=True):
-        np.testing.assert_array_equal(raw(got), raw(saved))
-    wanted = {f"model.{name}": leaf for name, leaf in flatten(abstract.model).items()}
-    weights = load_weights(tmp_path / "checkpoints", wanted)
+    for restored_leaf, saved_leaf in zip(
+        jax.tree.leaves(restored), jax.tree.leaves(layered(0)), strict=True
+    ):
+        np.testing.assert_array_equal(raw(restored_leaf), raw(saved_leaf))
+    shapes = {f"model.{name}": leaf for name, leaf in flatten(abstract.model).items()}
+    weights = load_weights(tmp_path / "checkpoints", shapes)
     for name, array in flatten(layered(0).model).items():
         np.testing.assert_array_equal(weights[f"model.{name}"], array)
 
 
-def test_bytes_that_changed_silently_are_found(tmp_path, capsys):
+def test_silently_changed_bytes_are_detected(tmp_path, capsys):
     save_two(tmp_path / "checkpoints")
     files = [path for path in (tmp_path / "checkpoints/2/state").rglob("d/*") if path.is_file()]
     largest = max(files, key=lambda path: path.stat().st_size)
@@ -107,46 +118,58 @@ def test_bytes_that_changed_silently_are_found(tmp_path, capsys):
     step, restored, _ = Checkpoints(tmp_path / "checkpoints").restore(ABSTRACT)
     assert step == 1
     np.testing.assert_array_equal(restored.model.large[...], state(1, 1).model.large[...])
-    assert "checkpoint 2 is damaged (model.large is not what was written" in capsys.readouterr().err
+    assert (
+        "checkpoint 2 is damaged (model.large does not match its checksum"
+        in capsys.readouterr().err
+    )
 
 
-def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+def test_a_folder_that_cannot_be_created_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"checkpoints cannot be kept in .*file"):
+    with pytest.raises(UserError, match=r"checkpoints cannot be saved in .*file"):
         Checkpoints(tmp_path / "file" / "checkpoints")
 
 
-def test_a_run_of_an_older_version_goes_on_without_the_keys_that_are_gone(tmp_path):
+def test_a_run_of_an_older_version_resumes_without_removed_keys(tmp_path):
     (tmp_path / "checkpoints" / "100").mkdir(parents=True)
-    for former in ({"max_scale": 100.0}, {"pad_id": 1}):
-        kept = {"model": {"layers": 2} | former}
-        (tmp_path / "config.json").write_text(json.dumps(kept))
+    for removed in ({"max_scale": 100.0}, {"pad_id": 1}):
+        saved_config = {"model": {"layers": 2} | removed}
+        (tmp_path / "config.json").write_text(json.dumps(saved_config))
         check_config(tmp_path / "config.json", {"model": {"layers": 2}})
     (tmp_path / "config.json").write_text(json.dumps({"model": {"layers": 2, "pad_id": 3}}))
-    with pytest.raises(UserError, match=r"a run with model\.pad_id = 3, but it is now None"):
+    with pytest.raises(
+        UserError, match=r"a run with model\.pad_id = 3, but this version always uses"
+    ):
         check_config(tmp_path / "config.json", {"model": {"layers": 2}})
 
 
-def test_a_run_goes_on_with_other_threads_but_not_with_other_data(tmp_path):
-    kept = {"steps": 10, "data": {"threads": 2, "mixture": [{"folder": "a", "weight": 1.0}]}}
-    # A start that came to nothing is no run.
+def test_a_run_resumes_with_other_threads_but_not_with_other_data(tmp_path):
+    saved_config = {
+        "steps": 10,
+        "data": {"threads": 2, "mixture": [{"folder": "a", "weight": 1.0}]},
+    }
+    # A start without a checkpoint does not fix the configuration.
     check_config(tmp_path / "config.json", {"steps": 10, "data": {"mixture": "elsewhere"}})
-    check_config(tmp_path / "config.json", kept)
+    check_config(tmp_path / "config.json", saved_config)
     (tmp_path / "checkpoints" / "100").mkdir(parents=True)
-    check_config(tmp_path / "config.json", kept | {"data": kept["data"] | {"threads": 16}})
+    check_config(
+        tmp_path / "config.json", saved_config | {"data": saved_config["data"] | {"threads": 16}}
+    )
     other = [{"folder": "a", "weight": 2.0}]
-    with pytest.raises(UserError, match=r"a run with data\.mixture = .*weight.*put the value back"):
-        check_config(tmp_path / "config.json", kept | {"data": {"threads": 2, "mixture": other}})
+    with pytest.raises(UserError, match=r"a run with data\.mixture = .*weight.*restore the value"):
+        check_config(
+            tmp_path / "config.json", saved_config | {"data": {"threads": 2, "mixture": other}}
+        )
 
 
-def test_a_run_of_a_version_with_more_settings_goes_on_if_it_had_their_values(tmp_path):
+def test_a_run_with_a_removed_key_resumes_only_with_its_fixed_value(tmp_path):
     (tmp_path / "checkpoints" / "100").mkdir(parents=True)
     path, now = tmp_path / "config.json", {"steps": 10, "data": {"length": 8}}
     path.write_text(json.dumps({"steps": 10, "data": {"length": 8, "spare_spans": 4}}))
     check_config(path, now)
     assert json.loads(path.read_text()) == now
     path.write_text(json.dumps({"steps": 10, "data": {"length": 8, "spare_spans": 7}}))
-    with pytest.raises(UserError, match=r"data\.spare_spans = 7, but this version always takes 4"):
+    with pytest.raises(UserError, match=r"data\.spare_spans = 7, but this version always uses 4"):
         check_config(path, now)
     path.write_text(json.dumps({"steps": 10, "data": {"length": 8, "other": 4}}))
     with pytest.raises(UserError, match=r"data\.other = 4, but it is now None"):
@@ -159,16 +182,15 @@ class Wider(nnx.Module):
         self.half = nnx.Param(jax.random.normal(rngs.params(), (7,)).astype(jnp.bfloat16))
 
 
-def test_arrays_of_another_shape_are_refused_in_our_own_words(tmp_path):
-    """What Orbax has to say is the cause of the error, not a part of the sentence."""
+def test_arrays_of_another_shape_are_refused_without_quoting_the_library(tmp_path):
     save_two(tmp_path / "checkpoints")
     other = jax.eval_shape(lambda: dataclasses.replace(state(0, 0), model=Wider(rngs=nnx.Rngs(0))))
     names = {f"model.{name}": leaf for name, leaf in weight_files.flatten(other.model).items()}
-    own_words = r"a file is (missing, )?damaged,? or .*another shape|of other arrays; put the"
+    message = r"a file is damaged, or .*another shape|or its arrays do not fit\); restore the"
     for load in (
         lambda: Checkpoints(tmp_path / "checkpoints").restore(other),
         lambda: load_weights(tmp_path / "checkpoints", names),
     ):
-        with pytest.raises(UserError, match=own_words) as raised:
+        with pytest.raises(UserError, match=message) as raised:
             load()
         assert "\n" not in str(raised.value) and "orbax" not in str(raised.value).lower()

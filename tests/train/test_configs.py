@@ -1,4 +1,4 @@
-"""The files in configs/ hold only keys that exist, with values of the right type."""
+"""Tests that the files in configs/ have only known keys, with values of the right type."""
 
 import pathlib
 import runpy

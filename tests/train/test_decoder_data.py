@@ -1,4 +1,4 @@
-"""Prepared folders as components of a mixture: whose settings count, mistakes, exact resumption."""
+"""Tests prepared folders as components of a mixture: settings, mistakes and exact resumption."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ from leon_jax.tokenizers.text import TextTokenizer
 from leon_jax.train.checkpoint import Checkpoints
 from leon_jax.train.decoder import DecoderProgram
 from leon_jax.train.decoder_config import DecoderTraining
-from leon_jax.train.decoder_data import balanced, neighbours, open_components
+from leon_jax.train.decoder_data import group_weights, neighbour_sampler, open_components
 from leon_jax.train.global_batches import Feed
 from leon_jax.train.state import TrainState
 from leon_jax.vocabulary import Vocabulary
@@ -27,7 +27,7 @@ WORDS = ("red", "green", "blue", "heart", "star", "cat")
 
 
 def write(folder, count, columns=0, split="train"):
-    """A prepared folder of so many documents; with columns, two groups and neighbours."""
+    """Writes a prepared folder of `count` documents in two groups, with neighbours if `columns`."""
     rng = np.random.default_rng(count)
     documents = [
         Document(
@@ -86,17 +86,17 @@ def mixture(folder):
     )
 
 
-def test_one_folder_is_a_mixture_of_one(folder):
+def test_a_single_folder_equals_a_mixture_of_one(folder):
     web = str(folder / "web")
-    one = iter(make_program(folder, folder=web, retrieved=(0.5, 0.5)).batches())
-    other = iter(make_program(folder, mixture=({"folder": web},), retrieved=(0.5, 0.5)).batches())
+    single = iter(make_program(folder, folder=web, retrieved=(0.5, 0.5)).batches())
+    mixed = iter(make_program(folder, mixture=({"folder": web},), retrieved=(0.5, 0.5)).batches())
     for _ in range(4):
-        first, second = next(one), next(other)
-        for name in first:
-            np.testing.assert_array_equal(first[name], second[name])
+        expected, batch = next(single), next(mixed)
+        for name in expected:
+            np.testing.assert_array_equal(batch[name], expected[name])
 
 
-def test_a_component_has_its_own_settings_and_those_of_data_where_it_has_none(folder):
+def test_a_component_inherits_settings_that_it_does_not_set(folder):
     data = DataConfig(
         mixture=(
             MixtureComponent(str(folder / "web"), weight=3.0, retrieved=(0.5, 0.5), balance=0.0),
@@ -109,17 +109,16 @@ def test_a_component_has_its_own_settings_and_those_of_data_where_it_has_none(fo
     assert web.query_weights is None and web.neighbours is not None
     assert (art.settings.weight, art.settings.retrieved) == (1.0, (1.0,))
     assert (art.settings.balance, art.neighbours) == (1.0, None)
-    # Documents 0, 4 and 8 are one group, the other six the other.
+    # Documents 0, 4 and 8 are one group; the other six are the other group.
     np.testing.assert_allclose(art.query_weights, [1 / 3, *[1 / 6] * 3] * 2 + [1 / 3])
     assert (len(web.source), len(art.source)) == (20, 9)
     assert web.name == f"{folder / 'web'} (train)"
 
 
-def test_a_run_keeps_every_value_and_a_component_what_it_was_given():
-    """As runs of earlier versions kept them in config.json."""
-    kept = to_dict(DataConfig(mixture=(MixtureComponent("a", variants=3),), unchanged=0.5))
-    kept = json.loads(json.dumps(kept))
-    assert kept == {
+def test_config_json_holds_all_values_but_only_the_set_ones_of_a_component():
+    """Earlier versions wrote the same keys."""
+    config = to_dict(DataConfig(mixture=(MixtureComponent("a", variants=3),), unchanged=0.5))
+    assert json.loads(json.dumps(config)) == {
         "folder": "", "split": "train", "text": "runs/emoji/text/export/text.json",
         "image_shape": [12, 12], "length": 512, "retrieved": [1.0], "per_modality": 2,
         "variants": 1, "unchanged": 0.5, "balance": 0.0, "packing": "whole", "packing_bins": 4,
@@ -131,26 +130,26 @@ def test_a_run_keeps_every_value_and_a_component_what_it_was_given():
     }  # fmt: skip
 
 
-def test_a_document_without_a_group_is_alone():
+def test_a_document_without_a_group_has_weight_one():
     listing = [{"group": name} for name in ("", "a", "a", "", "b")] + [{}]
-    np.testing.assert_allclose(balanced(listing, 0.5), [1, 0.5**0.5, 0.5**0.5, 1, 1, 1])
-    assert len(balanced([], 1.0)) == 0
+    np.testing.assert_allclose(group_weights(listing, 0.5), [1, 0.5**0.5, 0.5**0.5, 1, 1, 1])
+    assert len(group_weights([], 1.0)) == 0
 
 
 @pytest.mark.parametrize(("per_modality", "expected"), [(1, {4, 9}), (2, {4, 5, 9, 10})])
-def test_neighbours_are_drawn_from_the_best_of_each_modality(folder, per_modality, expected):
-    """Document 3's neighbours are 4 to 8 by its text, best first, and 9 to 13 by its picture."""
-    draw = neighbours(PreparedFolder(folder / "web"), "train", per_modality)
+def test_neighbours_are_sampled_from_the_nearest_of_each_modality(folder, per_modality, expected):
+    """Document 3's neighbours are 4 to 8 by its text, nearest first, and 9 to 13 by its image."""
+    sample = neighbour_sampler(PreparedFolder(folder / "web"), "train", per_modality)
     rng = np.random.default_rng(0)
-    drawn = [draw(rng, 3, 2) for _ in range(60)]
-    assert {int(i) for found in drawn for i in found} == expected
-    assert all(len(set(found)) == 2 for found in drawn)
+    samples = [sample(rng, 3, 2) for _ in range(60)]
+    assert {int(index) for indices in samples for index in indices} == expected
+    assert all(len(set(indices)) == 2 for indices in samples)
 
 
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({}, r"config\.data\.folder is empty; name a prepared folder, or give data\.mixture"),
+        ({}, r"config\.data\.folder is empty; name a prepared folder, or set data\.mixture"),
         ({"folder": "nowhere"}, r"config\.data: nowhere is not a prepared folder"),
         ({"mixture": [{"folder": "{web}"}, {"folder": "nowhere"}]},
          r"config\.data\.mixture\[1\]: nowhere is not a prepared folder"),
@@ -165,16 +164,16 @@ def test_neighbours_are_drawn_from_the_best_of_each_modality(folder, per_modalit
          r"mixture\[0\]: split is unseen, but neighbours are documents of train"),
     ],
 )  # fmt: skip
-def test_mistakes_are_named_by_their_key(folder, data, message):
-    places = {"{web}": str(folder / "web"), "{art}": str(folder / "art")}
+def test_mistakes_are_named_by_their_config_key(folder, data, message):
+    paths = {"{web}": str(folder / "web"), "{art}": str(folder / "art")}
     for part in data.get("mixture", ()):
-        part["folder"] = places.get(part["folder"], part["folder"])
+        part["folder"] = paths.get(part["folder"], part["folder"])
     write(folder / "web", 20, split="unseen")
     with pytest.raises(UserError, match=message):
         open_components(build(DataConfig, data))
 
 
-def test_contradictions_are_refused_when_the_configuration_is_built():
+def test_contradictory_settings_are_refused_when_the_configuration_is_built():
     with pytest.raises(ConfigError, match=r"config: folder is 'a', but there is a mixture too"):
         build(DataConfig, {"folder": "a", "mixture": [{"folder": "b"}]})
     with pytest.raises(ConfigError, match=r"config\.mixture\[0\]\.folder is missing"):
@@ -185,13 +184,13 @@ def test_contradictions_are_refused_when_the_configuration_is_built():
         build(DataConfig, {"per_modality": 0})
 
 
-def test_a_table_of_other_documents_is_refused(tmp_path):
+def test_a_neighbour_table_of_other_documents_is_refused(tmp_path):
     write(tmp_path / "a", 20, columns=2)
     write(tmp_path / "b", 7, columns=2)
     name = "train-00000.neighbours.npy"
     (tmp_path / "b" / name).write_bytes((tmp_path / "a" / name).read_bytes())
-    with pytest.raises(UserError, match=r"b are of 20 documents, not 7"):
-        neighbours(PreparedFolder(tmp_path / "b"), "train", 2)
+    with pytest.raises(UserError, match=r"b has neighbours of 20 documents, but 7 documents"):
+        neighbour_sampler(PreparedFolder(tmp_path / "b"), "train", 2)
 
 
 class Weight(nnx.Module):
@@ -200,8 +199,8 @@ class Weight(nnx.Module):
 
 
 @pytest.mark.parametrize("packing", ["whole", "stream"])
-def test_a_mixture_goes_on_from_a_checkpoint_with_other_threads(folder, tmp_path, packing):
-    """As the training loop saves it, in two data shards."""
+def test_a_mixture_resumes_from_a_checkpoint_with_other_threads(folder, tmp_path, packing):
+    """The position is saved as in the training loop, with two data shards."""
 
     def feed(threads):
         program = make_program(folder, mixture=mixture(folder), packing=packing, threads=threads)
@@ -214,14 +213,14 @@ def test_a_mixture_goes_on_from_a_checkpoint_with_other_threads(folder, tmp_path
             next(first)
         checkpoints = Checkpoints(tmp_path / "checkpoints")
         checkpoints.save(state, first.get_state())
-        then = [jax.device_get(next(first)) for _ in range(6)]
+        expected_batches = [jax.device_get(next(first)) for _ in range(6)]
         checkpoints.close()
         abstract = jax.eval_shape(lambda: state)
         _, _, position = Checkpoints(tmp_path / "checkpoints").restore(abstract)
         for threads in (0, 1):
-            again = feed(threads)
-            again.set_state(position)
-            for expected in then:
-                found = jax.device_get(next(again))
+            resumed = feed(threads)
+            resumed.set_state(position)
+            for expected in expected_batches:
+                batch = jax.device_get(next(resumed))
                 for name in expected:
-                    np.testing.assert_array_equal(found[name], expected[name])
+                    np.testing.assert_array_equal(batch[name], expected[name])

@@ -1,4 +1,4 @@
-"""The decoder's program: it learns, counts, samples, exports, and its configs hold together."""
+"""Tests the decoder's training program: learning, metrics, samples, export and configs."""
 
 import importlib.util
 import pathlib
@@ -28,7 +28,7 @@ NAMES = ("red heart", "blue car", "green tree", "old clock")
 
 
 def write_data(folder: pathlib.Path) -> None:
-    """Four captions, each with one picture; every document's neighbour is the next one."""
+    """Writes four documents with image codes; each document's neighbour is the next one."""
     rng = np.random.default_rng(0)
     documents = [
         Document((Text(name), Image(codes=rng.integers(0, 16, (2, 2)).astype(np.int32))))
@@ -40,7 +40,7 @@ def write_data(folder: pathlib.Path) -> None:
 
 
 def write_folder(folder: pathlib.Path) -> None:
-    """The data, and the image tokenizer that samples are drawn with."""
+    """Writes the data and an image tokenizer for samples."""
     write_data(folder)
     shape = VQGANConfig(
         resolution=8, channels=8, multipliers=(1, 1, 2), blocks=1, attention_sizes=(),
@@ -91,7 +91,7 @@ def make_config(folder: pathlib.Path) -> ConfigDict:
 
 
 def build_program(config: ConfigDict) -> DecoderProgram:
-    """The program of a configuration as the command line has it."""
+    """Builds the program as the command line does."""
     return DecoderProgram(configuration.build(DecoderTraining, config))
 
 
@@ -105,7 +105,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(folder):
-    """(program, final state, metrics of every step)."""
+    """Returns the program, the final state and the metrics of every step."""
     with jax.set_mesh(sharding.make_mesh((1, 1, 1, 1), jax.devices()[:1])):
         program = build_program(make_config(folder))
         state = jax.jit(program.init)(jax.random.key(0))
@@ -118,7 +118,7 @@ def trained(folder):
 
 
 def test_both_modalities_are_learnt(trained):
-    """Four documents can be known by heart; what is left is which one, and where the masks are."""
+    """A model that has memorised the four documents must still guess which one, and the masks."""
     _, state, history = trained
     assert int(state.step) == 60
     for name in ("loss", "loss_text", "loss_image"):
@@ -127,7 +127,7 @@ def test_both_modalities_are_learnt(trained):
         assert all(np.isfinite(metrics[name]) for metrics in history)
 
 
-def test_the_first_loss_is_that_of_a_uniform_guess_at_the_papers_initialisation(folder):
+def test_the_first_loss_is_that_of_a_uniform_distribution(folder):
     config = make_config(folder)
     config.model.init_std = 0.006
     program = build_program(config)
@@ -138,11 +138,11 @@ def test_the_first_loss_is_that_of_a_uniform_guess_at_the_papers_initialisation(
         vocabulary=program.config.vocabulary,
         chunk=64,
     )
-    # Final hidden states have length sqrt(embed), rows sd 0.006: logits are nearly equal.
+    # The hidden states have norm sqrt(embed) and the table std 0.006: logits are nearly equal.
     np.testing.assert_allclose(metrics["loss"], np.log(config.model.vocab_size), rtol=0.02)
 
 
-def test_metrics_are_means_over_targets_of_their_kind(folder):
+def test_loss_metrics_are_means_over_targets_of_their_kind(folder):
     program = build_program(make_config(folder))
     model = jax.jit(program.init)(jax.random.key(1)).model
     batch, vocabulary = next(iter(program.batches())), program.config.vocabulary
@@ -150,17 +150,17 @@ def test_metrics_are_means_over_targets_of_their_kind(folder):
     hidden = model(batch["ids"], batch["positions"], batch["segment_ids"])
     scores = np.asarray(jax.nn.log_softmax(model.logits(hidden)))
     losses = -np.take_along_axis(scores, batch["targets"][..., None], axis=-1)[..., 0]
-    real = batch["segment_ids"] > 0
-    for name, chosen in [
-        ("loss", real),
-        ("loss_text", real & vocabulary.is_text(batch["targets"])),
-        ("loss_image", real & vocabulary.is_image(batch["targets"])),
+    is_target = batch["segment_ids"] > 0
+    for name, mask in [
+        ("loss", is_target),
+        ("loss_text", is_target & vocabulary.is_text(batch["targets"])),
+        ("loss_image", is_target & vocabulary.is_image(batch["targets"])),
     ]:
-        np.testing.assert_allclose(metrics[name], losses[chosen].mean(), rtol=1e-5)
-    assert metrics["tokens"] == real.sum()
+        np.testing.assert_allclose(metrics[name], losses[mask].mean(), rtol=1e-5)
+    assert metrics["tokens"] == is_target.sum()
 
 
-def test_loss_weights_are_obeyed(folder):
+def test_targets_with_weight_zero_do_not_change_the_loss(folder):
     config = make_config(folder)
     config.masking = ConfigDict({"sentinel_weight": 0.0, "spans": "fim"})
     program = build_program(config)
@@ -174,8 +174,8 @@ def test_loss_weights_are_obeyed(folder):
 
 
 @pytest.mark.parametrize("microbatches", [2, 4])
-def test_microbatches_make_the_same_update(folder, microbatches):
-    """Adam's first mean is a tenth of the gradient, so comparing it compares gradients."""
+def test_microbatches_give_the_same_update(folder, microbatches):
+    """Compares Adam's first moments, which are a tenth of the gradients."""
     config = make_config(folder)
     config.z_loss = 1e-3
     whole = build_program(config)
@@ -183,43 +183,45 @@ def test_microbatches_make_the_same_update(folder, microbatches):
     parts = build_program(config)
     state = jax.jit(whole.init)(jax.random.key(2))
     batch = next(iter(whole.batches()))
-    batch["weights"][:3] *= 0.1  # parts that weigh differently
-    (one, metrics), (other, others) = (
+    batch["weights"][:3] *= 0.1  # microbatches of different total weight
+    (expected, expected_metrics), (updated, metrics) = (
         jax.jit(program.step)(state, batch) for program in (whole, parts)
     )
-    for name, value in metrics.items():
-        np.testing.assert_allclose(others[name], value, rtol=1e-5, err_msg=name)
-    leaves = zip(jax.tree.leaves(one.opt_state), jax.tree.leaves(other.opt_state), strict=True)
+    for name, value in expected_metrics.items():
+        np.testing.assert_allclose(metrics[name], value, rtol=1e-5, err_msg=name)
+    leaves = zip(
+        jax.tree.leaves(expected.opt_state), jax.tree.leaves(updated.opt_state), strict=True
+    )
     for left, right in leaves:
         np.testing.assert_allclose(left, right, rtol=1e-4, atol=1e-6 * np.abs(left).max())
 
 
-def test_a_batch_that_cannot_be_cut_is_refused(folder):
+def test_a_batch_size_that_is_no_multiple_of_the_microbatches_is_refused(folder):
     config = make_config(folder)
     config.microbatches = 3
     with pytest.raises(UserError, match="batch_size is 8; it must be a multiple of the 3 microb"):
         build_program(config)
 
 
-def test_the_first_moment_can_be_kept_in_half_the_bytes(folder):
+def test_the_first_moment_can_be_stored_in_bfloat16(folder):
     config = make_config(folder)
     config.optimizer.first_moment = "bfloat16"
     program = build_program(config)
     state, _ = jax.jit(program.step)(
         jax.jit(program.init)(jax.random.key(0)), next(iter(program.batches()))
     )
-    kept = [leaf.dtype for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
-    assert kept.count(jnp.bfloat16) == len(kept) / 2  # the second moment stays in float32
+    dtypes = [leaf.dtype for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim]
+    assert dtypes.count(jnp.bfloat16) == len(dtypes) / 2  # the second moment stays in float32
 
 
-def test_a_trained_model_samples_pictures(trained):
+def test_a_trained_model_generates_sample_images(trained):
     program, state, _ = trained
-    pictures = program.samples(state)
-    assert set(pictures) == {"samples"}
-    assert pictures["samples"].shape == (8, 16, 3) and pictures["samples"].dtype == np.uint8
+    images = program.samples(state)
+    assert set(images) == {"samples"}
+    assert images["samples"].shape == (8, 16, 3) and images["samples"].dtype == np.uint8
 
 
-def test_the_export_is_complete(trained, tmp_path):
+def test_the_export_restores_the_model_the_vocabulary_and_the_text_tokenizer(trained, tmp_path):
     program, state, _ = trained
     program.export(state, tmp_path)
     arrays, header = weight_files.load(tmp_path / "decoder.safetensors", "decoder")
@@ -242,15 +244,15 @@ def test_the_export_is_complete(trained, tmp_path):
         ("loss_chunk", 0, "loss_chunk is 0"),
     ],
 )
-def test_configurations_that_cannot_work_are_refused(folder, key, value, message):
+def test_contradictory_configurations_are_refused(folder, key, value, message):
     config = make_config(folder)
     config.update_from_flattened_dict({key: value})
     with pytest.raises(UserError, match=message):
         build_program(config)
 
 
-def test_a_program_is_made_without_its_files_and_its_data_are_not(folder):
-    """`leon plan` makes the program that trains, and has no data."""
+def test_a_program_needs_its_files_only_for_batches(folder):
+    """`leon plan` builds the program without data."""
     config = make_config(folder)
     config.data.text = "nowhere.json"
     program = build_program(config)
@@ -259,7 +261,7 @@ def test_a_program_is_made_without_its_files_and_its_data_are_not(folder):
         program.batches()
 
 
-def test_an_unknown_key_is_named(folder):
+def test_an_unknown_config_key_is_named(folder):
     config = make_config(folder)
     config.masking = ConfigDict({"whole_segments": 0.5})
     with pytest.raises(ConfigError, match=r"config\.masking\.whole_segments.*whole_segment\?"):
@@ -279,17 +281,17 @@ def load_config(path: pathlib.Path) -> DecoderTraining:
     ("name", "millions", "thousand_steps"),
     [("350m", 373, 167), ("760m", 786, 226), ("7b", 6728, 286)],
 )
-def test_the_papers_configs(name, millions, thousand_steps):
+def test_the_papers_configs_have_its_sizes_and_steps(name, millions, thousand_steps):
     config = load_config(CONFIGS / f"cm3leon_{name}.py")
     assert round(config.model.parameter_count() / 1e6) == millions
     assert round(config.steps / 1e3) == thousand_steps == round(config.optimizer.total_steps / 1e3)
     assert config.batch_size * config.data.length == 2**23
     assert config.vocabulary == Vocabulary()
-    # Three documents with pictures and captions of up to 300 tokens fit a row.
+    # Three documents with an image and a caption of up to 300 tokens fit in a row.
     assert config.data.length > 3 * (1024 + 300) + 2 * 3
 
 
-def test_the_demo_config():
+def test_the_demo_config_is_small_and_has_a_compact_vocabulary():
     config = load_config(CONFIGS / "emoji" / "decoder.py")
     vocabulary = config.vocabulary
     assert vocabulary == Vocabulary.compact(vocabulary.image_codes, vocabulary.text_tokens)

@@ -1,4 +1,4 @@
-"""Data shards: every mesh sees the same batches, and any number of processes goes on with them."""
+"""Tests data shards: every mesh gets the same batches, and a feed resumes exactly."""
 
 import os
 import subprocess
@@ -13,33 +13,33 @@ from leon_jax.train.global_batches import Feed
 
 
 def numbers(shard, shards):
-    """Rows of three numbers; a batch has 8 rows in all."""
+    """Returns one shard of batches of 8 rows of three numbers."""
     data = grain.MapDataset.range(1000).seed(3).shuffle().repeat()
     data = data.slice(slice(shard, None, shards)).map(lambda n: {"x": np.arange(3) + 10 * n})
     return data.batch(8 // shards).to_iter_dataset()
 
 
-def test_a_batch_is_the_shards_one_below_the_other():
-    feed, alone = Feed(numbers, 4), [iter(numbers(shard, 4)) for shard in range(4)]
+def test_a_batch_is_the_concatenation_of_its_shards():
+    feed, iterators = Feed(numbers, 4), [iter(numbers(shard, 4)) for shard in range(4)]
     for _ in range(3):
-        parts = np.concatenate([next(iterator)["x"] for iterator in alone])
+        parts = np.concatenate([next(iterator)["x"] for iterator in iterators])
         np.testing.assert_array_equal(next(feed)["x"], parts)
 
 
-def test_a_new_feed_goes_on_where_another_was():
+def test_a_new_feed_resumes_from_the_state_of_another():
     feed = Feed(numbers, 2)
     for _ in range(5):
         next(feed)
-    state, then = feed.get_state(), [np.asarray(next(feed)["x"]) for _ in range(3)]
-    again = Feed(numbers, 2)
-    again.set_state(state)
-    for batch in then:
-        np.testing.assert_array_equal(next(again)["x"], batch)
-    with pytest.raises(UserError, match=r"come in 2 shards, but loop\.data_shards is 4"):
+    state, expected = feed.get_state(), [np.asarray(next(feed)["x"]) for _ in range(3)]
+    resumed = Feed(numbers, 2)
+    resumed.set_state(state)
+    for batch in expected:
+        np.testing.assert_array_equal(next(resumed)["x"], batch)
+    with pytest.raises(UserError, match=r"data_shards is 4, but the checkpoint has 2 data shards"):
         Feed(numbers, 4).set_state(state)
 
 
-def test_there_is_at_least_one_shard():
+def test_zero_shards_are_refused():
     with pytest.raises(UserError, match="data_shards is 0"):
         Feed(numbers, 0)
 
@@ -48,7 +48,7 @@ EIGHT = """
 import jax, numpy as np
 from leon_jax import sharding
 from leon_jax.train.global_batches import Feed, local_shards
-from tests.train.test_feed import numbers
+from tests.train.test_global_batches import numbers
 with jax.set_mesh(sharding.make_mesh((1, 1, 1, 1), jax.devices()[:1])):
     expected = np.asarray(next(Feed(numbers, 4))["x"])
 for shape in [(8, 1, 1, 1), (2, 2, 2, 1), (1, 1, 2, 4), (1, 1, 1, 8)]:
@@ -62,7 +62,7 @@ print("same")
 """
 
 
-def test_every_mesh_sees_the_same_batches():
+def test_every_mesh_gets_the_same_batches():
     result = subprocess.run(
         [sys.executable, "-c", EIGHT],
         env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"},

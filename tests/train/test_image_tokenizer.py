@@ -1,4 +1,4 @@
-"""Training of the image tokenizer: the step does what its parts promise."""
+"""Tests the training step, the batches and the export of the image tokenizer."""
 
 import dataclasses
 
@@ -38,7 +38,7 @@ CONFIG = TokenizerConfig(
 
 @pytest.fixture(scope="module")
 def batch():
-    """Discs of four colours on white."""
+    """Returns images of discs in four colours on white."""
     y, x = np.mgrid[:32, :32]
     inside = ((y - 16) ** 2 + (x - 16) ** 2 < 100)[..., None]
     colours = [(1, -1, -1), (-1, 1, -1), (-1, -1, 1), (0, 0, 0)]
@@ -47,7 +47,10 @@ def batch():
 
 @pytest.fixture(scope="module")
 def history(batch):
-    """States before and after, and the metrics of 24 steps; the last 4 with the discriminator."""
+    """Trains 24 steps, the last 4 with the discriminator.
+
+    Returns the program, the first state, the state after each step and the metrics of each step.
+    """
     from leon_jax import sharding
 
     with jax.set_mesh(sharding.make_mesh((1, 1, 1, 1), jax.devices()[:1])):
@@ -67,21 +70,22 @@ def test_reconstruction_improves(history):
     assert metrics[19]["psnr_db"] > metrics[0]["psnr_db"] + 2
 
 
-def test_the_discriminator_waits_for_its_start(history):
+def test_the_discriminator_does_not_change_before_its_start(history):
     _, first, states, metrics = history
 
-    def judge(state):
+    def discriminator(state):
         return jax.tree.leaves(state.model.discriminator)
 
-    for before, after in zip(judge(first), judge(states[19]), strict=True):
+    for before, after in zip(discriminator(first), discriminator(states[19]), strict=True):
         np.testing.assert_array_equal(before, after)
     assert metrics[19]["discriminator_loss"] == 0 < metrics[20]["discriminator_loss"]
     assert any(
-        not np.array_equal(a, b) for a, b in zip(judge(states[19]), judge(states[23]), strict=True)
+        not np.array_equal(a, b)
+        for a, b in zip(discriminator(states[19]), discriminator(states[23]), strict=True)
     )
 
 
-def test_no_code_stays_dead(history):
+def test_unused_codes_are_revived(history):
     _, _, states, metrics = history
     assert metrics[0]["codes_revived"] == 64
     assert sum(values["codes_revived"] for values in metrics[1:]) > 0
@@ -94,7 +98,9 @@ def test_the_adaptive_weight_is_the_ratio_of_last_layer_gradients(history):
     generator = states[-1].model.generator
     rng = np.random.default_rng(0)
     features = jnp.float32(rng.normal(size=(2, 32, 32, 8)))
-    pull, push = (jnp.float32(rng.normal(size=(2, 32, 32, 3))) * s for s in (3.0, 0.1))
+    reconstruction_grad, adversarial_grad = (
+        jnp.float32(rng.normal(size=(2, 32, 32, 3))) * scale for scale in (3.0, 0.1)
+    )
 
     def norm(cotangent):
         def inner(kernel):
@@ -105,10 +111,9 @@ def test_the_adaptive_weight_is_the_ratio_of_last_layer_gradients(history):
 
         return jnp.linalg.norm(jax.grad(inner)(generator.decoder.out.kernel[...]))
 
-    expected = norm(pull) / (norm(push) + 1e-4)
-    np.testing.assert_allclose(
-        _adaptive_weight(generator, features, pull, push), expected, rtol=1e-4
-    )
+    expected = norm(reconstruction_grad) / (norm(adversarial_grad) + 1e-4)
+    weight = _adaptive_weight(generator, features, reconstruction_grad, adversarial_grad)
+    np.testing.assert_allclose(weight, expected, rtol=1e-4)
 
 
 def test_the_exported_file_is_the_trained_generator(history, tmp_path):
@@ -122,9 +127,9 @@ def test_the_exported_file_is_the_trained_generator(history, tmp_path):
     )
 
 
-def test_batches_are_augmented_pictures_of_the_train_split(emoji_data_dir):
+def test_batches_are_augmented_images_of_the_train_split(emoji_data_dir):
     config = dataclasses.replace(CONFIG, data=TokenizerData(dir=emoji_data_dir))
-    first, again = (next(iter(TokenizerProgram(config).batches())) for _ in range(2))
+    first, second = (next(iter(TokenizerProgram(config).batches())) for _ in range(2))
     assert first["images"].shape == (4, 32, 32, 3) and first["images"].dtype == np.float32
     assert -1 <= first["images"].min() < 0 < first["images"].max() <= 1
-    np.testing.assert_array_equal(first["images"], again["images"])
+    np.testing.assert_array_equal(first["images"], second["images"])

@@ -1,4 +1,4 @@
-"""The encoder's training program: loss, data, learning, resuming, export."""
+"""Tests the encoder's training program: loss, batches, learning, resumption and export."""
 
 import dataclasses
 import pathlib
@@ -20,9 +20,9 @@ from leon_jax.train.retrieval_encoder import (
     EncoderConfig,
     EncoderData,
     EncoderProgram,
-    contrast,
-    describe,
-    vary,
+    augment_caption,
+    contrastive_loss,
+    training_example,
 )
 
 NAMES = ("red heart", "blue square", "green tree", "black cat", "yellow sun", "left arrow")
@@ -30,7 +30,7 @@ NAMES = ("red heart", "blue square", "green tree", "black cat", "yellow sun", "l
 
 def documents() -> list[Document]:
     rng = np.random.default_rng(0)
-    made = []
+    dataset = []
     for number, name in enumerate(NAMES):
         base = rng.integers(0, 256, (2, 2, 3), np.uint8)
         for style in ("flat", "outlined"):
@@ -38,8 +38,8 @@ def documents() -> list[Document]:
             pixels = np.clip(pixels.astype(int) + rng.integers(-9, 9, pixels.shape), 0, 255)
             source = Provenance(f"{style}/{number}", "test", "CC0-1.0", "")
             parts = (Text(f"{name}, {style} style"), Image(pixels=pixels.astype(np.uint8)))
-            made.append(Document(parts, source))
-    return made
+            dataset.append(Document(parts, source))
+    return dataset
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def tiny(text_path: pathlib.Path, size: int) -> EncoderConfig:
     )
 
 
-def loss_by_hand(model, images, texts, concepts) -> float:
+def expected_loss(model, images, texts, concepts) -> float:
     image = np.asarray(model.embed_image(images.astype(np.float32) / 255), np.float64)
     text = np.asarray(model.embed_text(texts), np.float64)
     logits = float(model.scale()) * image @ text.T
@@ -77,43 +77,45 @@ def loss_by_hand(model, images, texts, concepts) -> float:
 
 
 @pytest.mark.parametrize("concepts", [(0, 1, 2, 3), (5, 5, 2, 5)])
-def test_contrast_is_infonce_with_every_pair_of_a_concept_as_a_positive(concepts):
+def test_the_loss_is_infonce_with_all_pairs_of_a_concept_as_positives(concepts):
     config = CLIPConfig(VisionConfig(8, 4, 8, 1, 2), TextConfig(6, 20, 8, 1, 2), embed_dim=4)
     model = create(config, jax.random.key(0))
     rng = np.random.default_rng(1)
     images = rng.integers(0, 256, (4, 8, 8, 3), np.uint8)
     texts = np.stack([frame(rng.integers(0, 17, 3), config.text) for _ in range(4)])
     concepts = np.array(concepts, np.int32)
-    loss, accuracy = contrast(model, jnp.asarray(images), jnp.asarray(texts), jnp.asarray(concepts))
-    assert float(loss) == pytest.approx(loss_by_hand(model, images, texts, concepts), rel=1e-4)
+    loss, accuracy = contrastive_loss(
+        model, jnp.asarray(images), jnp.asarray(texts), jnp.asarray(concepts)
+    )
+    assert float(loss) == pytest.approx(expected_loss(model, images, texts, concepts), rel=1e-4)
     assert 0 <= float(accuracy) <= 1
 
 
-def test_batches_hold_views_framed_text_and_one_number_a_concept(program):
+def test_batches_have_views_framed_texts_and_concept_numbers(program):
     batch = next(iter(program.batches()))
     assert batch["image"].shape == (8, 16, 16, 3) and batch["image"].dtype == np.uint8
     assert batch["text"].shape == (8, 16) and batch["text"].dtype == np.int32
     assert (batch["text"][:, 0] == program.config.model.text.start).all()
     assert ((batch["text"] == program.config.model.text.end).sum(1) == 1).all()
-    # Views of one concept stand side by side: both designs, told apart by their pixels.
+    # The two views of a concept are adjacent and show different designs.
     np.testing.assert_array_equal(batch["concept"][0::2], batch["concept"][1::2])
     assert len(set(batch["concept"][0::2].tolist())) == 4
     assert all(
         (a != b).any() for a, b in zip(batch["image"][0::2], batch["image"][1::2], strict=True)
     )
-    flat, outlined = documents()[:2]
-    assert describe(flat)[2] == describe(outlined)[2] != describe(documents()[2])[2]
+    flat, outlined, third = documents()[:3]
+    assert training_example(flat)[2] == training_example(outlined)[2] != training_example(third)[2]
 
 
-def test_the_stream_of_batches_resumes_exactly_where_it_was(program):
+def test_batches_resume_exactly_from_a_saved_position(program):
     iterator = iter(program.batches())
     next(iterator)
     state = iterator.get_state()
     expected = [next(iterator) for _ in range(3)]
-    again = iter(program.batches())
-    again.set_state(state)
+    resumed = iter(program.batches())
+    resumed.set_state(state)
     for batch in expected:
-        other = next(again)
+        other = next(resumed)
         assert all(np.array_equal(batch[name], other[name]) for name in batch)
 
 
@@ -134,22 +136,23 @@ def test_training_lowers_the_loss_and_export_gives_the_trained_encoder(program, 
     assert program.samples(state) == {}
 
 
-def test_a_caption_loses_words_and_its_style_tells_nothing():
+def test_captions_lose_words_and_get_a_random_style():
     rng = np.random.default_rng(0)
     data = EncoderData(name_style=0.5, drop_words=0.5)
     styles = ("flat style", "outlined style")
-    seen = {vary("black cat, flat style", data, rng, styles) for _ in range(400)}
-    assert seen == {
+    captions = {augment_caption("black cat, flat style", data, rng, styles) for _ in range(400)}
+    assert captions == {
         words + style
         for words in ("black cat", "black", "cat")
         for style in ("", ", flat style", ", outlined style")
     }
-    never = dataclasses.replace(data, name_style=0.0, drop_words=0.0)
-    assert vary("kiss: woman, man, flat style", never, rng, styles) == "kiss: woman, man"
-    assert vary("cat", dataclasses.replace(never, name_style=1.0), rng) == "cat"
+    plain = dataclasses.replace(data, name_style=0.0, drop_words=0.0)
+    caption = augment_caption("kiss: woman, man, flat style", plain, rng, styles)
+    assert caption == "kiss: woman, man"
+    assert augment_caption("cat", dataclasses.replace(plain, name_style=1.0), rng) == "cat"
 
 
-def test_a_vocabulary_that_does_not_fit_the_tokenizer_is_named(program):
+def test_a_vocabulary_size_that_does_not_fit_the_tokenizer_is_refused(program):
     values = configuration.to_dict(program.config)
     values["model"]["text"]["vocab_size"] = 1000
     size = program.text.size

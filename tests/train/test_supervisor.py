@@ -1,4 +1,4 @@
-"""The parent of a process of a distributed run: last words, signals, and its own end."""
+"""Tests the supervisor of a distributed run: explanations, signals and exit codes."""
 
 import os
 import pathlib
@@ -19,10 +19,10 @@ PARENT = """
 import sys
 from leon_jax.train import supervisor
 child = [sys.executable, "-u", "-c", sys.argv[1], *sys.argv[2:]]
-sys.exit(supervisor.supervise(child, {"ended by a peer": "The last words.", "never met": "No."}))
+sys.exit(supervisor.supervise(child, {"ended by a peer": "The explanation.", "never met": "No."}))
 """
 
-# A child that notes its process id in a file, then waits.
+# A child that writes its process id to a file, then waits.
 WAITING = """
 import os, pathlib, signal, sys, time
 from leon_jax.train import supervisor
@@ -42,15 +42,15 @@ def start(child: str, *arguments: str) -> subprocess.Popen:
     )  # fmt: skip
 
 
-def wait_until(fact: Callable[[], object], seconds: float = 120) -> None:
-    until = time.monotonic() + seconds
-    while not fact():
-        assert time.monotonic() < until
+def wait_until(condition: Callable[[], object], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
         time.sleep(0.02)
 
 
 def is_alive(process_id: int) -> bool:
-    """Whether a process runs; one that has ended and was not waited for does not."""
+    """Returns whether a process is running; a zombie is not."""
     try:
         status = pathlib.Path(f"/proc/{process_id}/stat").read_text()
     except FileNotFoundError:
@@ -70,8 +70,8 @@ def test_output_and_exit_code_are_those_of_the_child(end, code):
 
 
 @pytest.mark.parametrize("end", ["os.abort()", "sys.exit(1)"])
-def test_the_meaning_of_what_ended_the_child_comes_last(end):
-    """Marks are found wherever the output is cut into pieces."""
+def test_the_explanation_of_a_lost_peer_comes_last(end):
+    """The text is recognised even if the child writes it in pieces."""
     child = (
         "import os, sys, time\n"
         "for piece in ('x' * 100_000 + 'ended', ' by a ', 'peer\\n*** stack ***\\n'):\n"
@@ -80,16 +80,16 @@ def test_the_meaning_of_what_ended_the_child_comes_last(end):
     process = start(child + end)
     errors = process.communicate()[1]
     assert process.returncode == 134
-    assert errors.endswith("ended by a peer\n*** stack ***\nThe last words.\n")
+    assert errors.endswith("ended by a peer\n*** stack ***\nThe explanation.\n")
 
 
-def test_an_error_of_the_childs_own_is_not_explained_away():
+def test_another_exit_code_of_the_child_is_not_explained():
     process = start("import sys; print('ended by a peer: so what', file=sys.stderr); sys.exit(2)")
-    assert "The last words" not in process.communicate()[1]
+    assert "The explanation" not in process.communicate()[1]
     assert process.returncode == 2
 
 
-def test_signals_reach_the_child(tmp_path):
+def test_signals_are_forwarded_to_the_child(tmp_path):
     process = start(WAITING, str(tmp_path / "child"))
     wait_until((tmp_path / "child").exists)
     process.send_signal(signal.SIGTERM)
@@ -97,7 +97,7 @@ def test_signals_reach_the_child(tmp_path):
     assert process.returncode == 7
 
 
-def test_a_killed_parent_leaves_no_child(tmp_path):
+def test_the_child_exits_when_its_parent_is_killed(tmp_path):
     process = start(WAITING, str(tmp_path / "child"))
     wait_until((tmp_path / "child").exists)
     child = int((tmp_path / "child").read_text())
@@ -123,7 +123,7 @@ def get_config():
 
 @pytest.fixture
 def start_pair(tmp_path):
-    """Starts two processes of one run, the second with more flags; ends what is left of them."""
+    """Returns a function that starts two processes of one run; both are killed at the end."""
     write_data(tmp_path / "data")
     (tmp_path / "config.py").write_text(CONFIG.format(folder=str(tmp_path / "data")))
     with socket.socket() as listener:
@@ -154,18 +154,17 @@ def start_pair(tmp_path):
 
 
 def assert_ended_by_a_peer(process: subprocess.Popen) -> None:
-    # Less than JAX's own 100 s; what is more than the heartbeat is for a busy machine.
+    # Less than JAX's default of 100 s, and more than the heartbeat, for a busy machine.
     errors = process.communicate(timeout=60)[1]
     assert process.returncode == 134, errors
     last_line = errors.splitlines()[-1]
     assert last_line.startswith(
-        "leon train: another process of this run failed or was silent for 4"
+        "leon train: another process of this run failed or sent no heartbeat for 4"
     )
     assert "start all of them again" in last_line
 
 
-def test_when_a_process_is_killed_the_other_ends_in_time_with_one_sentence(start_pair, tmp_path):
-    """JAX ends the one that is left with a dump of its stack."""
+def test_when_one_process_is_killed_the_other_exits_with_one_sentence(start_pair, tmp_path):
     first, second = start_pair()
     metrics = tmp_path / "run" / "metrics.jsonl"
     wait_until(lambda: metrics.exists() and '"step": 1,' in metrics.read_text())
@@ -173,8 +172,8 @@ def test_when_a_process_is_killed_the_other_ends_in_time_with_one_sentence(start
     assert_ended_by_a_peer(first)
 
 
-def test_a_mistake_of_one_process_is_its_own_last_sentence(start_pair):
-    """It does not wait for the other, which waits for its part of a step."""
+def test_an_error_of_one_process_is_its_last_line_and_ends_the_other(start_pair):
+    """The failed process does not wait for the other, which waits for it in a collective."""
     first, second = start_pair("--config.data.folder=nowhere")
     errors = second.communicate(timeout=120)[1]
     assert second.returncode == 2, errors
