@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Iterator
 
 from leon_jax.data.records import to_bytes, to_png
-from leon_jax.data.sources.raw_record import Raw, Reject
+from leon_jax.data.sources.raw_record import RawRecord, Reject
 from leon_jax.documents import Image, Source, Text
 
 
@@ -31,7 +31,7 @@ class Listed:
             digest.update(to_bytes(self.documents[index]))
         return digest.hexdigest()
 
-    def read(self, shard: str) -> Iterator[Raw | Reject]:
+    def read(self, shard: str) -> Iterator[RawRecord | Reject]:
         """The documents of a range."""
         for index in self._range(shard):
             document = self.documents[index]
@@ -49,7 +49,7 @@ class Listed:
                 yield Reject(provenance.key, "missing_field", "a part has neither text nor pixels")
                 continue
             fields = dict(vars(provenance))
-            yield Raw(parts=tuple(parts), origin=fields.pop("source"), **fields)
+            yield RawRecord(parts=tuple(parts), origin=fields.pop("source"), **fields)
 
     def _range(self, shard: str) -> range:
         start, stop = map(int, shard.split("-"))

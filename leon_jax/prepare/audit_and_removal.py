@@ -138,7 +138,7 @@ def remove(folder: str | os.PathLike, keys: set[tuple[str, str]]) -> tuple[int, 
     """
     folder = pathlib.Path(folder).resolve()
     if not folder.parent.is_dir():
-        raise UserError(f"the folder {folder} does not exist")
+        raise UserError(f"there is no folder {folder}")
     with folder_lock.hold(folder):
         try:
             return _remove(folder, keys)

@@ -30,7 +30,7 @@ from leon_jax.config import UserError, to_dict
 from leon_jax.data import image_variants
 from leon_jax.data.records import RecordSource
 from leon_jax.data.sources.open import open_source
-from leon_jax.data.sources.raw_record import Shards, SourceConfig
+from leon_jax.data.sources.raw_record import ShardedSource, SourceConfig
 from leon_jax.prepare import folder_lock, gather, licences
 from leon_jax.prepare.config import TRAIN, PrepareConfig
 from leon_jax.prepare.data_card import write_card
@@ -48,7 +48,7 @@ from leon_jax.retrieval.prepared_folder import (
 from leon_jax.retrieval.selection import SelectionConfig, find_neighbours
 from leon_jax.retrieval.vector_index import VectorIndex, save_rows
 
-Sources = list[tuple[SourceConfig, Shards]]
+Sources = list[tuple[SourceConfig, ShardedSource]]
 # Calls `Worker(config, sources, folder)(shard)` for every shard, in this process or elsewhere.
 Runner = Callable[[PrepareConfig, Sources, str, Sequence[Shard]], None]
 

@@ -8,7 +8,13 @@ import numpy as np
 from jaxtyping import UInt8
 
 from leon_jax.data import image_files
-from leon_jax.data.sources.raw_record import LARGEST_PICTURE, Raw, Reason, Reject, SourceConfig
+from leon_jax.data.sources.raw_record import (
+    MAX_IMAGE_BYTES,
+    RawRecord,
+    Reason,
+    Reject,
+    SourceConfig,
+)
 from leon_jax.documents import Document, Image, Part, Provenance, Text, normalise_text
 from leon_jax.prepare import licences
 from leon_jax.prepare.config import PrepareConfig
@@ -68,7 +74,7 @@ class Reader:
         self.resolution, self.codes = resolution, codes
         self.preprocess, self.count_tokens = preprocess, count_tokens
 
-    def __call__(self, raw: Raw | Reject) -> Ready | Reject:
+    def __call__(self, raw: RawRecord | Reject) -> Ready | Reject:
         """Checks, decodes and preprocesses one record. Bad content never raises an exception."""
         if isinstance(raw, Reject):
             return raw
@@ -77,7 +83,7 @@ class Reader:
         except Refused as refused:
             return Reject(raw.key, refused.reason, refused.detail[:300])
 
-    def _read(self, raw: Raw) -> Ready:
+    def _read(self, raw: RawRecord) -> Ready:
         # The cheapest checks come first.
         provenance = self._provenance(raw)
         # Normalising a very long hostile text can be slow, so check its length before.
@@ -106,7 +112,7 @@ class Reader:
         document = Document(tuple(parts), provenance)
         return Ready(document, size, tuple(squares), tuple(encoder_inputs))
 
-    def _provenance(self, raw: Raw) -> Provenance:
+    def _provenance(self, raw: RawRecord) -> Provenance:
         source = self.source
         stated = raw.licence or source.licence
         licence = licences.normal(stated)
@@ -131,14 +137,14 @@ class Reader:
         except ValueError as error:
             raise Refused("missing_field", str(error)) from None
 
-    def _check_length(self, raw: Raw) -> None:
+    def _check_length(self, raw: RawRecord) -> None:
         length = sum(len(part) for part in raw.parts if isinstance(part, str))
         if length > self.config.max_text:
             raise Refused(
                 "text_too_long", f"{length} characters; {self.config.max_text} are allowed"
             )
 
-    def _check_text(self, raw: Raw) -> None:
+    def _check_text(self, raw: RawRecord) -> None:
         texts = [part for part in raw.parts if isinstance(part, str)]
         if not "".join(texts).strip():
             raise Refused("no_text", "the record holds no text")
@@ -156,7 +162,7 @@ class Reader:
 
     def _decode(self, data: bytes):
         config = self.config
-        if len(data) > LARGEST_PICTURE:
+        if len(data) > MAX_IMAGE_BYTES:
             raise Refused("record_too_large", f"an image of {len(data)} bytes")
         try:
             image = image_files.decode(io.BytesIO(data), "the image", plain=True)

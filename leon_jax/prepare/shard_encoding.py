@@ -29,7 +29,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from leon_jax.data import records
-from leon_jax.data.sources.raw_record import Raw, Reject, Shards, SourceConfig
+from leon_jax.data.sources.raw_record import RawRecord, Reject, ShardedSource, SourceConfig
 from leon_jax.documents import Document, Image, Text
 from leon_jax.prepare.config import TRAIN, PrepareConfig
 from leon_jax.prepare.encoding_models import load_models
@@ -61,7 +61,7 @@ class Shard:
     shard: str
 
 
-def plan(sources: Iterable[tuple[SourceConfig, Shards]]) -> list[Shard]:
+def plan(sources: Iterable[tuple[SourceConfig, ShardedSource]]) -> list[Shard]:
     """Returns all shards, numbered within their split in the order of the sources."""
     counts: dict[str, Iterator[int]] = {}
     return [
@@ -88,7 +88,7 @@ class Worker:
     def __init__(
         self,
         config: PrepareConfig,
-        sources: list[tuple[SourceConfig, Shards]],
+        sources: list[tuple[SourceConfig, ShardedSource]],
         folder: str,
         report: Callable[[int, int], None] = lambda documents, rejects: None,
     ):
@@ -208,13 +208,15 @@ class Worker:
         }
 
 
-def _blocks(records: Iterable[Raw | Reject], count: int) -> Iterator[list[Raw | Reject]]:
+def _blocks(
+    records: Iterable[RawRecord | Reject], count: int
+) -> Iterator[list[RawRecord | Reject]]:
     """Yields blocks of at most `count` records, fewer if their images exceed `_BLOCK_BYTES`."""
-    block: list[Raw | Reject] = []
+    block: list[RawRecord | Reject] = []
     size = 0
     for record in records:
         block.append(record)
-        size += sum(map(len, record.parts)) if isinstance(record, Raw) else 0
+        size += sum(map(len, record.parts)) if isinstance(record, RawRecord) else 0
         if len(block) == count or size > _BLOCK_BYTES:
             yield block
             block, size = [], 0

@@ -1,4 +1,4 @@
-"""Raw records to documents: what is refused and why, and what a picture becomes."""
+"""RawRecord records to documents: what is refused and why, and what a picture becomes."""
 
 import io
 import zlib
@@ -7,7 +7,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from leon_jax.data.sources.raw_record import REASONS, Raw, Reject, SourceConfig
+from leon_jax.data.sources.raw_record import REASONS, RawRecord, Reject, SourceConfig
 from leon_jax.documents import Text
 from leon_jax.prepare import record_reader
 from leon_jax.prepare.config import PrepareConfig
@@ -44,7 +44,7 @@ def read(*parts, source=SOURCE, config=None, key="cat", **fields):
         config, source, resolution=16, codes=4, preprocess=lambda pixels: pixels[:9, :9],
         count_tokens=len,
     )  # fmt: skip
-    return reader(Raw(key, parts, **fields))
+    return reader(RawRecord(key, parts, **fields))
 
 
 def test_a_picture_is_upright_on_white_cropped_and_fitted_for_every_model():

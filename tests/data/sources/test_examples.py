@@ -7,7 +7,7 @@ import pytest
 
 from leon_jax.cli import main
 from leon_jax.data.sources.open import open_source
-from leon_jax.data.sources.raw_record import Raw, SourceConfig
+from leon_jax.data.sources.raw_record import RawRecord, SourceConfig
 from leon_jax.retrieval.prepared_folder import PreparedFolder
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "data_format.md"
@@ -46,4 +46,4 @@ def test_a_shape_of_the_table_is_read(shape, tmp_path):
     for name in re.findall(r"\w+\.png", shape):
         (tmp_path / name).write_bytes(b"picture")
     [raw] = open_source(SourceConfig("jsonl", str(tmp_path))).read("a.jsonl:1")
-    assert isinstance(raw, Raw)
+    assert isinstance(raw, RawRecord)

@@ -10,7 +10,7 @@ import pytest
 
 from leon_jax.config import UserError
 from leon_jax.data.sources.open import open_source
-from leon_jax.data.sources.raw_record import Raw, Reject, SourceConfig
+from leon_jax.data.sources.raw_record import RawRecord, Reject, SourceConfig
 from tests.data.hostile_pictures import good
 
 
@@ -42,7 +42,7 @@ def test_a_saved_data_set(tmp_path):
     rows, pictures = table(text=texts, license=["CC0-1.0", None, "MIT"], width=[1, 2, 3])
     rows.save_to_disk(tmp_path / "cats")
     assert read(tmp_path / "cats") == [
-        Raw(f"train/{n}", (texts[n], pictures[n]), licence=("CC0-1.0", "", "MIT")[n])
+        RawRecord(f"train/{n}", (texts[n], pictures[n]), licence=("CC0-1.0", "", "MIT")[n])
         for n in range(3)
     ]
 
@@ -70,10 +70,10 @@ def test_several_captions_of_a_picture_are_a_group(tmp_path):
     rows, pictures = table(captions=[["a", None], [], ["c"]])
     rows.save_to_disk(tmp_path / "cats")
     assert read(tmp_path / "cats") == [
-        Raw("train/0/0", ("a", pictures[0]), group="train/0"),
+        RawRecord("train/0/0", ("a", pictures[0]), group="train/0"),
         Reject("train/0/1", "missing_field", "caption is missing"),
         Reject("train/1", "no_text", "the list of captions is empty"),
-        Raw("train/2/0", ("c", pictures[2]), group="train/2"),
+        RawRecord("train/2/0", ("c", pictures[2]), group="train/2"),
     ]
 
 

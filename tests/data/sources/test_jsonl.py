@@ -7,7 +7,7 @@ import pytest
 
 from leon_jax.config import UserError
 from leon_jax.data.sources.open import open_source
-from leon_jax.data.sources.raw_record import LARGEST_TEXT, Raw, Reject, SourceConfig
+from leon_jax.data.sources.raw_record import MAX_TEXT_BYTES, RawRecord, Reject, SourceConfig
 
 
 def read(path, **config):
@@ -32,18 +32,18 @@ def write(folder, *records):
 class TestShapes:
     def test_a_caption_comes_before_its_picture(self, folder):
         write(folder, {"image": "more/c.png", "text": "a grey cat"})
-        assert read(folder) == [Raw("cats.jsonl:1", ("a grey cat", b"picture more/c.png"))]
+        assert read(folder) == [RawRecord("cats.jsonl:1", ("a grey cat", b"picture more/c.png"))]
 
     def test_interleaved_parts_keep_their_order(self, folder):
         parts = [{"text": "one"}, {"image": "a.png"}, {"image": "b.png"}, {"text": "two"}]
         write(folder, {"parts": parts})
         expected = ("one", b"picture a.png", b"picture b.png", "two")
-        assert read(folder) == [Raw("cats.jsonl:1", expected)]
+        assert read(folder) == [RawRecord("cats.jsonl:1", expected)]
 
     def test_an_editing_pair(self, folder):
         write(folder, {"source": "a.png", "instruction": "make it night", "target": "b.png"})
         expected = (b"picture a.png", "make it night", b"picture b.png")
-        assert read(folder) == [Raw("cats.jsonl:1", expected)]
+        assert read(folder) == [RawRecord("cats.jsonl:1", expected)]
 
     def test_what_a_record_says_of_itself(self, folder):
         said = {
@@ -56,7 +56,7 @@ class TestShapes:
         }
         write(folder, {"image": "a.png", "text": "Katze", **said})
         said["origin"] = said.pop("source")
-        assert read(folder) == [Raw(parts=("Katze", b"picture a.png"), **said)]
+        assert read(folder) == [RawRecord(parts=("Katze", b"picture a.png"), **said)]
 
     @pytest.mark.parametrize(
         ("record", "attribute", "value"),
@@ -99,11 +99,11 @@ class TestShards:
         text = b"".join(self.LINES[n % 3].replace(b"%d", b"%d" % n) for n in range(20))
         (tmp_path / "a.jsonl").write_bytes(text + b'{"parts": [{"text": "last"}]}')
         expected = [
-            Raw(f"a.jsonl:{number}", (json.loads(line)["parts"][0]["text"],))
+            RawRecord(f"a.jsonl:{number}", (json.loads(line)["parts"][0]["text"],))
             for number, line in enumerate(text.decode().splitlines(), start=1)
             if line.strip()
         ]
-        expected.append(Raw("a.jsonl:21", ("last",)))
+        expected.append(RawRecord("a.jsonl:21", ("last",)))
         assert read(tmp_path, shard_size=size) == expected
         source = open_source(SourceConfig("jsonl", str(tmp_path), shard_size=size))
         assert len(source.shards()) == -(-21 // size)
@@ -135,9 +135,9 @@ class TestShards:
     @pytest.mark.parametrize(("extra", "fits"), [(0, True), (1, False)])
     def test_the_longest_line(self, extra, fits, tmp_path):
         line = b'{"parts": [{"text": "a"}]}'
-        line += b" " * (LARGEST_TEXT - len(line) + extra)
+        line += b" " * (MAX_TEXT_BYTES - len(line) + extra)
         (tmp_path / "a.jsonl").write_bytes(line + b"\n" + line)
-        assert [isinstance(outcome, Raw) for outcome in read(tmp_path)] == [fits, fits]
+        assert [isinstance(outcome, RawRecord) for outcome in read(tmp_path)] == [fits, fits]
 
 
 class TestPaths:

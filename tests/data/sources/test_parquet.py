@@ -7,7 +7,7 @@ import pytest
 
 from leon_jax.config import UserError
 from leon_jax.data.sources.open import open_source
-from leon_jax.data.sources.raw_record import Raw, Reject, SourceConfig
+from leon_jax.data.sources.raw_record import RawRecord, Reject, SourceConfig
 from tests.data.hostile_pictures import good
 
 
@@ -38,7 +38,7 @@ def row(n, **fields):
 
 
 def raw(record, key=None):
-    return Raw(
+    return RawRecord(
         key or record["key"], (record["caption"], record["jpg"]),
         licence=record["license"] or "", attribution=record["url"],
     )  # fmt: skip
@@ -72,7 +72,7 @@ def test_pictures_that_could_not_be_had_are_refused(tmp_path):
 
 def test_few_columns(tmp_path):
     pq.write_table(pa.table({"text": ["a cat"], "png": [b"png"]}), tmp_path / "a.parquet")
-    assert read(tmp_path / "a.parquet") == [Raw("a.parquet:1", ("a cat", b"png"))]
+    assert read(tmp_path / "a.parquet") == [RawRecord("a.parquet:1", ("a cat", b"png"))]
 
 
 def test_other_columns(tmp_path):

@@ -18,7 +18,7 @@ from tensorflow_datasets.object_detection import coco, coco_captions
 from leon_jax.config import UserError
 from leon_jax.data.records import from_png
 from leon_jax.data.sources.open import open_source
-from leon_jax.data.sources.raw_record import Raw, SourceConfig
+from leon_jax.data.sources.raw_record import RawRecord, SourceConfig
 from tests.data.hostile_pictures import encoded, pixels
 
 # Making a data set needs a package that tensorflow-datasets does not install; Python has it too.
@@ -118,7 +118,7 @@ class TestCocoCaptions:
         folder, pictures = captions
         outcomes = {outcome.key: outcome for outcome in read(folder, name="coco")}
         expected = {
-            f"{picture}/{n}": Raw(f"{picture}/{n}", (text, jpeg), group=str(picture))
+            f"{picture}/{n}": RawRecord(f"{picture}/{n}", (text, jpeg), group=str(picture))
             for picture, (texts, jpeg) in pictures.items()
             for n, text in enumerate(texts)
         }
@@ -135,8 +135,8 @@ class TestCocoCaptions:
         folder, _ = captions
         whole = read(folder)
         parts = read(folder, read_split="train[:40%]") + read(folder, read_split="train[40%:]")
-        keys = [outcome.key for outcome in parts if isinstance(outcome, Raw)]
-        assert keys == [outcome.key for outcome in whole if isinstance(outcome, Raw)]
+        keys = [outcome.key for outcome in parts if isinstance(outcome, RawRecord)]
+        assert keys == [outcome.key for outcome in whole if isinstance(outcome, RawRecord)]
 
     def test_a_pickled_source_needs_nothing_but_the_folder(self, captions):
         source = open_source(SourceConfig("tfds", captions[0], shard_size=2))
@@ -226,7 +226,7 @@ class TestOtherDataSets:
         position = data.index(b"Katze 1")
         file.write_bytes(data[:position] + b"Katzen!" + data[position + 7 :])
         outcomes = read(copy)
-        assert [isinstance(outcome, Raw) for outcome in outcomes] == [True, False, True]
+        assert [isinstance(outcome, RawRecord) for outcome in outcomes] == [True, False, True]
         assert outcomes[1].reason == "unreadable_record"
 
 

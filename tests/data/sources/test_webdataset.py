@@ -10,7 +10,7 @@ import pytest
 
 from leon_jax.config import UserError
 from leon_jax.data.sources.open import open_source
-from leon_jax.data.sources.raw_record import LARGEST_PICTURE, Raw, SourceConfig
+from leon_jax.data.sources.raw_record import MAX_IMAGE_BYTES, RawRecord, SourceConfig
 from tests.data.hostile_pictures import good
 from tests.data.hostile_tar import member
 
@@ -53,7 +53,7 @@ class TestTheLibrarysFiles:
             for sample in samples:
                 writer.write({**sample, "jpg": sample["jpg"]})
         assert read(tmp_path) == [
-            Raw(f"key {n}", (sample["txt"], sample["jpg"]), licence="CC-BY-4.0")
+            RawRecord(f"key {n}", (sample["txt"], sample["jpg"]), licence="CC-BY-4.0")
             for n, sample in enumerate(samples)
         ]
 
@@ -72,7 +72,7 @@ class TestTheLibrarysFiles:
             if {"txt", "jpg"} <= set(sample)
         ]
         assert len(expected) == 4
-        raws = [outcome for outcome in read(tmp_path) if isinstance(outcome, Raw)]
+        raws = [outcome for outcome in read(tmp_path) if isinstance(outcome, RawRecord)]
         assert [(raw.key, raw.parts) for raw in raws] == expected
 
 
@@ -88,7 +88,7 @@ class TestSamples:
             **{"000010005.jpg": b"jpg", "000010005.json": json.dumps(fields).encode()},
         )
         assert read(tmp_path) == [
-            Raw(
+            RawRecord(
                 "000010005", ("a cat", b"jpg"), licence="CC0-1.0",
                 attribution="https://example.org/cat.jpg",
             )
@@ -137,14 +137,14 @@ class TestLimits:
             file.write(END)
         source = open_source(SourceConfig("webdataset", str(tmp_path)))
         tracemalloc.start()
-        count = sum(isinstance(outcome, Raw) for outcome in source.read("a.tar"))
+        count = sum(isinstance(outcome, RawRecord) for outcome in source.read("a.tar"))
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         assert count == 3_000
         assert peak < 2**20
 
     def test_pictures_of_one_sample_share_a_limit(self, tmp_path):
-        half = LARGEST_PICTURE // 2
+        half = MAX_IMAGE_BYTES // 2
         with open(tmp_path / "a.tar", "wb") as file:
             for name, size in (("a.jpg", half), ("a.png", half), ("a.gif", 1)):
                 file.write(member(name, b"x" * size))
@@ -152,7 +152,7 @@ class TestLimits:
             file.write(END)
         first, second = read(tmp_path)
         assert (first.key, first.reason) == ("a/a", "record_too_large")
-        assert second == Raw("a/b", ("b", b"jpg"))
+        assert second == RawRecord("a/b", ("b", b"jpg"))
 
     def test_a_sample_that_may_lack_its_licence_is_not_used(self, tmp_path):
         """The archive is cut before the rest of the sample, so its claims are not known."""
