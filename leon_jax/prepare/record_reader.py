@@ -24,7 +24,7 @@ Pixels = UInt8[np.ndarray, "h w 3"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Ready:
+class PreprocessedDocument:
     """A document that passed every check, with its images preprocessed for each model.
 
     Attributes:
@@ -41,7 +41,7 @@ class Ready:
     encoder_inputs: tuple[np.ndarray, ...]
 
 
-class Refused(Exception):
+class RejectError(Exception):
     """A record is rejected, with a reason and a detail."""
 
     def __init__(self, reason: Reason, detail: str):
@@ -49,7 +49,7 @@ class Refused(Exception):
         self.reason, self.detail = reason, detail
 
 
-class Reader:
+class RecordReader:
     """Converts raw records of one source into documents. It is thread-safe.
 
     Args:
@@ -74,16 +74,16 @@ class Reader:
         self.resolution, self.codes = resolution, codes
         self.preprocess, self.count_tokens = preprocess, count_tokens
 
-    def __call__(self, raw: RawRecord | Reject) -> Ready | Reject:
+    def __call__(self, raw: RawRecord | Reject) -> PreprocessedDocument | Reject:
         """Checks, decodes and preprocesses one record. Bad content never raises an exception."""
         if isinstance(raw, Reject):
             return raw
         try:
             return self._read(raw)
-        except Refused as refused:
-            return Reject(raw.key, refused.reason, refused.detail[:300])
+        except RejectError as error:
+            return Reject(raw.key, error.reason, error.detail[:300])
 
-    def _read(self, raw: RawRecord) -> Ready:
+    def _read(self, raw: RawRecord) -> PreprocessedDocument:
         # The cheapest checks come first.
         provenance = self._provenance(raw)
         # Normalising a very long hostile text can be slow, so check its length before.
@@ -108,23 +108,23 @@ class Reader:
             squares.append(fit_picture(image, self.resolution))
             encoder_inputs.append(self.preprocess(np.asarray(image)))
         if size is None:
-            raise Refused("no_picture", "the record holds no image")
+            raise RejectError("no_picture", "the record holds no image")
         document = Document(tuple(parts), provenance)
-        return Ready(document, size, tuple(squares), tuple(encoder_inputs))
+        return PreprocessedDocument(document, size, tuple(squares), tuple(encoder_inputs))
 
     def _provenance(self, raw: RawRecord) -> Provenance:
         source = self.source
         stated = raw.licence or source.licence
         licence = licences.normal(stated)
         if licence is None:
-            raise Refused(
+            raise RejectError(
                 "licence_unknown",
                 f"its licence {stated!r} is not an SPDX expression"
                 if stated
                 else "neither the record nor its source states a licence",
             )
         if not licences.allows(self.config.licences, licence):
-            raise Refused("licence_not_allowed", f"its licence is {licence}")
+            raise RejectError("licence_not_allowed", f"its licence is {licence}")
         try:
             return Provenance(
                 key=raw.key,
@@ -135,45 +135,47 @@ class Reader:
                 group=raw.group,
             )
         except ValueError as error:
-            raise Refused("missing_field", str(error)) from None
+            raise RejectError("missing_field", str(error)) from None
 
     def _check_length(self, raw: RawRecord) -> None:
         length = sum(len(part) for part in raw.parts if isinstance(part, str))
         if length > self.config.max_text:
-            raise Refused(
+            raise RejectError(
                 "text_too_long", f"{length} characters; {self.config.max_text} are allowed"
             )
 
     def _check_text(self, raw: RawRecord) -> None:
         texts = [part for part in raw.parts if isinstance(part, str)]
         if not "".join(texts).strip():
-            raise Refused("no_text", "the record holds no text")
+            raise RejectError("no_text", "the record holds no text")
         for text in (raw.key, raw.attribution, raw.language, raw.origin, raw.group, *texts):
             try:
                 text.encode()
             except UnicodeEncodeError:
-                raise Refused("not_utf8", "the text holds a lone surrogate") from None
+                raise RejectError("not_utf8", "the text holds a lone surrogate") from None
         count = len(raw.parts)
         # <break> separates the parts, and </s> stands at both ends.
         tokens = sum(map(self.count_tokens, texts)) + count + 1
         tokens += (count - len(texts)) * self.codes
         if tokens > self.config.max_tokens:
-            raise Refused("too_many_tokens", f"{tokens} ids; {self.config.max_tokens} are allowed")
+            raise RejectError(
+                "too_many_tokens", f"{tokens} ids; {self.config.max_tokens} are allowed"
+            )
 
     def _decode(self, data: bytes):
         config = self.config
         if len(data) > MAX_IMAGE_BYTES:
-            raise Refused("record_too_large", f"an image of {len(data)} bytes")
+            raise RejectError("record_too_large", f"an image of {len(data)} bytes")
         try:
             image = image_files.decode(io.BytesIO(data), "the image", plain=True)
         except image_files.ImageError as error:
-            raise Refused(error.reason, str(error)) from None
+            raise RejectError(error.reason, str(error)) from None
         shorter, longer = sorted(image.size)
         size = f"{image.width} x {image.height} pixels"
         if shorter < config.min_side:
-            raise Refused("picture_too_small", f"{size}; the shorter side must be at least "
+            raise RejectError("picture_too_small", f"{size}; the shorter side must be at least "
                           f"{config.min_side}")  # fmt: skip
         if longer > config.max_aspect * shorter:
-            raise Refused("picture_too_narrow", f"{size}; one side may be at most "
+            raise RejectError("picture_too_narrow", f"{size}; one side may be at most "
                           f"{config.max_aspect:g} times the other")  # fmt: skip
         return image

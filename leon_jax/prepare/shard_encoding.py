@@ -33,7 +33,7 @@ from leon_jax.data.sources.raw_record import RawRecord, Reject, ShardedSource, S
 from leon_jax.documents import Document, Image, Text
 from leon_jax.prepare.config import TRAIN, PrepareConfig
 from leon_jax.prepare.encoding_models import load_models
-from leon_jax.prepare.record_reader import Reader, Ready
+from leon_jax.prepare.record_reader import PreprocessedDocument, RecordReader
 from leon_jax.retrieval.encoder import normalise
 from leon_jax.retrieval.selection import drop_tokens
 from leon_jax.retrieval.vector_index import save_rows
@@ -121,7 +121,7 @@ class Worker:
         config, source = self.sources[shard.source]
         config = dataclasses.replace(config, name=self.config.titles[shard.source])
         models = self.models
-        reader = Reader(
+        reader = RecordReader(
             self.config,
             config,
             resolution=models.tokenizer.resolution,
@@ -142,19 +142,19 @@ class Worker:
 
             def documents() -> Iterator[Document]:
                 for block in _blocks(source.read(shard.shard), self.config.block):
-                    ready: list[Ready] = []
+                    batch: list[PreprocessedDocument] = []
                     for result in threads.map(reader, block):
                         if isinstance(result, Reject):
                             rejects.write(line(dataclasses.asdict(result)))
                         else:
-                            ready.append(result)
-                    self.report(len(ready), len(block) - len(ready))
-                    if not ready:
+                            batch.append(result)
+                    self.report(len(batch), len(block) - len(batch))
+                    if not batch:
                         continue
-                    encoded = self._encode_images(ready)
-                    for name, array in self._arrays(ready, train).items():
+                    encoded = self._encode_images(batch)
+                    for name, array in self._arrays(batch, train).items():
                         chunks[name].append(array)
-                    for document, result in zip(encoded, ready, strict=True):
+                    for document, result in zip(encoded, batch, strict=True):
                         listing.write(line(describe(document, result.size)))
                         yield document
 
@@ -162,12 +162,12 @@ class Worker:
         for name, arrays in chunks.items():
             save_rows(folder / f"{name}.npy", np.concatenate(arrays))
 
-    def _encode_images(self, ready: list[Ready]) -> list[Document]:
+    def _encode_images(self, batch: list[PreprocessedDocument]) -> list[Document]:
         """Returns the documents with image codes beside the pixels of every image."""
-        squares = [square for item in ready for square in item.squares]
+        squares = [square for item in batch for square in item.squares]
         codes = iter(self.models.tokenizer.encode(normalize(np.stack(squares))))
         documents = []
-        for item in ready:
+        for item in batch:
             parts = [
                 Image(part.pixels, next(codes)) if isinstance(part, Image) else part
                 for part in item.document.parts
@@ -175,21 +175,21 @@ class Worker:
             documents.append(dataclasses.replace(item.document, parts=tuple(parts)))
         return documents
 
-    def _arrays(self, ready: list[Ready], train: bool) -> dict[str, np.ndarray]:
+    def _arrays(self, batch: list[PreprocessedDocument], train: bool) -> dict[str, np.ndarray]:
         """Returns the embeddings and digests of documents, by the names in `ARRAYS`.
 
         For train documents a fraction `selection.query_dropout` of the tokens of the query text is
         dropped (CM3Leon, section 2.1). The document's key seeds the random choice.
         """
         encoder, selection = self.models.encoder, self.config.selection
-        encoder_inputs = [array for item in ready for array in item.encoder_inputs]
-        rows = [row for row, item in enumerate(ready) for _ in item.encoder_inputs]
-        image = np.zeros((len(ready), encoder.dimensions), np.float32)
+        encoder_inputs = [array for item in batch for array in item.encoder_inputs]
+        rows = [row for row, item in enumerate(batch) for _ in item.encoder_inputs]
+        image = np.zeros((len(batch), encoder.dimensions), np.float32)
         np.add.at(image, rows, encoder.embed_preprocessed(encoder_inputs))
         image = normalise(image)
-        texts = [item.document.text for item in ready]
+        texts = [item.document.text for item in batch]
         text = encoder.embed_texts(texts)
-        keys = [_key_digest(item.document) for item in ready]
+        keys = [_key_digest(item.document) for item in batch]
         if train and selection.query_dropout:
             query_texts = [
                 drop_tokens(document_text, encoder.text, selection.query_dropout,
@@ -203,7 +203,7 @@ class Worker:
             "document": _half(normalise(text + image)),
             "text": _half(query),
             "image": _half(image),
-            "content": np.stack([_content_digest(item.document) for item in ready]),
+            "content": np.stack([_content_digest(item.document) for item in batch]),
             "key": np.stack(keys),
         }
 

@@ -18,7 +18,7 @@ def files_of(folder: pathlib.Path) -> dict[str, bytes]:
     }
 
 
-def left_beside(folder: pathlib.Path) -> list[str]:
+def files_beside(folder: pathlib.Path) -> list[str]:
     """The names of all files beside a prepared folder except its lock."""
     expected = (folder.name, f".{folder.name}.lock")
     return sorted(path.name for path in folder.parent.iterdir() if path.name not in expected)

@@ -13,7 +13,7 @@ from leon_jax.prepare import prepare as preparing
 from leon_jax.prepare.config import DuplicatesConfig
 from leon_jax.retrieval.prepared_folder import PreparedFolder
 from tests import tiny
-from tests.prepare.folders import files_of, left_beside
+from tests.prepare.folders import files_beside, files_of
 
 
 @pytest.fixture
@@ -103,7 +103,7 @@ def test_removal_deletes_documents_from_all_files_and_changes_no_others(folder):
     assert manifest["splits"] == {"train": 10, "exam": 3}
     assert manifest["counts"]["train"]["rejected"]["removed_by_request"] == 2
     assert audit_and_removal.audit(folder, "openmoji/3")[0]["reason"] == "removed_by_request"
-    assert not left_beside(folder)
+    assert not files_beside(folder)
 
 
 def test_removed_documents_stay_removed_when_the_folder_is_prepared_again(folder):

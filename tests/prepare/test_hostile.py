@@ -14,7 +14,7 @@ import pytest
 
 from leon_jax.prepare.gather import read_lines
 from tests.data import hostile
-from tests.prepare.folders import left_beside
+from tests.prepare.folders import files_beside
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 COUNT = 3_400
@@ -41,7 +41,7 @@ def test_every_hostile_record_is_used_or_in_the_rejects_with_its_reason(tmp_path
 
     # Only the folder was written, and the corpus did not change.
     assert sorted(os.walk(tmp_path / "data")) == before
-    assert not left_beside(out)
+    assert not files_beside(out)
     # Two threads may each decode an image of 64 million pixels, 200 MiB, in several copies.
     assert result["after"] - result["before"] < 2500, result
 

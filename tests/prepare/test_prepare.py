@@ -26,7 +26,7 @@ from leon_jax.tokenizers.image import ImageTokenizer, fit_picture, normalize
 from leon_jax.tokenizers.text import TextTokenizer
 from tests import tiny
 from tests.listed import Listed
-from tests.prepare.folders import NEVER_NEAR, files_of, left_beside, make, splits
+from tests.prepare.folders import NEVER_NEAR, files_beside, files_of, make, splits
 
 
 def test_records_keep_their_order_and_gain_codes(checkpoint, out):
@@ -113,7 +113,7 @@ def test_other_inputs_replace_the_folder(checkpoint, out, change):
         assert manifest["splits"] == {"train": 6, "unseen": 0}
         assert manifest["counts"]["train"]["rejected"] == {"licence_not_allowed": 2}
     assert json.loads((out / "manifest.json").read_text()) == manifest
-    assert not left_beside(out)
+    assert not files_beside(out)
 
 
 def test_a_folder_with_more_variants_is_used_and_one_with_fewer_is_replaced(checkpoint, out):
@@ -211,7 +211,7 @@ def test_a_killed_run_resumes_and_ends_with_the_same_bytes(checkpoint, tmp_path,
         assert not out.exists() or files_of(out) in (older, expected)
     assert stops > 4
     assert files_of(out) == expected
-    assert not left_beside(out)
+    assert not files_beside(out)
 
 
 def test_a_full_disk_raises_an_error_and_finished_work_remains(checkpoint, out, monkeypatch):
@@ -275,7 +275,7 @@ def test_a_folder_is_restored_after_a_killed_replacement(checkpoint, out, monkey
         folder_lock.replace(out, out.parent / "new")
     (out.parent / ".prepared.preparing").mkdir()
     assert make(checkpoint, out, run=lambda *_: pytest.fail("prepared again")) == older
-    assert left_beside(out) == ["new"]
+    assert files_beside(out) == ["new"]
 
 
 def test_sources_with_equal_file_names_are_named_by_their_paths(checkpoint, out):

@@ -11,7 +11,7 @@ from leon_jax.data.sources.raw_record import REASONS, RawRecord, Reject, SourceC
 from leon_jax.documents import Text
 from leon_jax.prepare import record_reader
 from leon_jax.prepare.config import PrepareConfig
-from leon_jax.prepare.record_reader import Reader
+from leon_jax.prepare.record_reader import RecordReader
 
 SOURCE = SourceConfig("jsonl", "cats", name="cats", licence="CC-BY-4.0", attribution="me")
 NO_LICENCE = SourceConfig("jsonl", "cats", name="cats")
@@ -40,7 +40,7 @@ def claiming(width, height):
 def read(*parts, source=SOURCE, config=None, key="cat", **fields):
     settings = {"min_side": 8, "max_aspect": 2.0, "max_text": 100, "max_tokens": 40}
     config = PrepareConfig((source,), "t", "e", "x", **settings | (config or {}))
-    reader = Reader(
+    reader = RecordReader(
         config, source, resolution=16, codes=4, preprocess=lambda pixels: pixels[:9, :9],
         count_tokens=len,
     )  # fmt: skip
@@ -52,19 +52,19 @@ def test_an_image_is_rotated_composited_on_white_cropped_and_resized_for_every_m
     left_red.paste((255, 0, 0, 255), (0, 0, 20, 20))
     exif = PIL.Image.Exif()
     exif[0x0112] = 6  # viewers rotate the image by 90 degrees clockwise
-    ready = read("a flag", encoded(left_red, exif=exif), config={"picture_side": 20})
-    assert ready.size == (20, 40)
-    pixels = ready.document.pixels
+    result = read("a flag", encoded(left_red, exif=exif), config={"picture_side": 20})
+    assert result.size == (20, 40)
+    pixels = result.document.pixels
     assert pixels.shape == (20, 20, 3)
     assert (pixels[:10] == (255, 0, 0)).all() and (pixels[10:] == 255).all()
-    assert [square.shape for square in ready.squares] == [(16, 16, 3)]
-    assert [array.shape for array in ready.encoder_inputs] == [(9, 9, 3)]
+    assert [square.shape for square in result.squares] == [(16, 16, 3)]
+    assert [array.shape for array in result.encoder_inputs] == [(9, 9, 3)]
 
 
 def test_texts_are_normalised():
     """Texts are in NFC with single spaces, and tokens are counted after normalisation."""
-    ready = read("  cafe\u0301\t au\r\n\u3000lait\u00a0", GOOD, " \u1112\u1161\u11ab\n")
-    texts = [part.text for part in ready.document.parts if isinstance(part, Text)]
+    result = read("  cafe\u0301\t au\r\n\u3000lait\u00a0", GOOD, " \u1112\u1161\u11ab\n")
+    texts = [part.text for part in result.document.parts if isinstance(part, Text)]
     assert texts == ["caf\u00e9 au lait", "\ud55c"]
     assert not isinstance(read("a" + " " * 60 + "b", GOOD), Reject), "three tokens of text"
 
@@ -131,4 +131,4 @@ def test_a_document_with_exactly_the_maximum_number_of_ids_is_accepted():
 def test_rejects_of_a_source_pass_through():
     reject = Reject("shard 3", "unreadable_shard", "the tar ends early")
     config = PrepareConfig((SOURCE,), "t", "e", "x")
-    assert Reader(config, SOURCE, 16, 4, lambda p: p, len)(reject) is reject
+    assert RecordReader(config, SOURCE, 16, 4, lambda p: p, len)(reject) is reject

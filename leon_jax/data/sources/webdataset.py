@@ -139,7 +139,7 @@ class _Sample:
     error: RecordError | None = None
 
 
-class _Metered:
+class _LimitedFile:
     """A file for `tarfile` that limits the bytes of the next reads and the size of the file.
 
     Args:
@@ -184,7 +184,7 @@ class _Metered:
         return self._file.tell()
 
 
-def _members(path: str) -> Iterator[tuple[tarfile.TarInfo, _Metered]]:
+def _members(path: str) -> Iterator[tuple[tarfile.TarInfo, _LimitedFile]]:
     """Yields the members of a tar file in order, each with the archive to read its contents from.
 
     Raises:
@@ -196,15 +196,15 @@ def _members(path: str) -> Iterator[tuple[tarfile.TarInfo, _Metered]]:
             gzipped = plain.read(len(_GZIP)) == _GZIP
             plain.seek(0)
             if not gzipped:
-                yield from _walk(_Metered(plain, length))
+                yield from _walk(_LimitedFile(plain, length))
                 return
             with gzip.open(plain) as unpacked:
-                yield from _walk(_Metered(unpacked, _MAX_COMPRESSION * length + 2**20))
+                yield from _walk(_LimitedFile(unpacked, _MAX_COMPRESSION * length + 2**20))
     except OSError as error:
         raise _unreadable(error) from error
 
 
-def _walk(archive: _Metered) -> Iterator[tuple[tarfile.TarInfo, _Metered]]:
+def _walk(archive: _LimitedFile) -> Iterator[tuple[tarfile.TarInfo, _LimitedFile]]:
     archive.allow(_MAX_HEADER_BYTES)
     try:
         tar = tarfile.TarFile(fileobj=archive)  # type: ignore[arg-type]
