@@ -124,7 +124,7 @@ class TestRefusals:
         [
             (b"", "is empty"),
             (b"just some text, not a picture", "not an image"),
-            (b"\x89PNG\r\n\x1a\n", "picture"),
+            (b"\x89PNG\r\n\x1a\n", "not an image"),
             (lambda folder: whole_png(folder)[:-6000], "damaged or truncated"),
             (lambda folder: whole_png(folder)[:60], "damaged or truncated"),
             (png_header(50_000, 50_000), "too many pixels"),
