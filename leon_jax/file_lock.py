@@ -1,4 +1,4 @@
-"""A lock between processes: a file that one of them holds, and that its end releases."""
+"""A file lock between processes, which the end of the holding process releases."""
 
 import contextlib
 import fcntl
@@ -9,18 +9,19 @@ from leon_jax.config import UserError
 
 
 class NoLocks(UserError):
-    """A file system, such as some mounts of Lustre, has no locks."""
+    """The file system has no locks, like some mounts of Lustre."""
 
 
 @contextlib.contextmanager
 def hold(path: pathlib.Path, on_busy: Callable[[], None]) -> Iterator[None]:
-    """Holds the lock of a file; the end of the process releases it, however it ends.
+    """Holds the lock of a file. The end of the process, of any kind, also releases it.
 
-    The file stays: were it removed, two processes could hold two files of its name.
+    The file is not removed. Otherwise two processes could lock two different files of this name.
 
     Args:
-      path: made if it does not exist.
-      on_busy: called if another process holds the lock. The lock is waited for unless it raises.
+      path: path of the lock file, which is created if it does not exist.
+      on_busy: called if another process holds the lock. The call may raise an exception; otherwise
+        this function waits for the lock.
 
     Raises:
       NoLocks: the file system of `path` has no locks.

@@ -1,6 +1,6 @@
-"""Where tests find the rendered emoji dataset: it is made once and kept.
+"""The rendered emoji dataset for tests, which is rendered once and reused.
 
-LEON_TEST_DATA names the folder; without it, it is the one that `make demo` uses.
+LEON_TEST_DATA names its folder; the default is the folder of `make demo`.
 """
 
 import functools
@@ -12,7 +12,7 @@ from leon_jax.datasets import demo
 
 @functools.cache
 def data_dir() -> str:
-    """The `data_dir` of a prepared emoji dataset."""
+    """Returns the `data_dir` of a rendered emoji dataset."""
     folder = os.environ.get("LEON_TEST_DATA", Path(__file__).resolve().parents[1] / "data/emoji")
     demo.make_dataset(folder)
     return os.fspath(folder)

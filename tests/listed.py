@@ -1,38 +1,38 @@
-"""Documents that are in memory, or in a sequence with random access, as a source."""
+"""A source of documents in a sequence, for tests."""
 
 import hashlib
 from collections.abc import Iterator
 
 from leon_jax.data.records import to_bytes, to_png
-from leon_jax.data.sources.raw_record import Raw, Reject
+from leon_jax.data.sources.raw_record import RawRecord, Reject
 from leon_jax.documents import Image, Source, Text
 
 
 class Listed:
-    """A sequence of documents; each has a provenance, and pictures with pixels.
+    """A source of documents that have a provenance, and images with pixels.
 
     Args:
-      documents: the sequence.
-      shard_size: how many a shard has.
+      documents: a sequence of documents.
+      shard_size: number of documents per shard.
     """
 
     def __init__(self, documents: Source, shard_size: int = 10_000):
         self.documents, self.shard_size = documents, shard_size
 
     def shards(self) -> list[str]:
-        """Ranges `start-stop`."""
+        """Returns the names of all shards, ranges `start-stop`."""
         count, size = len(self.documents), self.shard_size
         return [f"{start}-{min(start + size, count)}" for start in range(0, count, size)]
 
     def version(self, shard: str) -> str:
-        """A digest of the documents."""
+        """Returns a digest of the documents."""
         digest = hashlib.sha256()
         for index in self._range(shard):
             digest.update(to_bytes(self.documents[index]))
         return digest.hexdigest()
 
-    def read(self, shard: str) -> Iterator[Raw | Reject]:
-        """The documents of a range."""
+    def read(self, shard: str) -> Iterator[RawRecord | Reject]:
+        """Yields the records of a range of documents."""
         for index in self._range(shard):
             document = self.documents[index]
             provenance = document.provenance
@@ -49,7 +49,7 @@ class Listed:
                 yield Reject(provenance.key, "missing_field", "a part has neither text nor pixels")
                 continue
             fields = dict(vars(provenance))
-            yield Raw(parts=tuple(parts), origin=fields.pop("source"), **fields)
+            yield RawRecord(parts=tuple(parts), origin=fields.pop("source"), **fields)
 
     def _range(self, shard: str) -> range:
         start, stop = map(int, shard.split("-"))

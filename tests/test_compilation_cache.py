@@ -72,7 +72,7 @@ def test_a_folder_that_cannot_be_written_is_named_and_nothing_is_kept(tmp_path, 
     (tmp_path / "file").write_text("")
     assert compilation_cache.use_compilation_cache(tmp_path / "file" / "x") is None
     said = capsys.readouterr().err
-    assert said.startswith("compiled programs are not kept: cannot write ")
+    assert said.startswith("compiled programs are not cached: cannot write ")
     assert said.count("\n") == 1
 
 

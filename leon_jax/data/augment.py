@@ -1,8 +1,8 @@
-"""Random views of a drawing, cheap enough for the host: about 0.2 ms a picture.
+"""Random image augmentations on the host, at about 0.2 ms per image.
 
-Zoom, shift, mirror and blur are one resampling matrix an axis; all colour changes are one 3x3
-matrix. Two views carry a drawing from one design family towards another: *closing* wipes thin dark
-lines out and *outlining* draws dark lines where colours meet.
+Zoom, shift, mirroring and blur are one resampling matrix per axis; all colour changes are one 3x3
+matrix. Two augmentations move a drawing from one design towards another: *closing* removes thin
+dark lines, and *outlining* adds dark lines where colours meet.
 """
 
 import dataclasses
@@ -10,26 +10,26 @@ import dataclasses
 import numpy as np
 from jaxtyping import Float32, UInt8
 
-BACKGROUND = 255  # what lies outside the picture, and the paper that the drawings stand on
+BACKGROUND = 255  # white, the background of the drawings and the colour outside the image
 LUMINANCE = np.array([0.299, 0.587, 0.114], np.float32)  # Rec. 601
 
 
 @dataclasses.dataclass(frozen=True)
 class AugmentConfig:
-    """How strong the random views are; all zeros give the plain resized picture.
+    """Strengths of the random augmentations; all zeros give the resized image.
 
     Attributes:
-      zoom: the picture's scale is exp(uniform(-zoom, zoom)).
-      aspect: height over width is further changed by exp(uniform(-aspect, aspect)).
-      shift: the centre moves by up to this fraction of the side, each way.
+      zoom: the image is scaled by exp(uniform(-zoom, zoom)).
+      aspect: the ratio of height to width is multiplied by exp(uniform(-aspect, aspect)).
+      shift: maximum shift of the centre in each direction, as a fraction of the side.
       mirror: probability of swapping left and right.
-      blur: the largest extra Gaussian blur, in output pixels (standard deviation).
-      brightness: added to [0, 1] colours, up to this, either sign.
-      contrast, saturation: multiplied by exp(uniform(-x, x)).
-      hue: rotation of the colour wheel, up to this many degrees either way.
-      gray: probability of dropping all colour.
-      close: probability of wiping thin dark lines out.
-      outline: probability of drawing dark lines where colours meet.
+      blur: maximum standard deviation of the additional Gaussian blur, in output pixels.
+      brightness: maximum change of colours in [0, 1], of either sign.
+      contrast, saturation: each is multiplied by exp(uniform(-x, x)).
+      hue: maximum rotation of the hue in degrees, in either direction.
+      gray: probability of removing all colour.
+      close: probability of removing thin dark lines.
+      outline: probability of adding dark lines where colours meet.
     """
 
     zoom: float = 0.2
@@ -53,9 +53,14 @@ def augment(
     rng: np.random.Generator,
     mirror: bool = True,
 ) -> Float32[np.ndarray, "size size 3"]:
-    """A random view of `pixels`, `size` on each side, RGB in [0, 1].
+    """Returns a random augmentation of an image, RGB in [0, 1].
 
-    `mirror=False` forbids mirroring, for pictures that hold writing or tell left from right.
+    Args:
+      pixels: the image.
+      size: height and width of the result in pixels.
+      config: the strengths of the augmentations.
+      rng: source of all random numbers.
+      mirror: False disables mirroring, for images with text or with a left and a right.
     """
     chance = rng.random(3)
     if chance[0] < config.close:
@@ -78,38 +83,47 @@ def augment(
 
 
 def plain(pixels: UInt8[np.ndarray, "h w 3"], size: int) -> Float32[np.ndarray, "size size 3"]:
-    """The picture resized to `size` on each side with an area-like filter, RGB in [0, 1].
+    """Returns the image resized to `size` x `size` with an area-like filter, RGB in [0, 1].
 
-    Summed in float64, so that the result does not depend on how a matrix product is cut up.
+    Sums are in float64, so that the result does not depend on how a matrix product is blocked.
     """
     rows, columns = (_resampling(side, size).astype(np.float64) for side in pixels.shape[:2])
     return np.clip(_resample(pixels, rows, columns), 0, 1).astype(np.float32)
 
 
 def closing(pixels: UInt8[np.ndarray, "h w 3"], radius: int) -> UInt8[np.ndarray, "h w 3"]:
-    """Grey-scale closing a channel: dark features thinner than 2 * radius + 1 pixels vanish."""
-    return _spread(_spread(pixels, radius, np.maximum), radius, np.minimum)
+    """Applies a grey-scale closing to each channel.
+
+    It removes dark features thinner than 2 * radius + 1 pixels.
+    """
+    return _window(_window(pixels, radius, np.maximum), radius, np.minimum)
 
 
 def outlining(
     pixels: UInt8[np.ndarray, "h w 3"], radius: int, strength: float
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """Darkens places where brightness changes within `radius` pixels (a morphological gradient)."""
-    high, low = _spread(pixels, radius, np.maximum), _spread(pixels, radius, np.minimum)
+    """Darkens edges, where colours differ within `radius` pixels (a morphological gradient).
+
+    Args:
+      pixels: the image.
+      radius: radius of the edges in pixels.
+      strength: in [0, 1]; 1 makes strong edges black.
+    """
+    high, low = _window(pixels, radius, np.maximum), _window(pixels, radius, np.minimum)
     edges = (high - low).max(-1, keepdims=True)
     return (pixels * (1 - strength * np.minimum(edges / np.float32(96), 1))).astype(np.uint8)
 
 
-def _spread(pixels: np.ndarray, radius: int, best: np.ufunc) -> np.ndarray:
-    """The best value within a square of side 2 * radius + 1, one axis at a time."""
+def _window(pixels: np.ndarray, radius: int, reduce: np.ufunc) -> np.ndarray:
+    """Returns the maximum or minimum in a square window of side 2 * radius + 1 at each pixel."""
     for axis in (0, 1):
         for _ in range(radius):
             result = pixels.copy()
-            ahead, behind = [slice(None)] * 3, [slice(None)] * 3
-            ahead[axis], behind[axis] = slice(1, None), slice(None, -1)
-            one, other = result[tuple(behind)], result[tuple(ahead)]
-            best(one, pixels[tuple(ahead)], out=one)
-            best(other, pixels[tuple(behind)], out=other)
+            after, before = [slice(None)] * 3, [slice(None)] * 3
+            after[axis], before[axis] = slice(1, None), slice(None, -1)
+            first, second = result[tuple(before)], result[tuple(after)]
+            reduce(first, pixels[tuple(after)], out=first)
+            reduce(second, pixels[tuple(before)], out=second)
             pixels = result
     return pixels
 
@@ -122,46 +136,58 @@ def _resampling(
     blur: float = 0.0,
     flip: bool = False,
 ) -> Float32[np.ndarray, "target source"]:
-    """One axis of the view as a matrix of Gaussian weights.
+    """Returns the resampling matrix of one axis, with Gaussian weights.
 
-    Rows sum to 1 inside the picture and to less where the window reaches beyond it.
+    A row sums to 1 inside the image, and to less where its window reaches beyond the image.
+
+    Args:
+      source: side of the input in pixels.
+      target: side of the output in pixels.
+      scale: magnification; 1 fits the whole input into the output.
+      shift: shift of the content, as a fraction of the side.
+      blur: standard deviation of the additional blur, in output pixels.
+      flip: whether to mirror the axis.
     """
-    step = source / (target * scale)  # source pixels an output pixel
-    places = (np.arange(target, dtype=np.float32) + 0.5 - target / 2) * step
-    places = (places[::-1] if flip else places) + source * (0.5 - shift)
-    # 0.45 of a step stands in for an area filter without visible aliasing; the floor keeps
-    # magnification smooth.
+    step = source / (target * scale)  # source pixels per output pixel
+    centres = (np.arange(target, dtype=np.float32) + 0.5 - target / 2) * step
+    centres = (centres[::-1] if flip else centres) + source * (0.5 - shift)
+    # A deviation of 0.45 steps acts like an area filter without visible aliasing. The minimum of
+    # 0.4 pixels makes magnification smooth.
     deviation = np.hypot(max(0.45 * step, 0.4), blur * step)
-    distance = (np.arange(-source // 2, source + source // 2, dtype=np.float32) + 0.5)[None]
-    weights = np.exp(-0.5 * np.square((distance - places[:, None]) / deviation))
+    positions = (np.arange(-source // 2, source + source // 2, dtype=np.float32) + 0.5)[None]
+    weights = np.exp(-0.5 * np.square((positions - centres[:, None]) / deviation))
     weights /= weights.sum(1, keepdims=True) + 1e-12
     start = source // 2 + source % 2
     return weights[:, start : start + source].astype(np.float32)
 
 
 def _resample(pixels: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """Applies both matrices to the picture's distance from the background, scaled to [0, 1]."""
-    ink = (BACKGROUND - pixels.astype(rows.dtype)) / 255
-    height, width, _ = ink.shape
-    half = (rows @ ink.reshape(height, width * 3)).reshape(len(rows), width, 3)
-    return BACKGROUND / 255 - np.matmul(columns[None], half)
+    """Resamples both axes of an image and scales it to [0, 1].
+
+    The matrices apply to the difference from the background, so that pixels outside the image get
+    the background colour.
+    """
+    difference = (BACKGROUND - pixels.astype(rows.dtype)) / 255
+    height, width, _ = difference.shape
+    resized_rows = (rows @ difference.reshape(height, width * 3)).reshape(len(rows), width, 3)
+    return BACKGROUND / 255 - np.matmul(columns[None], resized_rows)
 
 
 def _colour(
     config: AugmentConfig, rng: np.random.Generator, gray: bool
 ) -> tuple[Float32[np.ndarray, "3 3"], Float32[np.ndarray, "3"]]:
-    """A random colour change, `rgb @ matrix + offset`."""
+    """Returns a random colour change as a matrix and an offset: `rgb @ matrix + offset`."""
     saturation, contrast, hue, brightness = rng.uniform(-1, 1, 4)
     to_gray = np.outer(LUMINANCE, np.ones(3, np.float32))
     amount = 0.0 if gray else np.exp(saturation * config.saturation)
     matrix = amount * np.eye(3, dtype=np.float32) + (1 - amount) * to_gray
-    # Rotation about the gray axis (1, 1, 1)/sqrt(3) (Rodrigues' formula), written for row vectors.
+    # Rodrigues' formula for a rotation about the gray axis (1, 1, 1)/sqrt(3), for row vectors.
     angle = np.deg2rad(hue * config.hue)
     cross = np.array([[0, 1, -1], [-1, 0, 1], [1, -1, 0]], np.float32) / np.sqrt(3)
     axis = np.full((3, 3), 1 / 3, np.float32)
     rotation = np.cos(angle) * (np.eye(3) - axis) + axis + np.sin(angle) * cross
     gain = np.exp(contrast * config.contrast)
     matrix = (matrix @ rotation * gain).astype(np.float32)
-    # Contrast pivots about white, so the paper stays white.
+    # White is the fixed point of a contrast change, so the background stays white.
     offset = 1 - gain + brightness * config.brightness
     return matrix, np.full(3, offset, np.float32)

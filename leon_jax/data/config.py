@@ -1,4 +1,4 @@
-"""What a decoder is trained on: prepared folders, and how their documents become rows of tokens."""
+"""Configuration of the decoder's training data: prepared folders, examples and packing."""
 
 import dataclasses
 from typing import Literal
@@ -10,16 +10,17 @@ from leon_jax.config import UserError
 class ExampleConfig:
     """How documents become training examples; `DataConfig` and `MixtureComponent` share it.
 
-    A component of a mixture takes the run's value where it has None. A run has no None: it takes
+    In a `MixtureComponent`, None means the value of the `DataConfig`. In a `DataConfig`, None means
     the value of `DEFAULTS`.
 
     Attributes:
-      retrieved: probabilities of 0, 1, 2, ... retrieved documents; (1.0,) turns retrieval off.
-      variants: how many variants of the images there are to choose from, one for each example with
-        retrieved documents (see `leon_jax.data.image_variants`); 1: the images as they are.
-      unchanged: probability that an example takes the images as they are all the same, in 0..1.
-      balance: 0 takes every document equally often as a query, 1 every group of documents (see
-        `Provenance.group`); in between, groups of n count as n ** (1 - balance).
+      retrieved: probabilities of 0, 1, 2, ... retrieved documents; (1.0,) disables retrieval.
+      variants: number of image variants, at least 1 (see `leon_jax.data.image_variants`). An
+        example with retrieved documents uses a random one; 1 means unchanged images.
+      unchanged: probability in [0, 1] that an example uses unchanged images anyway.
+      balance: how queries are sampled. 0 samples all documents equally often, 1 all groups of
+        documents equally often (see `Provenance.group`). In between, a group of n documents has
+        the weight n ** (1 - balance).
 
     Raises:
       UserError: a value is out of range.
@@ -42,7 +43,7 @@ class ExampleConfig:
             raise UserError(f"unchanged is {self.unchanged}; it must be between 0 and 1")
 
     def _missing(self, defaults: "ExampleConfig") -> dict[str, object]:
-        """What `defaults` says of the fields of `ExampleConfig` that are None here."""
+        """Returns the values of `defaults` for the fields of `ExampleConfig` that are None here."""
         names = [field.name for field in dataclasses.fields(ExampleConfig)]
         return {name: getattr(defaults, name) for name in names if getattr(self, name) is None}
 
@@ -52,12 +53,12 @@ DEFAULTS = ExampleConfig(retrieved=(1.0,), variants=1, unchanged=0.0, balance=0.
 
 @dataclasses.dataclass(frozen=True)
 class MixtureComponent(ExampleConfig):
-    """One of the prepared folders of a mixture.
+    """One prepared folder of a mixture.
 
     Attributes:
-      folder: made by `leon prepare`.
-      split: which of its splits.
-      weight: how many examples come from here, relative to the other components; above 0.
+      folder: a folder made by `leon prepare`.
+      split: the split of the folder to train on.
+      weight: share of the examples, relative to the other components; above 0.
 
     Raises:
       UserError: a value is out of range.
@@ -73,32 +74,32 @@ class MixtureComponent(ExampleConfig):
             raise UserError(f"weight is {self.weight}; it must be above 0")
 
     def filled(self, defaults: ExampleConfig) -> "MixtureComponent":
-        """The same component with the values of `defaults` where it has None."""
+        """Returns the component with the values of `defaults` for fields that are None."""
         return dataclasses.replace(self, **self._missing(defaults))  # type: ignore[arg-type]
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig(ExampleConfig):
-    """What a run of the decoder is trained on: one prepared folder, or a mixture of several.
+    """Training data of a decoder: one prepared folder, or a mixture of several.
 
     Attributes:
-      folder: made by `leon prepare`; "" for a mixture.
-      split: which of its splits.
-      mixture: several folders instead; examples are chosen in proportion to their weights.
-      text: the text tokenizer's file.
-      image_shape: rows and columns of an image's codes.
-      length: tokens of a row; the model's `max_length` or less.
-      per_modality: how many of a document's neighbours retrieved ones are chosen from, of those
-        found through its text and of those found through its image; the best of each.
-      packing: how examples become rows (see `leon_jax.data.packing`): "whole", none is cut, and
-        retrieved documents that do not fit the row are left out; or "stream", examples of any
-        length, cut where a row is full.
-      packing_bins: of "whole": rows that are filled side by side, in batches; more bins pad less,
-        and cost a longer replay after a restart.
-      threads: threads that make examples ahead; 0 makes them when they are needed.
+      folder: a folder made by `leon prepare`; "" for a mixture.
+      split: the split of the folder to train on.
+      mixture: several folders; examples are sampled in proportion to their weights.
+      text: path of the text tokenizer.
+      image_shape: rows and columns of the codes of an image.
+      length: tokens per row; at most the `max_length` of the model.
+      per_modality: number of candidates for retrieved documents per modality: so many neighbours
+        by text and so many by image, the best of each.
+      packing: how examples are packed into rows (see `leon_jax.data.packing`). "whole" never splits
+        an example and leaves out retrieved documents that do not fit a row. "stream" takes examples
+        of any length and splits them at the end of a row.
+      packing_bins: for "whole", the number of rows that are open at a time, in batches. More bins
+        need less padding and a longer replay after a restart.
+      threads: number of threads that build examples in advance; 0 builds them when they are needed.
 
     Raises:
-      UserError: a value is out of range, or there is both a folder and a mixture.
+      UserError: a value is out of range, or both a folder and a mixture are set.
     """
 
     folder: str = ""
@@ -118,7 +119,7 @@ class DataConfig(ExampleConfig):
             object.__setattr__(self, name, value)
         if self.folder and self.mixture:
             raise UserError(
-                f"folder is {self.folder!r}, but there is a mixture too; leave one of them empty"
+                f"folder is {self.folder!r} and mixture is not empty; set only one of them"
             )
         for name in ("length", "per_modality", "packing_bins"):
             if getattr(self, name) < 1:
@@ -128,6 +129,6 @@ class DataConfig(ExampleConfig):
 
     @property
     def components(self) -> tuple[MixtureComponent, ...]:
-        """The folders to train on, without None; one for `folder`, empty where none is named."""
-        one = (MixtureComponent(self.folder, self.split),) if self.folder else ()
-        return tuple(component.filled(self) for component in one or self.mixture)
+        """The components to train on, with all values set; one for `folder`, or the mixture."""
+        single = (MixtureComponent(self.folder, self.split),) if self.folder else ()
+        return tuple(component.filled(self) for component in single or self.mixture)

@@ -1,12 +1,12 @@
-"""One training example: a query behind its retrieved documents, as ids, masked.
+"""Builds training examples: retrieved documents and a query, as masked token ids.
 
     index -> (retrieved documents, query) -> token ids -> CM3 masking -> (ids, targets, weights)
 
-An example is one document to the model,
+To the model an example is one document:
 
     </s> retrieved <break> retrieved <break> query </s>
 
-and a function of (seed, index of the example) alone, so examples can be made in any order, by any
+An example is a function of the seed and its index, so examples can be built in any order, by any
 number of threads, and again after a restart.
 """
 
@@ -26,15 +26,15 @@ from leon_jax.data.masking import TOKENS_PER_SPAN, Masked, MaskingConfig, mask
 from leon_jax.documents import Document, Source
 from leon_jax.vocabulary import Vocabulary
 
-# (rng, index of the query, how many) -> indices of at most so many documents to put before it.
+# (rng, index of the query, count) -> indices of at most `count` documents to put before the query.
 Neighbours = Callable[[np.random.Generator, int, int], Sequence[int]]
 
-# (index, variant) -> a document as that variant shows it; variant 0 is the document itself.
+# (index, variant) -> the document with its image in that variant; variant 0 is unchanged.
 Variant = Callable[[int, int], Document]
 
 
 class DocumentEncoder(Protocol):
-    """Documents to ids, for example `leon_jax.tokenizers.documents.DocumentTokenizer`."""
+    """Encodes documents as ids, for example `leon_jax.tokenizers.documents.DocumentTokenizer`."""
 
     vocabulary: Vocabulary
 
@@ -43,18 +43,18 @@ class DocumentEncoder(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Component:
-    """A component of a mixture, opened: documents, and how examples are made of them.
+    """An open component of a mixture: its documents, and how they become examples.
 
     Attributes:
-      settings: what the configuration says; where it has None, `DEFAULTS` counts.
+      settings: the configuration; `DEFAULTS` replace values that are None.
       source: the documents.
-      neighbours: which documents to put before a query; None: none.
-      query_weights: how often each document is a query, relative to the others; then queries are
-        drawn with replacement. None: every document once an epoch.
-      variant: the documents in variants of their images; None: only as they are.
-      plain_variants: from how many variants, counted from the first, one is chosen for an example
-        without retrieved documents: those that change no colours, which nothing in such an example
-        could tell.
+      neighbours: returns the documents to put before a query; None disables retrieval.
+      query_weights: sampling weights of the documents as queries, with replacement. None takes
+        every document once per epoch.
+      variant: returns documents in variants of their images; None if there are no variants.
+      plain_variants: an example without retrieved documents uses one of the first so many
+        variants. These change no colours, because such an example has no context that shows a
+        colour change.
 
     Raises:
       UserError: there are no documents, or a value does not fit them.
@@ -70,7 +70,7 @@ class Component:
     def __post_init__(self) -> None:
         settings = self.settings.filled(DEFAULTS)
         object.__setattr__(self, "settings", settings)
-        assert settings.variants is not None, "it is filled"
+        assert settings.variants is not None, "`filled` sets it"
         if len(self.source) == 0:
             raise UserError(
                 "the training data is empty; prepare a folder with at least one document"
@@ -81,29 +81,30 @@ class Component:
                 f"variants, {settings.variants}"
             )
         if self.variant is None and settings.variants > 1:
-            raise UserError(f"variants is {settings.variants}, but the data holds none")
+            raise UserError(f"variants is {settings.variants}, but the data has no variants")
         if self.query_weights is not None and len(self.query_weights) != len(self.source):
             raise UserError(
-                f"{len(self.query_weights)} weights were given for {len(self.source)} documents"
+                f"query_weights has {len(self.query_weights)} weights for {len(self.source)} "
+                "documents; it must have one weight per document"
             )
 
     @property
     def name(self) -> str:
-        """What error messages call the documents."""
+        """The name of the documents in error messages."""
         return f"{self.settings.folder} ({self.settings.split})"
 
 
-# An example keeps tokens free for so many masked spans; more are masked only where they fit.
-SPARE_SPANS = 4
+# An example reserves tokens for this many masked spans; more spans are masked only if they fit.
+RESERVED_SPANS = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """How long an example may be; retrieved documents are left out to keep within it.
+    """Maximum size of an example; retrieved documents that do not fit are left out.
 
     Attributes:
-      tokens: of a row, which holds all ids of an example but the last.
-      positions: that an example may take.
+      tokens: number of tokens of a row, which holds all ids of an example except the last.
+      positions: number of positions.
       part_step: see `leon_jax.vocabulary.Vocabulary.positions`.
     """
 
@@ -113,7 +114,7 @@ class Limits:
 
 
 class Joined(NamedTuple):
-    """A query behind its retrieved documents.
+    """The ids of retrieved documents and a query.
 
     Attributes:
       ids: `</s> retrieved <break> ... query </s>`.
@@ -128,20 +129,20 @@ def join(
     query: Int32[np.ndarray, "query"],
     retrieved: Sequence[Int32[np.ndarray, "retrieved"]],
     vocabulary: Vocabulary,
-    room: int | None = None,
+    max_length: int | None = None,
 ) -> Joined:
-    """Puts retrieved documents before a query; all are `</s> ... </s>`.
+    """Puts retrieved documents before a query.
 
     Args:
-      query, retrieved: encoded documents.
+      query, retrieved: encoded documents, each `</s> ... </s>`.
       vocabulary: the id layout.
-      room: the longest result; retrieved documents are dropped from the last on to meet it (a
-        query that alone is longer stays as it is). None: no limit.
+      max_length: maximum length of the result; None means no limit. Retrieved documents that do
+        not fit are dropped, the last first. A query is never shortened.
     """
     retrieved = list(retrieved)
-    while retrieved and room is not None:
-        # Joining drops the two </s> of a retrieved document and adds one <break>.
-        if len(query) + sum(len(ids) - 1 for ids in retrieved) <= room:
+    while retrieved and max_length is not None:
+        # A retrieved document loses its two </s> and gains one <break>.
+        if len(query) + sum(len(ids) - 1 for ids in retrieved) <= max_length:
             break
         retrieved.pop()
     pieces = [query[:1]]
@@ -153,13 +154,13 @@ def join(
 
 @dataclasses.dataclass(frozen=True)
 class MakeExample:
-    """(index, rng) -> one example, as dict(ids, targets, weights, positions).
+    """Builds the example of an index: (index, rng) -> dict(ids, targets, weights, positions).
 
-    `targets[t]` is the id after `ids[t]`, and `weights[t]` the weight of predicting it.
+    All arrays have the shape [length]. `targets[t]` is the id after `ids[t]`, and `weights[t]` is
+    the loss weight of `targets[t]`.
 
-    Raises:
-      UserError: when called: a document cannot be read or encoded, or is too long alone. Anything
-        else that goes wrong is raised as it is, with notes that name the documents.
+    A call raises `UserError` if a document cannot be read or encoded, or if a query alone is too
+    long. Any other exception passes through with a note that names the document.
     """
 
     component: Component
@@ -175,7 +176,7 @@ class MakeExample:
         try:
             masked, positions = self._make(index, rng)
         except Exception as error:
-            error.add_note(f"while making an example of {self._name(index)}")
+            error.add_note(f"while building an example of {self._name(index)}")
             raise
         return {
             "ids": masked.ids[:-1],
@@ -187,38 +188,38 @@ class MakeExample:
     def _make(
         self, index: int, rng: np.random.Generator
     ) -> tuple[Masked, Int32[np.ndarray, "masked-1"]]:
-        """The masked example whose query is document `index`, and the positions of its inputs."""
+        """Returns the masked example with document `index` as query, and its input positions."""
         component, limits, vocabulary = self.component, self.limits, self.encoder.vocabulary
         settings = component.settings
-        assert settings.retrieved is not None, "a component's settings are filled"
+        assert settings.retrieved is not None, "the settings of a component have no None"
         assert settings.variants is not None and settings.unchanged is not None
-        number = int(rng.choice(len(settings.retrieved), p=settings.retrieved))
+        count = int(rng.choice(len(settings.retrieved), p=settings.retrieved))
         neighbours: Sequence[int] = ()
-        if number and component.neighbours is not None:
-            neighbours = component.neighbours(rng, index, number)[:number]
+        if count and component.neighbours is not None:
+            neighbours = component.neighbours(rng, index, count)[:count]
         variants = settings.variants if len(neighbours) else component.plain_variants
         variant = 0
         if variants > 1 and rng.random() >= settings.unchanged:
             variant = int(rng.integers(variants))
-        # A row holds ids[:-1] as inputs and ids[1:] as targets: one id more than its length.
-        longest = limits.tokens + 1
+        # A row holds ids[:-1] as inputs and ids[1:] as targets, so one id more than its length.
+        max_length = limits.tokens + 1
         query = self._encode(index, variant)
-        if len(query) > longest:
+        if len(query) > max_length:
             raise UserError(
-                f"{self._name(index)} has {len(query)} tokens, but a row holds {longest}; raise "
+                f"{self._name(index)} has {len(query)} tokens, but a row holds {max_length}; raise "
                 "data.length, or prepare the data with a smaller max_tokens"
             )
         retrieved = [self._encode(int(i), variant) for i in neighbours]
-        spare = TOKENS_PER_SPAN * SPARE_SPANS
+        reserved = TOKENS_PER_SPAN * RESERVED_SPANS
         while True:
-            ids, query_start = join(query, retrieved, vocabulary, longest - spare)
+            ids, query_start = join(query, retrieved, vocabulary, max_length - reserved)
             masked = mask(
                 ids,
                 vocabulary,
                 self.masking,
                 rng,
                 query_start=query_start,
-                room=longest - len(ids),
+                max_added=max_length - len(ids),
             )
             positions = vocabulary.positions(masked.ids[:-1], limits.part_step)
             if positions[-1] < limits.positions:
@@ -243,11 +244,11 @@ class MakeExample:
             raise
 
     def _name(self, index: int) -> str:
-        shown = f"document {index}"
-        with contextlib.suppress(Exception):  # it may be the one that cannot be read
+        name = f"document {index}"
+        with contextlib.suppress(Exception):  # this may be the document that cannot be read
             if provenance := self.component.source[index].provenance:
-                shown += f" ({provenance.key})"
-        return f"{shown} of {self.component.name}"
+                name += f" ({provenance.key})"
+        return f"{name} of {self.component.name}"
 
     @functools.cached_property
     def _cumulative(self) -> Float64[np.ndarray, "documents"]:

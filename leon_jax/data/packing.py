@@ -1,19 +1,19 @@
-"""Examples become rows of a fixed length, in one of two ways.
+"""Packs examples into rows of a fixed length.
 
-    whole     an example is never cut; rows are filled side by side and padded at their ends
-    stream    examples are laid end to end and cut wherever a row is full, pictures included
+    whole     never splits an example; several rows are filled in parallel and padded at their ends
+    stream    concatenates examples and splits them wherever a row is full, also inside images
 
-Both give rows dict(ids, targets, weights, segment_ids, positions), each [length]. In a row every
-example has its own segment id (from 1; 0 is padding) and positions from 0, so the model meets
-documents in training exactly as it meets prompts.
+Both yield rows dict(ids, targets, weights, segment_ids, positions), each [length]. In a row every
+example has a segment id (from 1; 0 is padding) and positions from 0, so the model sees documents in
+training as it sees prompts.
 
-The stream is the paper's way (CM3Leon, section 2.2; metaseq's `sample_break_mode none`), and the
-only one for examples longer than a row. What a border cuts off goes on in the next row as a segment
-of its own: what came before it is not there to be seen, and its positions count from 0, so they
-stay within the model's table however long the example is. Metaseq by default marks no segments:
-attention crosses from one document to the next, and positions count through the row. Its blocks
-have no token in common, so the first of a block is never predicted; here the last target of a row
-is the first input of the next, and every token is a target once but for the first of an example.
+"stream" is the packing of the paper (CM3Leon, section 2.2; `sample_break_mode none` in metaseq),
+and the only one for examples longer than a row. The rest of a split example becomes a separate
+segment of the next row. It does not attend to the first piece, and its positions start from 0, so
+they stay within the model's table. Two things differ from metaseq. By default metaseq has no
+segments: attention crosses documents, and positions count through the row. Its blocks share no
+token, so the first token of a block is never a target. Here the last target of a row is the first
+input of the next row, so every token except the first of an example is a target once.
 """
 
 from collections.abc import Mapping
@@ -30,15 +30,15 @@ _TOKENS = ("ids", "targets", "weights")
 def whole(
     examples: grain.IterDataset, length: int, bins: int, seed: int, vocabulary: Vocabulary
 ) -> grain.IterDataset:
-    """Rows of examples that are never cut, each put where it leaves the least room (best fit).
+    """Packs examples without splitting them, each into the fullest row that it fits (best fit).
 
     Args:
       examples: dict(ids, targets, weights, positions), of at most `length` tokens.
-      length: tokens of a row.
-      bins: rows that are filled side by side. When an example fits none of them they are given
-        out, in random order. An iterator that is restored fills them again.
-      seed: of that order.
-      vocabulary: says what padding is.
+      length: tokens per row.
+      bins: number of rows that are filled in parallel. If an example fits none of them, all are
+        returned in random order. A restored iterator fills them again.
+      seed: seed of that order.
+      vocabulary: gives the padding id.
     """
     padding = {"ids": vocabulary.pad, "targets": vocabulary.pad, "weights": 0, "positions": 0}
     packed = grain.experimental.BestFitPackIterDataset(
@@ -57,11 +57,13 @@ def _row(packed: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 class Stream(grain.IterDataset):
-    """Rows cut from examples laid end to end; when the examples end, what fills no row is dropped.
+    """Rows of concatenated examples, which are split where a row is full.
+
+    The incomplete row at the end of the examples is dropped.
 
     Args:
-      examples: dict(ids, targets, weights), of any length; other entries are left out.
-      length: tokens of a row.
+      examples: dict(ids, targets, weights), of any length; other entries are ignored.
+      length: tokens per row.
     """
 
     def __init__(self, examples: grain.IterDataset, length: int) -> None:
@@ -72,25 +74,29 @@ class Stream(grain.IterDataset):
         return _StreamIterator(iter(self._parent), self._length)
 
 
-# Grain's ConcatThenSplitIterDataset cuts likewise, but reads tuples back from its state, which JSON
-# turns into lists: from some states it goes on with other rows.
+# Grain's ConcatThenSplitIterDataset packs in the same way, but its state holds tuples, which JSON
+# turns into lists; restored from some states, it continues with different rows.
 class _StreamIterator(grain.DatasetIterator):
-    """Its state: where the examples are before the one being cut, and how much of it is used."""
+    """Iterates over the rows of a `Stream`.
+
+    The state holds the state of the examples before the current one, and the number of tokens of
+    the current example that are used.
+    """
 
     def __init__(self, examples: grain.DatasetIterator, length: int) -> None:
         super().__init__(examples)
         self._length = length
-        self._example: dict[str, np.ndarray] | None = None  # the one being cut
+        self._example: dict[str, np.ndarray] | None = None  # the current example
 
     def __next__(self) -> dict[str, np.ndarray]:
         pieces: list[dict[str, np.ndarray]] = []
-        room = self._length
-        while room:
-            example = self._open() if self._example is None else self._example
-            start, stop = self._used, self._used + room
+        remaining = self._length
+        while remaining:
+            example = self._next_example() if self._example is None else self._example
+            start, stop = self._used, self._used + remaining
             piece = {name: example[name][start:stop] for name in _TOKENS}
             pieces.append(piece)
-            room -= len(piece["ids"])
+            remaining -= len(piece["ids"])
             self._used += len(piece["ids"])
             if self._used == len(example["ids"]):
                 self._example = None
@@ -104,16 +110,16 @@ class _StreamIterator(grain.DatasetIterator):
     def get_state(self) -> dict[str, Any]:
         if self._example is None:
             return {"examples": self._parent.get_state(), "used": 0}
-        return {"examples": self._before, "used": self._used}
+        return {"examples": self._parent_state, "used": self._used}
 
     def set_state(self, state: dict[str, Any]) -> None:
         self._parent.set_state(state["examples"])
         self._example = None
         if state["used"]:
-            self._open()
+            self._next_example()
             self._used = state["used"]
 
-    def _open(self) -> dict[str, np.ndarray]:
-        self._before, self._used = self._parent.get_state(), 0
+    def _next_example(self) -> dict[str, np.ndarray]:
+        self._parent_state, self._used = self._parent.get_state(), 0
         self._example = next(self._parent)
         return self._example

@@ -1,10 +1,10 @@
-"""Decoder training data: a mixture of documents becomes packed, masked token rows.
+"""The decoder's input pipeline: converts a mixture of documents into packed, masked token rows.
 
-    documents -> examples (data/examples.py) -> chosen by weight from the components of a mixture
+    documents -> examples (data/examples.py) -> mixture, sampled by weight
               -> rows (data/packing.py) -> batches
 
-Everything random is a function of (seed, component, index of the example), and the order is index
-arithmetic, so an iterator resumes exactly, whatever the number of threads that read ahead.
+All randomness is a function of the seed, the component and the index of the example, and the order
+is index arithmetic. An iterator therefore resumes exactly, with any number of threads.
 """
 
 from collections.abc import Sequence
@@ -17,8 +17,8 @@ from leon_jax.data.config import DataConfig
 from leon_jax.data.examples import Component, DocumentEncoder, Limits, MakeExample
 from leon_jax.data.masking import MaskingConfig
 
-# Between the seeds of two components, because every epoch takes the next seed.
-_SEEDS_OF_A_COMPONENT = 2**20
+# Distance between the seeds of two components; every epoch of a component uses the next seed.
+_SEED_STRIDE = 2**20
 
 
 def make(
@@ -33,22 +33,22 @@ def make(
     part_step: int = 1,
     shard: tuple[int, int] = (0, 1),
 ) -> grain.IterDataset:
-    """Endless batches, with an iterator that can be checkpointed.
+    """Returns an endless dataset of batches, whose iterator can be checkpointed.
 
     Args:
-      components: a mixture; its examples are chosen in proportion to the components' weights.
-      encoder: documents to ids.
-      config: the length of a row, how it is packed, and how many threads work ahead.
+      components: the components of the mixture; examples are sampled by their weights.
+      encoder: encodes documents as ids.
+      config: length and packing of rows, and the number of threads.
       masking: the CM3 objective.
-      batch_size: rows of a batch (of this process), at least 1.
-      seed: decides order, neighbours and masks.
+      batch_size: rows per batch of this process, at least 1.
+      seed: seed of the order, the retrieved documents and the masks.
       max_positions, part_step: as for `examples`.
-      shard: (index, count) of this process; processes read disjoint examples of one order.
+      shard: (index, count) of this process; processes read disjoint examples of the same order.
 
     Returns:
       dict(ids, targets, segment_ids, positions: int32[batch_size, length],
       weights: float32[batch_size, length]). `targets[t]` is the id after `ids[t]` in the same
-      example; `weights` is 0 where there is none.
+      example. `weights` is 0 at padding.
 
     Raises:
       UserError: the shard does not exist, or a value does not fit; while iterating, see
@@ -56,7 +56,7 @@ def make(
     """
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}; it must be at least 1")
-    made = examples(
+    unpacked = examples(
         components,
         encoder,
         config,
@@ -71,10 +71,10 @@ def make(
         )
     )
     if config.packing == "stream":
-        rows: grain.IterDataset = packing.Stream(made, config.length)
+        rows: grain.IterDataset = packing.Stream(unpacked, config.length)
     else:
         bins = batch_size * config.packing_bins
-        rows = packing.whole(made, config.length, bins, seed, encoder.vocabulary)
+        rows = packing.whole(unpacked, config.length, bins, seed, encoder.vocabulary)
     return rows.batch(batch_size, drop_remainder=True)
 
 
@@ -89,14 +89,14 @@ def examples(
     part_step: int = 1,
     shard: tuple[int, int] = (0, 1),
 ) -> grain.MapDataset:
-    """What `make` packs: endless examples (see `MakeExample`), shuffled anew every epoch.
+    """Returns an endless dataset of unpacked examples (see `MakeExample`), shuffled every epoch.
 
-    Any run of examples, in any shard, holds each component's share of them, to within one example.
-    Shares are those of the weights in hundredths of the smallest, rounded down.
+    Each component has its share of any consecutive examples of a shard, to within one example.
+    Shares follow the weights, rounded down to hundredths of the smallest weight.
 
     Args:
       components, encoder, config, masking, seed, shard: as for `make`.
-      max_positions: how many positions an example may take; by default as many as a row has.
+      max_positions: maximum number of positions of an example; by default the length of a row.
       part_step: see `leon_jax.vocabulary.Vocabulary.positions`.
 
     Raises:
@@ -104,28 +104,30 @@ def examples(
     """
     index, count = shard
     if not 0 <= index < count:
-        raise UserError(f"shard is {shard}; the index must be between 0 and the count")
+        raise UserError(f"shard is {shard}; the index must be at least 0 and below the count")
     if part_step < 1:
         raise UserError(f"part_step is {part_step}; it must be at least 1")
     if config.packing == "stream" and part_step > 1:
         raise UserError(
-            f"part_step is {part_step}, but a stream is cut inside parts, which then "
-            'start nowhere; set model.part_step to 1 or data.packing to "whole"'
+            f'part_step is {part_step}, but the packing "stream" splits parts, so positions of '
+            'parts are undefined; set model.part_step to 1 or data.packing to "whole"'
         )
     limits = Limits()
     if config.packing == "whole":
         limits = Limits(config.length, max_positions or config.length, part_step)
     datasets = []
     for number, component in enumerate(components):
-        first = seed + number * _SEEDS_OF_A_COMPONENT
+        first_seed = seed + number * _SEED_STRIDE
         datasets.append(
             grain.MapDataset.range(len(component.source))
-            .seed(first % 2**32)
+            .seed(first_seed % 2**32)
             .shuffle()
             .repeat()
-            # Before the cut into shards, so that no two of them draw the same random numbers.
-            .random_map(MakeExample(component, encoder, masking, limits), seed=(first + 1) % 2**32)
+            # Map before slicing into shards, so that shards use different random numbers.
+            .random_map(
+                MakeExample(component, encoder, masking, limits), seed=(first_seed + 1) % 2**32
+            )
             .slice(slice(index, None, count))
         )
-    # After it: a cut through the mixture could fall in step with it, one component a shard.
+    # Mix after slicing: slicing the mixture could put each component into a single shard.
     return grain.MapDataset.mix(datasets, [component.settings.weight for component in components])

@@ -1,14 +1,14 @@
-"""Documents as msgpack bytes, and as files of such records with random access.
+"""Stores documents as msgpack records in ArrayRecord files with random access.
 
-One record is a msgpack map (all keys always there):
+A record is a msgpack map in which all keys are always present:
 
     leon        1, the version of this layout
     parts       list of ["text", str], ["image", png or nil, codes or nil] or ["hole", modality];
                 png is a PNG file, codes is [rows, cols, little-endian int32 bytes]
     provenance  nil or a map of strings: key, source, licence, attribution, language, group
 
-A file is an ArrayRecord with one document a record (group size 1), so that a retrieved neighbour
-costs one read. It is written under a temporary name and appears complete or not at all.
+A file is an ArrayRecord with one document per record (group size 1), so that reading one retrieved
+document costs one read. A file is written under a temporary name and renamed once it is complete.
 """
 
 import bisect
@@ -33,17 +33,17 @@ from leon_jax.config import UserError
 from leon_jax.documents import Document, Hole, Image, Part, Provenance, Text
 
 _VERSION = 1
-# An empty ArrayRecord is 64 KiB of header and footer; no file of ours is shorter.
-_SMALLEST_FILE = 64 * 1024
-# Most files that a source keeps open; one of 10,000 documents takes 0.2 MB for its index, and
-# opening it again 50 times as long as reading a document.
-# Records of one call of `RecordSource.read` that are in memory at once.
-_READ_TOGETHER = 4096
-_OPEN = 4096
+# The header and footer of an ArrayRecord file take 64 KiB, so no valid file is shorter.
+_MIN_FILE_SIZE = 64 * 1024
+# `RecordSource.read` holds this many records in memory at once.
+_READ_BATCH = 4096
+# Maximum number of open files of a source. The index of a file with 10,000 documents takes 0.2 MB;
+# opening a file takes as long as reading 50 documents.
+_MAX_OPEN_FILES = 4096
 
 
 def to_bytes(document: Document) -> bytes:
-    """The document as one record. Pixels are kept exactly (PNG), codes as they are."""
+    """Encodes a document as a record. It is lossless; pixels are stored as PNG."""
     provenance = document.provenance
     return msgpack.packb(
         {
@@ -55,14 +55,14 @@ def to_bytes(document: Document) -> bytes:
 
 
 def from_bytes(data: bytes, *, pixels: bool = True) -> Document:
-    """The document in a record.
+    """Decodes the document of a record.
 
     Args:
-      data: what `to_bytes` made.
-      pixels: whether to decode the pictures that also have codes; False is several times faster.
+      data: the record that `to_bytes` returned.
+      pixels: whether to decode the pixels of images that have codes; False is several times faster.
 
     Raises:
-      UserError: the bytes are damaged, or are not a document.
+      UserError: the record is damaged, or is not a document.
     """
     try:
         record = msgpack.unpackb(data)
@@ -80,40 +80,44 @@ def from_bytes(data: bytes, *, pixels: bool = True) -> Document:
         )
     except UserError:
         raise
-    except Exception as error:  # msgpack, PIL and our own validation all fail in their own ways
+    except Exception as error:  # msgpack, PIL and the validation of documents raise different ones
         raise UserError("the record cannot be read: it is damaged") from error
 
 
 def to_png(pixels: UInt8[np.ndarray, "height width 3"]) -> bytes:
-    """The picture as a PNG file; nothing is lost."""
+    """Encodes an image as a PNG file."""
     buffer = io.BytesIO()
     PIL.Image.fromarray(pixels).save(buffer, format="png")
     return buffer.getvalue()
 
 
 def from_png(png: bytes) -> UInt8[np.ndarray, "height width 3"]:
-    """The picture in a PNG file.
+    """Decodes a PNG file.
 
     Raises:
-      OSError: the bytes are no picture, or are cut short.
+      OSError: the bytes are not an image, or are truncated.
     """
     return np.asarray(PIL.Image.open(io.BytesIO(png)).convert("RGB"))
 
 
 def write(path: str | os.PathLike, documents: Iterable[Document]) -> int:
-    """Writes the documents, in order, to one ArrayRecord file; an older file is replaced.
+    """Writes documents, in order, to an ArrayRecord file. An existing file is replaced.
 
     Returns:
-      How many documents were written.
+      The number of documents.
 
     Raises:
-      UserError: the folder does not exist or cannot be written.
+      UserError: the folder does not exist or is not writable, or the disk is full.
     """
     return _write(path, map(to_bytes, documents))
 
 
 def copy(source: str | os.PathLike, path: str | os.PathLike, rows: Iterable[int]) -> int:
-    """Writes some records of one file to another as they are, like `write`."""
+    """Copies the records with the given row numbers to another file, as `write` writes it.
+
+    Returns:
+      The number of records.
+    """
     reader = array_record_data_source.ArrayRecordDataSource([os.fspath(source)])
     return _write(path, (reader[int(row)] for row in rows))
 
@@ -130,11 +134,11 @@ def _write(path: str | os.PathLike, data: Iterable[bytes]) -> int:
         count = 0
         try:
             for record in data:
-                _now(path, writer.write, record)
+                _call_writer(path, writer.write, record)
                 count += 1
         finally:
-            _now(path, writer.close)
-        os.chmod(temporary, 0o644)  # mkstemp makes a file that only its owner can read
+            _call_writer(path, writer.close)
+        os.chmod(temporary, 0o644)  # only the owner can read the files of mkstemp
         os.replace(temporary, path)
     except BaseException:
         pathlib.Path(temporary).unlink(missing_ok=True)
@@ -142,11 +146,11 @@ def _write(path: str | os.PathLike, data: Iterable[bytes]) -> int:
     return count
 
 
-def _now(path: pathlib.Path, action: Callable[..., None], *arguments: bytes) -> None:
-    """Writes or closes. The writer says with bare RuntimeErrors what the disk said."""
+def _call_writer(path: pathlib.Path, method: Callable[..., None], *arguments: bytes) -> None:
+    """Calls a method of a writer and converts its errors to `UserError`."""
     try:
-        action(*arguments)
-    except RuntimeError as error:
+        method(*arguments)
+    except RuntimeError as error:  # the writer names the error of the file system in the message
         reasons = [os.strerror(code) for code in errno.errorcode if os.strerror(code) in str(error)]
         reason = max(reasons, key=len, default="the file system refuses it")
         raise UserError(f"cannot write {path}: {reason}") from error
@@ -156,16 +160,17 @@ class RecordSource:
     """The documents of one or more files, with random access; a Grain data source.
 
     Args:
-      paths: a file made by `write`, or several, whose documents are numbered through.
-      pixels: whether to decode the pictures that also have codes.
-      lengths: how many documents each file holds; a file is then opened when it is first read from.
-        None: all are opened now to see.
+      paths: one file made by `write`, or several, whose documents are numbered consecutively.
+      pixels: whether to decode the pixels of images that have codes.
+      lengths: number of documents of each file. A file is then opened when it is first read. None
+        opens all files now to count their documents.
 
-    A source can be pickled: another process opens the files anew. Of thousands of files only those
-    that were read from last are open.
+    A source can be pickled; another process opens the files again. Only the most recently used
+    files stay open.
 
     Raises:
-      UserError: a file is missing, incomplete, holds something else, or not so many documents.
+      UserError: a file is missing, incomplete, not a file of documents, or its number of documents
+        differs from `lengths`.
     """
 
     def __init__(
@@ -175,8 +180,8 @@ class RecordSource:
         pixels: bool = True,
         lengths: Sequence[int] | None = None,
     ):
-        several = [paths] if isinstance(paths, str | os.PathLike) else paths
-        self.paths = tuple(os.fspath(path) for path in several)
+        path_list = [paths] if isinstance(paths, str | os.PathLike) else paths
+        self.paths = tuple(os.fspath(path) for path in path_list)
         self.pixels = pixels
         self.lengths = None if lengths is None else tuple(lengths)
         self._open()
@@ -209,27 +214,27 @@ class RecordSource:
             raise UserError(f"record {row} of {self.paths[file]} is damaged") from error
 
     def read(self, indices: Iterable[int]) -> Iterator[Document]:
-        """These documents in this order; files are read many records at a time.
+        """Yields documents in the order of `indices`; it reads many records of a file at a time.
 
         Raises:
-          IndexError: there is no such document.
+          IndexError: an index is out of range.
           UserError: a record is damaged.
         """
-        for batch in itertools.batched(indices, _READ_TOGETHER):
+        for batch in itertools.batched(indices, _READ_BATCH):
             if not 0 <= min(batch) <= max(batch) < len(self):
                 raise IndexError(f"records {min(batch)} to {max(batch)} of {len(self)} in {self!r}")
             by_file: dict[int, list[int]] = {}
             for index in sorted(set(batch)):
                 by_file.setdefault(bisect.bisect_right(self._ends, index), []).append(index)
             documents: dict[int, Document] = {}
-            for file, in_file in by_file.items():
+            for file, file_indices in by_file.items():
                 start = self._ends[file - 1] if file else 0
-                rows = [index - start for index in in_file]
+                rows = [index - start for index in file_indices]
                 try:
                     records = self._reader(file).__getitems__(rows)
-                except (RuntimeError, ValueError):  # one of them: reading each alone names it
+                except (RuntimeError, ValueError):  # read them one by one to name the damaged one
                     records = [self._record(file, row) for row in rows]
-                for index, row, record in zip(in_file, rows, records, strict=True):
+                for index, row, record in zip(file_indices, rows, records, strict=True):
                     documents[index] = self._decode(record, file, row)
             yield from (documents[index] for index in batch)
 
@@ -237,9 +242,9 @@ class RecordSource:
         return (self[index] for index in range(len(self)))
 
     def __repr__(self) -> str:
-        # Grain names a source by this; the same files give the same name.
-        shown = self.paths[0] if len(self.paths) == 1 else list(self.paths)
-        return f"RecordSource({shown!r}, pixels={self.pixels})"
+        # Grain identifies a source by its repr, so equal sources must have equal ones.
+        paths = self.paths[0] if len(self.paths) == 1 else list(self.paths)
+        return f"RecordSource({paths!r}, pixels={self.pixels})"
 
     def __getstate__(self) -> dict[str, Any]:
         return {"paths": self.paths, "pixels": self.pixels, "lengths": self.lengths}
@@ -252,10 +257,11 @@ class RecordSource:
         for path in self.paths:
             if not os.path.isfile(path):
                 raise UserError(f"there is no file {path}; run: leon prepare")
-            if os.path.getsize(path) < _SMALLEST_FILE:
+            if os.path.getsize(path) < _MIN_FILE_SIZE:
                 raise UserError(f"{path} is too short to be an ArrayRecord file")
-        allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        self._reader = functools.lru_cache(min(_OPEN, max(allowed // 4, 1)))(self._open_file)
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        max_open_files = min(_MAX_OPEN_FILES, max(limit // 4, 1))
+        self._reader = functools.lru_cache(max_open_files)(self._open_file)
         lengths = self.lengths
         if lengths is None:
             lengths = tuple(len(_reader(path)) for path in self.paths)
@@ -265,8 +271,8 @@ class RecordSource:
         path, reader = self.paths[number], _reader(self.paths[number])
         if self.lengths is not None and len(reader) != self.lengths[number]:
             raise UserError(
-                f"{path} holds {len(reader)} documents, not the {self.lengths[number]} that its "
-                "folder's manifest says; run: leon prepare"
+                f"{path} holds {len(reader)} documents, but the manifest of its folder records "
+                f"{self.lengths[number]}; run: leon prepare"
             )
         return reader
 

@@ -1,4 +1,4 @@
-"""The demonstration's data set: the one door through which the rest of leon_jax reaches it."""
+"""The dataset of the demonstration. The rest of leon_jax accesses it only through this module."""
 
 import os
 from typing import Any
@@ -10,7 +10,7 @@ from leon_jax.prepare.config import DuplicatesConfig, PrepareConfig
 
 
 def make_dataset(folder: str | os.PathLike) -> None:
-    """Draws the data set into `folder`, unless it is there (about 30 s, 25 MB).
+    """Renders the dataset into `folder`, unless it exists (about 30 s, 25 MB).
 
     Raises:
       UserError: a package is missing, or `folder` cannot be written.
@@ -19,26 +19,26 @@ def make_dataset(folder: str | os.PathLike) -> None:
 
 
 def source(split: str, folder: str | os.PathLike) -> EmojiSource:
-    """One split of the data set in `folder`: documents of a caption and an image.
+    """Opens a split of the dataset in `folder`; its documents have a caption and an image.
 
     Args:
       split: "train", "unseen_design" or "unseen_concept".
-      folder: where `make_dataset` drew it.
+      folder: the folder of `make_dataset`.
 
     Raises:
-      UserError: there is no such split, or no data set in `folder`, or it cannot be read.
+      UserError: the split or the dataset does not exist, or the dataset cannot be read.
     """
     return EmojiSource(split, folder)
 
 
 def prepare_config(folder: str | os.PathLike, **values: Any) -> PrepareConfig:
-    """What `leon prepare` does with the data set: images stay at 96 pixels, nothing is dropped.
+    """Returns the configuration that prepares the dataset: 96-pixel images, no duplicates dropped.
 
-    Designs of one concept, skin tones and flags are near copies of each other on purpose.
+    Duplicates remain because designs of one concept, skin tones and flags are similar on purpose.
 
     Args:
-      folder: of the data set, as for `make_dataset`.
-      values: further fields of `PrepareConfig`, the model files among them.
+      folder: the folder of `make_dataset`.
+      values: other fields of `PrepareConfig`, such as the model files.
     """
     return PrepareConfig(
         sources=tuple(
@@ -54,11 +54,11 @@ def prepare_config(folder: str | os.PathLike, **values: Any) -> PrepareConfig:
 def prepare_documents(
     folder: str | os.PathLike, out_dir: str | os.PathLike, **values: Any
 ) -> dict[str, Any]:
-    """Makes the prepared folder `out_dir` from the data set in `folder`; both are made if missing.
+    """Prepares the dataset in `folder` into `out_dir`; a missing dataset is rendered first.
 
     Args:
-      folder: of the data set.
-      out_dir: the prepared folder; an older one with other inputs is replaced.
+      folder: the folder of the dataset.
+      out_dir: the prepared folder; one with other inputs or settings is replaced.
       values: as for `prepare_config`.
 
     Returns:
@@ -67,7 +67,7 @@ def prepare_documents(
     Raises:
       UserError: a package or a model file is missing, or a folder cannot be written.
     """
-    # Loaded only here: programs that read the data set prepare nothing.
+    # Import late: most programs read the dataset without preparing it.
     from leon_jax.prepare import prepare as preparing
 
     make_dataset(folder)

@@ -1,4 +1,4 @@
-"""Questions to a prepared folder, and taking documents out of it."""
+"""Looks up documents of a prepared folder by their keys, and removes documents from it."""
 
 import json
 import os
@@ -24,23 +24,24 @@ from leon_jax.retrieval.prepared_folder import (
 )
 from leon_jax.retrieval.vector_index import save_rows
 
-_ROWS = ("vectors.npy", "variants.npy")  # one row a document, and nothing that points elsewhere
+# Arrays with one row per document that hold no row numbers, so rows can be copied unchanged.
+_ROWS = ("vectors.npy", "variants.npy")
 
 
 def audit(folder: str | os.PathLike, key: str) -> list[dict[str, Any]]:
-    """All that a prepared folder knows of a key.
+    """Returns everything that a prepared folder records about a key.
 
     Returns:
-      For each document with this key: its listing, `text`, `split`, `row`, `shard`, `input` (where
-      its source says it came from) and `neighbours` (by modality: key, source and score, the best
-      first).
-      For each record with this key that is not used: `shard`, `input`, `reason` and `detail`.
+      For each document with this key: the fields of its listing, `text`, `split`, `row`, `shard`,
+      `input` (the source shard it was read from) and `neighbours` (per modality a list of key,
+      source and score, best first).
+      For each rejected record with this key: `key`, `shard`, `input`, `reason` and `detail`.
 
     Raises:
-      UserError: the folder is not a prepared one, or knows nothing of the key.
+      UserError: the folder is not a prepared folder, or holds no record with this key.
     """
     prepared = PreparedFolder(folder)
-    found: list[dict[str, Any]] = []
+    entries: list[dict[str, Any]] = []
     for split in prepared.manifest["splits"]:
         table = prepared.neighbours(split)
         shards = prepared.shards(split)
@@ -49,23 +50,27 @@ def audit(folder: str | os.PathLike, key: str) -> list[dict[str, Any]]:
             if document.get("key") == key:
                 shard = [*shards][int(np.searchsorted(ends, row, side="right"))]
                 text = prepared.records(split, pixels=False)[row].text
-                place = {"split": split, "row": row, "shard": shard}
-                found.append({"key": key, "text": text, **document, **place})
-                found[-1]["neighbours"] = table[row]
-    wanted = {
+                location = {"split": split, "row": row, "shard": shard}
+                entries.append({"key": key, "text": text, **document, **location})
+                entries[-1]["neighbours"] = table[row]
+    neighbour_rows = {
         int(row)
-        for document in found
+        for entry in entries
         for modality in ("text", "image")
-        for row in document["neighbours"][f"by_{modality}_ids"]
+        for row in entry["neighbours"][f"by_{modality}_ids"]
     }
-    names = {row: d for row, d in enumerate(prepared.listing(TRAIN)) if row in wanted}
-    for document in found:
-        document["neighbours"] = {
+    neighbours = {
+        row: document
+        for row, document in enumerate(prepared.listing(TRAIN))
+        if row in neighbour_rows
+    }
+    for entry in entries:
+        entry["neighbours"] = {
             modality: [
-                {"key": names[row]["key"], "source": names[row]["source"], "score": score}
+                {"key": neighbours[row]["key"], "source": neighbours[row]["source"], "score": score}
                 for row, score in zip(
-                    document["neighbours"][f"by_{modality}_ids"].tolist(),
-                    document["neighbours"][f"by_{modality}_scores"].tolist(),
+                    entry["neighbours"][f"by_{modality}_ids"].tolist(),
+                    entry["neighbours"][f"by_{modality}_scores"].tolist(),
                     strict=True,
                 )
                 if row != NONE
@@ -74,22 +79,28 @@ def audit(folder: str | os.PathLike, key: str) -> list[dict[str, Any]]:
         }
     for path in sorted(prepared.folder.glob("*.rejects.jsonl")):
         shard = path.name.removesuffix(".rejects.jsonl")
-        found += [r | {"shard": shard} for r in gather.read_lines(path) if r["key"] == key]
-    if not found:
-        raise UserError(f"{prepared.folder} knows no document with the key {key!r}")
-    for document in found:
-        document["input"] = prepared.manifest["inputs"].get(document["shard"])
-    return found
+        rejects = gather.read_lines(path)
+        entries += [reject | {"shard": shard} for reject in rejects if reject["key"] == key]
+    if not entries:
+        raise UserError(f"{prepared.folder} holds no document with the key {key!r}")
+    for entry in entries:
+        entry["input"] = prepared.manifest["inputs"].get(entry["shard"])
+    return entries
 
 
 def read_keys(path: str | os.PathLike) -> set[tuple[str, str]]:
-    """Keys to remove, one a line: KEY, or SOURCE, a tab and KEY; as (source or "", key).
+    """Reads the keys of documents to remove.
+
+    Each line of the file is KEY, or SOURCE, a tab and KEY.
+
+    Returns:
+      (source, key) pairs. The source is "" where the line names none.
 
     Raises:
-      UserError: the file cannot be read, or names nothing.
+      UserError: the file cannot be read, or holds no key.
     """
     try:
-        # Not `splitlines`, which cuts at characters that a key may hold.
+        # `splitlines` would also split at characters that are valid inside a key.
         lines = pathlib.Path(path).read_bytes().decode("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
@@ -100,28 +111,30 @@ def read_keys(path: str | os.PathLike) -> set[tuple[str, str]]:
         if key.strip():
             keys.add((source, key))
     if not keys:
-        raise UserError(f"{os.fspath(path)} names no keys; write one a line")
+        raise UserError(f"{os.fspath(path)} holds no keys; write one key per line")
     return keys
 
 
 def remove(folder: str | os.PathLike, keys: set[tuple[str, str]]) -> tuple[int, list[str]]:
-    """Takes documents out of records, listings, vectors, variants and neighbour tables, for good.
+    """Permanently removes documents from all files of a prepared folder.
 
-    `leon_jax.prepare.prepare` does not bring them back when it replaces the folder, nor what has
-    one of these keys and was not used so far.
+    The records, listings, vectors, image variants and neighbour tables change. The folder remembers
+    the keys, so `leon_jax.prepare.prepare` also leaves these documents out when it rebuilds the
+    folder.
 
-    A new folder is made beside the old one, of links to the files that stay as they are, and takes
-    its place when it is complete.
+    The function builds a new folder beside the old one and hard-links files that do not change.
+    It replaces the old folder once the new one is complete.
 
     Args:
       folder: a prepared folder.
-      keys: (source, key); an empty source means every source.
+      keys: (source, key) pairs; an empty source matches every source.
 
     Returns:
-      How many documents were removed, and the keys that no document had.
+      The number of removed documents, and the sorted keys that matched no document.
 
     Raises:
-      UserError: the folder is not a prepared one, or nothing would be left of train.
+      UserError: the folder is not a prepared folder, cannot be written, or would have no train
+        documents left.
     """
     folder = pathlib.Path(folder).resolve()
     if not folder.parent.is_dir():
@@ -131,7 +144,9 @@ def remove(folder: str | os.PathLike, keys: set[tuple[str, str]]) -> tuple[int, 
             return _remove(folder, keys)
         except OSError as error:
             reason = error.strerror or "the file system refuses it"
-            raise UserError(f"removing from {folder} stopped: {reason}; it is as it was") from error
+            raise UserError(
+                f"removing from {folder} failed: {reason}; the folder is unchanged"
+            ) from error
 
 
 def _remove(folder: pathlib.Path, keys: set[tuple[str, str]]) -> tuple[int, list[str]]:
@@ -139,21 +154,21 @@ def _remove(folder: pathlib.Path, keys: set[tuple[str, str]]) -> tuple[int, list
     prepared = PreparedFolder(folder)
     masks, seen = _masks(prepared, keys)
     unknown = sorted(key for source, key in keys if (source, key) not in seen)
-    gone = sum(int((~mask).sum()) for mask in masks.values())
+    removed_count = sum(int((~mask).sum()) for mask in masks.values())
     removed = read_removed(folder) | keys
-    if not gone:
+    if not removed_count:
         write_removed(folder, removed)
         return 0, unknown
-    kept = np.concatenate([masks[shard] for shard in prepared.shards(TRAIN)])
-    if not kept.any():
-        raise UserError(f"no document of {TRAIN} would be left; remove the folder instead")
+    keep = np.concatenate([masks[shard] for shard in prepared.shards(TRAIN)])
+    if not keep.any():
+        raise UserError(f"{TRAIN} would have no documents left; delete the folder instead")
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir()
-    # Old row to new row; what is gone, and NONE at the end, to NONE.
-    rows = np.append(np.where(kept, np.cumsum(kept) - 1, NONE), NONE).astype(np.int32)
+    # Maps old rows to new rows. Removed rows map to NONE, and so does NONE (-1, the last entry).
+    new_rows = np.append(np.where(keep, np.cumsum(keep) - 1, NONE), NONE).astype(np.int32)
     for shard, mask in masks.items():
-        _copy_shard(folder, new, shard, mask, rows)
-    for path in folder.glob("*.jsonl"):  # of shards that have no documents
+        _copy_shard(folder, new, shard, mask, new_rows)
+    for path in folder.glob("*.jsonl"):  # files of shards without documents
         if not (new / path.name).exists():
             shutil.copyfile(path, new / path.name)
     manifest = dict(prepared.manifest)
@@ -170,13 +185,13 @@ def _remove(folder: pathlib.Path, keys: set[tuple[str, str]]) -> tuple[int, list
     write_removed(new, removed)
     write_card(new)
     folder_lock.replace(folder, new)
-    return gone, unknown
+    return removed_count, unknown
 
 
 def _masks(
     prepared: PreparedFolder, keys: set[tuple[str, str]]
 ) -> tuple[dict[str, np.ndarray], set[tuple[str, str]]]:
-    """Which documents of every shard stay, and which of the keys were met."""
+    """Returns for each shard a mask of the documents that remain, and the keys that matched."""
     masks: dict[str, np.ndarray] = {}
     seen: set[tuple[str, str]] = set()
     for split in prepared.manifest["splits"]:
@@ -184,56 +199,63 @@ def _masks(
         for shard, count in prepared.shards(split).items():
             mask = np.ones(count, bool)
             for row, document in zip(range(count), listing, strict=False):
-                met = gather.goes_by(document, keys)
-                seen |= met
-                mask[row] = not met
+                matches = gather.matching_keys(document, keys)
+                seen |= matches
+                mask[row] = not matches
             masks[shard] = mask
     return masks, seen
 
 
 def _copy_shard(
-    folder: pathlib.Path, new: pathlib.Path, shard: str, mask: np.ndarray, rows: np.ndarray
+    folder: pathlib.Path, new: pathlib.Path, shard: str, mask: np.ndarray, new_rows: np.ndarray
 ) -> None:
-    def place(ending: str) -> tuple[pathlib.Path, pathlib.Path]:
-        return folder / f"{shard}.{ending}", new / f"{shard}.{ending}"
+    """Writes the files of a shard, without the rows that `mask` excludes, into the folder `new`."""
 
-    kept = np.flatnonzero(mask)
-    listing, new_listing = place("documents.jsonl")
-    rejects, new_rejects = place("rejects.jsonl")
+    def paths(suffix: str) -> tuple[pathlib.Path, pathlib.Path]:
+        return folder / f"{shard}.{suffix}", new / f"{shard}.{suffix}"
+
+    remaining = np.flatnonzero(mask)
+    listing, new_listing = paths("documents.jsonl")
+    rejects, new_rejects = paths("rejects.jsonl")
     lines = listing.read_text(encoding="utf-8").splitlines(keepends=True)
-    new_listing.write_text("".join(lines[row] for row in kept), encoding="utf-8")
-    more = "".join(
+    new_listing.write_text("".join(lines[row] for row in remaining), encoding="utf-8")
+    removed_lines = "".join(
         line({"key": json.loads(lines[row])["key"], "reason": "removed_by_request", "detail": ""})
         for row in np.flatnonzero(~mask)
     )
-    new_rejects.write_text(rejects.read_text(encoding="utf-8") + more, encoding="utf-8")
-    if not len(kept):
+    new_rejects.write_text(rejects.read_text(encoding="utf-8") + removed_lines, encoding="utf-8")
+    if not len(remaining):
         return
-    source, target = place("array_record")
+    source, target = paths("array_record")
     if mask.all():
         _link(source, target)
     else:
-        records.copy(source, target, kept)
-    for ending in _ROWS:
-        source, target = place(ending)
+        records.copy(source, target, remaining)
+    for suffix in _ROWS:
+        source, target = paths(suffix)
         if source.exists() and mask.all():
             _link(source, target)
         elif source.exists():
-            save_rows(target, np.load(source, mmap_mode="r")[kept])
-    source, target = place("neighbours.npy")
-    save_rows(target, renumbered(Neighbours.open([source]).shards[0][kept], rows))
+            save_rows(target, np.load(source, mmap_mode="r")[remaining])
+    source, target = paths("neighbours.npy")
+    save_rows(target, renumbered(Neighbours.open([source]).shards[0][remaining], new_rows))
 
 
-def renumbered(table: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """A table of neighbours whose ids are old rows, with new ones; what is gone leaves no gap.
+def renumbered(table: np.ndarray, new_rows: np.ndarray) -> np.ndarray:
+    """Returns a neighbour table with new row numbers; removed neighbours move to the end as NONE.
 
     Args:
-      table: of `leon_jax.retrieval.neighbour_table.row_type`.
-      rows: old row to new row, NONE for what is gone; the last one stands for NONE.
+      table: structured [n] of the dtype `leon_jax.retrieval.neighbour_table.row_type`; its ids are
+        old row numbers.
+      new_rows: int32[rows + 1], the new number of each old row, NONE for removed rows. The last
+        entry is NONE, which maps NONE (-1) to itself.
+
+    Returns:
+      A table of the same shape and dtype.
     """
     new = np.empty_like(table)
     for modality in ("text", "image"):
-        ids = rows[table[f"by_{modality}_ids"]]
+        ids = new_rows[table[f"by_{modality}_ids"]]
         scores = np.where(ids == NONE, -np.inf, table[f"by_{modality}_scores"])
         order = np.argsort(ids == NONE, axis=1, kind="stable")
         new[f"by_{modality}_ids"] = np.take_along_axis(ids, order, 1)
@@ -244,5 +266,5 @@ def renumbered(table: np.ndarray, rows: np.ndarray) -> np.ndarray:
 def _link(source: pathlib.Path, target: pathlib.Path) -> None:
     try:
         os.link(source, target)
-    except OSError:  # a file system without links
+    except OSError:  # the file system has no hard links
         shutil.copyfile(source, target)

@@ -1,8 +1,8 @@
-"""The same work on a cluster engine: Apache Beam calls the function of `shard.py` for each shard.
+"""Prepares shards on a cluster: Apache Beam calls `shard_encoding.Worker` for each shard.
 
-Every worker loads the models once. Sources, model files and the output must be at the same paths
-on all workers and on the machine that starts the pipeline, on a file system that renames folders,
-because that is how a shard's folder is put in place.
+Every worker loads the models once. The sources, the model files and the output folder must have
+the same paths on all workers and on the machine that starts the pipeline. Their file system must
+be able to rename folders, because a finished shard is renamed to its final name.
 """
 
 import logging
@@ -25,31 +25,30 @@ except ImportError as error:
 
 
 class PrepareShards(beam.DoFn):
-    """Shards to their counts; see `leon_jax.prepare.shard_encoding.Worker`."""
+    """Encodes shards and yields their counts; see `leon_jax.prepare.shard_encoding.Worker`."""
 
     def __init__(self, config: PrepareConfig, sources: Sources, folder: str):
         self.config, self.sources, self.folder = config, sources, folder
         self.worker: Worker | None = None
 
     def setup(self) -> None:
-        """Loads the models; Beam calls it once for each copy of this object."""
+        """Loads the models. Beam calls this once for each copy of the object."""
         self.worker = Worker(self.config, self.sources, self.folder)
 
     def process(self, shard: Shard) -> Any:
-        """Yields `(what, number)` pairs."""
+        """Yields `(name, count)` pairs: the numbers of documents and rejects of a shard."""
         assert self.worker is not None, "Beam calls setup first"
         yield from self.worker(shard).items()
 
 
 def on_beam(runner: str, arguments: Sequence[str] = ()) -> Runner:
-    """Does the shards with a runner of Beam, for example "DirectRunner" or "DataflowRunner".
+    """Returns a runner that encodes shards in a Beam pipeline.
+
+    The runner raises `UserError` if the pipeline fails. Shards that are complete by then remain.
 
     Args:
-      runner: its name.
-      arguments: options of the pipeline, for example "--project=x".
-
-    Raises (when it is run):
-      UserError: the pipeline failed; shards that were done stay done.
+      runner: name of the Beam runner, for example "DirectRunner" or "DataflowRunner".
+      arguments: pipeline options, for example "--project=x".
     """
 
     def run(config: PrepareConfig, sources: Sources, folder: str, shards: Sequence[Shard]) -> None:
@@ -60,7 +59,7 @@ def on_beam(runner: str, arguments: Sequence[str] = ()) -> Runner:
                 counts = (
                     pipeline
                     | "Shards" >> beam.Create(list(shards))
-                    # Each shard may go to another worker, whoever made the list.
+                    # Without a reshuffle Beam may fuse the steps and use a single worker.
                     | "Spread" >> beam.Reshuffle()
                     | "Prepare" >> beam.ParDo(PrepareShards(config, sources, folder))
                     | "Count" >> beam.CombinePerKey(sum)
@@ -68,14 +67,14 @@ def on_beam(runner: str, arguments: Sequence[str] = ()) -> Runner:
                 _ = counts | "Log" >> beam.Map(lambda pair: logging.info("%s: %d", *pair))
         except UserError:
             raise
-        except Exception as error:  # each runner has its own
+        except Exception as error:  # each Beam runner raises its own exceptions
             logging.exception("the pipeline on %s failed", runner)
-            raise UserError(f"the pipeline on {runner} failed; its log says where") from error
+            raise UserError(f"the pipeline on {runner} failed; see its log") from error
         missing = [shard.name for shard in shards if not pathlib.Path(folder, shard.name).is_dir()]
         if missing:
             raise UserError(
-                f"{len(missing)} shards are not done, {missing[0]} among them; do all workers see "
-                f"{folder}?"
+                f"{len(missing)} shards are missing, among them {missing[0]}; check that all "
+                f"workers can write to {folder}"
             )
 
     return run

@@ -1,4 +1,4 @@
-"""What `leon prepare` is told: sources, models, filters, rules."""
+"""Configuration of `leon prepare`: sources, models, filters, duplicate rules and retrieval."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ from leon_jax.retrieval.selection import SelectionConfig
 
 TRAIN = "train"
 
-# Licences under which pictures may be trained on and shown to others with a credit line.
+# Licences that permit training on an image and showing it with a credit line.
 LICENCES = (
     "0BSD",
     "Apache-2.0",
@@ -31,16 +31,16 @@ LICENCES = (
 
 @dataclasses.dataclass(frozen=True)
 class DuplicatesConfig:
-    """Which documents are too close to others to be kept.
+    """Rules that drop duplicate documents.
 
-    Similarity is the inner product of the pictures' unit vectors under the retrieval encoder.
+    Similarity is the inner product of the image embeddings (unit vectors) of the retrieval encoder.
 
     Attributes:
-      exact: whether a document with the same text and the same stored pictures as an earlier one
-        is dropped.
-      near: of two train documents above this similarity the later one is dropped; None: none is.
-      evaluation: a train document above this similarity to a document of any other split is
-        dropped; None: none is.
+      exact: drop a document that has the same text and the same stored images as an earlier one.
+      near: similarity in (0, 1]; of two train documents above it the later one is dropped. None
+        disables the check.
+      evaluation: similarity in (0, 1]; a train document above it to any document of another split
+        is dropped. None disables the check.
     """
 
     exact: bool = True
@@ -56,26 +56,30 @@ class DuplicatesConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PrepareConfig:
-    """Everything that decides what a prepared folder holds.
+    """Everything that determines the content of a prepared folder.
 
     Attributes:
-      sources: where documents come from. The split `train` is what is trained on and retrieved;
-        every other split is held out.
-      tokenizer: the image tokenizer's `tokenizer.safetensors`.
-      encoder: the retrieval encoder: `encoder.safetensors`, or a folder of OpenAI's CLIP.
-      text: the text tokenizer's `text.json`.
-      licences: SPDX identifiers of licences that are accepted (`LicenseRef-...` for one's own).
-      picture_side: side of the stored pictures in pixels, shorter side resized and the centre
-        cropped; 0 takes the image tokenizer's resolution.
-      min_side: pictures with a shorter side (in pixels) are refused.
-      max_aspect: so are pictures whose longer side is more than so many times the shorter one.
-      max_text: so are documents with more characters of text, as it came.
-      max_tokens: so are documents with more token ids.
-      duplicates: what is too close to what.
-      selection: how neighbours are found.
-      variants: how many variants of each train image are encoded (see
-        `leon_jax.data.image_variants`).
-      block: how many documents are encoded at a time; bounds memory.
+      sources: sources of documents. The split `train` is used for training and retrieval; every
+        other split is held out.
+      tokenizer: path of the image tokenizer, `tokenizer.safetensors`.
+      encoder: path of the retrieval encoder: `encoder.safetensors`, or a folder with OpenAI's CLIP.
+      text: path of the text tokenizer, `text.json`.
+      licences: SPDX identifiers of accepted licences (`LicenseRef-...` for unlisted ones).
+      picture_side: side of the stored square images in pixels: the shorter side is resized and the
+        centre cropped. 0 means the resolution of the image tokenizer.
+      min_side: minimum length of an image's shorter side, in pixels.
+      max_aspect: maximum ratio of an image's longer side to its shorter side.
+      max_text: maximum number of characters of a document's text, before normalisation.
+      max_tokens: maximum number of token ids of a document, at least 3.
+      duplicates: rules that drop duplicate documents.
+      selection: how neighbours are selected.
+      variants: number of encoded variants of each train image, at least 1
+        (`leon_jax.data.image_variants`).
+      block: number of documents that are encoded at a time; it bounds memory.
+
+    Raises:
+      UserError: a value is out of its range, no source has the split `train`, or
+        `duplicates.evaluation` is set without a held-out split.
     """
 
     sources: tuple[SourceConfig, ...]
@@ -98,11 +102,11 @@ class PrepareConfig:
             raise UserError("sources is empty; name at least one source")
         if TRAIN not in (source.split for source in self.sources):
             splits = ", ".join(source.split for source in self.sources)
-            raise UserError(f"no source becomes the split {TRAIN!r}, only {splits}")
+            raise UserError(f"no source has the split {TRAIN!r}; the splits are {splits}")
         if self.duplicates.evaluation is not None and len(self.splits) == 1:
             raise UserError(
-                "duplicates.evaluation is set, but all sources become the split "
-                f"{TRAIN!r}; give what is held out a split of its own, for example 'exam'"
+                "duplicates.evaluation is set, but all sources have the split "
+                f"{TRAIN!r}; give held-out sources another split, for example 'exam'"
             )
         for name, least in (("variants", 1), ("block", 1), ("max_tokens", 3), ("picture_side", 0)):
             if getattr(self, name) < least:
@@ -110,10 +114,10 @@ class PrepareConfig:
 
     @property
     def titles(self) -> tuple[str, ...]:
-        """What `provenance.source` says of each source's records where they do not say it.
+        """The default `provenance.source` of each source's records.
 
-        The source's title, or its path where sources of other paths have the same title: keys are
-        unique within a source only.
+        This is the title of the source, or its path if sources with different paths share the
+        title. Keys are unique only within a source, so the names must differ.
         """
         paths: dict[str, set[str]] = {}
         for source in self.sources:
@@ -125,6 +129,6 @@ class PrepareConfig:
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """Train first, then the others in the order of the sources."""
-        found = dict.fromkeys(source.split for source in self.sources)
-        return (TRAIN, *(split for split in found if split != TRAIN))
+        """The names of the splits: train first, then the others in the order of the sources."""
+        names = dict.fromkeys(source.split for source in self.sources)
+        return (TRAIN, *(name for name in names if name != TRAIN))

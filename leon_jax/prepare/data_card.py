@@ -1,6 +1,6 @@
-"""The data card of a prepared folder: what is in it, under which licences, and what was left out.
+"""Writes the data card of a prepared folder: counts of documents, licences and rejected records.
 
-Two files say the same: card.md for people and programs, card.html with charts for a browser.
+card.md and card.html have the same content; card.html adds charts and sample images.
 """
 
 import base64
@@ -20,34 +20,34 @@ _HEADINGS = {
     "licence": "Licences",
     "source": "Sources",
     "language": "Languages",
-    "size": "Shorter side of the pictures as they came, pixels",
-    "rejected": "Records that are not used",
+    "size": "Shorter side of the original images, in pixels",
+    "rejected": "Rejected records",
 }
 
 _MEANINGS = {
     "unreadable_shard": "the rest of a file could not be read",
     "unreadable_record": "the record could not be read",
-    "unsafe_name": "a name that points out of its folder",
-    "missing_field": "a field is missing, or of a wrong kind",
-    "missing_picture": "the picture's file is not there",
-    "not_utf8": "text that is not valid unicode",
-    "record_too_large": "more bytes than are read into memory",
+    "unsafe_name": "a name that leads out of its folder",
+    "missing_field": "a field is missing or has a wrong type",
+    "missing_picture": "the image file does not exist",
+    "not_utf8": "text that is not valid Unicode",
+    "record_too_large": "the record has too many bytes",
     "no_text": "no text",
-    "no_picture": "no picture",
-    "text_too_long": "more text than is allowed",
-    "too_many_tokens": "more token ids than are allowed",
-    "picture_unreadable": "a damaged picture, or an unknown format",
-    "picture_too_large": "a picture of too many pixels",
-    "picture_too_small": "a picture of too few pixels",
-    "picture_too_narrow": "one side much longer than the other",
-    "picture_animated": "an animation",
+    "no_picture": "no image",
+    "text_too_long": "too many characters of text",
+    "too_many_tokens": "too many token ids",
+    "picture_unreadable": "a damaged image or an unknown format",
+    "picture_too_large": "an image with too many pixels",
+    "picture_too_small": "an image with too few pixels",
+    "picture_too_narrow": "one side is much longer than the other",
+    "picture_animated": "an animated image",
     "picture_mode": "colours other than 8-bit RGB, grey or a palette",
-    "licence_unknown": "no licence, or none that SPDX knows",
-    "licence_not_allowed": "a licence that is not on the list",
-    "key_repeated": "a key that an earlier document has",
-    "copy_exact": "the same text and pictures as an earlier document",
-    "copy_near": "a near copy of an earlier document",
-    "copy_of_evaluation": "a near copy of a held-out document",
+    "licence_unknown": "no licence, or not an SPDX expression",
+    "licence_not_allowed": "a licence that is not accepted",
+    "key_repeated": "the key of an earlier document",
+    "copy_exact": "the text and images of an earlier document",
+    "copy_near": "a near duplicate of an earlier document",
+    "copy_of_evaluation": "a near duplicate of a held-out document",
     "removed_by_request": "removed with --remove-keys",
 }
 
@@ -70,7 +70,7 @@ _SAMPLES, _CAPTION = 12, 160
 
 
 def write_card(folder: pathlib.Path) -> None:
-    """Writes card.md and card.html into a prepared folder, each whole or not at all."""
+    """Writes card.md and card.html into a prepared folder, each atomically."""
     prepared = PreparedFolder(folder)
     for name, text in (("card.md", markdown(prepared)), ("card.html", page(prepared))):
         temporary = folder / f"{name}.tmp"
@@ -79,7 +79,7 @@ def write_card(folder: pathlib.Path) -> None:
 
 
 def markdown(prepared: PreparedFolder) -> str:
-    """The card as Markdown."""
+    """Returns the card as Markdown."""
     lines = ["# Data card", "", *_facts(prepared)]
     for split, tables in _tables(prepared).items():
         lines += ["", f"## {split}"]
@@ -94,21 +94,21 @@ def markdown(prepared: PreparedFolder) -> str:
 
 
 def page(prepared: PreparedFolder) -> str:
-    """The card as one HTML file with a bar for each count."""
+    """Returns the card as a self-contained HTML page with a bar for each count."""
     body = ["<h1>Data card</h1>"]
     body += [f"<p>{html.escape(line)}</p>" for line in _facts(prepared) if line]
     for split, tables in _tables(prepared).items():
         body.append(f"<h2>{html.escape(split)}</h2>")
         for name, table in tables.items():
-            most = max(table.values(), default=1)
+            largest = max(table.values(), default=1)
             rows = "".join(
                 f"<tr><td>{html.escape(_label(name, key))}</td>"
                 f'<td class="number">{count:,}</td>'
-                f'<td class="bar"><div style="width:{100 * count / most:.1f}%"></div></td></tr>'
+                f'<td class="bar"><div style="width:{100 * count / largest:.1f}%"></div></td></tr>'
                 for key, count in table.items()
             )
             body.append(f"<h3>{_HEADINGS[name]}</h3><table>{rows}</table>")
-    body.append("<h2>Some of the documents of train</h2>")
+    body.append("<h2>Sample documents of train</h2>")
     body += map(_figure, samples(prepared))
     body.append("<h2>Credits</h2><ul>")
     body += [f"<li>{html.escape(line)}</li>" for line in attributions(prepared.manifest)]
@@ -120,34 +120,34 @@ def page(prepared: PreparedFolder) -> str:
 
 
 def samples(prepared: PreparedFolder) -> list[Document]:
-    """Some documents of train, evenly spaced."""
+    """Returns up to 12 evenly spaced documents of train."""
     records = prepared.records()
     step = max(1, len(records) // _SAMPLES)
     return [records[row] for row in range(0, len(records), step)[:_SAMPLES]]
 
 
 def _figure(document: Document) -> str:
-    """The first stored picture of a document, its text, and where it comes from."""
+    """Returns HTML with the first stored image of a document, its text, key and licence."""
     data = base64.b64encode(to_png(document.pixels)).decode()
     text, provenance = document.text, document.provenance
-    shown = html.escape(text if len(text) <= _CAPTION else f"{text[:_CAPTION]}...")
+    caption = html.escape(text if len(text) <= _CAPTION else f"{text[:_CAPTION]}...")
     origin = f"{provenance.key}, {provenance.licence}" if provenance else ""
     return (
-        f'<figure><img alt="{shown}" src="data:image/png;base64,{data}">'
-        f"<figcaption>{shown}<br><small>{html.escape(origin)}</small></figcaption></figure>"
+        f'<figure><img alt="{caption}" src="data:image/png;base64,{data}">'
+        f"<figcaption>{caption}<br><small>{html.escape(origin)}</small></figcaption></figure>"
     )
 
 
 def attributions(manifest: Mapping[str, Any]) -> list[str]:
-    """The credit lines that the documents ask for, by how many ask for them."""
-    found: collections.Counter[str] = collections.Counter()
+    """Returns the credit lines of the documents, the most frequent first."""
+    credits: collections.Counter[str] = collections.Counter()
     for tables in manifest["counts"].values():
-        found.update(tables["credit"])
-    others = found.pop(OTHERS, 0)
-    ordered = sorted(found.items(), key=lambda item: (-item[1], item[0]))
+        credits.update(tables["credit"])
+    others = credits.pop(OTHERS, 0)
+    ordered = sorted(credits.items(), key=lambda item: (-item[1], item[0]))
     lines = [f"{name} ({count:,} document{'s' * (count > 1)})" for name, count in ordered]
     if others:
-        lines.append(f"{others:,} documents more, whose credit lines are in *.documents.jsonl")
+        lines.append(f"{others:,} more documents; their credit lines are in *.documents.jsonl")
     return lines
 
 
@@ -155,17 +155,18 @@ def _facts(prepared: PreparedFolder) -> list[str]:
     manifest = prepared.manifest
     config, rules = manifest["config"], manifest["config"]["duplicates"]
     splits = ", ".join(f"{count:,} {split}" for split, count in manifest["splits"].items())
-    similar = "the inner product of the pictures' embeddings"
-    near = f"above {rules['near']} by {similar}" if rules["near"] else "not looked for"
-    evaluation = f"above {rules['evaluation']}" if rules["evaluation"] else "not looked for"
+    measure = "the inner product of the image embeddings"
+    near = f"dropped above {rules['near']} by {measure}" if rules["near"] else "not checked"
+    evaluation = f"dropped above {rules['evaluation']}" if rules["evaluation"] else "not checked"
     held_out = ", ".join(split for split in manifest["splits"] if split != "train") or "none"
     return [
         f"Documents: {splits}.",
         "",
         f"Accepted licences: {', '.join(config['licences'])}.",
         "",
-        f"Exact copies: {'dropped' if rules['exact'] else 'kept'}. Near copies in train: {near}. "
-        f"Train documents near to held-out ones (splits: {held_out}): {evaluation}.",
+        f"Exact duplicates: {'dropped' if rules['exact'] else 'kept'}. "
+        f"Near duplicates in train: {near}. "
+        f"Train documents similar to held-out ones (splits: {held_out}): {evaluation}.",
         "",
         "Made with "
         + ", ".join(f"{name} {sum_[:12]}" for name, sum_ in manifest["sha256"].items())
@@ -182,7 +183,7 @@ def _tables(prepared: PreparedFolder) -> Mapping[str, dict[str, dict[str, int]]]
 
 
 def _sorted(name: str, table: dict[str, Any]) -> dict[str, int]:
-    """Largest counts first; sizes by size."""
+    """Sorts a table by count, the largest first; image sizes are sorted by size."""
     if name == "size":
         return dict(sorted(table.items(), key=lambda item: int(item[0].split()[0])))
     return dict(sorted(table.items(), key=lambda item: (-item[1], item[0])))

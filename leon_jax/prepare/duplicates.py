@@ -1,6 +1,7 @@
-"""Which documents are dropped because another one is the same, or nearly so.
+"""Drops documents that duplicate other documents exactly or nearly.
 
-Everything is decided by the order of the documents, so the result depends on nothing else.
+The order of the documents decides which of two duplicates is dropped, so the result is
+deterministic.
 """
 
 import os
@@ -13,15 +14,16 @@ from leon_jax.data.sources.raw_record import REASONS, Reason
 from leon_jax.retrieval.mining import NONE, PASS
 from leon_jax.retrieval.vector_index import VectorIndex, save_rows
 
-_BLOCK = 4096  # documents that are compared with each other, all pairs at once
+_BLOCK = 4096  # documents that are compared pairwise in one matrix product
 
 
-class Fate:
-    """Which documents are kept, and why and because of which other document one is not.
+class Decisions:
+    """For each document whether it is kept or dropped, and why.
 
     Attributes:
-      rows: for each document `reason`, 0 if it is kept and else 1 + its place in `REASONS`;
-        `because`, the row of the document it repeats, or -1; and how much it is like that, `score`.
+      rows: structured [n] with the fields `reason` (uint8: 0 if the document is kept, else 1 + its
+        index in `REASONS`), `because` (int32: row of the document that it duplicates, or -1) and
+        `score` (float32: their similarity).
     """
 
     def __init__(self, count: int):
@@ -30,19 +32,19 @@ class Fate:
         self.rows["because"] = NONE
 
     @classmethod
-    def open(cls, path: pathlib.Path) -> "Fate":
-        """What `save` wrote."""
-        fate = cls(0)
-        fate.rows = np.load(path, allow_pickle=False)
-        return fate
+    def open(cls, path: pathlib.Path) -> "Decisions":
+        """Reads the file that `save` wrote."""
+        decisions = cls(0)
+        decisions.rows = np.load(path, allow_pickle=False)
+        return decisions
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes a file, which appears complete or not at all."""
+        """Writes the decisions to a file, atomically."""
         save_rows(path, self.rows)
 
     @property
     def keep(self) -> Bool[np.ndarray, "n"]:
-        """Which documents are kept."""
+        """Mask of the documents that are kept."""
         return self.rows["reason"] == 0
 
     def drop(
@@ -52,102 +54,118 @@ class Fate:
         because: int | Int[np.ndarray, "m"] = NONE,
         score: float | Float32[np.ndarray, "m"] = 1.0,
     ) -> None:
-        """Drops documents that are still kept."""
+        """Drops documents.
+
+        Args:
+          rows: rows of documents that have been kept so far.
+          reason: the reason to record.
+          because: rows of the documents that they duplicate, or NONE (-1).
+          score: similarity to those documents.
+        """
         self.rows["reason"][rows] = 1 + REASONS.index(reason)
         self.rows["because"][rows] = because
         self.rows["score"][rows] = score
 
     def reason(self, row: int) -> str:
-        """Why a document is dropped."""
+        """Returns why a document is dropped."""
         return REASONS[int(self.rows["reason"][row]) - 1]
 
 
-def repeated(digests: UInt8[np.ndarray, "n 16"], among: Bool[np.ndarray, "n"]) -> np.ndarray:
-    """For each row the first row, among those allowed, with the same digest; itself if it is first.
+def first_occurrence(digests: UInt8[np.ndarray, "n 16"], mask: Bool[np.ndarray, "n"]) -> np.ndarray:
+    """Returns for each row the first row with the same digest.
 
-    Rows that are not allowed stand for themselves.
+    Args:
+      digests: one digest per row.
+      mask: rows to compare; a row outside the mask maps to itself.
+
+    Returns:
+      int64[n]
     """
     first = np.arange(len(digests))
-    rows = np.flatnonzero(among)
-    _, starts, inverse = np.unique(_as_one(digests[rows]), return_index=True, return_inverse=True)
+    rows = np.flatnonzero(mask)
+    elements = _as_elements(digests[rows])
+    _, starts, inverse = np.unique(elements, return_index=True, return_inverse=True)
     first[rows] = rows[starts[inverse]]
     return first
 
 
-def _as_one(digests: UInt8[np.ndarray, "n 16"]) -> np.ndarray:
-    """Each digest as one element, which NumPy can sort."""
+def _as_elements(digests: UInt8[np.ndarray, "n 16"]) -> np.ndarray:
+    """Returns V16[n], with one element per digest, which NumPy can sort."""
     return np.ascontiguousarray(digests).view("V16").ravel()
 
 
-def drop_repeated(fate: Fate, digests: UInt8[np.ndarray, "n 16"], reason: Reason) -> None:
-    """Drops every kept document whose digest an earlier kept one has."""
-    first = repeated(digests, fate.keep)
+def drop_exact(decisions: Decisions, digests: UInt8[np.ndarray, "n 16"], reason: Reason) -> None:
+    """Drops every kept document that has the digest of an earlier kept document."""
+    first = first_occurrence(digests, decisions.keep)
     rows = np.flatnonzero(first != np.arange(len(first)))
-    fate.drop(rows, reason, first[rows])
+    decisions.drop(rows, reason, first[rows])
 
 
-def drop_near(fate: Fate, images: VectorIndex, held_out: int, threshold: float) -> None:
-    """Drops train documents until no two kept ones are above `threshold`, keeping earlier ones.
+def drop_near(decisions: Decisions, images: VectorIndex, held_out: int, threshold: float) -> None:
+    """Drops train documents that are similar to an earlier kept train document.
 
-    Every document dropped here is above the threshold with an earlier one that is kept.
+    Afterwards no two kept train documents have a similarity above `threshold`.
 
     Args:
-      fate: of all documents, train last.
-      images: the pictures' unit rows, in the same order; zeros stand for a missing picture.
-      held_out: how many documents stand before those of train.
+      decisions: the decisions about all documents, train last.
+      images: unit rows of the images, in the same order; a zero row means a missing image.
+      held_out: number of held-out documents, which come before those of train.
       threshold: inner product, positive.
     """
-    train = fate.keep
+    train = decisions.keep
     train[:held_out] = False
-    # A document far from all others is neither dropped nor a reason to drop one: few are left.
-    suspects = [np.zeros(0, np.int64)]
+    # Compare only documents that have a close neighbour; this leaves few.
+    candidates = [np.zeros(0, np.int64)]
     for rows in _passes(np.flatnonzero(train)):
         scores, _ = images.search(images.take(rows), 1, exclude=rows, keep=train)
-        suspects.append(rows[scores[:, 0] > threshold])
-    rows = np.concatenate(suspects)
+        candidates.append(rows[scores[:, 0] > threshold])
+    rows = np.concatenate(candidates)
     if len(rows):
-        among = VectorIndex([images.take(some).astype(images.dtype) for some in _passes(rows)])
-        because, score = _near(among, threshold)
+        index = VectorIndex([images.take(chunk).astype(images.dtype) for chunk in _passes(rows)])
+        because, score = _near(index, threshold)
         copies = np.flatnonzero(because != NONE)
-        fate.drop(rows[copies], "copy_near", rows[because[copies]], score[copies])
+        decisions.drop(rows[copies], "copy_near", rows[because[copies]], score[copies])
 
 
 def _near(
     images: VectorIndex, threshold: float
 ) -> tuple[Int[np.ndarray, "n"], Float32[np.ndarray, "n"]]:
-    """For each row an earlier kept one above the threshold, or -1 if it is kept; and the score."""
+    """Returns for each row an earlier kept row above the threshold, or -1, and the similarity."""
     because, score = np.full(len(images), NONE, np.int64), np.zeros(len(images), np.float32)
-    places = np.arange(len(images))
+    positions = np.arange(len(images))
     for start in range(0, len(images), _BLOCK):
         vectors = images.rows(start, min(start + _BLOCK, len(images))).astype(np.float32)
         if start:
-            before = (because == NONE) & (places < start)
-            scores, ids = images.search(vectors, 1, keep=before)
+            earlier = (because == NONE) & (positions < start)
+            scores, ids = images.search(vectors, 1, keep=earlier)
             because[start : start + _BLOCK] = np.where(scores > threshold, ids, NONE)[:, 0]
             score[start : start + _BLOCK] = scores[:, 0]
-        # Within the block one after the other, for what is kept depends on what came before.
-        alike = vectors @ vectors.T
-        for place in range(len(vectors)):
-            if because[start + place] == NONE:
-                copies = place + 1 + np.flatnonzero(alike[place, place + 1 :] > threshold)
+        # Within a block the loop is sequential: a row is kept or not depending on earlier rows.
+        similarity = vectors @ vectors.T
+        for offset in range(len(vectors)):
+            row = start + offset
+            if because[row] == NONE:
+                copies = offset + 1 + np.flatnonzero(similarity[offset, offset + 1 :] > threshold)
                 copies = copies[because[start + copies] == NONE]
-                because[start + copies], score[start + copies] = start + place, alike[place, copies]
+                because[start + copies], score[start + copies] = row, similarity[offset, copies]
     return because, score
 
 
-def drop_evaluation(fate: Fate, images: VectorIndex, held_out: int, threshold: float) -> None:
-    """Drops kept train documents above `threshold` to any document that is held out.
+def drop_evaluation(
+    decisions: Decisions, images: VectorIndex, held_out: int, threshold: float
+) -> None:
+    """Drops train documents that are similar to a held-out document.
 
-    The arguments are those of `drop_near`. What was dropped from the held-out splits still counts:
-    it repeats something that is there.
+    The arguments are those of `drop_near`. Dropped held-out documents still count here, because
+    each of them duplicates a held-out document that is kept.
     """
-    others = np.arange(len(images)) < held_out
-    for rows in _passes(np.flatnonzero(fate.keep & ~others)):
-        scores, ids = images.search(images.take(rows), 1, keep=others)
+    evaluation = np.arange(len(images)) < held_out
+    for rows in _passes(np.flatnonzero(decisions.keep & ~evaluation)):
+        scores, ids = images.search(images.take(rows), 1, keep=evaluation)
         copies = scores[:, 0] > threshold
-        fate.drop(rows[copies], "copy_of_evaluation", ids[copies, 0], scores[copies, 0])
+        decisions.drop(rows[copies], "copy_of_evaluation", ids[copies, 0], scores[copies, 0])
 
 
 def _passes(rows: Int[np.ndarray, "n"]) -> list[np.ndarray]:
-    """As many rows at a time as a search answers in one pass over the bank."""
+    """Splits rows into chunks that a search answers in one pass over the index."""
     return [rows[start : start + PASS] for start in range(0, len(rows), PASS)]

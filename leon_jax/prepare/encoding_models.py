@@ -1,4 +1,4 @@
-"""The models that encode, loaded once in a process."""
+"""Loads the models that encode documents, once per process, and computes digests of models."""
 
 import dataclasses
 import hashlib
@@ -17,10 +17,13 @@ from leon_jax.tokenizers.text import TextTokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Models:
-    """What encodes, and the devices it runs on.
+    """The models that encode documents, and their device mesh.
 
     Attributes:
-      mesh: this process's own devices: work on shards is independent of who else works.
+      mesh: mesh of the local devices; a process encodes shards independently of other processes.
+      text: the text tokenizer.
+      tokenizer: the image tokenizer.
+      encoder: the retrieval encoder.
     """
 
     mesh: jax.sharding.Mesh
@@ -30,7 +33,12 @@ class Models:
 
 
 def load_models(tokenizer: str, encoder: str, text: str) -> Models:
-    """The models of three paths; those used last are kept, so a process loads them once.
+    """Loads models, or returns the models of the previous call if their files have not changed.
+
+    Args:
+      tokenizer: path of the image tokenizer.
+      encoder: path of the retrieval encoder.
+      text: path of the text tokenizer.
 
     Raises:
       UserError: a file is missing or damaged.
@@ -41,12 +49,12 @@ def load_models(tokenizer: str, encoder: str, text: str) -> Models:
         if _loaded is None or _loaded[0] != digests:
             mesh = sharding.make_mesh(devices=jax.local_devices())
             with jax.set_mesh(mesh):
-                words = TextTokenizer.load(text)
+                text_tokenizer = TextTokenizer.load(text)
                 models = Models(
                     mesh,
-                    words,
+                    text_tokenizer,
                     ImageTokenizer.load(tokenizer),
-                    RetrievalEncoder.load(encoder, words),
+                    RetrievalEncoder.load(encoder, text_tokenizer),
                 )
             _loaded = (digests, models)
         return _loaded[1]
@@ -57,13 +65,14 @@ _loading = threading.Lock()
 
 
 def digest(path: str | os.PathLike) -> str:
-    """SHA-256 of a model: of a weight file's contents, of another file or folder as it is.
+    """Returns the SHA-256 digest of a model, in hexadecimal.
 
-    Weights that are saved again keep their digest (see `leon_jax.weight_files.content_digest`). Of
-    a folder all files count, with their names.
+    For a weight file the digest covers the weights, so saving the same weights again does not
+    change it (see `leon_jax.weight_files.content_digest`). For any other file it covers the bytes,
+    and for a folder the names and bytes of all files.
 
     Raises:
-      UserError: it cannot be read.
+      UserError: the model cannot be read.
     """
     path = pathlib.Path(path)
     if weight_files.is_weight_file(path):
@@ -72,9 +81,9 @@ def digest(path: str | os.PathLike) -> str:
 
 
 def matches(path: str | os.PathLike, recorded: str | None) -> bool:
-    """Whether a recorded digest is that of this model, now or in an older version.
+    """Tells whether a recorded digest belongs to this model.
 
-    Older versions recorded the digest of a weight file's bytes.
+    Older versions recorded the digest of a weight file's bytes; such a digest matches as well.
 
     Raises:
       UserError: the model cannot be read.

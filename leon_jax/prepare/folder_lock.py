@@ -1,7 +1,8 @@
-"""The place of a prepared folder: held against other processes, and changed as a whole.
+"""Locks a prepared folder against other processes, and replaces it as a whole.
 
-A new folder is made beside the old one. The old one is then renamed out of the way and the new one
-into its place; a process killed between the two leaves the old one to be put back.
+A new folder is built beside the old one. The old folder is renamed to a backup, then the new folder
+is renamed to the final name. If a process is killed between the two renames, the next one restores
+the backup.
 """
 
 import contextlib
@@ -17,12 +18,15 @@ from leon_jax.config import UserError
 
 @contextlib.contextmanager
 def hold(folder: pathlib.Path) -> Iterator[None]:
-    """Holds a folder, which need not be there, against other processes that would change it.
+    """Holds the lock of a folder, so that no other process changes it.
 
-    What a killed process left in the way of it is put back first.
+    If a killed process left a backup of the folder, the backup is restored first.
+
+    Args:
+      folder: path of the folder; it need not exist.
 
     Raises:
-      UserError: there is no writing beside the folder.
+      UserError: the parent folder is not writable.
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -32,25 +36,25 @@ def hold(folder: pathlib.Path) -> Iterator[None]:
         ) from error
 
     def on_busy() -> None:
-        print(f"waiting for another process that changes {folder}", file=sys.stderr)
+        print(f"waiting for another process that is changing {folder}", file=sys.stderr)
 
     with file_lock.hold(beside(folder, "lock"), on_busy):
-        old = beside(folder, "replaced")
-        if old.exists() and not folder.exists():
-            os.rename(old, folder)
-        shutil.rmtree(old, ignore_errors=True)
+        backup = beside(folder, "replaced")
+        if backup.exists() and not folder.exists():
+            os.rename(backup, folder)
+        shutil.rmtree(backup, ignore_errors=True)
         yield
 
 
 def replace(folder: pathlib.Path, new: pathlib.Path) -> None:
-    """Puts a complete folder in the place of another one, if there is one. Call it in `hold`."""
-    old = beside(folder, "replaced")
+    """Renames the complete folder `new` to `folder`, which may exist. Call it within `hold`."""
+    backup = beside(folder, "replaced")
     if folder.exists():
-        os.rename(folder, old)
+        os.rename(folder, backup)
     os.rename(new, folder)
-    shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(backup, ignore_errors=True)
 
 
-def beside(folder: pathlib.Path, what: str) -> pathlib.Path:
-    """A hidden name beside a folder, for example `.data.lock`."""
-    return folder.parent / f".{folder.name}.{what}"
+def beside(folder: pathlib.Path, suffix: str) -> pathlib.Path:
+    """Returns a hidden path beside a folder, for example `.data.lock`."""
+    return folder.parent / f".{folder.name}.{suffix}"

@@ -1,7 +1,6 @@
-"""Encoded shards become the files of a prepared folder, without what repeats.
+"""Gathers encoded shards into the files of a prepared folder, without duplicate documents.
 
-Documents that are held out come first where two repeat each other: what is dropped is dropped from
-train.
+If a train document duplicates a held-out document, the train document is dropped.
 """
 
 import collections
@@ -31,9 +30,9 @@ from leon_jax.retrieval.mining import NONE
 from leon_jax.retrieval.prepared_folder import PreparedFolder
 from leon_jax.retrieval.vector_index import VectorIndex, save_rows
 
-_KEEP, _FATE = "keep.npy", "fate.npy"
-# Of each kind of count, so many different values are told apart, and so many are listed.
-_MOST, _LISTED = 100_000, 1000
+_KEEP, _DECISIONS = "keep.npy", "fate.npy"
+# For each field: how many different values are counted, and how many are listed.
+_MAX_COUNTED, _MAX_LISTED = 100_000, 1000
 OTHERS = "(others)"
 
 
@@ -44,20 +43,20 @@ def gather(
     final: pathlib.Path,
     removed: Collection[tuple[str, str]] = (),
 ) -> dict[str, Any]:
-    """Writes the records, listings, rejects and vectors of all shards that have documents.
+    """Writes the records, listings, rejects and vectors of all shards.
 
     Args:
-      config: what counts as a repetition.
-      parts: the folder of the shards' folders, all done.
-      shards: in the order of `plan`.
-      final: where the files go; those that are there are left as they are.
-      removed: documents to leave out, by source (or "" for any) and key.
+      config: the configuration, with the rules for duplicates.
+      parts: folder that holds one complete folder per shard.
+      shards: all shards, in the order of `plan`.
+      final: folder to write to; existing files are not written again.
+      removed: (source, key) pairs of documents to leave out; the source "" matches every source.
 
     Returns:
       `splits`, `shards` and `counts` of the manifest.
 
     Raises:
-      UserError: nothing is left of train.
+      UserError: no document of train can be used.
     """
     by_split = {
         split: [shard.name for shard in shards if shard.name.rpartition("-")[0] == split]
@@ -67,71 +66,86 @@ def gather(
     held_out = len(ordered)
     ordered += by_split[TRAIN]
     lengths = [count_lines(parts / name / DOCUMENTS) for name in ordered]
-    # Judged once: files that a killed run left behind follow the first judgement.
-    if (parts / _FATE).exists():
-        fate = duplicates.Fate.open(parts / _FATE)
+    # Decide once: a restarted run must agree with the files that a killed run wrote.
+    if (parts / _DECISIONS).exists():
+        decisions = duplicates.Decisions.open(parts / _DECISIONS)
     else:
-        fate = judge(config, parts, ordered, lengths, sum(lengths[:held_out]))
-        fate.save(parts / _FATE)
-    # Last: what repeats a document that was removed stays away as well.
-    removed_rows = [row for row in _named(parts, ordered, removed) if not fate.rows["reason"][row]]
-    fate.drop(np.array(removed_rows, np.int64), "removed_by_request", score=0)
+        decisions = decide(config, parts, ordered, lengths, sum(lengths[:held_out]))
+        decisions.save(parts / _DECISIONS)
+    # Remove last, so that duplicates of a removed document are dropped as well.
+    removed_rows = [
+        row for row in _matching_rows(parts, ordered, removed) if not decisions.rows["reason"][row]
+    ]
+    decisions.drop(np.array(removed_rows, np.int64), "removed_by_request", score=0)
     starts = np.cumsum([0, *lengths])
-    names = _repeated_keys(parts, ordered, starts, fate)
-    kept: dict[str, int] = {}
-    keep = fate.keep
+    names = _duplicated_keys(parts, ordered, starts, decisions)
+    counts: dict[str, int] = {}
+    keep = decisions.keep
     for name, start, length in zip(ordered, starts, lengths, strict=False):
         mask = keep[start : start + length]
         save_rows(parts / name / _KEEP, mask)
-        _write_shard(parts / name, final, mask, int(start), fate, names)
-        kept[name] = int(mask.sum())
-    if not any(kept[name] for name in by_split[TRAIN]):
+        _write_shard(parts / name, final, mask, int(start), decisions, names)
+        counts[name] = int(mask.sum())
+    if not any(counts[name] for name in by_split[TRAIN]):
         reasons = _reasons(final / f"{name}.rejects.jsonl" for name in by_split[TRAIN])
-        why = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
-        said = f"no document of {TRAIN} can be used ({why or 'its sources are empty'})"
+        summary = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+        message = f"no document of {TRAIN} can be used ({summary or 'its sources are empty'})"
         paths = [final / f"{name}.{REJECTS}" for name in by_split[TRAIN]]
         for first in itertools.islice(itertools.chain.from_iterable(map(read_lines, paths)), 1):
-            said += f"; the first, {first['key']}: {first['detail'] or first['reason']}"
-            said += f"; for the others see {final}/{TRAIN}-*.{REJECTS}"
-        raise UserError(said)
+            message += f"; the first, {first['key']}: {first['detail'] or first['reason']}"
+            message += f"; for the others see {final}/{TRAIN}-*.{REJECTS}"
+        raise UserError(message)
     return {
-        "splits": {split: sum(kept[n] for n in by_split[split]) for split in config.splits},
+        "splits": {split: sum(counts[name] for name in by_split[split]) for split in config.splits},
         "shards": {
-            split: {n: kept[n] for n in by_split[split] if kept[n]} for split in config.splits
+            split: {name: counts[name] for name in by_split[split] if counts[name]}
+            for split in config.splits
         },
         "counts": {split: count(final, by_split[split]) for split in config.splits},
     }
 
 
-def judge(
+def decide(
     config: PrepareConfig,
     parts: pathlib.Path,
     shards: Sequence[str],
     lengths: Sequence[int],
     held_out: int,
-) -> duplicates.Fate:
-    """Which documents are kept; the first `held_out` of them are of other splits than train."""
+) -> duplicates.Decisions:
+    """Decides which documents are kept and which are dropped as duplicates.
+
+    Args:
+      config: the configuration, with the rules for duplicates.
+      parts: folder that holds one complete folder per shard.
+      shards: names of the shards, those of held-out splits first.
+      lengths: number of documents of each shard.
+      held_out: number of documents of held-out splits.
+    """
     rules = config.duplicates
-    fate = duplicates.Fate(sum(lengths))
-    if not len(fate.rows):
-        return fate
+    decisions = duplicates.Decisions(sum(lengths))
+    if not len(decisions.rows):
+        return decisions
 
     def load(name: str) -> np.ndarray:
         return np.concatenate([np.load(parts / shard / f"{name}.npy") for shard in shards])
 
-    duplicates.drop_repeated(fate, load("key"), "key_repeated")
+    duplicates.drop_exact(decisions, load("key"), "key_repeated")
     if rules.exact:
-        duplicates.drop_repeated(fate, load("content"), "copy_exact")
+        duplicates.drop_exact(decisions, load("content"), "copy_exact")
     images = VectorIndex.open([parts / shard / "image.npy" for shard in shards])
     if rules.evaluation is not None and held_out:
-        duplicates.drop_evaluation(fate, images, held_out, rules.evaluation)
+        duplicates.drop_evaluation(decisions, images, held_out, rules.evaluation)
     if rules.near is not None:
-        duplicates.drop_near(fate, images, held_out, rules.near)
-    return fate
+        duplicates.drop_near(decisions, images, held_out, rules.near)
+    return decisions
 
 
-def queries(parts: pathlib.Path, shard: str) -> dict[str, np.ndarray]:
-    """The vectors by which the documents of a finished shard search, float16[n, d] a view."""
+def query_vectors(parts: pathlib.Path, shard: str) -> dict[str, np.ndarray]:
+    """Reads the query vectors of the kept documents of a shard.
+
+    Returns:
+      float16[n, d] unit rows by view: "text", "image" and "document".
+    """
     keep = np.load(parts / shard / _KEEP)
     return {
         name: np.load(parts / shard / f"{name}.npy", mmap_mode="r")[keep]
@@ -139,8 +153,8 @@ def queries(parts: pathlib.Path, shard: str) -> dict[str, np.ndarray]:
     }
 
 
-def pictures(parts: pathlib.Path, shards: Iterable[str]) -> VectorIndex:
-    """The pictures of the documents of finished shards, rows as the documents are numbered."""
+def image_index(parts: pathlib.Path, shards: Iterable[str]) -> VectorIndex:
+    """Opens the image embeddings of the kept documents of shards, one row per document."""
     paths = []
     for shard in shards:
         path, keep = parts / shard / "image.npy", np.load(parts / shard / _KEEP)
@@ -153,52 +167,65 @@ def pictures(parts: pathlib.Path, shards: Iterable[str]) -> VectorIndex:
 
 
 def source_numbers(prepared: PreparedFolder) -> np.ndarray:
-    """A number for the source of every train document, int32[n]."""
+    """Returns int32[n], the number of the source of each train document."""
     numbers: dict[str, int] = {}
     sources = (document["source"] for document in prepared.listing(TRAIN))
     return np.fromiter((numbers.setdefault(name, len(numbers)) for name in sources), np.int32)
 
 
 def count(folder: pathlib.Path, shards: Sequence[str]) -> dict[str, dict[str, int]]:
-    """How many documents of a split have each licence, source, language, size and credit line.
+    """Counts documents by licence, source, language, size and credit line, and rejects by reason.
 
-    And why how many records are not used. Where there is too much to tell apart, the rarest by then
-    are counted together, as `OTHERS`.
+    If a field has too many different values, the rarest are counted together as `OTHERS`.
+
+    Args:
+      folder: folder with the listings and rejects.
+      shards: names of the shards of one split.
+
+    Returns:
+      Counts by value for "licence", "source", "language", "size", "credit" and "rejected".
     """
     counts: dict[str, collections.Counter[str]] = {
         name: collections.Counter() for name in ("licence", "source", "language", "size", "credit")
     }
     for shard in shards:
         for document in read_lines(folder / f"{shard}.{DOCUMENTS}"):
-            found = document | {
+            fields = document | {
                 "size": size_class(min(document["size"])),
                 "credit": document["attribution"] or f"{document['source']} (no credit line)",
             }
             for name, counter in [*counts.items()]:
-                counter[found[name]] += 1
-                if len(counter) > _MOST:
-                    counts[name] = collections.Counter(_largest(counter, _MOST // 2))
+                counter[fields[name]] += 1
+                if len(counter) > _MAX_COUNTED:
+                    counts[name] = collections.Counter(_largest(counter, _MAX_COUNTED // 2))
     rejected = _reasons(folder / f"{shard}.{REJECTS}" for shard in shards)
-    ordered = {name: _largest(counter, _LISTED) for name, counter in counts.items()}
+    ordered = {name: _largest(counter, _MAX_LISTED) for name, counter in counts.items()}
     return ordered | {"rejected": dict(sorted(rejected.items()))}
 
 
-def _largest(counter: collections.Counter[str], most: int) -> dict[str, int]:
-    """The largest counts by name, the others in one."""
+def _largest(counter: collections.Counter[str], size: int) -> dict[str, int]:
+    """Returns the `size` largest counts, sorted by name, and the sum of the others as `OTHERS`."""
     others = counter.pop(OTHERS, 0)
-    listed = sorted(counter.items(), key=lambda item: (-item[1], item[0]))
-    others += sum(count for _, count in listed[most:])
-    return dict(sorted(listed[:most])) | ({OTHERS: others} if others else {})
+    ranked = sorted(counter.items(), key=lambda item: (-item[1], item[0]))
+    others += sum(count for _, count in ranked[size:])
+    return dict(sorted(ranked[:size])) | ({OTHERS: others} if others else {})
 
 
 def size_class(side: int) -> str:
-    """A picture's class by its shorter side in pixels: from one power of two up to the next."""
+    """Returns the size class of an image: the range between powers of two that holds `side`.
+
+    Args:
+      side: the shorter side of the image in pixels, at least 1.
+
+    Returns:
+      For example "256 to 511".
+    """
     low = 1 << (side.bit_length() - 1)
     return f"{low} to {2 * low - 1}"
 
 
 def read_lines(path: pathlib.Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSONL file of ours."""
+    """Yields the objects of a JSONL file that `leon prepare` wrote."""
     with path.open(encoding="utf-8") as file:
         for text in file:
             yield json.loads(text)
@@ -209,10 +236,10 @@ def _write_shard(
     final: pathlib.Path,
     keep: np.ndarray,
     start: int,
-    fate: duplicates.Fate,
+    decisions: duplicates.Decisions,
     names: dict[int, str],
 ) -> None:
-    """The files of one shard; the records are written last, so their presence says it is done."""
+    """Writes the files of one shard, the records last: their presence marks a complete shard."""
     path = final / f"{part.name}.array_record"
     rows = np.flatnonzero(keep)
     if path.exists():
@@ -222,10 +249,11 @@ def _write_shard(
     _write_text(final / f"{part.name}.{DOCUMENTS}", "".join(lines[row] for row in rows))
     rejects = (part / REJECTS).read_text(encoding="utf-8")
     for row in np.flatnonzero(~keep).tolist():
-        because, reason = int(fate.rows["because"][start + row]), fate.reason(start + row)
+        reason = decisions.reason(start + row)
+        because = int(decisions.rows["because"][start + row])
         detail = f"it repeats {names[because]}" if because >= 0 else ""
         if reason in ("copy_near", "copy_of_evaluation"):
-            detail += f", similarity {fate.rows['score'][start + row]:.3f}"
+            detail += f", similarity {decisions.rows['score'][start + row]:.3f}"
         rejects += line(
             {
                 "key": json.loads(lines[row])["key"],
@@ -246,37 +274,40 @@ def _write_shard(
         records.copy(part / RECORDS, path, rows)
 
 
-def _named(
-    parts: pathlib.Path, shards: Sequence[str], removed: Collection[tuple[str, str]]
+def _matching_rows(
+    parts: pathlib.Path, shards: Sequence[str], keys: Collection[tuple[str, str]]
 ) -> Iterator[int]:
-    """The rows of the documents that go by these sources (or "" for any) and keys."""
-    if removed:
-        lists = (read_lines(parts / shard / DOCUMENTS) for shard in shards)
-        for row, document in enumerate(itertools.chain.from_iterable(lists)):
-            if goes_by(document, removed):
+    """Yields the rows of the documents that `keys` name, as in `matching_keys`."""
+    if keys:
+        listings = (read_lines(parts / shard / DOCUMENTS) for shard in shards)
+        for row, document in enumerate(itertools.chain.from_iterable(listings)):
+            if matching_keys(document, keys):
                 yield row
 
 
-def goes_by(
-    document: Mapping[str, Any], names: Collection[tuple[str, str]]
+def matching_keys(
+    document: Mapping[str, Any], keys: Collection[tuple[str, str]]
 ) -> set[tuple[str, str]]:
-    """Those of `names`, each a source (or "" for any) and a key, that are a listed document's."""
+    """Returns the (source, key) pairs of `keys` that name a listed document.
+
+    The source "" matches every source.
+    """
     key = document.get("key", "")
-    return {name for name in (("", key), (document.get("source", ""), key)) if name in names}
+    return {pair for pair in (("", key), (document.get("source", ""), key)) if pair in keys}
 
 
-def _repeated_keys(
-    parts: pathlib.Path, shards: Sequence[str], starts: np.ndarray, fate: duplicates.Fate
+def _duplicated_keys(
+    parts: pathlib.Path, shards: Sequence[str], starts: np.ndarray, decisions: duplicates.Decisions
 ) -> dict[int, str]:
-    """The keys and sources of the documents that others repeat, by row."""
-    rows = np.unique(fate.rows["because"])
+    """Returns the key and source, by row, of each document that a dropped one duplicates."""
+    rows = np.unique(decisions.rows["because"])
     rows = rows[rows != NONE]
     keys: dict[int, str] = {}
     for shard, start, stop in zip(shards, starts, starts[1:], strict=False):
-        here = rows[(rows >= start) & (rows < stop)]
-        if len(here):
+        shard_rows = rows[(rows >= start) & (rows < stop)]
+        if len(shard_rows):
             lines = (parts / shard / DOCUMENTS).read_text(encoding="utf-8").splitlines()
-            for row in here.tolist():
+            for row in shard_rows.tolist():
                 document = json.loads(lines[row - start])
                 keys[row] = f"{document['key']} of {document['source']}"
     return keys

@@ -1,4 +1,4 @@
-"""Licences as SPDX expressions, and whether a list of accepted ones allows them."""
+"""Parses licences as SPDX expressions and checks them against a list of accepted licences."""
 
 import functools
 import re
@@ -6,29 +6,29 @@ from typing import Any
 
 from leon_jax.config import UserError
 
-# How data sets of web pictures name Creative Commons licences.
+# Datasets of web images often give a Creative Commons licence as its URL.
 _CREATIVE_COMMONS = re.compile(
     r"https?://(?:www\.)?creativecommons\.org/(?:licenses|publicdomain)/([a-z-]+)/([0-9.]+)/?"
     r"(?:deed(?:\.[a-z-]+)?|legalcode)?/?",
     re.IGNORECASE,
 )
 
-# A licence that SPDX does not list.
-_OWN = re.compile(r"LicenseRef-[A-Za-z0-9.-]+")
-_LONGEST = 400
+# The SPDX syntax for a licence that SPDX does not list.
+_REFERENCE = re.compile(r"LicenseRef-[A-Za-z0-9.-]+")
+_MAX_LENGTH = 400
 
 
 def normal(licence: str) -> str | None:
-    """The SPDX expression that a licence field names; None if it names none.
+    """Returns the normalised SPDX expression of a licence field, or None if it is not valid.
 
-    Knows SPDX identifiers and expressions in any case (`cc-by-4.0`, `MIT OR Apache-2.0`),
-    `LicenseRef-...`, and addresses of Creative Commons licences.
+    The field may hold SPDX identifiers and expressions in any case (`cc-by-4.0`,
+    `MIT OR Apache-2.0`), `LicenseRef-...`, or the URL of a Creative Commons licence.
 
     Raises:
       UserError: the package license-expression is missing.
     """
     licence = licence.strip()
-    return _normal(licence) if len(licence) <= _LONGEST else None
+    return _normal(licence) if len(licence) <= _MAX_LENGTH else None
 
 
 @functools.lru_cache(4096)
@@ -44,25 +44,25 @@ def _normal(licence: str) -> str | None:
 
 
 def check_list(accepted: tuple[str, ...]) -> None:
-    """Checks an allow-list.
+    """Checks a list of accepted licences.
 
     Raises:
-      UserError: an entry is no SPDX licence identifier.
+      UserError: an entry is not an SPDX licence identifier.
     """
     for licence in accepted:
         if normal(licence) != licence:
             hint = f"; did you mean {normal(licence)!r}?" if normal(licence) else ""
             raise UserError(
-                f"licences holds {licence!r}, which is no SPDX licence identifier{hint}"
+                f"licences holds {licence!r}, which is not an SPDX licence identifier{hint}"
             )
 
 
 @functools.lru_cache(4096)
 def allows(accepted: tuple[str, ...], expression: str) -> bool:
-    """Whether a document under this SPDX expression may be used.
+    """Tells whether a list of accepted licences allows an SPDX expression.
 
-    `A OR B` needs one of them to be accepted, `A AND B` both. `A WITH exception` counts as a
-    licence of its own.
+    `A OR B` needs one accepted licence, `A AND B` needs both. `A WITH exception` counts as a
+    separate licence.
     """
     return _allowed(_parse(expression), accepted)
 
@@ -75,18 +75,18 @@ def _allowed(node: Any, accepted: tuple[str, ...]) -> bool:
 
 
 def _parse(expression: str) -> Any:
-    """The parsed expression with identifiers in SPDX's spelling; None if one is unknown."""
-    if _OWN.fullmatch(expression):
+    """Parses an SPDX expression and normalises its identifiers; None if one is unknown."""
+    if _REFERENCE.fullmatch(expression):
         return expression
     spdx = _spdx()
     try:
         parsed = spdx.parse(expression, strict=True)
         names, unknown = spdx.license_keys(parsed), spdx.unknown_license_keys(parsed)
-    except Exception:  # the parser has several kinds of its own, and recursion errors
+    except Exception:  # the parser raises several exceptions, also RecursionError
         return None
-    # The parser takes some names of one's own for aliases of licences that SPDX lists.
-    own = set(_OWN.findall(expression))
-    return parsed if own <= set(names) and set(unknown) <= own else None
+    # The parser replaces some LicenseRef names by listed licences; such an expression is invalid.
+    references = set(_REFERENCE.findall(expression))
+    return parsed if references <= set(names) and set(unknown) <= references else None
 
 
 @functools.cache
@@ -95,6 +95,6 @@ def _spdx() -> Any:
         import license_expression
     except ImportError as error:
         raise UserError(
-            f"licences are checked with the package {error.name}; run: pip install 'leon_jax[data]'"
+            f"checking licences needs the package {error.name}; run: pip install 'leon_jax[data]'"
         ) from error
     return license_expression.get_spdx_licensing()

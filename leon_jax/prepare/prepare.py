@@ -1,14 +1,14 @@
-"""`leon prepare`: from sources to the folder that training and retrieval read.
+"""Converts image-text pairs into a dataset folder for training and retrieval.
 
-    plan      the shards of all sources
-    shards    each becomes a folder of encoded documents (`shard.py`): anywhere, in any order
-    gather    what repeats is dropped, the rest is numbered and put in its final place
-    mine      every document's neighbours are found among those of train
-    finish    manifest and data card; the folder appears under its name
+    plan      list the shards of all sources
+    encode    encode each shard into a folder (`shard_encoding.py`), on any machine, in any order
+    gather    drop duplicates, number the remaining documents, write the final files
+    mine      find the neighbours of every document among the documents of train
+    finish    write the manifest and the data card, rename the folder to its final name
 
-Everything is made in `.NAME.preparing` beside the folder NAME and moved there at the end, so NAME
-is complete or not there. Each step leaves files that are whole, and what is there is not made
-again: a run that was killed goes on where it stopped, and ends with the same bytes.
+All steps write into `.NAME.preparing` beside the folder NAME, which is renamed at the end, so NAME
+is complete or does not exist. Each step writes its files atomically and skips files that exist.
+A run that was killed therefore resumes where it stopped and produces the same bytes.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ from leon_jax.config import UserError, to_dict
 from leon_jax.data import image_variants
 from leon_jax.data.records import RecordSource
 from leon_jax.data.sources.open import open_source
-from leon_jax.data.sources.raw_record import Shards, SourceConfig
+from leon_jax.data.sources.raw_record import ShardedSource, SourceConfig
 from leon_jax.prepare import folder_lock, gather, licences
 from leon_jax.prepare.config import TRAIN, PrepareConfig
 from leon_jax.prepare.data_card import write_card
@@ -48,8 +48,8 @@ from leon_jax.retrieval.prepared_folder import (
 from leon_jax.retrieval.selection import SelectionConfig, find_neighbours
 from leon_jax.retrieval.vector_index import VectorIndex, save_rows
 
-Sources = list[tuple[SourceConfig, Shards]]
-# Does `Worker(config, sources, folder)(shard)` for every shard, somewhere.
+Sources = list[tuple[SourceConfig, ShardedSource]]
+# Calls `Worker(config, sources, folder)(shard)` for every shard, in this process or elsewhere.
 Runner = Callable[[PrepareConfig, Sources, str, Sequence[Shard]], None]
 
 _SETTINGS = "settings.json"
@@ -63,79 +63,83 @@ def prepare(
     run: Runner | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Prepares a folder, unless it is there and made from the same things.
+    """Prepares a folder, unless it exists and was made from the same inputs and settings.
 
     Args:
-      config: what to do.
-      out_dir: the folder; an older one with other inputs is replaced in the end.
-      sources: opened ones instead of those that `config.sources` names, in that order.
-      run: does the shards; by default here, one after the other.
+      config: the configuration.
+      out_dir: the folder to write. A prepared folder with other inputs is replaced at the end.
+      sources: open sources to use instead of `config.sources`, in the same order.
+      run: encodes the shards; by default in this process, one after the other.
       progress: whether to show progress bars.
 
     Returns:
       The manifest.
 
     Raises:
-      UserError: a source or a model file is missing, `out_dir` is in the way, the disk is full, or
-        nothing is left of train.
+      UserError: a source or a model file is missing, `out_dir` exists and is not a prepared folder,
+        the disk is full, or no document of train can be used.
     """
     out = pathlib.Path(out_dir).resolve()
     licences.check_list(config.licences)
     if sources is None:
         sources = [(source, open_source(source)) for source in config.sources]
     shards = plan(sources)
-    wanted = settings(config, sources, shards)
+    expected = settings(config, sources, shards)
     work = folder_lock.beside(out, "preparing")
-    made = _made(out)
-    if made and serves(made, _as_recorded(wanted, made, config)) and not work.exists():
-        return made
+    manifest = _read_manifest(out)
+    if (
+        manifest
+        and is_up_to_date(manifest, _with_recorded_digests(expected, manifest, config))
+        and not work.exists()
+    ):
+        return manifest
     with folder_lock.hold(out):
-        made = _made(out)
-        # A process that held the folder before may have made it.
-        if made and serves(made, _as_recorded(wanted, made, config)):
+        # The process that held the lock before may have prepared the folder.
+        manifest = _read_manifest(out)
+        if manifest and is_up_to_date(manifest, _with_recorded_digests(expected, manifest, config)):
             _clear(work)
-            return made
-        if out.exists() and made is None and (not out.is_dir() or any(out.iterdir())):
-            raise UserError(f"{out} is in the way: it is not a prepared folder")
-        if made and progress:
-            print(f"{out} was made from other things; this will replace it", file=sys.stderr)
+            return manifest
+        if out.exists() and manifest is None and (not out.is_dir() or any(out.iterdir())):
+            raise UserError(f"{out} exists and is not a prepared folder; choose another path")
+        if manifest and progress:
+            print(f"{out} was made with other inputs or settings; replacing it", file=sys.stderr)
         try:
             removed = read_removed(out)
-            wanted = _begin(work, wanted, config)
-            return _fill(config, out, work, wanted, sources, shards, removed, run, progress)
+            recorded = _begin(work, expected, config)
+            return _resume(config, out, work, recorded, sources, shards, removed, run, progress)
         except OSError as error:
             reason = error.strerror or "the file system refuses it"
             raise UserError(
-                f"preparing {out} stopped: {reason} ({error.filename or work}); "
-                "what is done is kept, so give the same command again"
+                f"preparing {out} failed: {reason} ({error.filename or work}); "
+                "finished work remains, so run the same command again"
             ) from error
 
 
-def _fill(
+def _resume(
     config: PrepareConfig,
     out: pathlib.Path,
     work: pathlib.Path,
-    wanted: dict[str, Any],
+    recorded: dict[str, Any],
     sources: Sources,
     shards: Sequence[Shard],
     removed: Collection[tuple[str, str]],
     run: Runner | None,
     progress: bool,
 ) -> dict[str, Any]:
-    """Does what is not done yet, and puts the folder in place."""
-    # A worker that outlived a killed run with other settings writes into a folder of its own.
-    name = hashlib.sha256(json.dumps(wanted).encode()).hexdigest()[:16]
-    # What is gathered depends on what was removed as well.
-    left = hashlib.sha256(json.dumps(sorted(removed)).encode()).hexdigest()[:16]
-    parts, final = work / f"shards-{name}", work / f"prepared-{left}"
+    """Runs the remaining steps, renames the folder to `out` and returns its manifest."""
+    # A worker may outlive a killed run with other settings; it must not write into this folder.
+    settings_digest = hashlib.sha256(json.dumps(recorded).encode()).hexdigest()[:16]
+    # The gathered files also depend on the removed keys.
+    removed_digest = hashlib.sha256(json.dumps(sorted(removed)).encode()).hexdigest()[:16]
+    parts, final = work / f"shards-{settings_digest}", work / f"prepared-{removed_digest}"
     for folder in (parts, final):
         folder.mkdir(exist_ok=True)
-        for path in folder.glob(".*"):  # half-written by a run that was killed
+        for path in folder.glob(".*"):  # incomplete files of a killed run
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    todo = [shard for shard in shards if not (parts / shard.name).is_dir()]
-    if todo:
-        (run or in_process(progress))(config, sources, str(parts), todo)
-    manifest = wanted | gather.gather(config, parts, shards, final, removed)
+    remaining = [shard for shard in shards if not (parts / shard.name).is_dir()]
+    if remaining:
+        (run or in_process(progress))(config, sources, str(parts), remaining)
+    manifest = recorded | gather.gather(config, parts, shards, final, removed)
     write_removed(final, removed)
     _write(final / MANIFEST, manifest)
     _mine(config, PreparedFolder(final), parts, progress)
@@ -148,7 +152,10 @@ def _fill(
 
 
 def in_process(progress: bool = True) -> Runner:
-    """Does the shards here, one after the other; each uses all cores and devices."""
+    """Returns a runner that encodes shards in this process, one after the other.
+
+    Each shard uses all cores and local devices.
+    """
 
     def run(config: PrepareConfig, sources: Sources, folder: str, shards: Sequence[Shard]) -> None:
         bar = tqdm(shards, desc="shards", unit="shard", disable=not progress)
@@ -167,9 +174,14 @@ def in_process(progress: bool = True) -> Runner:
 
 
 def settings(config: PrepareConfig, sources: Sources, shards: Iterable[Shard]) -> dict[str, Any]:
-    """What decides the folder's content: the beginning of its manifest."""
+    """Returns the part of the manifest that determines the folder's content.
+
+    Returns:
+      `format`, `config`, `sha256` (the digests of the models) and `inputs` (for each shard its
+      source, name and version).
+    """
     paths, values = _model_paths(config), to_dict(config)
-    # Where files lie says nothing; the digests do.
+    # The digests identify the models; their paths do not matter.
     for name in paths:
         del values[name]
     return {
@@ -191,35 +203,42 @@ def _model_paths(config: PrepareConfig) -> dict[str, str]:
     return {"tokenizer": config.tokenizer, "encoder": config.encoder, "text": config.text}
 
 
-def _as_recorded(
-    wanted: dict[str, Any], recorded: dict[str, Any], config: PrepareConfig
+def _with_recorded_digests(
+    expected: dict[str, Any], recorded: dict[str, Any], config: PrepareConfig
 ) -> dict[str, Any]:
-    """`wanted` with the digests that a folder records, if they mean the same models.
+    """Returns `expected` with the digests of `recorded`, if they belong to the same models.
 
-    A folder of an older version records digests of bytes; it stays one that is wanted.
+    A folder of an older version records digests of the bytes of weight files. It remains valid.
     """
     digests, paths = recorded["sha256"], _model_paths(config)
     if isinstance(digests, dict) and all(
         matches(path, digests.get(name)) for name, path in paths.items()
     ):
-        return wanted | {"sha256": digests}
-    return wanted
+        return expected | {"sha256": digests}
+    return expected
 
 
-def serves(made: dict[str, Any], wanted: dict[str, Any]) -> bool:
-    """Whether a prepared folder is what is wanted, or that and more variants."""
-    if made.get("format") != FORMAT:
+def is_up_to_date(manifest: dict[str, Any], expected: dict[str, Any]) -> bool:
+    """Tells whether a prepared folder has the expected settings, or those and more variants.
+
+    Args:
+      manifest: the manifest of the folder.
+      expected: as `settings` returns it.
+    """
+    if manifest.get("format") != FORMAT:
         return False
-    have, want = made["config"].get("variants", 0), wanted["config"]["variants"]
-    same = {**made, "config": {**made["config"], "variants": want}}
-    return have >= want and all(same.get(name) == value for name, value in wanted.items())
+    variants = expected["config"]["variants"]
+    adjusted = {**manifest, "config": {**manifest["config"], "variants": variants}}
+    return manifest["config"].get("variants", 0) >= variants and all(
+        adjusted.get(name) == value for name, value in expected.items()
+    )
 
 
 def _mine(
     config: PrepareConfig, prepared: PreparedFolder, parts: pathlib.Path, progress: bool
 ) -> None:
     """Writes the neighbour tables of all splits."""
-    bank, pictures = prepared.bank(), gather.pictures(parts, prepared.shards(TRAIN))
+    bank, images = prepared.bank(), gather.image_index(parts, prepared.shards(TRAIN))
     selection = config.selection
     sources = gather.source_numbers(prepared) if selection.alternate_sources else None
     total = sum(prepared.manifest["splits"].values())
@@ -233,11 +252,14 @@ def _mine(
                 paths = {name: prepared.folder / f"{name}.neighbours.npy" for name in group}
                 count = sum(group.values())
                 if not all(path.exists() for path in paths.values()):
-                    each = [gather.queries(parts, name) for name in group]
-                    queries = {view: np.concatenate([q[view] for q in each]) for view in each[0]}
-                    own = np.arange(start, start + count, dtype=np.int32)
+                    vectors = [gather.query_vectors(parts, name) for name in group]
+                    queries = {
+                        view: np.concatenate([shard_vectors[view] for shard_vectors in vectors])
+                        for view in vectors[0]
+                    }
+                    rows = np.arange(start, start + count, dtype=np.int32)
                     table = neighbour_rows(
-                        queries, bank, pictures, selection, own if split == TRAIN else None, sources
+                        queries, bank, images, selection, rows if split == TRAIN else None, sources
                     )
                     ends = np.cumsum([0, *group.values()])
                     for path, low, high in zip(paths.values(), ends, ends[1:], strict=False):
@@ -247,7 +269,7 @@ def _mine(
 
 
 def _groups(shards: dict[str, int]) -> Iterator[dict[str, int]]:
-    """Shards, and how many documents each has, that search while the bank passes by once."""
+    """Groups shards, given with their numbers of documents, that share one pass over the index."""
     group: dict[str, int] = {}
     for name, count in shards.items():
         if group and sum(group.values()) + count > PASS:
@@ -259,7 +281,7 @@ def _groups(shards: dict[str, int]) -> Iterator[dict[str, int]]:
 
 
 def _encode_variants(config: PrepareConfig, prepared: PreparedFolder, progress: bool) -> None:
-    """Writes the codes of all train pictures in every variant."""
+    """Writes the image codes of every variant of all train images."""
     models = load_models(config.tokenizer, config.encoder, config.text)
     with jax.set_mesh(models.mesh):
         for shard in tqdm(prepared.shards(TRAIN), desc="variants", disable=not progress):
@@ -275,12 +297,25 @@ def _encode_variants(config: PrepareConfig, prepared: PreparedFolder, progress: 
 def neighbour_rows(
     queries: dict[str, np.ndarray],
     bank: VectorIndex,
-    pictures: VectorIndex,
+    images: VectorIndex,
     selection: SelectionConfig,
-    own: np.ndarray | None,
+    query_rows: np.ndarray | None,
     sources: np.ndarray | None,
 ) -> np.ndarray:
-    """The table of some queries: what each finds, by modality, in the bank."""
+    """Finds the neighbours of documents and returns them as rows of a neighbour table.
+
+    Args:
+      queries: float16[n, d] unit rows by view: "text", "image" and "document".
+      bank: the document vectors of train.
+      images: the image embeddings of train, in the same order.
+      selection: how neighbours are selected.
+      query_rows: int32[n], the rows of the documents in `bank`, which a document must not find
+        itself in; None for held-out documents.
+      sources: int32, the source of each row of `bank`, or None.
+
+    Returns:
+      Structured [n] of the dtype `leon_jax.retrieval.neighbour_table.row_type`.
+    """
     count = len(queries["text"])
     table = np.zeros(count, row_type(selection.per_modality))
     views: tuple[str, ...] = ("text", "image")
@@ -295,11 +330,11 @@ def neighbour_rows(
                 bank,
                 selection,
                 documents=queries["document"][rows],
-                pictures=(pictures, queries["image"][rows]),
-                own=None if own is None else own[rows],
+                pictures=(images, queries["image"][rows]),
+                own=None if query_rows is None else query_rows[rows],
                 sources=sources,
             )
-            # What the whole document finds is dealt out to both halves of the table in turn.
+            # The neighbours of a whole document alternate between the two halves of the table.
             halves = (view,) if view != "document" else ("text", "image")
             for offset, half in enumerate(halves):
                 table[f"by_{half}_ids"][rows] = ids[:, offset :: len(halves)]
@@ -307,40 +342,43 @@ def neighbour_rows(
     return table
 
 
-def _begin(work: pathlib.Path, wanted: dict[str, Any], config: PrepareConfig) -> dict[str, Any]:
-    """Makes the working folder ready; what was begun with other settings is thrown away.
+def _begin(work: pathlib.Path, expected: dict[str, Any], config: PrepareConfig) -> dict[str, Any]:
+    """Creates the working folder, or keeps an existing one with the same settings.
+
+    A working folder with other settings is deleted.
 
     Returns:
-      The settings to go on with: `wanted`, or as an older version wrote them.
+      The settings to continue with: `expected`, or the same settings as an older version wrote
+      them.
     """
     path = work / _SETTINGS
     try:
-        begun = json.loads(path.read_text())
-        if begun == _as_recorded(wanted, begun, config):
-            return begun
+        recorded = json.loads(path.read_text())
+        if recorded == _with_recorded_digests(expected, recorded, config):
+            return recorded
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        pass  # there is nothing, or what a killed run left half written
+        pass  # the file is missing, or a killed run left it incomplete
     _clear(work)
     work.mkdir()
-    _write(path, wanted)
-    return wanted
+    _write(path, expected)
+    return expected
 
 
 def _clear(work: pathlib.Path) -> None:
-    """Removes the working folder, its settings first: no run goes on with what is half removed."""
+    """Removes the working folder, the settings first: no run resumes a half-removed folder."""
     (work / _SETTINGS).unlink(missing_ok=True)
     if work.exists():
         shutil.rmtree(work)
 
 
-def _made(out: pathlib.Path) -> dict[str, Any] | None:
-    """The manifest of a prepared folder of any version; None if there is none."""
+def _read_manifest(out: pathlib.Path) -> dict[str, Any] | None:
+    """Reads the manifest of a prepared folder of any version; None if there is none."""
     try:
         manifest = json.loads((out / MANIFEST).read_text())
     except (OSError, ValueError):
         return None
-    ours = isinstance(manifest, dict) and {"format", "splits", "sha256"} <= set(manifest)
-    return manifest if ours and manifest["sha256"] else None
+    valid = isinstance(manifest, dict) and {"format", "splits", "sha256"} <= set(manifest)
+    return manifest if valid and manifest["sha256"] else None
 
 
 def _write(path: pathlib.Path, value: Any) -> None:

@@ -1,4 +1,4 @@
-"""A raw record becomes a document with a picture that models can read, or a reason why not."""
+"""Converts raw records into documents with decoded images, or rejects them with a reason."""
 
 import dataclasses
 import io
@@ -8,7 +8,13 @@ import numpy as np
 from jaxtyping import UInt8
 
 from leon_jax.data import image_files
-from leon_jax.data.sources.raw_record import LARGEST_PICTURE, Raw, Reason, Reject, SourceConfig
+from leon_jax.data.sources.raw_record import (
+    MAX_IMAGE_BYTES,
+    RawRecord,
+    Reason,
+    Reject,
+    SourceConfig,
+)
 from leon_jax.documents import Document, Image, Part, Provenance, Text, normalise_text
 from leon_jax.prepare import licences
 from leon_jax.prepare.config import PrepareConfig
@@ -18,40 +24,41 @@ Pixels = UInt8[np.ndarray, "h w 3"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Ready:
-    """A document that passed every check, and its pictures as each model wants them.
+class PreprocessedDocument:
+    """A document that passed every check, with its images preprocessed for each model.
 
     Attributes:
-      document: upright pictures of `picture_side`, without codes.
-      size: (width, height) of the first picture as it came, upright.
-      squares: for each picture, uint8[resolution, resolution, 3] for the image tokenizer.
-      views: for each picture, what the retrieval encoder's `preprocess` made of it.
+      document: the document; its images are upright, `picture_side` pixels wide and high, and have
+        no codes yet.
+      size: (width, height) of the first original image in pixels, upright.
+      squares: per image the input of the image tokenizer, uint8[resolution, resolution, 3].
+      encoder_inputs: per image the output of the retrieval encoder's `preprocess`.
     """
 
     document: Document
     size: tuple[int, int]
     squares: tuple[Pixels, ...]
-    views: tuple[np.ndarray, ...]
+    encoder_inputs: tuple[np.ndarray, ...]
 
 
-class Refused(Exception):
-    """A record is not used; the arguments are the reason and the detail."""
+class RejectError(Exception):
+    """A record is rejected, with a reason and a detail."""
 
     def __init__(self, reason: Reason, detail: str):
         super().__init__(reason, detail)
         self.reason, self.detail = reason, detail
 
 
-class Reader:
-    """Raw records of one source to documents. Threads may share it.
+class RecordReader:
+    """Converts raw records of one source into documents. It is thread-safe.
 
     Args:
-      config: filters and sizes.
-      source: what holds where records do not say.
-      resolution: of the image tokenizer.
-      codes: how many ids one picture takes.
-      preprocess: pixels to what the retrieval encoder embeds.
-      count_tokens: how many ids a text takes.
+      config: filters and the image size.
+      source: defaults for fields that records lack.
+      resolution: resolution of the image tokenizer in pixels.
+      codes: number of image codes per image.
+      preprocess: converts pixels into an input of the retrieval encoder.
+      count_tokens: returns the number of token ids of a text.
     """
 
     def __init__(
@@ -67,19 +74,19 @@ class Reader:
         self.resolution, self.codes = resolution, codes
         self.preprocess, self.count_tokens = preprocess, count_tokens
 
-    def __call__(self, raw: Raw | Reject) -> Ready | Reject:
-        """Checks, decodes and fits one record; never raises because of what it holds."""
+    def __call__(self, raw: RawRecord | Reject) -> PreprocessedDocument | Reject:
+        """Checks, decodes and preprocesses one record. Bad content never raises an exception."""
         if isinstance(raw, Reject):
             return raw
         try:
             return self._read(raw)
-        except Refused as refused:
-            return Reject(raw.key, refused.reason, refused.detail[:300])
+        except RejectError as error:
+            return Reject(raw.key, error.reason, error.detail[:300])
 
-    def _read(self, raw: Raw) -> Ready:
-        # What costs nothing is asked first.
+    def _read(self, raw: RawRecord) -> PreprocessedDocument:
+        # The cheapest checks come first.
         provenance = self._provenance(raw)
-        # Before the text is normalised, which takes long for a long text made to take long.
+        # Normalising a very long hostile text can be slow, so check its length before.
         self._check_length(raw)
         raw = dataclasses.replace(
             raw,
@@ -89,34 +96,35 @@ class Reader:
         )
         self._check_text(raw)
         parts: list[Part] = []
-        squares, views, size = [], [], None
+        squares, encoder_inputs, size = [], [], None
         side = self.config.picture_side or self.resolution
         for part in raw.parts:
             if isinstance(part, str):
                 parts.append(Text(part))
                 continue
-            picture = self._decode(part)
-            size = size or picture.size
-            parts.append(Image(pixels=fit_picture(picture, side)))
-            squares.append(fit_picture(picture, self.resolution))
-            views.append(self.preprocess(np.asarray(picture)))
+            image = self._decode(part)
+            size = size or image.size
+            parts.append(Image(pixels=fit_picture(image, side)))
+            squares.append(fit_picture(image, self.resolution))
+            encoder_inputs.append(self.preprocess(np.asarray(image)))
         if size is None:
-            raise Refused("no_picture", "the record holds no picture")
-        return Ready(Document(tuple(parts), provenance), size, tuple(squares), tuple(views))
+            raise RejectError("no_picture", "the record holds no image")
+        document = Document(tuple(parts), provenance)
+        return PreprocessedDocument(document, size, tuple(squares), tuple(encoder_inputs))
 
-    def _provenance(self, raw: Raw) -> Provenance:
+    def _provenance(self, raw: RawRecord) -> Provenance:
         source = self.source
         stated = raw.licence or source.licence
         licence = licences.normal(stated)
         if licence is None:
-            said = (
-                f"its licence is {stated!r}, no SPDX expression"
+            raise RejectError(
+                "licence_unknown",
+                f"its licence {stated!r} is not an SPDX expression"
                 if stated
-                else ("neither it nor its source states a licence")
+                else "neither the record nor its source states a licence",
             )
-            raise Refused("licence_unknown", said)
         if not licences.allows(self.config.licences, licence):
-            raise Refused("licence_not_allowed", f"its licence is {licence}")
+            raise RejectError("licence_not_allowed", f"its licence is {licence}")
         try:
             return Provenance(
                 key=raw.key,
@@ -127,45 +135,47 @@ class Reader:
                 group=raw.group,
             )
         except ValueError as error:
-            raise Refused("missing_field", str(error)) from None
+            raise RejectError("missing_field", str(error)) from None
 
-    def _check_length(self, raw: Raw) -> None:
+    def _check_length(self, raw: RawRecord) -> None:
         length = sum(len(part) for part in raw.parts if isinstance(part, str))
         if length > self.config.max_text:
-            raise Refused(
+            raise RejectError(
                 "text_too_long", f"{length} characters; {self.config.max_text} are allowed"
             )
 
-    def _check_text(self, raw: Raw) -> None:
+    def _check_text(self, raw: RawRecord) -> None:
         texts = [part for part in raw.parts if isinstance(part, str)]
         if not "".join(texts).strip():
-            raise Refused("no_text", "the record holds no text")
+            raise RejectError("no_text", "the record holds no text")
         for text in (raw.key, raw.attribution, raw.language, raw.origin, raw.group, *texts):
             try:
                 text.encode()
             except UnicodeEncodeError:
-                raise Refused("not_utf8", "the text holds a lone surrogate") from None
+                raise RejectError("not_utf8", "the text holds a lone surrogate") from None
         count = len(raw.parts)
-        # Every part but the last is followed by <break>; </s> stands at both ends.
+        # <break> separates the parts, and </s> stands at both ends.
         tokens = sum(map(self.count_tokens, texts)) + count + 1
         tokens += (count - len(texts)) * self.codes
         if tokens > self.config.max_tokens:
-            raise Refused("too_many_tokens", f"{tokens} ids; {self.config.max_tokens} are allowed")
+            raise RejectError(
+                "too_many_tokens", f"{tokens} ids; {self.config.max_tokens} are allowed"
+            )
 
     def _decode(self, data: bytes):
         config = self.config
-        if len(data) > LARGEST_PICTURE:
-            raise Refused("record_too_large", f"a picture of {len(data)} bytes")
+        if len(data) > MAX_IMAGE_BYTES:
+            raise RejectError("record_too_large", f"an image of {len(data)} bytes")
         try:
-            picture = image_files.decode(io.BytesIO(data), "the picture", plain=True)
+            image = image_files.decode(io.BytesIO(data), "the image", plain=True)
         except image_files.ImageError as error:
-            raise Refused(error.reason, str(error)) from None
-        shorter, longer = sorted(picture.size)
-        shown = f"{picture.width} x {picture.height} pixels"
+            raise RejectError(error.reason, str(error)) from None
+        shorter, longer = sorted(image.size)
+        size = f"{image.width} x {image.height} pixels"
         if shorter < config.min_side:
-            raise Refused("picture_too_small", f"{shown}; the shorter side must be at least "
+            raise RejectError("picture_too_small", f"{size}; the shorter side must be at least "
                           f"{config.min_side}")  # fmt: skip
         if longer > config.max_aspect * shorter:
-            raise Refused("picture_too_narrow", f"{shown}; one side may be at most "
+            raise RejectError("picture_too_narrow", f"{size}; one side may be at most "
                           f"{config.max_aspect:g} times the other")  # fmt: skip
-        return picture
+        return image

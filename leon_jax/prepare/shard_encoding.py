@@ -1,16 +1,15 @@
-"""The one unit of work of `leon prepare`: a shard of a source becomes a folder of its own.
+"""Encodes one shard of a source into a folder; this is the unit of work of `leon prepare`.
 
-    records.array_record   documents with stored pictures and image codes
-    documents.jsonl        one line a record: key, source, licence, attribution, language, size
-    document.npy           float16[n, d] unit rows: what is searched
-    text.npy, image.npy    float16[n, d] unit rows: what searches
-    content.npy, key.npy   uint8[n, 16], digests that tell repetitions
-    rejects.jsonl          one line a record that is not used: key, reason, detail
+    records.array_record   documents with stored images and image codes
+    documents.jsonl        one line per document: key, source, licence, attribution, language, size
+    document.npy           float16[n, d] unit rows, the vectors that are searched
+    text.npy, image.npy    float16[n, d] unit rows, the query vectors
+    content.npy, key.npy   uint8[n, 16] digests that identify duplicates
+    rejects.jsonl          one line per rejected record: key, reason, detail
 
-The folder appears complete or not at all, and holds the same bytes whenever it is made (and
-wherever, on machines of one kind: others round differently). A shard whose folder exists is done.
-Any engine that can call a function for every shard can therefore run the work, and any part of it
-again.
+A folder is renamed into place once it is complete, so a shard whose folder exists is complete.
+Encoding is deterministic on one kind of machine (other kinds round differently). Any engine that
+calls a function for each shard can therefore run the work, and can repeat any part of it.
 """
 
 import concurrent.futures
@@ -30,11 +29,11 @@ import numpy as np
 from jaxtyping import Float32
 
 from leon_jax.data import records
-from leon_jax.data.sources.raw_record import Raw, Reject, Shards, SourceConfig
+from leon_jax.data.sources.raw_record import RawRecord, Reject, ShardedSource, SourceConfig
 from leon_jax.documents import Document, Image, Text
 from leon_jax.prepare.config import TRAIN, PrepareConfig
 from leon_jax.prepare.encoding_models import load_models
-from leon_jax.prepare.record_reader import Reader, Ready
+from leon_jax.prepare.record_reader import PreprocessedDocument, RecordReader
 from leon_jax.retrieval.encoder import normalise
 from leon_jax.retrieval.selection import drop_tokens
 from leon_jax.retrieval.vector_index import save_rows
@@ -42,7 +41,7 @@ from leon_jax.tokenizers.image import normalize
 
 RECORDS, DOCUMENTS = "records.array_record", "documents.jsonl"
 REJECTS = "rejects.jsonl"
-# Encoded pictures held at a time; one more record than this may be.
+# A block of records ends once its encoded images exceed this size.
 _BLOCK_BYTES = 256 * 2**20
 ARRAYS = ("document", "text", "image", "content", "key")
 
@@ -52,9 +51,9 @@ class Shard:
     """One shard of one source.
 
     Attributes:
-      name: of its folder, for example "train-00003".
+      name: name of its folder, for example "train-00003".
       source: index into the sources.
-      shard: what the source calls it.
+      shard: name of the shard in its source.
     """
 
     name: str
@@ -62,8 +61,8 @@ class Shard:
     shard: str
 
 
-def plan(sources: Iterable[tuple[SourceConfig, Shards]]) -> list[Shard]:
-    """All shards, numbered within their split in the order of the sources."""
+def plan(sources: Iterable[tuple[SourceConfig, ShardedSource]]) -> list[Shard]:
+    """Returns all shards, numbered within their split in the order of the sources."""
     counts: dict[str, Iterator[int]] = {}
     return [
         Shard(f"{config.split}-{next(counts.setdefault(config.split, itertools.count())):05d}",
@@ -74,13 +73,13 @@ def plan(sources: Iterable[tuple[SourceConfig, Shards]]) -> list[Shard]:
 
 
 class Worker:
-    """The function that does a shard, and the models it needs.
+    """Encodes shards; it holds the models.
 
     Args:
-      config: what to do.
-      sources: each with its configuration, in the order of `Shard.source`.
-      folder: where the shards' folders go; it exists.
-      report: told after every block how many documents and rejects it had.
+      config: the configuration.
+      sources: the sources with their configurations, indexed by `Shard.source`.
+      folder: existing folder for the folders of the shards.
+      report: called after each block with its numbers of documents and rejects.
 
     Raises:
       UserError: a model file is missing or damaged.
@@ -89,7 +88,7 @@ class Worker:
     def __init__(
         self,
         config: PrepareConfig,
-        sources: list[tuple[SourceConfig, Shards]],
+        sources: list[tuple[SourceConfig, ShardedSource]],
         folder: str,
         report: Callable[[int, int], None] = lambda documents, rejects: None,
     ):
@@ -98,27 +97,31 @@ class Worker:
         self.models = load_models(config.tokenizer, config.encoder, config.text)
 
     def __call__(self, shard: Shard) -> dict[str, int]:
-        """Does a shard, unless it is done; returns how many documents it has, and rejects."""
-        done = self.folder / shard.name
-        if not done.is_dir():
+        """Encodes a shard unless its folder exists.
+
+        Returns:
+          The numbers of its "documents" and "rejects".
+        """
+        path = self.folder / shard.name
+        if not path.is_dir():
             staging = pathlib.Path(tempfile.mkdtemp(dir=self.folder, prefix=f".{shard.name}."))
             try:
                 with jax.set_mesh(self.models.mesh):
                     self._write(shard, staging)
-                os.chmod(staging, 0o755)  # mkdtemp makes a folder that only its owner can read
-                _put(staging, done)
+                os.chmod(staging, 0o755)  # only the owner can read the folders of mkdtemp
+                _rename(staging, path)
             finally:
                 shutil.rmtree(staging, ignore_errors=True)
         return {
-            "documents": count_lines(done / DOCUMENTS),
-            "rejects": count_lines(done / REJECTS),
+            "documents": count_lines(path / DOCUMENTS),
+            "rejects": count_lines(path / REJECTS),
         }
 
     def _write(self, shard: Shard, folder: pathlib.Path) -> None:
         config, source = self.sources[shard.source]
         config = dataclasses.replace(config, name=self.config.titles[shard.source])
         models = self.models
-        reader = Reader(
+        reader = RecordReader(
             self.config,
             config,
             resolution=models.tokenizer.resolution,
@@ -126,9 +129,10 @@ class Worker:
             preprocess=models.encoder.preprocess,
             count_tokens=lambda text: len(models.text.encode(text)),
         )
-        nothing = {"content": np.zeros((0, 16), np.uint8), "key": np.zeros((0, 16), np.uint8)}
-        unit = np.zeros((0, models.encoder.dimensions), np.float16)
-        rows = {name: [nothing.get(name, unit)] for name in ARRAYS}
+        # Empty first chunks give the arrays of a shard without documents their shapes and dtypes.
+        digests = np.zeros((0, 16), np.uint8)
+        vectors = np.zeros((0, models.encoder.dimensions), np.float16)
+        chunks = {name: [digests if name in ("content", "key") else vectors] for name in ARRAYS}
         train = config.split == TRAIN
         with (
             (folder / DOCUMENTS).open("w", encoding="utf-8") as listing,
@@ -138,79 +142,81 @@ class Worker:
 
             def documents() -> Iterator[Document]:
                 for block in _blocks(source.read(shard.shard), self.config.block):
-                    ready: list[Ready] = []
+                    batch: list[PreprocessedDocument] = []
                     for result in threads.map(reader, block):
                         if isinstance(result, Reject):
                             rejects.write(line(dataclasses.asdict(result)))
                         else:
-                            ready.append(result)
-                    self.report(len(ready), len(block) - len(ready))
-                    if not ready:
+                            batch.append(result)
+                    self.report(len(batch), len(block) - len(batch))
+                    if not batch:
                         continue
-                    encoded = self._codes(ready)
-                    for name, array in self._rows(ready, train).items():
-                        rows[name].append(array)
-                    for document, result in zip(encoded, ready, strict=True):
+                    encoded = self._encode_images(batch)
+                    for name, array in self._arrays(batch, train).items():
+                        chunks[name].append(array)
+                    for document, result in zip(encoded, batch, strict=True):
                         listing.write(line(describe(document, result.size)))
                         yield document
 
             records.write(folder / RECORDS, documents())
-        for name, arrays in rows.items():
+        for name, arrays in chunks.items():
             save_rows(folder / f"{name}.npy", np.concatenate(arrays))
 
-    def _codes(self, ready: list[Ready]) -> list[Document]:
-        """The documents with the codes of every picture beside its pixels."""
-        squares = [square for one in ready for square in one.squares]
+    def _encode_images(self, batch: list[PreprocessedDocument]) -> list[Document]:
+        """Returns the documents with image codes beside the pixels of every image."""
+        squares = [square for item in batch for square in item.squares]
         codes = iter(self.models.tokenizer.encode(normalize(np.stack(squares))))
         documents = []
-        for one in ready:
+        for item in batch:
             parts = [
                 Image(part.pixels, next(codes)) if isinstance(part, Image) else part
-                for part in one.document.parts
+                for part in item.document.parts
             ]
-            documents.append(dataclasses.replace(one.document, parts=tuple(parts)))
+            documents.append(dataclasses.replace(item.document, parts=tuple(parts)))
         return documents
 
-    def _rows(self, ready: list[Ready], train: bool) -> dict[str, np.ndarray]:
-        """The arrays of these documents, by the names of their files.
+    def _arrays(self, batch: list[PreprocessedDocument], train: bool) -> dict[str, np.ndarray]:
+        """Returns the embeddings and digests of documents, by the names in `ARRAYS`.
 
-        In training a fifth of the query's tokens is dropped (CM3Leon, section 2.1), drawn anew for
-        every document from its key.
+        For train documents a fraction `selection.query_dropout` of the tokens of the query text is
+        dropped (CM3Leon, section 2.1). The document's key seeds the random choice.
         """
         encoder, selection = self.models.encoder, self.config.selection
-        views = [view for one in ready for view in one.views]
-        owner = [row for row, one in enumerate(ready) for _ in one.views]
-        image = np.zeros((len(ready), encoder.dimensions), np.float32)
-        np.add.at(image, owner, encoder.embed_preprocessed(views))
+        encoder_inputs = [array for item in batch for array in item.encoder_inputs]
+        rows = [row for row, item in enumerate(batch) for _ in item.encoder_inputs]
+        image = np.zeros((len(batch), encoder.dimensions), np.float32)
+        np.add.at(image, rows, encoder.embed_preprocessed(encoder_inputs))
         image = normalise(image)
-        texts = [one.document.text for one in ready]
+        texts = [item.document.text for item in batch]
         text = encoder.embed_texts(texts)
-        keys = [_name(one.document) for one in ready]
+        keys = [_key_digest(item.document) for item in batch]
         if train and selection.query_dropout:
-            dropped = [
-                drop_tokens(words, encoder.text, selection.query_dropout,
+            query_texts = [
+                drop_tokens(document_text, encoder.text, selection.query_dropout,
                             np.random.default_rng([selection.seed, *key]))
-                for words, key in zip(texts, keys, strict=True)
+                for document_text, key in zip(texts, keys, strict=True)
             ]  # fmt: skip
-            asking = encoder.embed_texts(dropped)
+            query = encoder.embed_texts(query_texts)
         else:
-            asking = text
+            query = text
         return {
             "document": _half(normalise(text + image)),
-            "text": _half(asking),
+            "text": _half(query),
             "image": _half(image),
-            "content": np.stack([_content(one.document) for one in ready]),
+            "content": np.stack([_content_digest(item.document) for item in batch]),
             "key": np.stack(keys),
         }
 
 
-def _blocks(records: Iterable[Raw | Reject], count: int) -> Iterator[list[Raw | Reject]]:
-    """Lists of at most `count` records, fewer where their bytes would fill the memory."""
-    block: list[Raw | Reject] = []
+def _blocks(
+    records: Iterable[RawRecord | Reject], count: int
+) -> Iterator[list[RawRecord | Reject]]:
+    """Yields blocks of at most `count` records, fewer if their images exceed `_BLOCK_BYTES`."""
+    block: list[RawRecord | Reject] = []
     size = 0
     for record in records:
         block.append(record)
-        size += sum(map(len, record.parts)) if isinstance(record, Raw) else 0
+        size += sum(map(len, record.parts)) if isinstance(record, RawRecord) else 0
         if len(block) == count or size > _BLOCK_BYTES:
             yield block
             block, size = [], 0
@@ -219,26 +225,32 @@ def _blocks(records: Iterable[Raw | Reject], count: int) -> Iterator[list[Raw | 
 
 
 def describe(document: Document, size: tuple[int, int]) -> dict[str, Any]:
-    """What `documents.jsonl` says of a document."""
+    """Returns the fields of a document's line in `documents.jsonl`.
+
+    Args:
+      document: a document with a provenance.
+      size: (width, height) of its first original image in pixels.
+    """
     provenance = document.provenance
     assert provenance is not None, "prepared documents have a provenance"
     return vars(provenance) | {"size": list(size)}
 
 
 def count_lines(path: pathlib.Path) -> int:
-    """How many lines a file has."""
+    """Returns the number of lines of a file."""
     with path.open("rb") as file:
         return sum(1 for _ in file)
 
 
-def _name(document: Document) -> np.ndarray:
+def _key_digest(document: Document) -> np.ndarray:
+    """Returns uint8[16], a digest of the source and key of a document."""
     provenance = document.provenance
     assert provenance is not None
     return _digest(provenance.source.encode(), provenance.key.encode())
 
 
-def _content(document: Document) -> np.ndarray:
-    """A digest of all texts and stored pictures, which exact copies share."""
+def _content_digest(document: Document) -> np.ndarray:
+    """Returns uint8[16], a digest of all texts and stored images, equal for exact duplicates."""
     pieces: list[bytes] = []
     for part in document.parts:
         if isinstance(part, Text):
@@ -249,7 +261,7 @@ def _content(document: Document) -> np.ndarray:
 
 
 def _digest(*pieces: bytes) -> np.ndarray:
-    """uint8[16] of a list of byte strings; no two lists run together."""
+    """Returns uint8[16], a digest of byte strings that also covers their boundaries."""
     digest = hashlib.blake2b(digest_size=16)
     for piece in pieces:
         digest.update(len(piece).to_bytes(8, "little") + piece)
@@ -261,14 +273,14 @@ def _half(rows: Float32[np.ndarray, "n d"]) -> np.ndarray:
 
 
 def line(fields: dict[str, Any]) -> str:
-    """One line of a JSONL file, ASCII alone, so that lines are what everybody takes for lines."""
+    """Returns a line of a JSONL file, in ASCII, as some readers split lines at Unicode breaks."""
     return json.dumps(fields, ensure_ascii=True) + "\n"
 
 
-def _put(staging: pathlib.Path, done: pathlib.Path) -> None:
-    """Puts a finished folder in place; one that another process finished first is as good."""
+def _rename(staging: pathlib.Path, path: pathlib.Path) -> None:
+    """Renames a complete folder to `path`, unless another process was first."""
     try:
-        os.rename(staging, done)
+        os.rename(staging, path)
     except OSError:
-        if not done.is_dir():
+        if not path.is_dir():
             raise

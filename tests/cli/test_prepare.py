@@ -97,7 +97,7 @@ def get_config():
         (["--source=jsonl"], "not of the form [SPLIT=]KIND:PATH"),
         (["--source=csv:x"], "kind is 'csv'; it must be one of"),
         (["--source=jsonl:nowhere"], "nowhere"),
-        (["--source=test=jsonl:nowhere"], "no source becomes the split 'train', only test"),
+        (["--source=test=jsonl:nowhere"], "no source has the split 'train'; the splits are test"),
         (["--audit=x", "--out=nowhere"], "nowhere is not a prepared folder"),
         (["--licence=MIT"], "--licence and --attribution need --source"),
         (["--source=jsonl:{}", "--licence=GPL-9"], "--licence=GPL-9 is not an SPDX licence"),

@@ -1,7 +1,7 @@
-"""A hostile corpus: records of every kind of malice and mishap, and what each may lead to.
+"""Writes a corpus of malicious and damaged records with their expected outcomes.
 
-Deterministic for a seed. The licence of records that state none is for the reader's configuration
-to give; sizes of text and pictures are judged by the defaults of preparing.
+The corpus is deterministic for a seed. The reader's configuration gives the licence of records
+without one. The expected outcomes assume the default limits of `leon prepare`.
 """
 
 import json
@@ -17,33 +17,33 @@ from tests.data import hostile_tar
 from tests.data.hostile_contents import (
     MISSING,
     NOT_UTF8,
-    NOTHING,
     RECORD_TOO_LARGE,
     UNREADABLE,
     UNREADABLE_SHARD,
     UNSAFE,
+    VALID,
     Content,
     Expected,
     caption,
     contents,
 )
-from tests.data.hostile_pictures import good
+from tests.data.hostile_images import good
 
-MISSING_PICTURE = frozenset({"missing_picture"})
+MISSING_IMAGE = frozenset({"missing_picture"})
 
 
 def write(folder: str | os.PathLike, kind: str, count: int, seed: int) -> list[Expected]:
     """Writes a corpus into an empty folder.
 
     Args:
-      folder: exists.
+      folder: an existing empty folder.
       kind: "jsonl", "webdataset" or "parquet".
-      count: how many records there are at least.
-      seed: equal seeds give equal files.
+      count: minimum number of records.
+      seed: seed of the content.
 
     Returns:
-      For every outcome that reading gives, in that order: the key, or None where the record has
-      no sure name, and the acceptable reasons, with "used" among them if the record may be used.
+      The expected outcomes, in the order of reading: the key, or None if the key is undetermined,
+      and the acceptable reasons, with "used" among them if the record may be used.
     """
     writers = {"jsonl": _jsonl, "webdataset": hostile_tar.write, "parquet": _parquet}
     return writers[kind](pathlib.Path(folder), count, np.random.default_rng(seed))
@@ -64,7 +64,7 @@ def _constant(line: bytes) -> Callable[[str], bytes]:
     return lambda text: line
 
 
-# How a line is made of a text that no other line has, and what may become of it.
+# Functions that make a line from a unique text, and the acceptable outcomes.
 _LINES: list[tuple[Callable[[str], bytes], frozenset[str]]] = [
     (_constant(b"{"), UNREADABLE),
     (_constant(b"null"), UNREADABLE),
@@ -103,29 +103,29 @@ _LINES: list[tuple[Callable[[str], bytes], frozenset[str]]] = [
     (_good_with(image="good.jpg\0.png"), UNSAFE),
     (_good_with(image="link_out.jpg"), UNSAFE),
     (_good_with(image="folder_out/good.jpg"), UNSAFE),
-    (_good_with(image=""), MISSING_PICTURE),
-    (_good_with(image="."), MISSING_PICTURE),
-    (_good_with(image="folder"), MISSING_PICTURE),
-    (_good_with(image="pipe.jpg"), MISSING_PICTURE),
-    (_good_with(image="loop.jpg"), MISSING_PICTURE),
-    (_good_with(image="nothing.jpg"), MISSING_PICTURE),
-    (_good_with(image="good.jpg/good.jpg"), MISSING_PICTURE),
-    (_good_with(image="x" * 5_000), MISSING_PICTURE),
-    (_good_with(image="x/" * 5_000), MISSING_PICTURE),
-    (_good_with(image="https://example.org/good.jpg"), MISSING_PICTURE),
-    (_good_with(image="..\\good.jpg"), MISSING_PICTURE),
+    (_good_with(image=""), MISSING_IMAGE),
+    (_good_with(image="."), MISSING_IMAGE),
+    (_good_with(image="folder"), MISSING_IMAGE),
+    (_good_with(image="pipe.jpg"), MISSING_IMAGE),
+    (_good_with(image="loop.jpg"), MISSING_IMAGE),
+    (_good_with(image="nothing.jpg"), MISSING_IMAGE),
+    (_good_with(image="good.jpg/good.jpg"), MISSING_IMAGE),
+    (_good_with(image="x" * 5_000), MISSING_IMAGE),
+    (_good_with(image="x/" * 5_000), MISSING_IMAGE),
+    (_good_with(image="https://example.org/good.jpg"), MISSING_IMAGE),
+    (_good_with(image="..\\good.jpg"), MISSING_IMAGE),
     (_good_with(image="huge.jpg"), RECORD_TOO_LARGE),
     (_good_with(licence=4), UNREADABLE),
     (_good_with(licence=["CC0-1.0"]), UNREADABLE),
     (_good_with(key={"a": 1}), UNREADABLE),
     (_good_with(attribution=b"\xff".decode(errors="surrogateescape")), NOT_UTF8),
     (_good_with(source=1.5), UNREADABLE),
-    (_good_with(key=None, licence=None, attribution=None, group=None), NOTHING),
-    (_good_with(image="link_in.jpg"), NOTHING),
-    (_good_with(image="line\nbreak.jpg"), NOTHING),
-    (_good_with(image="\U0001f408 n\u0303 $(rm -rf) ;'\".jpg"), NOTHING),
-    (_good_with(unknown={"deep": [[[1]]]}, number=10**30, real=1e-300), NOTHING),
-    (lambda text: b"  " + _good_with()(text) + b"\r", NOTHING),
+    (_good_with(key=None, licence=None, attribution=None, group=None), VALID),
+    (_good_with(image="link_in.jpg"), VALID),
+    (_good_with(image="line\nbreak.jpg"), VALID),
+    (_good_with(image="\U0001f408 n\u0303 $(rm -rf) ;'\".jpg"), VALID),
+    (_good_with(unknown={"deep": [[[1]]]}, number=10**30, real=1e-300), VALID),
+    (lambda text: b"  " + _good_with()(text) + b"\r", VALID),
     (lambda text: _record(parts=[]), MISSING),
     (lambda text: _record(parts={"text": text}), UNREADABLE),
     (lambda text: _record(parts=[1, None, "a"]), UNREADABLE),
@@ -134,8 +134,8 @@ _LINES: list[tuple[Callable[[str], bytes], frozenset[str]]] = [
     (lambda text: _record(parts=[{"text": text}, {"image": None}]), MISSING),
     (lambda text: _record(parts=[{"text": text}, {"image": "../good.jpg"}]), UNSAFE),
     (lambda text: _record(parts=[{"text": text}] + [{"image": "large.jpg"}] * 4), RECORD_TOO_LARGE),
-    (lambda text: _record(parts=[{"text": text}, {"image": "good.jpg"}, {"text": "b"}]), NOTHING),
-    (lambda text: _record(source="good.jpg", instruction=text, target="good.jpg"), NOTHING),
+    (lambda text: _record(parts=[{"text": text}, {"image": "good.jpg"}, {"text": "b"}]), VALID),
+    (lambda text: _record(source="good.jpg", instruction=text, target="good.jpg"), VALID),
     (lambda text: _record(source="good.jpg", instruction=text), MISSING),
     (lambda text: _record(source="good.jpg", instruction=text, target="/good.jpg"), UNSAFE),
     (lambda text: _record(instruction=text, target="good.jpg"), MISSING),
@@ -145,7 +145,7 @@ _LINES: list[tuple[Callable[[str], bytes], frozenset[str]]] = [
 def _jsonl(folder: pathlib.Path, count: int, rng: np.random.Generator) -> list[Expected]:
     inside = folder / "corpus"
     (inside / "folder").mkdir(parents=True)
-    (inside / "pictures").mkdir()
+    (inside / "images").mkdir()
     for name in ("good.jpg", "line\nbreak.jpg", "\U0001f408 n\u0303 $(rm -rf) ;'\".jpg"):
         (inside / name).write_bytes(good(rng))
     (folder / "good.jpg").write_bytes(good(rng))
@@ -159,9 +159,9 @@ def _jsonl(folder: pathlib.Path, count: int, rng: np.random.Generator) -> list[E
             file.truncate(size * 2**20)
     (inside / "empty.jsonl").write_bytes(b"")
     (inside / "no_line.jsonl").write_bytes(b"\n \r\n\t\n")
-    # An editor's mark at the beginning of a file is no part of it.
+    # A byte order mark at the beginning of a file is ignored.
     (inside / "marked.jsonl").write_bytes(b"\xef\xbb\xbf" + _good_with()(caption(rng)))
-    expected: list[Expected] = [("marked.jsonl:1", NOTHING)]
+    expected: list[Expected] = [("marked.jsonl:1", VALID)]
     endless = contents(rng)
     file, number = None, 0
     while len(expected) < count:
@@ -182,16 +182,16 @@ def _jsonl(folder: pathlib.Path, count: int, rng: np.random.Generator) -> list[E
         file.write(line + b"\n")
         number += 1
         expected.append((f"{name}:{number}", outcome))
-    file.write(b"x" * 3 * 2**20)  # the last line, which has no end
+    file.write(b"x" * 3 * 2**20)  # the last line has no newline
     file.close()
     return [*expected, (f"{name}:{number + 1}", RECORD_TOO_LARGE)]
 
 
 def _line(folder: pathlib.Path, index: int, content: Content) -> bytes:
     record: dict[str, str | None] = {"licence": content.licence}
-    if content.picture is not None:
-        record["image"] = f"pictures/{index:06}"
-        (folder / record["image"]).write_bytes(content.picture)
+    if content.image is not None:
+        record["image"] = f"images/{index:06}"
+        (folder / record["image"]).write_bytes(content.image)
     if isinstance(content.text, bytes):
         return _record(**record)[:-1] + b', "text": "' + content.text + b'"}'
     if content.text is not None:
@@ -219,7 +219,7 @@ def _parquet(folder: pathlib.Path, count: int, rng: np.random.Generator) -> list
             "error_message": pa.array(["<urlopen error>" if f else None for f in failed]),
             "license": pa.array([row.licence for row in rows]),
             "jpg": pa.array(
-                [None if f else row.picture for f, row in zip(failed, rows, strict=True)]
+                [None if f else row.image for f, row in zip(failed, rows, strict=True)]
             ),
         }
         if part % 2:
@@ -227,7 +227,7 @@ def _parquet(folder: pathlib.Path, count: int, rng: np.random.Generator) -> list
         pq.write_table(pa.table(columns), folder / name, row_group_size=500)
         for row, (content, fail) in enumerate(zip(rows, failed, strict=True)):
             key = keys[row] if part % 2 else f"{name}:{row + 1}"
-            expected.append((key, MISSING_PICTURE if fail else content.expected))
+            expected.append((key, MISSING_IMAGE if fail else content.expected))
     for name, data, outcomes in _parquet_files(rng):
         name = f"odd {name}.parquet"
         if isinstance(data, bytes):
@@ -242,13 +242,13 @@ def _parquet(folder: pathlib.Path, count: int, rng: np.random.Generator) -> list
 
 
 def _strings(values: list[str | bytes | None]) -> pa.Array:
-    """A column of strings; it takes bytes that are none as they are."""
+    """A column of strings, which may hold bytes that are not UTF-8."""
     data = [value.encode() if isinstance(value, str) else value for value in values]
     return pa.array(data, pa.binary()).view(pa.string())
 
 
 def _parquet_files(rng) -> list[tuple[str, pa.Table | bytes, frozenset[str]]]:
-    """Whole files that are odd, in the order of their names, and what becomes of their rows."""
+    """Unusual files in the order of their names, with the acceptable outcomes of their rows."""
     texts = [caption(rng) for _ in range(4)]
     files = [good(rng) for _ in range(4)]
     sink = pa.BufferOutputStream()
@@ -263,15 +263,15 @@ def _parquet_files(rng) -> list[tuple[str, pa.Table | bytes, frozenset[str]]]:
         ("a dates as keys", table(key=pa.array([2**40] * 4, pa.timestamp("s"))), UNREADABLE),
         ("b numbers as captions", table(caption=[1, 2, 3, 4]), UNREADABLE),
         ("c lists as captions", table(caption=[[text] for text in texts]), UNREADABLE),
-        ("d texts as pictures", table(jpg=texts), UNREADABLE),
+        ("d texts as images", table(jpg=texts), UNREADABLE),
         ("e no captions", table(caption=pa.nulls(4)), MISSING),
-        ("f no pictures", table(jpg=pa.nulls(4, pa.binary())), MISSING),
+        ("f no images", table(jpg=pa.nulls(4, pa.binary())), MISSING),
         ("g numbers as licences", table(license=[1, 2, 3, 4]), UNREADABLE),
-        ("h a dictionary", table(caption=pa.array(texts).dictionary_encode()), NOTHING),
-        ("i large", table(jpg=pa.array(files, pa.large_binary())), NOTHING),
-        ("j cells", pa.table({"text": texts, "image": cells}), NOTHING),
+        ("h a dictionary", table(caption=pa.array(texts).dictionary_encode()), VALID),
+        ("i large", table(jpg=pa.array(files, pa.large_binary())), VALID),
+        ("j cells", pa.table({"text": texts, "image": cells}), VALID),
         ("k a bomb", pa.table({"caption": ["m" * 2**27], "jpg": files[:1]}), RECORD_TOO_LARGE),
-        ("l no column of pictures", pa.table({"caption": texts}), UNREADABLE_SHARD),
+        ("l no column of images", pa.table({"caption": texts}), UNREADABLE_SHARD),
         ("m no column of captions", pa.table({"jpg": files}), UNREADABLE_SHARD),
         (
             "n two columns of captions",

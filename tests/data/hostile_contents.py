@@ -1,4 +1,4 @@
-"""What hostile records hold, whatever the format: each has one thing wrong with it, or nothing."""
+"""Contents of hostile records for all formats; each has at most one error."""
 
 import dataclasses
 import itertools
@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from tests.data.hostile_pictures import HOSTILE, USED, good
+from tests.data.hostile_images import HOSTILE, USED, good
 
-NOTHING = frozenset({USED})
+VALID = frozenset({USED})
 NOT_UTF8 = frozenset({"not_utf8"})
 MISSING = frozenset({"missing_field"})
 UNREADABLE = frozenset({"unreadable_record"})
@@ -18,17 +18,17 @@ RECORD_TOO_LARGE = frozenset({"record_too_large"})
 NO_TEXT = frozenset({"no_text"})
 TOO_LONG = frozenset({"text_too_long", "too_many_tokens"})
 
-# The key of a record, or None if it has no name of its own, and what may become of it: reasons,
-# and `USED` if it may be used.
+# The key of a record, or None if it is undetermined, and the acceptable outcomes: reasons, and
+# `USED` if the record may be used.
 Expected = tuple[str | None, frozenset[str]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Content:
-    """A caption (as bytes if it is no unicode), a picture, a licence, and what is expected."""
+    """A caption (bytes if it is not valid Unicode), an image, a licence and expected outcomes."""
 
     text: str | bytes | None
-    picture: bytes | None
+    image: bytes | None
     licence: str | None
     expected: frozenset[str]
 
@@ -39,21 +39,21 @@ _TEXTS: list[tuple[str | bytes | None, frozenset[str]]] = [
     (" \n\t\u3000", NO_TEXT),
     ("word " * 4_000, TOO_LONG),
     ("\U0001f408" * 60_000, TOO_LONG),
-    ("a cat\0with a zero {}", NOTHING),
-    ("\u202eright to left \u0627\u0644\u0642\u0637 {}", NOTHING),
-    ("\U0001f469\u200d\U0001f680\ufe0f and \ufeff a mark {}", NOTHING),
-    ("</s> <break> <image> {}", NOTHING),
+    ("a cat\0with a zero {}", VALID),
+    ("\u202eright to left \u0627\u0644\u0642\u0637 {}", VALID),
+    ("\U0001f469\u200d\U0001f680\ufe0f and \ufeff a mark {}", VALID),
+    ("</s> <break> <image> {}", VALID),
     (b"\xff\xfe cat", NOT_UTF8),
     (b"an overlong \xc0\xaf", NOT_UTF8),
     (b"a surrogate \xed\xa0\x80", NOT_UTF8),
     (b"cut within \xf0\x9f\x90", NOT_UTF8),
-    # Latin-1, as older tables have it.
+    # Latin-1, as in older tables.
     ("el niño y la cigüeña".encode("latin-1"), NOT_UTF8),
 ]
 _LICENCES: list[tuple[str | None, frozenset[str]]] = [
-    (None, NOTHING),
-    ("", NOTHING),
-    ("CC0-1.0", NOTHING),
+    (None, VALID),
+    ("", VALID),
+    ("CC0-1.0", VALID),
     ("all rights reserved!", frozenset({"licence_unknown"})),
     ("?", frozenset({"licence_unknown"})),
     ("CC-BY-NC-4.0", frozenset({"licence_not_allowed"})),
@@ -61,13 +61,13 @@ _LICENCES: list[tuple[str | None, frozenset[str]]] = [
 
 
 def caption(rng: np.random.Generator) -> str:
-    """A caption with nothing wrong, unlike any other."""
+    """A valid and unique caption."""
     return f"a grey cat, number {rng.integers(2**62)}"
 
 
 def contents(rng: np.random.Generator) -> Iterator[Content]:
-    """Endless hostile contents, good ones among them. The first two rounds have 5 MB captions."""
-    for lap in itertools.count():
+    """Yields endless contents, also valid ones. The first two rounds have 5 MB captions."""
+    for round_number in itertools.count():
         for make, expected in HOSTILE.values():
             yield Content(caption(rng), make(rng), "CC-BY-4.0", expected)
         for text, expected in _TEXTS:
@@ -77,5 +77,5 @@ def contents(rng: np.random.Generator) -> Iterator[Content]:
         for licence, expected in _LICENCES:
             yield Content(caption(rng), good(rng), licence, expected)
         yield Content(caption(rng), None, "CC-BY-4.0", MISSING)
-        if lap < 2:
+        if round_number < 2:
             yield Content("meow " * 2**20, good(rng), "CC-BY-4.0", RECORD_TOO_LARGE)

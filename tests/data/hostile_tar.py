@@ -1,4 +1,4 @@
-"""The hostile corpus as tar files: odd members in good archives, and archives that break."""
+"""The hostile corpus as tar files: unusual members in valid archives, and damaged archives."""
 
 import gzip
 import json
@@ -12,26 +12,26 @@ import numpy as np
 from tests.data.hostile_contents import (
     MISSING,
     NOT_UTF8,
-    NOTHING,
     RECORD_TOO_LARGE,
     UNREADABLE,
     UNREADABLE_SHARD,
     UNSAFE,
+    VALID,
     Content,
     Expected,
     caption,
     contents,
 )
-from tests.data.hostile_pictures import UNREADABLE as PICTURE_UNREADABLE
-from tests.data.hostile_pictures import good
+from tests.data.hostile_images import UNREADABLE as IMAGE_UNREADABLE
+from tests.data.hostile_images import good
 
 _END = bytes(1024)
-# Members of one sample: name, contents, and fields of its header.
+# Members of a sample: name, contents, and fields of the header.
 Members = list[tuple[str, bytes, dict]]
 
 
 def member(name: str, data: bytes, **fields) -> bytes:
-    """A member of a tar file: header and contents, the header with `fields` as they are given."""
+    """A member of a tar file, whose header has the given fields."""
     info = tarfile.TarInfo(name)
     info.size = len(data)
     for field, value in fields.items():
@@ -41,7 +41,7 @@ def member(name: str, data: bytes, **fields) -> bytes:
 
 
 def raw_header(name: str, size: bytes, kind: bytes = b"0") -> bytes:
-    """A header with any twelve bytes as its size, and a sum that is right."""
+    """A header with the given twelve bytes as size, and a correct checksum."""
     header = bytearray(tarfile.TarInfo(name).tobuf(tarfile.USTAR_FORMAT))
     header[124:136] = size
     header[156:157] = kind
@@ -51,15 +51,16 @@ def raw_header(name: str, size: bytes, kind: bytes = b"0") -> bytes:
 
 
 def number(value: int) -> bytes:
-    """A size in base 256, as large or as negative as it may be."""
+    """A size in base 256, which may be very large or negative."""
     return struct.pack(">i", -1 if value < 0 else -(2**31)) + struct.pack(">q", value)
 
 
-# How the members of a sample are made of its name, a text and a picture; and what becomes of it.
+# Functions that make the members of a sample from its name, a text and an image, and the acceptable
+# outcomes.
 _SAMPLES: list[tuple[Callable[[str, bytes, bytes], Members], frozenset[str]]] = [
     (lambda n, t, p: [(f"{n}.jpg", p, {})], MISSING),
     (lambda n, t, p: [(f"{n}.txt", t, {})], MISSING),
-    (lambda n, t, p: [(f"{n}.txt", t, {}), (f"{n}.jpg", b"", {})], PICTURE_UNREADABLE),
+    (lambda n, t, p: [(f"{n}.txt", t, {}), (f"{n}.jpg", b"", {})], IMAGE_UNREADABLE),
     (lambda n, t, p: [(f"{n}.jpg", p, {}), (f"{n}.jpg", p, {}), (f"{n}.txt", t, {})], UNREADABLE),
     (lambda n, t, p: [(f"../{n}.jpg", p, {}), (f"../{n}.txt", t, {})], UNSAFE),
     (lambda n, t, p: [(f"/tmp/{n}.jpg", p, {}), (f"/tmp/{n}.txt", t, {})], UNSAFE),
@@ -72,15 +73,15 @@ _SAMPLES: list[tuple[Callable[[str, bytes, bytes], Members], frozenset[str]]] = 
     (lambda n, t, p: [(f"{n}.jpg", b"", {"type": tarfile.FIFOTYPE})], UNREADABLE),
     (lambda n, t, p: [(f"{n}.jpg", p, {"pax_headers": _SPARSE}), (f"{n}.txt", t, {})], UNREADABLE),
     (lambda n, t, p: [(f"\udcff{n}.jpg", p, {}), (f"\udcff{n}.txt", t, {})], NOT_UTF8),
-    (lambda n, t, p: [(f"a\nb{n}.jpg", p, {}), (f"a\nb{n}.txt", t, {})], NOTHING),
-    (lambda n, t, p: [(f"\U0001f408{n}.jpg", p, {}), (f"\U0001f408{n}.txt", t, {})], NOTHING),
-    (lambda n, t, p: [("x/" * 200 + f"{n}.jpg", p, {}), ("x/" * 200 + f"{n}.txt", t, {})], NOTHING),
-    (lambda n, t, p: [(f"{n}.JPG", p, {}), (f"{n}.TXT", t, {}), (f"{n}.exe", p, {})], NOTHING),
+    (lambda n, t, p: [(f"a\nb{n}.jpg", p, {}), (f"a\nb{n}.txt", t, {})], VALID),
+    (lambda n, t, p: [(f"\U0001f408{n}.jpg", p, {}), (f"\U0001f408{n}.txt", t, {})], VALID),
+    (lambda n, t, p: [("x/" * 200 + f"{n}.jpg", p, {}), ("x/" * 200 + f"{n}.txt", t, {})], VALID),
+    (lambda n, t, p: [(f"{n}.JPG", p, {}), (f"{n}.TXT", t, {}), (f"{n}.exe", p, {})], VALID),
     (
         lambda n, t, p: [(f"{n}.txt", b"\xef\xbb\xbf" + t + b"\r\n", {}), (f"{n}.png", p, {})],
-        NOTHING,
+        VALID,
     ),
-    (lambda n, t, p: [(f"{n}.jpg", p, {}), (f"{n}.json", _json(caption=t.decode()), {})], NOTHING),
+    (lambda n, t, p: [(f"{n}.jpg", p, {}), (f"{n}.json", _json(caption=t.decode()), {})], VALID),
     (lambda n, t, p: [(f"{n}.jpg", p, {}), (f"{n}.json", _json(caption=None), {})], MISSING),
     (lambda n, t, p: [(f"{n}.jpg", p, {}), (f"{n}.json", _json(caption=[1]), {})], UNREADABLE),
     (lambda n, t, p: [(f"{n}.jpg", p, {}), (f"{n}.json", _json(caption="\ud800"), {})], NOT_UTF8),
@@ -90,19 +91,19 @@ _SAMPLES: list[tuple[Callable[[str, bytes, bytes], Members], frozenset[str]]] = 
     (lambda n, t, p: _with_json(n, t, p, b'{"width": ' + b"9" * 10_000 + b"}"), UNREADABLE),
     (lambda n, t, p: _with_json(n, t, p, b'{"license": "\xff"}'), NOT_UTF8),
     (lambda n, t, p: _with_json(n, t, p, _json(license=7)), UNREADABLE),
-    (lambda n, t, p: _with_json(n, t, p, b'{"similarity": NaN, "url": null}'), NOTHING),
+    (lambda n, t, p: _with_json(n, t, p, b'{"similarity": NaN, "url": null}'), VALID),
     (lambda n, t, p: _with_json(n, t, p, _json(padding="x" * 2**20)), RECORD_TOO_LARGE),
 ]
 _SPARSE = {"GNU.sparse.map": "0,1", "GNU.sparse.size": str(2**40), "GNU.sparse.numblocks": "1"}
 
-# Folders, hidden files and files without an ending belong to no sample.
+# Folders, hidden files and files without an extension belong to no sample.
 _NEUTRAL = [
     member("some/", b"", type=tarfile.DIRTYPE),
     member(".hidden.jpg", b"a"),
     member("README", b"a"),
 ]
 
-# What follows the readable half of a sample and makes the rest of its archive unreadable.
+# Bytes after a part of a sample that make the rest of the archive unreadable.
 _BREAKS: list[Callable[[str, np.random.Generator], bytes]] = [
     lambda n, rng: b"",
     lambda n, rng: member(f"{n}.jpg", good(rng))[:300],
@@ -125,7 +126,7 @@ _BREAKS: list[Callable[[str, np.random.Generator], bytes]] = [
 
 
 def write(folder: pathlib.Path, count: int, rng: np.random.Generator) -> list[Expected]:
-    """Writes archives of some dozens of samples; all that end well and many that do not."""
+    """Writes archives of some dozens of samples, of which many are damaged at the end."""
     expected: list[Expected] = []
     endless = contents(rng)
     archive = 0
@@ -167,9 +168,9 @@ def write(folder: pathlib.Path, count: int, rng: np.random.Generator) -> list[Ex
 
 
 def _archives(rng: np.random.Generator) -> list[tuple[str, bytes, list[Expected]]]:
-    """Whole archives that are odd, in the order of their names, and what becomes of them."""
+    """Unusual archives in the order of their names, with their expected outcomes."""
     packed = gzip.compress(member("a.txt", b"a cat") + member("a.jpg", good(rng)) + _END, mtime=0)
-    # A member that is passed over, and unpacks to a thousand times its size.
+    # A member that is skipped, and unpacks to a thousand times its size.
     bomb = gzip.compress(member("a.zero", bytes(100 * 2**20)) + _END, 9, mtime=0)
     broken = {
         "odd a empty.tar": b"",
@@ -179,28 +180,28 @@ def _archives(rng: np.random.Generator) -> list[tuple[str, bytes, list[Expected]
         "odd f no gzip.tar.gz": b"\x1f\x8b" + rng.bytes(5_000),
         "odd g bomb.tar.gz": bomb,
     }
-    sound: list[tuple[str, bytes, list[Expected]]] = [
+    valid: list[tuple[str, bytes, list[Expected]]] = [
         ("odd b nothing but an end.tar", _END, []),
-        # What follows the end of an archive is not read, and so neither is the sum behind it.
-        ("odd h wrong sum.tar.gz", packed[:-8] + bytes(8), [("odd h wrong sum/a", NOTHING)]),
+        # Bytes after the end of an archive, such as the checksum, are not read.
+        ("odd h wrong sum.tar.gz", packed[:-8] + bytes(8), [("odd h wrong sum/a", VALID)]),
     ]
     return sorted(
-        sound + [(name, data, [(name, UNREADABLE_SHARD)]) for name, data in broken.items()]
+        valid + [(name, data, [(name, UNREADABLE_SHARD)]) for name, data in broken.items()]
     )
 
 
 def _members(name: str, content: Content) -> Members:
     members: Members = [(f"{name}.json", _json(license=content.licence, status="success"), {})]
-    if content.picture is not None:
-        members.append((f"{name}.jpg", content.picture, {}))
+    if content.image is not None:
+        members.append((f"{name}.jpg", content.image, {}))
     if content.text is not None:
         text = content.text.encode() if isinstance(content.text, str) else content.text
         members.append((f"{name}.txt", text, {}))
     return members
 
 
-def _with_json(name: str, text: bytes, picture: bytes, data: bytes) -> Members:
-    return [(f"{name}.jpg", picture, {}), (f"{name}.json", data, {}), (f"{name}.txt", text, {})]
+def _with_json(name: str, text: bytes, image: bytes, data: bytes) -> Members:
+    return [(f"{name}.jpg", image, {}), (f"{name}.json", data, {}), (f"{name}.txt", text, {})]
 
 
 def _json(**fields) -> bytes:
@@ -212,7 +213,7 @@ def _link(kind: bytes) -> dict:
 
 
 def _pax(data: bytes) -> bytes:
-    """An extended header with these contents."""
+    """An extended header with this content."""
     return (
         raw_header("header", b"%011o\0" % len(data), tarfile.XHDTYPE)
         + data

@@ -1,4 +1,4 @@
-"""Twenty-three captions with pictures of six codes, and batches of them, for the tests here."""
+"""A tiny dataset for tests: 23 captions with images of six codes, and batches of them."""
 
 import numpy as np
 
@@ -11,20 +11,20 @@ from leon_jax.tokenizers.documents import DocumentTokenizer
 from leon_jax.tokenizers.text import TextTokenizer
 from leon_jax.vocabulary import Vocabulary
 
-PICTURE = (2, 3)
+IMAGE_SHAPE = (2, 3)
 WORDS = ("red", "green", "blue", "heart", "star", "cat")
-OPENED = ("query_weights", "variant", "plain_variants")
+COMPONENT_FIELDS = ("query_weights", "variant", "plain_variants")
 NEVER = MaskingConfig(spans="fixed", count=0)
 
 
 def make_documents(count, first=0):
-    """Captions begin with the document's number, counted from `first`."""
+    """Documents whose captions begin with their numbers, counted from `first`."""
     rng = np.random.default_rng(first)
     return [
         Document(
             (
                 Text(f"{i} {' '.join(rng.choice(WORDS, 1 + i % 3))}"),
-                Image(codes=rng.integers(0, 16, PICTURE).astype(np.int32)),
+                Image(codes=rng.integers(0, 16, IMAGE_SHAPE).astype(np.int32)),
             )
         )
         for i in range(first, first + count)
@@ -34,26 +34,26 @@ def make_documents(count, first=0):
 def make_tokenizer():
     text = TextTokenizer.train(WORDS, 280)
     vocabulary = Vocabulary.compact(image_codes=16, text_tokens=text.size, sentinels=8)
-    return DocumentTokenizer(vocabulary, text, PICTURE)
+    return DocumentTokenizer(vocabulary, text, IMAGE_SHAPE)
 
 
 DOCUMENTS = make_documents(23)
 CONFIG = DataConfig(length=80, threads=1)
 
 
-def ring(rng, index, number):
-    """A stub of retrieval: the documents after this one."""
-    return [(index + 1 + i) % len(DOCUMENTS) for i in range(number)]
+def ring(rng, index, count):
+    """A stub of retrieval: returns the next `count` documents."""
+    return [(index + 1 + i) % len(DOCUMENTS) for i in range(count)]
 
 
 def component(documents=DOCUMENTS, folder="little", neighbours=ring, **others):
-    """Documents whose examples have 0, 1 or 2 retrieved ones, unless `others` say otherwise.
+    """A component whose examples have 0, 1 or 2 retrieved documents by default.
 
     `others` are fields of `Component`, or of its settings.
     """
-    opened = {name: others.pop(name) for name in list(others) if name in OPENED}
+    fields = {name: others.pop(name) for name in list(others) if name in COMPONENT_FIELDS}
     settings = MixtureComponent(folder, **{"retrieved": (0.4, 0.3, 0.3), **others})
-    return Component(settings, documents, neighbours, **opened)
+    return Component(settings, documents, neighbours, **fields)
 
 
 def make(
@@ -72,15 +72,16 @@ def take(iterator, count):
 
 
 def unpack(batch, eos, gaps=False):
-    """(ids, weights) of every example of a batch of whole ones: inputs plus the last target."""
+    """Yields (ids, weights) of each example in a batch; ids are the inputs and the last target."""
     for row in range(len(batch["ids"])):
         segments = batch["segment_ids"][row]
         for segment in range(1, segments.max() + 1):
-            here = np.flatnonzero(segments == segment)
-            assert (np.diff(here) == 1).all()
-            ids, targets = batch["ids"][row, here], batch["targets"][row, here]
+            columns = np.flatnonzero(segments == segment)
+            assert (np.diff(columns) == 1).all()
+            ids, targets = batch["ids"][row, columns], batch["targets"][row, columns]
             np.testing.assert_array_equal(ids[1:], targets[:-1])
             if not gaps:
-                np.testing.assert_array_equal(batch["positions"][row, here], np.arange(len(here)))
+                positions = batch["positions"][row, columns]
+                np.testing.assert_array_equal(positions, np.arange(len(columns)))
             assert ids[0] == eos
-            yield np.append(ids, targets[-1]), batch["weights"][row, here]
+            yield np.append(ids, targets[-1]), batch["weights"][row, columns]

@@ -1,4 +1,4 @@
-"""Variants: one change for all pictures, colours kept where they must be."""
+"""Variants: the same transformation for all images; the first half keep colours."""
 
 import numpy as np
 import pytest
@@ -20,39 +20,39 @@ def disc(colour, centre=(24, 32)) -> np.ndarray:
     return np.where(inside[..., None], np.array(colour, np.uint8), np.uint8(255))
 
 
-def inked(pixels) -> np.ndarray:
-    """The mean colour of what is not paper."""
-    ink = pixels.min(-1) < 128
-    return pixels[ink].astype(float).mean(0)
+def mean_colour(pixels) -> np.ndarray:
+    """The mean colour of the disc, without the background."""
+    inside = pixels.min(-1) < 128
+    return pixels[inside].astype(float).mean(0)
 
 
-def test_variant_0_changes_nothing_and_every_other_something():
-    picture = disc((200, 30, 30))
-    np.testing.assert_array_equal(image_variants.change(picture, 0, COUNT), picture)
-    shown = [image_variants.change(picture, v, COUNT) for v in range(COUNT)]
-    assert len({each.tobytes() for each in shown}) == COUNT
-    np.testing.assert_array_equal(shown[5], image_variants.change(picture, 5, COUNT))
+def test_variant_0_changes_nothing_and_all_variants_differ():
+    image = disc((200, 30, 30))
+    np.testing.assert_array_equal(image_variants.change(image, 0, COUNT), image)
+    changed = [image_variants.change(image, variant, COUNT) for variant in range(COUNT)]
+    assert len({pixels.tobytes() for pixels in changed}) == COUNT
+    np.testing.assert_array_equal(changed[5], image_variants.change(image, 5, COUNT))
 
 
-def test_the_first_half_keeps_colours_and_sides_and_the_rest_turns_hues():
-    picture = disc((200, 30, 30), centre=(32, 16))
+def test_the_first_half_keeps_colours_and_sides_and_the_rest_changes_hues():
+    image = disc((200, 30, 30), centre=(32, 16))
     for variant in range(COUNT):
-        shown = image_variants.change(picture, variant, COUNT)
-        assert (shown[0] > 250).all() and (shown[-1] > 250).all(), "the paper stays white"
-        kept = np.abs(inked(shown) - (200, 30, 30)).max() < 12
-        assert kept == (variant < image_variants.plain(COUNT)), variant
-        if kept:
-            assert np.nonzero(shown.min(-1) < 128)[1].mean() < 32, "still on the left"
+        changed = image_variants.change(image, variant, COUNT)
+        assert (changed[0] > 250).all() and (changed[-1] > 250).all(), "the background is white"
+        same_colour = np.abs(mean_colour(changed) - (200, 30, 30)).max() < 12
+        assert same_colour == (variant < image_variants.plain(COUNT)), variant
+        if same_colour:
+            assert np.nonzero(changed.min(-1) < 128)[1].mean() < 32, "the disc is on the left"
 
 
-def test_the_same_variant_moves_two_pictures_alike():
-    first, second = disc((200, 30, 30)), disc((30, 30, 200))
+def test_a_variant_moves_two_images_in_the_same_way():
+    images = disc((200, 30, 30)), disc((30, 30, 200))
     for variant in range(COUNT):
-        places = [
-            np.argwhere(image_variants.change(each, variant, COUNT).min(-1) < 128).mean(0)
-            for each in (first, second)
+        centres = [
+            np.argwhere(image_variants.change(image, variant, COUNT).min(-1) < 128).mean(0)
+            for image in images
         ]
-        np.testing.assert_allclose(places[0], places[1], atol=0.5)
+        np.testing.assert_allclose(centres[0], centres[1], atol=0.5)
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def tokenizer():
     return ImageTokenizer(VQGAN(config, rngs=nnx.Rngs(0)), batch_size=2)
 
 
-def test_encoded_variants_are_the_codes_of_changed_pictures(tokenizer):
+def test_encoded_variants_are_the_codes_of_changed_images(tokenizer):
     colours = [(200, 30, 30), (30, 200, 30), (30, 30, 200)]
     source = [Document((Text(str(c)), Image(pixels=disc(c)))) for c in colours]
     codes = image_variants.encode(source, tokenizer, COUNT)
@@ -75,7 +75,7 @@ def test_encoded_variants_are_the_codes_of_changed_pictures(tokenizer):
     assert read(2, 6).text == source[2].text
 
 
-def test_variants_of_other_documents_are_refused(tokenizer):
+def test_variants_of_another_number_of_documents_raise_an_error(tokenizer):
     source = [Document((Text("red"), Image(pixels=disc((200, 30, 30)))))]
     codes = image_variants.encode(source, tokenizer, 2)
     with pytest.raises(UserError, match="variants of 1 documents, not of 2"):

@@ -1,4 +1,4 @@
-"""CM3 masking: invertible, never across <break>, with the stated laws."""
+"""CM3 masking: it is invertible, never crosses <break>, and has the documented distributions."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ TEXT, IMAGE = VOCABULARY.text_start, VOCABULARY.image_start
 
 
 def document(*segments):
-    """Ids of a document; a segment is (modality, length), its ids count up."""
+    """Ids of a document; a segment is (modality, length) and has consecutive ids."""
     ids = [EOS]
     for index, (modality, length) in enumerate(segments):
         start, size = (TEXT, 32) if modality == "text" else (IMAGE, 16)
@@ -45,7 +45,7 @@ configs = st.builds(
 
 
 def infills(ids):
-    """The contents of the tail of an infilling instance."""
+    """The spans in the tail of a masked document."""
     tail = ids[np.flatnonzero(ids == EOS)[1] + 1 :]
     contents = np.split(tail, np.flatnonzero(tail == EOSS) + 1)
     assert len(contents[-1]) == 0
@@ -54,7 +54,7 @@ def infills(ids):
 
 @settings(max_examples=300, deadline=None)
 @given(documents, configs, st.integers(0, 2**32))
-def test_masking_properties(ids, config, seed):
+def test_masking_is_invertible_and_deterministic_with_spans_inside_segments(ids, config, seed):
     masked = mask(ids, VOCABULARY, config, np.random.default_rng(seed))
     np.testing.assert_array_equal(unmask(masked.ids, VOCABULARY), ids)
     again = mask(ids, VOCABULARY, config, np.random.default_rng(seed))
@@ -70,9 +70,9 @@ def test_masking_properties(ids, config, seed):
 
 @settings(max_examples=100, deadline=None)
 @given(documents, configs, st.integers(0, 2**32), st.integers(0, 12))
-def test_an_instance_never_outgrows_its_room(ids, config, seed, room):
-    masked = mask(ids, VOCABULARY, config, np.random.default_rng(seed), room=room)
-    assert len(masked.ids) <= len(ids) + room
+def test_masking_adds_at_most_max_added_tokens(ids, config, seed, max_added):
+    masked = mask(ids, VOCABULARY, config, np.random.default_rng(seed), max_added=max_added)
+    assert len(masked.ids) <= len(ids) + max_added
 
 
 def test_the_layout_of_a_masked_document():
@@ -90,16 +90,16 @@ def test_the_layout_of_a_masked_document():
     np.testing.assert_allclose(masked.weights, [weight for _, weight in expected])
 
 
-def test_unweighted_by_default():
+def test_all_weights_are_1_by_default():
     masked = mask(PAIR, VOCABULARY, MaskingConfig(), np.random.default_rng(0), query_start=5)
     assert (masked.weights == 1).all()
 
 
-def count_spans(config, ids, draws=4000, query_start=1):
+def count_spans(config, ids, samples=4000, query_start=1):
     rng = np.random.default_rng(0)
     return [
         len(infills(mask(ids, VOCABULARY, config, rng, query_start=query_start).ids))
-        for _ in range(draws)
+        for _ in range(samples)
     ]
 
 
@@ -112,27 +112,27 @@ def test_the_number_of_spans_is_clamped_poisson(placement, clamp_min, whole_segm
     )
     counts = count_spans(config, document(("text", 300), ("image", 300)))
     top = VOCABULARY.sentinels - 1
-    drawn = stats.poisson(2.0)
-    probabilities = drawn.pmf(np.arange(top + 1))
-    probabilities[top] = drawn.sf(top - 1)
+    poisson = stats.poisson(2.0)
+    probabilities = poisson.pmf(np.arange(top + 1))
+    probabilities[top] = poisson.sf(top - 1)
     if clamp_min:
         probabilities[1] += probabilities[0]
         probabilities[0] = 0
     seen = np.bincount(counts, minlength=top + 1)
     assert seen[probabilities == 0].sum() == 0
     expected = probabilities * len(counts)
-    keep = expected > 0
-    assert stats.chisquare(seen[keep], expected[keep]).pvalue > 1e-3
+    possible = expected > 0
+    assert stats.chisquare(seen[possible], expected[possible]).pvalue > 1e-3
 
 
-def test_fixed_and_fim_numbers():
+def test_fixed_and_fim_set_the_number_of_spans():
     ids = document(("text", 100), ("image", 100))
     assert set(count_spans(MaskingConfig(spans="fixed", count=3), ids, 200)) == {3}
     assert set(count_spans(MaskingConfig(spans="fim"), ids, 200)) == {1}
 
 
 def test_span_ends_are_uniform_when_one_span_lies_in_one_segment():
-    """Start and end are the order statistics of two uniform draws without repetition."""
+    """Start and end are the order statistics of two uniform samples without replacement."""
     ids, config = document(("image", 15)), MaskingConfig(spans="fim", whole_segment=0.0)
     rng = np.random.default_rng(0)
     lengths = [len(infills(mask(ids, VOCABULARY, config, rng).ids)[0]) for _ in range(4000)]
@@ -141,8 +141,8 @@ def test_span_ends_are_uniform_when_one_span_lies_in_one_segment():
     assert stats.chisquare(seen, expected * 4000).pvalue > 1e-3
 
 
-def test_a_span_over_a_border_is_clipped_to_the_segment_it_overlaps_most():
-    """With spans over the document, captions of 4 in 40 pictures' ids get few of them."""
+def test_a_span_across_a_break_is_clipped_to_the_segment_it_overlaps_most():
+    """With spans over the document, short captions get few of them."""
     ids, rng = document(("text", 4), ("image", 16)), np.random.default_rng(0)
     by_document = MaskingConfig(spans="fim", whole_segment=0.0)
     by_segment = MaskingConfig(spans="fim", whole_segment=0.0, placement="segment")
@@ -151,7 +151,7 @@ def test_a_span_over_a_border_is_clipped_to_the_segment_it_overlaps_most():
         spans = [infills(mask(ids, VOCABULARY, config, rng).ids)[0] for _ in range(2000)]
         return np.mean([VOCABULARY.is_text(span[0]) for span in spans])
 
-    # Spans by document: of the 210 pairs of borders 1..21, those whose larger part is the caption.
+    # Spans over the document: of the 210 pairs of ends in 1..21, those that overlap the text most.
     pairs = [(i, j) for i in range(1, 22) for j in range(i + 1, 22)]
     overlap = [(min(j, 5) - min(i, 5), max(j, 6) - max(i, 6)) for i, j in pairs]
     overlap = [(text, image) for text, image in overlap if text or image]
@@ -160,8 +160,8 @@ def test_a_span_over_a_border_is_clipped_to_the_segment_it_overlaps_most():
     assert abs(text_share(by_segment) - 0.5) < 0.04
 
 
-def test_captioning_and_unconditional_prompts_are_trained():
-    """One whole segment: the query's text with query_text, otherwise any of the four."""
+def test_masking_creates_captioning_and_unconditional_prompts():
+    """One whole segment is masked: the text of the query or a uniform one of four segments."""
     ids = document(("text", 4), ("image", 9), ("text", 5), ("image", 9))
     query_start = len(document(("text", 4), ("image", 9)))
     config = MaskingConfig(spans="fim", whole_segment=1.0, query_text=0.5)
@@ -175,7 +175,7 @@ def test_captioning_and_unconditional_prompts_are_trained():
     assert stats.binomtest(images, 4000, 0.5 * 2 / 4).pvalue > 1e-3
 
 
-def test_segments_exclude_borders_and_empty_ones():
+def test_segments_are_not_empty_and_exclude_breaks():
     ids = np.array([EOS, TEXT, BREAK, BREAK, IMAGE, IMAGE, EOS], np.int32)
     assert find_segments(ids, VOCABULARY) == [Span(1, 2), Span(4, 6)]
 
@@ -184,7 +184,7 @@ def test_segments_exclude_borders_and_empty_ones():
     "ids",
     [[], [EOS], [TEXT, EOS], [EOS, TEXT], [EOS, S0, EOS], [EOS, EOSS, EOS]],
 )
-def test_what_is_no_document_is_refused(ids):
+def test_masking_invalid_ids_raises_an_error(ids):
     with pytest.raises(ValueError):
         mask(np.array(ids, np.int32), VOCABULARY, MaskingConfig(), np.random.default_rng(0))
 
@@ -200,12 +200,12 @@ def test_what_is_no_document_is_refused(ids):
         [EOS, S0, EOS, S0, TEXT, EOSS, TEXT],
     ],
 )
-def test_what_is_no_instance_cannot_be_unmasked(ids):
+def test_unmasking_invalid_ids_raises_an_error(ids):
     with pytest.raises(ValueError):
         unmask(np.array(ids, np.int32), VOCABULARY)
 
 
-def test_wrong_settings_are_named():
+def test_invalid_settings_raise_an_error():
     with pytest.raises(UserError, match=r"whole_segment is 1\.5"):
         MaskingConfig(whole_segment=1.5)
     with pytest.raises(UserError, match="clamp_min is 2"):

@@ -1,4 +1,4 @@
-"""The decoder's data: epochs, mixtures, shards, exact resumption, clean endings."""
+"""The input pipeline: epochs, mixtures, shards, exact resumption, and the end of the process."""
 
 import dataclasses
 import json
@@ -43,7 +43,7 @@ def test_an_epoch_holds_every_document_once_and_epochs_differ(tokenizer):
         for ids, _ in unpack(batch, tokenizer.vocabulary.eos):
             order.append(names[unmask(ids, tokenizer.vocabulary).tobytes()])
     count = len(DOCUMENTS)
-    # Packing may swap neighbours across the border of an epoch, so counts may differ by one.
+    # Packing may swap examples across the end of an epoch.
     assert set(order[:count]) | set(order[count : count + 4]) == set(range(count))
     assert order[:10] != order[count : count + 10]
 
@@ -64,68 +64,70 @@ MIXTURE = (
 )
 
 
-def numbers(tokenizer, components, count, shard=(0, 1), config=SINGLE):
-    """The number that the query's caption begins with, of so many examples."""
-    found = pipeline.examples(components, tokenizer, config, NEVER, shard=shard)
-    texts = []
-    for i in range(count):
-        example = found[i]
+def query_numbers(tokenizer, components, count, shard=(0, 1), config=SINGLE):
+    """The numbers at the beginning of the queries' captions, for the first `count` examples."""
+    examples = pipeline.examples(components, tokenizer, config, NEVER, shard=shard)
+    numbers = []
+    for index in range(count):
+        example = examples[index]
         ids = np.append(example["ids"], example["targets"][-1])
         *_, caption, _ = tokenizer.decode(ids).parts
-        texts.append(int(caption.text.split()[0]))
-    return np.array(texts)
+        numbers.append(int(caption.text.split()[0]))
+    return np.array(numbers)
 
 
 @pytest.mark.parametrize("weights", [(3.0, 1.5), (0.3, 0.2, 0.5), (1, 1000)])
 @pytest.mark.parametrize("shard", [(0, 1), (1, 2)])
-def test_any_run_of_a_mixture_holds_the_share_of_every_component(tokenizer, weights, shard):
+def test_consecutive_examples_of_a_mixture_have_the_share_of_every_component(
+    tokenizer, weights, shard
+):
     components = [
         component(make_documents(5, first=100 * i), weight=weight, retrieved=(1.0,))
         for i, weight in enumerate(weights)
     ]
-    drawn = numbers(tokenizer, components, 300, shard) // 100
+    indices = query_numbers(tokenizer, components, 300, shard) // 100
     share = np.array(weights) / sum(weights)
-    seen = np.cumsum(drawn[:, None] == np.arange(len(weights)), axis=0)
+    seen = np.cumsum(indices[:, None] == np.arange(len(weights)), axis=0)
     assert np.abs(seen - share * np.arange(1, 301)[:, None]).max() < 2
 
 
-def test_each_component_of_a_mixture_keeps_its_own_epochs_and_random_numbers(tokenizer):
-    drawn = numbers(tokenizer, MIXTURE, 3 * 23)
-    first, second = drawn[drawn < 100], drawn[drawn >= 100]
+def test_each_component_of_a_mixture_has_separate_epochs_and_random_numbers(tokenizer):
+    numbers = query_numbers(tokenizer, MIXTURE, 3 * 23)
+    first, second = numbers[numbers < 100], numbers[numbers >= 100]
     assert len(first) == 46 and len(second) == 23
     for epoch in first.reshape(2, 23):
         assert set(epoch) == set(range(23))
     for epoch in second[:21].reshape(3, 7):
         assert set(epoch) == set(range(100, 107))
-    # What else is in a mixture changes when a component's examples come, not what they are.
-    np.testing.assert_array_equal(first, numbers(tokenizer, MIXTURE[:1], 46))
+    # Other components change when the examples of a component appear, but not the examples.
+    np.testing.assert_array_equal(first, query_numbers(tokenizer, MIXTURE[:1], 46))
     twins = (
         component(retrieved=(1.0,)),
         component(make_documents(23, first=100), retrieved=(1.0,)),
     )
-    drawn = numbers(tokenizer, twins, 46)
-    assert (drawn[drawn < 100] != drawn[drawn >= 100] - 100).any(), (
-        "components of one size in one order"
+    numbers = query_numbers(tokenizer, twins, 46)
+    assert (numbers[numbers < 100] != numbers[numbers >= 100] - 100).any(), (
+        "components of the same size have the same order"
     )
 
 
 @pytest.mark.parametrize("weighting", [None, np.arange(23.0)])
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (3.0, 1.0)])
-def test_shards_share_out_the_examples_of_one_order(tokenizer, weights, weighting):
-    """Also where the pattern of the mixture has the period of the shards."""
+def test_shards_divide_the_examples_of_one_order(tokenizer, weights, weighting):
+    """This also holds where the pattern of the mixture has the period of the shards."""
     components = [
         component(weight=weights[0], query_weights=weighting),
         component(make_documents(8, first=100), weight=weights[1], retrieved=(1.0,)),
     ]
-    whole = numbers(tokenizer, components, 96)
-    shards = [numbers(tokenizer, components, 48, (index, 2)) for index in range(2)]
-    for kind in (whole < 100, whole >= 100):
-        expected = whole[kind]
+    whole = query_numbers(tokenizer, components, 96)
+    shards = [query_numbers(tokenizer, components, 48, (index, 2)) for index in range(2)]
+    for mask in (whole < 100, whole >= 100):
+        expected = whole[mask]
         halves = [shard[(shard < 100) == (expected[0] < 100)] for shard in shards]
         for index, half in enumerate(halves):
             np.testing.assert_array_equal(half, expected[index::2])
     first, second = (shard[shard < 100] for shard in shards)
-    assert (first != second).any(), "also with replacement they draw for themselves"
+    assert (first != second).any(), "shards sample different examples, also with replacement"
 
 
 def test_two_processes_read_disjoint_documents(tokenizer):
@@ -147,7 +149,7 @@ RESUMED = DataConfig(length=80, packing_bins=3)
 @pytest.mark.parametrize("packing", ["whole", "stream"])
 @pytest.mark.parametrize("components", [MIXTURE[:1], MIXTURE], ids=["alone", "mixture"])
 @pytest.mark.parametrize("saving", [0, 1, 4])
-def test_any_number_of_threads_goes_on_exactly_from_every_batch(
+def test_any_number_of_threads_resumes_exactly_from_every_batch(
     tokenizer, saving, components, packing
 ):
     def start(threads):
@@ -162,19 +164,19 @@ def test_any_number_of_threads_goes_on_exactly_from_every_batch(
         resumed = start((0, 1, 4)[number % 3])
         resumed.set_state(json.loads(state))
         for expected in batches[number:]:
-            found = next(resumed)
+            batch = next(resumed)
             for name in expected:
-                np.testing.assert_array_equal(found[name], expected[name])
+                np.testing.assert_array_equal(batch[name], expected[name])
 
 
 @pytest.mark.parametrize("packing", ["whole", "stream"])
-def test_grain_agrees_that_checkpoints_are_exact(tokenizer, packing):
+def test_checkpoints_are_exact_by_the_check_of_grain(tokenizer, packing):
     config = dataclasses.replace(CONFIG, packing=packing)
     first = grain.experimental.LimitIterDataset(make(tokenizer, config, components=MIXTURE), 6)
     grain.experimental.assert_equal_output_after_checkpoint(first)
 
 
-def test_wrong_settings_are_named(tokenizer):
+def test_invalid_settings_raise_an_error(tokenizer):
     with pytest.raises(UserError, match="packing_bins is 0"):
         dataclasses.replace(CONFIG, packing_bins=0)
     with pytest.raises(UserError, match="threads is -1; it must be at least 0"):
@@ -213,9 +215,9 @@ print("done")
 
 @pytest.mark.parametrize("packing", ["whole", "stream"])
 @pytest.mark.parametrize("where", ["nowhere", "loop", "thread"])
-def test_a_program_ends_while_its_reading_threads_run(where, packing):
-    began = time.monotonic()
-    done = subprocess.run(
+def test_a_program_exits_while_its_reading_threads_run(where, packing):
+    start = time.monotonic()
+    process = subprocess.run(
         [sys.executable, "-c", PROGRAM.format(where=where, packing=packing)],
         capture_output=True,
         text=True,
@@ -223,7 +225,7 @@ def test_a_program_ends_while_its_reading_threads_run(where, packing):
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
     )
     fails = where != "nowhere"
-    assert done.returncode == fails, done.stderr
-    assert ("RuntimeError: on purpose" in done.stderr) if fails else (done.stdout == "done\n")
-    assert ("while reading document 5 of first" in done.stderr) == (where == "thread")
-    assert time.monotonic() - began < 60, "nothing waits for threads"
+    assert process.returncode == fails, process.stderr
+    assert ("RuntimeError: on purpose" in process.stderr) if fails else (process.stdout == "done\n")
+    assert ("while reading document 5 of first" in process.stderr) == (where == "thread")
+    assert time.monotonic() - start < 60, "the exit does not wait for threads"

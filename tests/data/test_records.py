@@ -1,4 +1,4 @@
-"""Documents as bytes and as files."""
+"""Documents as records, and files of records."""
 
 import os
 import pickle
@@ -34,7 +34,7 @@ provenances = st.none() | st.builds(Provenance, filled, filled, filled, strings,
 documents = st.builds(Document, st.lists(parts, min_size=1, max_size=4), provenances)
 
 
-def some(count, codes=True):
+def make_documents(count, codes=True):
     rng = np.random.default_rng(0)
     return [
         Document(
@@ -53,19 +53,19 @@ def some(count, codes=True):
 
 @settings(deadline=None)
 @given(documents)
-def test_bytes_round_trip(document):
+def test_a_document_survives_a_round_trip(document):
     assert records.from_bytes(records.to_bytes(document)) == document
 
 
-def test_pixels_can_be_left_alone_where_there_are_codes():
-    with_codes, without = some(1)[0], some(1, codes=False)[0]
+def test_pixels_can_be_skipped_if_an_image_has_codes():
+    with_codes, without = make_documents(1)[0], make_documents(1, codes=False)[0]
     read = records.from_bytes(records.to_bytes(with_codes), pixels=False)
     assert read.parts[1] == Image(codes=with_codes.parts[1].codes)
     assert records.from_bytes(records.to_bytes(without), pixels=False) == without
 
 
 def test_a_file_is_a_random_access_sequence(tmp_path):
-    written = some(50)
+    written = make_documents(50)
     assert records.write(tmp_path / "a.array_record", iter(written)) == 50
     source = records.RecordSource(tmp_path / "a.array_record")
     assert len(source) == 50
@@ -77,37 +77,37 @@ def test_a_file_is_a_random_access_sequence(tmp_path):
         source[50]
 
 
-def test_an_empty_file_is_a_sequence_too(tmp_path):
+def test_an_empty_file_is_an_empty_sequence(tmp_path):
     assert records.write(tmp_path / "a", []) == 0
     assert len(records.RecordSource(tmp_path / "a")) == 0
 
 
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+def test_a_failed_write_keeps_the_old_file_and_leaves_no_other(tmp_path):
     path = tmp_path / "a"
-    records.write(path, some(2))
+    records.write(path, make_documents(2))
 
     def broken():
-        yield from some(1)
+        yield from make_documents(1)
         raise RuntimeError("the source broke")
 
     with pytest.raises(RuntimeError, match="the source broke"):
         records.write(path, broken())
-    assert list(records.RecordSource(path)) == some(2)
+    assert list(records.RecordSource(path)) == make_documents(2)
     assert [entry.name for entry in tmp_path.iterdir()] == ["a"]
 
 
-def test_a_written_file_can_be_read_by_everyone(tmp_path):
-    records.write(tmp_path / "a", some(1))
+def test_all_users_can_read_a_written_file(tmp_path):
+    records.write(tmp_path / "a", make_documents(1))
     assert stat.S_IMODE(os.stat(tmp_path / "a").st_mode) == 0o644
 
 
-def test_writing_needs_a_folder(tmp_path):
+def test_writing_into_a_missing_folder_raises_an_error(tmp_path):
     with pytest.raises(UserError, match=r"cannot write .*missing.*No such file"):
-        records.write(tmp_path / "missing" / "a", some(1))
+        records.write(tmp_path / "missing" / "a", make_documents(1))
 
 
-def test_files_whose_lengths_are_known_are_opened_when_they_are_read(tmp_path, monkeypatch):
-    written = some(9)
+def test_files_with_known_lengths_are_opened_when_they_are_read(tmp_path, monkeypatch):
+    written = make_documents(9)
     paths = [tmp_path / f"{number}" for number in range(3)]
     for number, path in enumerate(paths):
         records.write(path, written[3 * number : 3 * number + 3])
@@ -122,15 +122,15 @@ def test_files_whose_lengths_are_known_are_opened_when_they_are_read(tmp_path, m
     assert list(pickle.loads(pickle.dumps(source))) == written
     wrong = records.RecordSource(paths, lengths=[3, 4, 3])
     with pytest.raises(
-        UserError, match="1 holds 3 documents, not the 4 that its folder's manifest"
+        UserError, match="1 holds 3 documents, but the manifest of its folder records 4"
     ):
         wrong[3]
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="counts open files in /proc")
-def test_of_many_files_few_are_open(tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "_OPEN", 4)
-    written = some(40)
+def test_the_number_of_open_files_is_limited(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "_MAX_OPEN_FILES", 4)
+    written = make_documents(40)
     paths = [tmp_path / f"{number}" for number in range(40)]
     for path, document in zip(paths, written, strict=True):
         records.write(path, [document])
@@ -140,14 +140,14 @@ def test_of_many_files_few_are_open(tmp_path, monkeypatch):
     assert len(os.listdir("/proc/self/fd")) <= before + 4
 
 
-def test_a_missing_file_is_named(tmp_path):
+def test_a_missing_file_raises_an_error(tmp_path):
     with pytest.raises(UserError, match=r"there is no file .*nothing; run: leon prepare"):
         records.RecordSource(tmp_path / "nothing")
 
 
 @pytest.mark.parametrize("keep", [0, 1000, 70_000, 100_000, 131_071])
-def test_a_truncated_file_is_refused(tmp_path, keep):
-    records.write(tmp_path / "whole", some(50))
+def test_a_truncated_file_raises_an_error(tmp_path, keep):
+    records.write(tmp_path / "whole", make_documents(50))
     content = (tmp_path / "whole").read_bytes()
     assert len(content) > keep
     (tmp_path / "cut").write_bytes(content[:keep])
@@ -156,7 +156,7 @@ def test_a_truncated_file_is_refused(tmp_path, keep):
 
 
 @pytest.mark.parametrize("content", [b"\x89PNG" + bytes(90_000), b"plain text\n" * 20_000])
-def test_a_file_of_another_kind_is_refused(tmp_path, content):
+def test_a_file_of_another_format_raises_an_error(tmp_path, content):
     (tmp_path / "foreign").write_bytes(content)
     with pytest.raises(UserError, match="not a complete ArrayRecord file of documents"):
         records.RecordSource(tmp_path / "foreign")
@@ -170,7 +170,7 @@ def test_a_file_of_another_kind_is_refused(tmp_path, content):
         (msgpack.packb({"leon": 2, "parts": []}), "its version is 2, this program reads 1"),
     ],
 )
-def test_records_of_another_kind_are_refused(tmp_path, record, message):
+def test_records_of_another_format_raise_an_error(tmp_path, record, message):
     writer = array_record_module.ArrayRecordWriter(str(tmp_path / "a"), "group_size:1")
     writer.write(record)
     writer.close()
@@ -178,8 +178,8 @@ def test_records_of_another_kind_are_refused(tmp_path, record, message):
         records.RecordSource(tmp_path / "a")
 
 
-def test_a_damaged_record_is_named_and_the_others_stay_readable(tmp_path):
-    written = some(50)
+def test_a_damaged_record_raises_an_error_and_others_are_readable(tmp_path):
+    written = make_documents(50)
     records.write(tmp_path / "a", written)
     content = bytearray((tmp_path / "a").read_bytes())
     position = content.index(b"key/30")
@@ -191,8 +191,8 @@ def test_a_damaged_record_is_named_and_the_others_stay_readable(tmp_path):
     assert source[31] == written[31]
 
 
-def test_bytes_cut_short_are_refused():
-    data = records.to_bytes(some(1)[0])
+def test_truncated_records_raise_an_error():
+    data = records.to_bytes(make_documents(1)[0])
     for keep in range(0, len(data), 7):
         with pytest.raises(UserError, match="the record cannot be read"):
             records.from_bytes(data[:keep])

@@ -1,4 +1,4 @@
-"""The door to the demonstration's data set: what it asks `leon prepare` for never changes."""
+"""The dataset of the demonstration: its configuration for `leon prepare` never changes."""
 
 import json
 
@@ -7,7 +7,7 @@ from leon_jax.datasets import demo
 from leon_jax.prepare import prepare as preparing
 from tests import tiny
 
-# What the manifests of format 3 recorded of the sources, whose folder was drawn into "data/emoji".
+# The sources in manifests of format 3, for a dataset in "data/emoji".
 RECORDED_SOURCE = {
     "kind": "emoji", "path": "data/emoji", "read_split": "", "name": "", "licence": "",
     "attribution": "", "language": "en", "text": "", "picture": "", "shard_size": 1000,
@@ -16,7 +16,7 @@ RECORDED_DUPLICATES = {"exact": False, "near": None, "evaluation": None}
 FILES = {"tokenizer": "a", "encoder": "b", "text": "c"}
 
 
-def test_the_configuration_is_the_one_that_prepared_folders_recorded():
+def test_the_configuration_is_as_recorded_in_prepared_folders():
     values = json.loads(json.dumps(configs.to_dict(demo.prepare_config("data/emoji", **FILES))))
     splits = ("train", "unseen_design", "unseen_concept")
     assert values["sources"] == [RECORDED_SOURCE | {"split": split} for split in splits]
@@ -26,12 +26,12 @@ def test_the_configuration_is_the_one_that_prepared_folders_recorded():
     assert demo.prepare_config("data/emoji", **FILES, variants=5).variants == 5
 
 
-def test_both_folders_are_made_with_what_is_asked_for(monkeypatch, tmp_path):
+def test_prepare_documents_renders_the_dataset_and_prepares_it(monkeypatch, tmp_path):
     checkpoint, _ = tiny.folders()
-    made = []
-    monkeypatch.setattr(demo, "make_dataset", made.append)
-    monkeypatch.setattr(preparing, "prepare", lambda config, out: made.append((config, out)))
+    calls = []
+    monkeypatch.setattr(demo, "make_dataset", calls.append)
+    monkeypatch.setattr(preparing, "prepare", lambda config, out: calls.append((config, out)))
     files = {kind: str(checkpoint / name) for kind, name in FILES.items()}
     demo.prepare_documents(tmp_path / "emoji", tmp_path / "out", **files)
     config = demo.prepare_config(tmp_path / "emoji", **files)
-    assert made == [tmp_path / "emoji", (config, tmp_path / "out")]
+    assert calls == [tmp_path / "emoji", (config, tmp_path / "out")]

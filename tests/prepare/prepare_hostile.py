@@ -1,7 +1,7 @@
-"""Prepares hostile corpora, of which a few records are sound; prints what came of it as JSON.
+"""Prepares hostile corpora, in which few records are valid, and prints the results as JSON.
 
-python prepare_hostile.py OUT KIND=PATH ...: with tiny models, in a process of its own. `most` is
-the peak of its memory in MiB, `before` the peak when the models had been loaded and used.
+python prepare_hostile.py OUT KIND=PATH ... uses tiny models. It prints the manifest, `after` (the
+peak memory in MiB) and `before` (the peak memory before preparing).
 """
 
 import json
@@ -26,7 +26,7 @@ def main(out: str, *sources: str) -> None:
     )
     config, _ = tiny.preparation(checkpoint, {}, sources=configs, min_side=32, max_aspect=4.0)
     manifest = preparing.prepare(config, out, progress=False)
-    print(json.dumps({"manifest": manifest, "most": peak(), "before": before}))
+    print(json.dumps({"manifest": manifest, "after": peak(), "before": before}))
 
 
 if __name__ == "__main__":

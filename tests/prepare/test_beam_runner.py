@@ -1,4 +1,4 @@
-"""The work on Apache Beam's local runner, against the work done here."""
+"""Preparing on Apache Beam's local runner gives the same folder as preparing in this process."""
 
 import pathlib
 
@@ -9,7 +9,7 @@ from leon_jax.prepare import prepare as preparing
 from leon_jax.prepare.beam_runner import on_beam
 from tests import tiny
 from tests.listed import Listed
-from tests.prepare.made import files_of
+from tests.prepare.folders import files_of
 
 
 def make(out, run, source=None):
@@ -21,13 +21,13 @@ def make(out, run, source=None):
     return preparing.prepare(config, out, sources=sources, run=run, progress=False)
 
 
-def test_the_output_of_beam_is_the_same_bytes(tmp_path):
+def test_beam_writes_the_same_bytes_as_this_process(tmp_path):
     assert make(tmp_path / "here", None) == make(tmp_path / "beam", on_beam("DirectRunner"))
     assert files_of(tmp_path / "here") == files_of(tmp_path / "beam")
 
 
 class Broken(Listed):
-    """A source that breaks its promise never to raise."""
+    """A source that raises an exception, which sources must not do."""
 
     def read(self, shard):
         if shard == "6-9":
@@ -35,24 +35,24 @@ class Broken(Listed):
         yield from super().read(shard)
 
 
-def test_a_pipeline_that_failed_is_named_and_goes_on_where_it_stopped(tmp_path, caplog):
+def test_a_failed_pipeline_raises_an_error_and_the_next_run_resumes(tmp_path, caplog):
     out, runner = tmp_path / "out" / "prepared", on_beam("DirectRunner")
-    with pytest.raises(UserError, match=r"on DirectRunner failed; its log says where$"):
+    with pytest.raises(UserError, match=r"on DirectRunner failed; see its log$"):
         make(out, runner, Broken(tiny.documents(), 3))
     assert "the disk is on fire" in caplog.text
     assert not out.exists()
-    (done,) = pathlib.Path(out.parent).glob(".prepared.preparing/shards-*")
-    finished = {path.name for path in done.iterdir() if not path.name.startswith(".")}
+    (parts,) = pathlib.Path(out.parent).glob(".prepared.preparing/shards-*")
+    finished = {path.name for path in parts.iterdir() if not path.name.startswith(".")}
 
-    def rest(config, sources, folder, shards):
+    def run_remaining(config, sources, folder, shards):
         assert finished.isdisjoint(shard.name for shard in shards)
         runner(config, sources, folder, shards)
 
-    make(out, rest)
+    make(out, run_remaining)
     make(tmp_path / "whole", None)
     assert files_of(out) == files_of(tmp_path / "whole")
 
 
-def test_an_unknown_runner_is_named(tmp_path):
+def test_an_unknown_runner_raises_an_error(tmp_path):
     with pytest.raises(UserError, match="pipeline on SlowRunner failed"):
         make(tmp_path / "out", on_beam("SlowRunner"))

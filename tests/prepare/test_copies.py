@@ -1,4 +1,4 @@
-"""Copies: what is dropped, what is said of it, and what is never a neighbour of its original."""
+"""Duplicates: which are dropped, what is recorded, and that a near copy is never a neighbour."""
 
 import dataclasses
 import errno
@@ -17,10 +17,10 @@ from leon_jax.prepare.config import DuplicatesConfig
 from leon_jax.retrieval.prepared_folder import PreparedFolder
 from leon_jax.retrieval.selection import SelectionConfig
 from tests import tiny
-from tests.prepare.made import make
+from tests.prepare.folders import make
 
 
-def test_copies_are_dropped_where_they_repeat_and_the_rejects_say_what(checkpoint, out):
+def test_exact_duplicates_are_dropped_and_the_rejects_name_the_original(checkpoint, out):
     documents = tiny.documents()
     copy = dataclasses.replace(
         documents[0], provenance=dataclasses.replace(documents[0].provenance, key="copy")
@@ -30,9 +30,9 @@ def test_copies_are_dropped_where_they_repeat_and_the_rejects_say_what(checkpoin
     )
     sources = {"train": [*documents[:6], documents[2], copy], "exam": [held_out]}
     rules = DuplicatesConfig(exact=True)
-    made = make(checkpoint, out, sources, duplicates=rules)
-    kept = [document["key"] for document in PreparedFolder(out).listing()]
-    assert kept == [documents[i].provenance.key for i in (0, 2, 3, 4, 5)]
+    manifest = make(checkpoint, out, sources, duplicates=rules)
+    keys = [document["key"] for document in PreparedFolder(out).listing()]
+    assert keys == [documents[i].provenance.key for i in (0, 2, 3, 4, 5)]
     rejects = [
         json.loads(line)
         for path in sorted(out.glob("train-*.rejects.jsonl"))
@@ -47,21 +47,21 @@ def test_copies_are_dropped_where_they_repeat_and_the_rejects_say_what(checkpoin
             ("copy", "copy_exact", f"it repeats {key[0]} of {source}"),
         ]
     )
-    assert made["counts"]["train"]["rejected"] == {"copy_exact": 2, "key_repeated": 1}
+    assert manifest["counts"]["train"]["rejected"] == {"copy_exact": 2, "key_repeated": 1}
 
 
 def test_a_near_copy_is_dropped_with_its_similarity(checkpoint, out):
     documents = tiny.documents()
-    text, picture = documents[0].parts
-    darker = Image(pixels=(picture.pixels * 0.98).astype(np.uint8))
+    text, image = documents[0].parts
+    darker = Image(pixels=(image.pixels * 0.98).astype(np.uint8))
     copy = dataclasses.replace(
         documents[0],
         parts=(text, darker),
         provenance=dataclasses.replace(documents[0].provenance, key="copy"),
     )
     rules = DuplicatesConfig(near=0.999)
-    made = make(checkpoint, out, {"train": [documents[0], copy]}, duplicates=rules)
-    assert made["splits"] == {"train": 1}
+    manifest = make(checkpoint, out, {"train": [documents[0], copy]}, duplicates=rules)
+    assert manifest["splits"] == {"train": 1}
     (line,) = (out / "train-00000.rejects.jsonl").read_text().splitlines()
     reject, first = json.loads(line), documents[0].provenance
     assert (reject["key"], reject["reason"]) == ("copy", "copy_near")
@@ -70,8 +70,8 @@ def test_a_near_copy_is_dropped_with_its_similarity(checkpoint, out):
     )
 
 
-def test_copies_are_judged_once(checkpoint, out, monkeypatch):
-    """A second judgement might differ in rounding from the one that files were written by."""
+def test_duplicates_are_decided_once(checkpoint, out, monkeypatch):
+    """A second decision could differ in rounding from the one that files were written with."""
 
     def full(*arguments, **options):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -80,11 +80,11 @@ def test_copies_are_judged_once(checkpoint, out, monkeypatch):
         patch.setattr(preparing, "save_rows", full)
         make(checkpoint, out)
     with monkeypatch.context() as patch:
-        patch.setattr(gather, "judge", lambda *_: pytest.fail("judged again"))
+        patch.setattr(gather, "decide", lambda *_: pytest.fail("decided again"))
         make(checkpoint, out)
 
 
-def test_shards_that_search_together_find_what_each_would_find_alone(
+def test_shards_that_share_a_search_find_the_same_neighbours_as_alone(
     checkpoint, tmp_path, monkeypatch
 ):
     tables = []
@@ -97,41 +97,41 @@ def test_shards_that_search_together_find_what_each_would_find_alone(
             np.testing.assert_array_equal(table.column(name), tables[0].column(name))
 
 
-@pytest.mark.parametrize(("most", "alone"), [(100, {"a": 1}), (5, {})])
-def test_counts_stay_small_however_many_credit_lines_there_are(
-    checkpoint, out, monkeypatch, most, alone
+@pytest.mark.parametrize(("max_counted", "single"), [(100, {"a": 1}), (5, {})])
+def test_the_number_of_listed_credit_lines_is_limited(
+    checkpoint, out, monkeypatch, max_counted, single
 ):
-    """Only the largest are listed; and the rarest go where there are too many to tell apart."""
-    monkeypatch.setattr(gather, "_MOST", most)
-    monkeypatch.setattr(gather, "_LISTED", 3)
+    """Only the largest counts are listed; too many different lines are counted as others."""
+    monkeypatch.setattr(gather, "_MAX_COUNTED", max_counted)
+    monkeypatch.setattr(gather, "_MAX_LISTED", 3)
     credits = ["a", "b", "b", "c", "d", "d", "e", "f"]
     documents = [
         dataclasses.replace(d, provenance=dataclasses.replace(d.provenance, attribution=credit))
         for d, credit in zip(tiny.documents(), credits, strict=False)
     ]
-    made = make(checkpoint, out, {"train": documents})
-    others = 4 - len(alone)
-    assert made["counts"]["train"]["credit"] == {"b": 2, "d": 2, "(others)": others} | alone
+    manifest = make(checkpoint, out, {"train": documents})
+    others = 4 - len(single)
+    assert manifest["counts"]["train"]["credit"] == {"b": 2, "d": 2, "(others)": others} | single
     card = (out / "card.md").read_text()
-    assert "- b (2 documents)\n" in card and ("- a (1 document)\n" in card) == bool(alone)
-    assert f"- {others} documents more, whose credit lines are in" in card
+    assert "- b (2 documents)\n" in card and ("- a (1 document)\n" in card) == bool(single)
+    assert f"- {others} more documents; their credit lines are in" in card
 
 
 @pytest.mark.parametrize("limits", [(0.98, None), (2, 0.98), (2, None)])
-@pytest.mark.parametrize("together", [1, 100])
+@pytest.mark.parametrize("pass_size", [1, 100])
 def test_a_near_copy_of_a_document_is_never_its_neighbour(
-    checkpoint, out, monkeypatch, limits, together
+    checkpoint, out, monkeypatch, limits, pass_size
 ):
-    """By the whole documents where the text is the same, by the pictures whatever it is."""
-    monkeypatch.setattr(preparing, "PASS", together)
-    document, picture = limits
+    """Whole documents are compared where the text is the same, images with any text."""
+    monkeypatch.setattr(preparing, "PASS", pass_size)
+    document_limit, image_limit = limits
     documents = tiny.documents()
     originals = documents[:6]
     copies = [
         dataclasses.replace(
             original,
             parts=(
-                Text("another caption") if picture else original.parts[0],
+                Text("another caption") if image_limit else original.parts[0],
                 Image(pixels=(original.pixels * 0.98).astype(np.uint8)),
             ),
             provenance=dataclasses.replace(original.provenance, key=f"copy/{number}"),
@@ -140,7 +140,7 @@ def test_a_near_copy_of_a_document_is_never_its_neighbour(
     ]
     sources = {"train": [*originals, *copies], "exam": copies}
     selection = SelectionConfig(
-        near_copy_query=document, near_copy_document=2, near_copy_picture=picture
+        near_copy_query=document_limit, near_copy_document=2, near_copy_picture=image_limit
     )
     rules = DuplicatesConfig(exact=False)
     sources["exam"] = [
@@ -148,14 +148,14 @@ def test_a_near_copy_of_a_document_is_never_its_neighbour(
         for copy in copies
     ]
     make(checkpoint, out, sources, duplicates=rules, selection=selection)
-    found = 0
+    matches = 0
     for split in ("train", "exam"):
         table = PreparedFolder(out).neighbours(split)
         for row in range(len(table)):
             ids = {*table[row]["by_text_ids"].tolist(), *table[row]["by_image_ids"].tolist()}
-            of = row % 6
-            found += bool({of, of + 6} & (ids - {row if split == "train" else -1}))
-    if (document, picture) == (2, None):
-        assert found == 18
+            original = row % 6
+            matches += bool({original, original + 6} & (ids - {row if split == "train" else -1}))
+    if (document_limit, image_limit) == (2, None):
+        assert matches == 18
     else:
-        assert found == 0
+        assert matches == 0

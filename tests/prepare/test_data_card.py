@@ -1,4 +1,4 @@
-"""The data card: its counts are those of the documents, and nothing in it is taken for markup."""
+"""The data card: its counts match the documents, and it escapes all markup."""
 
 import dataclasses
 import html.parser
@@ -49,38 +49,38 @@ class Page(html.parser.HTMLParser):
 
 def tables(markdown):
     """{split: {heading: {label: count}}} of the card's Markdown."""
-    found, split, heading = {}, None, None
+    counts, split, heading = {}, None, None
     for line in markdown.splitlines():
         if line.startswith("## "):
             split = line[3:]
         elif line.startswith("### "):
             heading = line[4:]
         elif (row := re.fullmatch(r"\| (.*) \| ([\d,]+) \|", line)) is not None:
-            found.setdefault(split, {}).setdefault(heading, {})[row[1]] = int(row[2])
-    return found
+            counts.setdefault(split, {}).setdefault(heading, {})[row[1]] = int(row[2])
+    return counts
 
 
-def test_counts_are_those_of_the_documents(folder):
+def test_the_counts_match_the_documents(folder):
     text = (folder / "card.md").read_text()
-    found, listed = tables(text), list(PreparedFolder(folder).listing())
-    assert sum(found["train"]["Languages"].values()) == len(listed)
-    assert found["train"]["Languages"]["de"] == 1
-    rejected = found["train"]["Records that are not used"]
-    assert rejected["licence_not_allowed: a licence that is not on the list"] == 1
-    assert rejected["licence_unknown: no licence, or none that SPDX knows"] == 1
+    counts, listed = tables(text), list(PreparedFolder(folder).listing())
+    assert sum(counts["train"]["Languages"].values()) == len(listed)
+    assert counts["train"]["Languages"]["de"] == 1
+    rejected = counts["train"]["Rejected records"]
+    assert rejected["licence_not_allowed: a licence that is not accepted"] == 1
+    assert rejected["licence_unknown: no licence, or not an SPDX expression"] == 1
     assert sum(rejected.values()) + len(listed) == len(tiny.documents())
     assert "above 0.995" in text and "above 0.999" in text and "CC-BY-4.0" in text
 
 
-def test_both_cards_say_the_same_and_take_nothing_for_markup(folder):
+def test_both_cards_have_the_same_counts_and_escape_markup(folder):
     page = Page((folder / "card.html").read_text())
-    shown = " ".join(page.text)
+    text = " ".join(page.text)
     for split in tables((folder / "card.md").read_text()).values():
         for table in split.values():
             for label, count in table.items():
-                assert label.replace("\\|", "|").split(" | ")[0] in " ".join(shown.split())
-                assert f"{count:,}" in shown
-    assert "script" not in {tag for tag, _ in page.tags} and "<script>" in shown
+                assert label.replace("\\|", "|").split(" | ")[0] in " ".join(text.split())
+                assert f"{count:,}" in text
+    assert "script" not in {tag for tag, _ in page.tags} and "<script>" in text
     assert len([tag for tag, _ in page.tags if tag == "img"]) == len(
         data_card.samples(PreparedFolder(folder))
     )
@@ -88,5 +88,5 @@ def test_both_cards_say_the_same_and_take_nothing_for_markup(folder):
     assert bars and all(0 < float(re.search(r"width:([\d.]+)%", b)[1]) <= 100 for b in bars)
 
 
-def test_every_reason_is_explained():
+def test_the_card_explains_every_reject_reason():
     assert set(data_card._MEANINGS) == set(REASONS)

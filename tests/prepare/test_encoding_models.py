@@ -1,4 +1,4 @@
-"""Digests of the models that a folder is prepared with."""
+"""Digests of the models that prepare a folder."""
 
 import hashlib
 
@@ -12,16 +12,16 @@ from leon_jax.prepare.encoding_models import digest, matches
 from tests.retrieval import clip_folder
 
 
-def test_a_weight_file_is_told_by_its_contents_or_the_bytes_it_had(checkpoint):
+def test_a_weight_file_matches_the_digest_of_its_weights_or_of_its_bytes(checkpoint):
     path = checkpoint / "encoder.safetensors"
-    in_bytes = hashlib.sha256(path.read_bytes()).hexdigest()
-    assert digest(path) == weight_files.content_digest(path) != in_bytes
-    assert matches(path, digest(path)) and matches(path, in_bytes)
+    bytes_digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert digest(path) == weight_files.content_digest(path) != bytes_digest
+    assert matches(path, digest(path)) and matches(path, bytes_digest)
     assert not matches(path, digest(checkpoint / "tokenizer.safetensors"))
     assert not matches(path, None)
 
 
-def test_other_files_and_folders_are_told_by_their_bytes(checkpoint, tmp_path):
+def test_other_files_and_folders_match_the_digest_of_their_bytes(checkpoint, tmp_path):
     text, foreign = checkpoint / "text.json", tmp_path / "foreign.safetensors"
     safetensors.numpy.save_file({"a": np.zeros(2)}, foreign)
     for path in (text, foreign):

@@ -1,6 +1,6 @@
-"""10,200 hostile records through the whole of `leon prepare`: none stops it, each is accounted for.
+"""Prepares 10,200 hostile records: none stops `leon prepare`, and each is used or rejected.
 
-What sources alone make of them, their memory and their doings: tests/data/sources/test_hostile.py.
+tests/data/sources/test_hostile.py tests the sources alone, with their memory and system calls.
 """
 
 import collections
@@ -14,7 +14,7 @@ import pytest
 
 from leon_jax.prepare.gather import read_lines
 from tests.data import hostile
-from tests.prepare.made import left_beside
+from tests.prepare.folders import files_beside
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 COUNT = 3_400
@@ -31,19 +31,19 @@ def test_every_hostile_record_is_used_or_in_the_rejects_with_its_reason(tmp_path
         arguments.append(f"{kind}={folder / 'corpus' if kind == 'jsonl' else folder}")
     before = sorted(os.walk(tmp_path / "data"))
     out = tmp_path / "out" / "prepared"
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", "tests.prepare.prepare_hostile", str(out), *arguments],
         cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    printed = json.loads(done.stdout)
-    manifest = printed["manifest"]
+    assert process.returncode == 0, process.stderr[-3000:]
+    result = json.loads(process.stdout)
+    manifest = result["manifest"]
 
-    # Nothing was written but the folder, and nothing of the corpus changed.
+    # Only the folder was written, and the corpus did not change.
     assert sorted(os.walk(tmp_path / "data")) == before
-    assert not left_beside(out)
-    # Two threads may each decode a picture of 64 million pixels, 200 MiB, in several copies.
-    assert printed["most"] - printed["before"] < 2500, printed
+    assert not files_beside(out)
+    # Two threads may each decode an image of 64 million pixels, 200 MiB, in several copies.
+    assert result["after"] - result["before"] < 2500, result
 
     used, rejected = collections.defaultdict(list), collections.defaultdict(list)
     for shard, source in manifest["inputs"].items():
@@ -58,13 +58,13 @@ def test_every_hostile_record_is_used_or_in_the_rejects_with_its_reason(tmp_path
         nameless = collections.Counter(
             frozenset(reasons) for key, reasons in outcomes if key is None
         )
-        anything = frozenset().union(*nameless) if nameless else frozenset()
+        any_reason = frozenset().union(*nameless) if nameless else frozenset()
         for key, reason in rejected[number]:
-            assert reason in allowed.get(key, anything), (KINDS[number], key, reason)
+            assert reason in allowed.get(key, any_reason), (KINDS[number], key, reason)
         for key in used[number]:
-            assert "used" in allowed.get(key, anything), (KINDS[number], key)
-        must = sum("used" not in reasons for _, reasons in outcomes)
-        assert len(rejected[number]) >= must > 0.5 * COUNT
+            assert "used" in allowed.get(key, any_reason), (KINDS[number], key)
+        min_rejected = sum("used" not in reasons for _, reasons in outcomes)
+        assert len(rejected[number]) >= min_rejected > 0.5 * COUNT
     reasons = manifest["counts"]["train"]["rejected"]
     assert sum(reasons.values()) == sum(map(len, rejected.values()))
     for reason in (

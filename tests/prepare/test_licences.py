@@ -1,4 +1,4 @@
-"""Licences: what is understood, and what a list allows."""
+"""Licences: which texts are valid expressions, and which ones a list allows."""
 
 import pytest
 
@@ -21,7 +21,7 @@ from leon_jax.prepare.config import LICENCES
         ("cc-by-4.0 or LicenseRef-Mine", "CC-BY-4.0 OR LicenseRef-Mine"),
     ],
 )
-def test_what_names_a_licence(stated, spdx):
+def test_valid_licences_are_normalised(stated, spdx):
     assert licences.normal(stated) == spdx
 
 
@@ -45,7 +45,7 @@ def test_what_names_a_licence(stated, spdx):
         "©",
     ],
 )
-def test_what_names_none(stated):
+def test_invalid_licences_give_none(stated):
     assert licences.normal(stated) is None
 
 
@@ -62,11 +62,11 @@ def test_what_names_none(stated):
         ("GPL-2.0-only WITH Classpath-exception-2.0", False),
     ],
 )
-def test_what_a_list_allows(expression, allowed):
+def test_a_list_allows_expressions_of_its_licences(expression, allowed):
     assert licences.allows(("MIT", "CC0-1.0", "GPL-2.0-only"), expression) is allowed
 
 
-def test_the_default_list_is_of_spdx_identifiers_and_wrong_ones_are_named():
+def test_the_default_list_is_valid_and_other_names_raise_an_error():
     licences.check_list(LICENCES)
     with pytest.raises(UserError, match=r"'cc-by-4\.0', .* did you mean 'CC-BY-4\.0'"):
         licences.check_list(("cc-by-4.0",))

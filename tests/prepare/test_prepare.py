@@ -1,4 +1,4 @@
-"""The prepared folder: what it holds, what never reaches the index, when it is made anew."""
+"""The prepared folder: its contents, what stays out of the index, and when it is prepared again."""
 
 import contextlib
 import dataclasses
@@ -26,7 +26,7 @@ from leon_jax.tokenizers.image import ImageTokenizer, fit_picture, normalize
 from leon_jax.tokenizers.text import TextTokenizer
 from tests import tiny
 from tests.listed import Listed
-from tests.prepare.made import NEVER_NEAR, files_of, left_beside, make, splits
+from tests.prepare.folders import NEVER_NEAR, files_beside, files_of, make, splits
 
 
 def test_records_keep_their_order_and_gain_codes(checkpoint, out):
@@ -37,8 +37,8 @@ def test_records_keep_their_order_and_gain_codes(checkpoint, out):
         for split, documents in splits().items():
             records = prepared.records(split)
             assert len(records) == len(documents) == prepared.manifest["splits"][split]
-            pictures = np.stack([fit_picture(d.pixels, tiny.RESOLUTION) for d in documents])
-            codes = tokenizer.encode(normalize(pictures))
+            images = np.stack([fit_picture(d.pixels, tiny.RESOLUTION) for d in documents])
+            codes = tokenizer.encode(normalize(images))
             for record, document, expected in zip(records, documents, codes, strict=True):
                 assert record.parts[0] == document.parts[0]
                 assert record.provenance == document.provenance
@@ -46,7 +46,7 @@ def test_records_keep_their_order_and_gain_codes(checkpoint, out):
                 np.testing.assert_array_equal(record.codes, expected)
 
 
-def test_listings_say_where_every_record_comes_from(checkpoint, out):
+def test_listings_hold_the_provenance_of_every_record(checkpoint, out):
     make(checkpoint, out)
     for split, documents in splits().items():
         listed = list(PreparedFolder(out).listing(split))
@@ -54,7 +54,7 @@ def test_listings_say_where_every_record_comes_from(checkpoint, out):
         assert listed == expected
 
 
-def test_nothing_held_out_reaches_the_index_or_the_neighbours(checkpoint, out):
+def test_held_out_documents_are_neither_in_the_index_nor_neighbours(checkpoint, out):
     make(checkpoint, out)
     prepared, train = PreparedFolder(out), splits()["train"]
     assert len(prepared.bank()) == len(train)
@@ -67,13 +67,13 @@ def test_nothing_held_out_reaches_the_index_or_the_neighbours(checkpoint, out):
             assert ids.max() < len(train)
             seen |= set(ids.ravel().tolist())
     assert len(seen - {-1}) > 1
-    # Other held-out documents leave the index as it is.
+    # Other held-out documents do not change the index.
     before = prepared.bank().rows(0, len(train))
     make(checkpoint, out, {**splits(), "unseen": tiny.documents()[9:]})
     np.testing.assert_array_equal(before, PreparedFolder(out).bank().rows(0, len(train)))
 
 
-def test_row_i_of_the_index_is_record_i_and_no_record_is_its_own_neighbour(checkpoint, out):
+def test_rows_of_the_index_match_the_records_and_no_record_neighbours_itself(checkpoint, out):
     make(checkpoint, out)
     prepared = PreparedFolder(out)
     with jax.set_mesh(tiny.sharding.make_mesh()):
@@ -87,7 +87,7 @@ def test_row_i_of_the_index_is_record_i_and_no_record_is_its_own_neighbour(check
         assert row not in table[row]["by_text_ids"] and row not in table[row]["by_image_ids"]
 
 
-def test_the_manifest_says_what_was_used_and_preparing_again_does_nothing(checkpoint, out):
+def test_the_manifest_records_the_inputs_and_preparing_again_does_nothing(checkpoint, out):
     manifest = make(checkpoint, out)
     assert json.loads((out / "manifest.json").read_text()) == manifest
     assert manifest["splits"] == {"train": 8, "unseen": 4}
@@ -99,26 +99,26 @@ def test_the_manifest_says_what_was_used_and_preparing_again_does_nothing(checkp
 
 
 @pytest.mark.parametrize("change", ["selection", "documents", "licences"])
-def test_other_inputs_make_the_folder_anew(checkpoint, out, change):
+def test_other_inputs_replace_the_folder(checkpoint, out, change):
     make(checkpoint, out)
     if change == "selection":
-        made = make(checkpoint, out, selection=dataclasses.replace(NEVER_NEAR, per_modality=1))
+        manifest = make(checkpoint, out, selection=dataclasses.replace(NEVER_NEAR, per_modality=1))
         assert PreparedFolder(out).neighbours().column("by_text_ids").shape == (8, 1)
     elif change == "documents":
         swapped = splits()["train"][::-1]
-        made = make(checkpoint, out, {"train": swapped})
+        manifest = make(checkpoint, out, {"train": swapped})
         assert PreparedFolder(out).records()[0].parts[0] == swapped[0].parts[0]
     else:
-        made = make(checkpoint, out, licences=("CC-BY-4.0",))
-        assert made["splits"] == {"train": 6, "unseen": 0}
-        assert made["counts"]["train"]["rejected"] == {"licence_not_allowed": 2}
-    assert json.loads((out / "manifest.json").read_text()) == made
-    assert not left_beside(out)
+        manifest = make(checkpoint, out, licences=("CC-BY-4.0",))
+        assert manifest["splits"] == {"train": 6, "unseen": 0}
+        assert manifest["counts"]["train"]["rejected"] == {"licence_not_allowed": 2}
+    assert json.loads((out / "manifest.json").read_text()) == manifest
+    assert not files_beside(out)
 
 
-def test_more_variants_than_asked_for_serve_and_fewer_do_not(checkpoint, out):
-    made = make(checkpoint, out, variants=3)
-    assert make(checkpoint, out, variants=2, run=lambda *_: pytest.fail("again")) == made
+def test_a_folder_with_more_variants_is_used_and_one_with_fewer_is_replaced(checkpoint, out):
+    manifest = make(checkpoint, out, variants=3)
+    assert make(checkpoint, out, variants=2, run=lambda *_: pytest.fail("again")) == manifest
     codes = np.concatenate([np.load(p) for p in PreparedFolder(out).paths("train", "variants.npy")])
     assert codes.shape == (8, 3, tiny.GRID, tiny.GRID)
     for record, variants in zip(PreparedFolder(out).records(), codes, strict=True):
@@ -126,8 +126,8 @@ def test_more_variants_than_asked_for_serve_and_fewer_do_not(checkpoint, out):
     assert make(checkpoint, out, variants=4)["config"]["variants"] == 4
 
 
-def as_an_older_version_recorded(path, checkpoint):
-    """A manifest or settings with the digests of the files' bytes."""
+def record_byte_digests(path, checkpoint):
+    """Writes digests of the files' bytes into a manifest or settings, as older versions did."""
     values = json.loads(path.read_text())
     for name in ("tokenizer", "encoder"):
         data = (checkpoint / f"{name}.safetensors").read_bytes()
@@ -137,11 +137,11 @@ def as_an_older_version_recorded(path, checkpoint):
     return values
 
 
-def test_a_folder_that_records_digests_of_bytes_serves_as_before(checkpoint, out, tmp_path):
+def test_a_folder_with_digests_of_bytes_is_not_prepared_again(checkpoint, out, tmp_path):
     make(checkpoint, out)
-    older = as_an_older_version_recorded(out / "manifest.json", checkpoint)
+    older = record_byte_digests(out / "manifest.json", checkpoint)
     assert make(checkpoint, out, run=lambda *_: pytest.fail("prepared again")) == older
-    # Of other weights it is still another folder.
+    # With other weights the folder is replaced.
     other = shutil.copytree(checkpoint, tmp_path / "other")
     with jax.set_mesh(tiny.sharding.make_mesh()):
         tokenizer = ImageTokenizer.load(other / "tokenizer.safetensors").model
@@ -150,20 +150,20 @@ def test_a_folder_that_records_digests_of_bytes_serves_as_before(checkpoint, out
     assert make(other, out)["sha256"] != older["sha256"]
 
 
-def test_a_run_begun_by_an_older_version_goes_on(checkpoint, out, monkeypatch):
+def test_a_run_of_an_older_version_is_resumed(checkpoint, out, monkeypatch):
     def stop(*arguments, **options):
-        raise Unplugged
+        raise Killed
 
-    with monkeypatch.context() as patch, contextlib.suppress(Unplugged):
+    with monkeypatch.context() as patch, contextlib.suppress(Killed):
         patch.setattr(preparing.gather, "gather", stop)
         make(checkpoint, out)
     work = out.parent / f".{out.name}.preparing"
     before = json.loads((work / "settings.json").read_text())
-    older = as_an_older_version_recorded(work / "settings.json", checkpoint)
+    older = record_byte_digests(work / "settings.json", checkpoint)
     names = [hashlib.sha256(json.dumps(s).encode()).hexdigest()[:16] for s in (before, older)]
     os.rename(work / f"shards-{names[0]}", work / f"shards-{names[1]}")
-    made = make(checkpoint, out, run=lambda *_: pytest.fail("the shards were done"))
-    assert made["sha256"] == older["sha256"]
+    manifest = make(checkpoint, out, run=lambda *_: pytest.fail("the shards were complete"))
+    assert manifest["sha256"] == older["sha256"]
 
 
 def test_saving_the_models_again_leaves_a_folder_valid(checkpoint, out, tmp_path):
@@ -175,18 +175,18 @@ def test_saving_the_models_again_leaves_a_folder_valid(checkpoint, out, tmp_path
     make(other, out, run=lambda *_: pytest.fail("prepared again"))
 
 
-class Unplugged(BaseException):
-    """What ends a program that nothing catches."""
+class Killed(BaseException):
+    """Stands for the end of a killed process; no code catches it."""
 
 
-def unplugged_at(monkeypatch, number):
-    """The machine is unplugged when a file or a folder is put in place for the n-th time."""
+def kill_at_rename(monkeypatch, number):
+    """Kills the process at rename `number` (from 0) of a file or a folder."""
     counter = iter(range(10_000))
 
     def wrap(function):
         def wrapped(*arguments, **options):
             if next(counter) == number:
-                raise Unplugged
+                raise Killed
             return function(*arguments, **options)
 
         return wrapped
@@ -195,41 +195,39 @@ def unplugged_at(monkeypatch, number):
     monkeypatch.setattr(os, "rename", wrap(os.rename))
 
 
-def test_a_run_stopped_anywhere_goes_on_and_ends_with_the_same_bytes(
-    checkpoint, tmp_path, monkeypatch
-):
+def test_a_killed_run_resumes_and_ends_with_the_same_bytes(checkpoint, tmp_path, monkeypatch):
     make(checkpoint, tmp_path / "whole", variants=2)
     expected = files_of(tmp_path / "whole")
     out, stops = tmp_path / "out" / "prepared", 0
     make(checkpoint, out, {"train": splits()["train"][::-1]})
     older = files_of(out)
     while True:
-        with monkeypatch.context() as patch, contextlib.suppress(Unplugged):
-            unplugged_at(patch, 8 + stops % 5)
+        with monkeypatch.context() as patch, contextlib.suppress(Killed):
+            kill_at_rename(patch, 8 + stops % 5)
             make(checkpoint, out, variants=2)
             break
         stops += 1
-        assert stops < 50, "no run gets further than the one before"
+        assert stops < 50, "the runs make no progress"
         assert not out.exists() or files_of(out) in (older, expected)
     assert stops > 4
     assert files_of(out) == expected
-    assert not left_beside(out)
+    assert not files_beside(out)
 
 
-def test_a_full_disk_is_one_sentence_and_what_is_done_is_kept(checkpoint, out, monkeypatch):
+def test_a_full_disk_raises_an_error_and_finished_work_remains(checkpoint, out, monkeypatch):
     def full(*arguments, **options):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "train-00001.neighbours.npy")
 
     with monkeypatch.context() as patch:
         patch.setattr(preparing, "save_rows", full)
-        with pytest.raises(UserError, match=r"stopped: No space left on device \(train-00001"):
+        with pytest.raises(UserError, match=r"failed: No space left on device \(train-00001"):
             make(checkpoint, out)
     assert not out.exists()
-    make(checkpoint, out, run=lambda *_: pytest.fail("the shards were done"))
+    make(checkpoint, out, run=lambda *_: pytest.fail("the shards were complete"))
 
 
 def test_two_processes_prepare_one_folder_once(checkpoint, out):
-    """The second one waits for the first, and takes what that one made."""
+    """The second process waits for the first and uses its folder."""
     started, results = threading.Event(), []
 
     def slow(config, sources, folder, shards):
@@ -244,7 +242,7 @@ def test_two_processes_prepare_one_folder_once(checkpoint, out):
     assert results == [second]
 
 
-def test_a_folder_of_something_else_is_not_replaced(checkpoint, out):
+def test_a_folder_of_other_files_is_not_replaced(checkpoint, out):
     out.mkdir()
     (out / "letters.txt").write_text("keep me")
     with pytest.raises(UserError, match="not a prepared folder"):
@@ -252,7 +250,7 @@ def test_a_folder_of_something_else_is_not_replaced(checkpoint, out):
     assert (out / "letters.txt").read_text() == "keep me"
 
 
-def test_another_programs_manifest_is_not_taken_for_ours(checkpoint, out):
+def test_a_folder_with_the_manifest_of_another_program_is_not_replaced(checkpoint, out):
     out.mkdir()
     (out / "manifest.json").write_text('{"name": "my web page"}')
     (out / "letters.txt").write_text("keep me")
@@ -262,25 +260,25 @@ def test_another_programs_manifest_is_not_taken_for_ours(checkpoint, out):
 
 
 @pytest.mark.parametrize("call", [0, 1])
-def test_a_folder_killed_while_it_is_replaced_is_put_back(checkpoint, out, monkeypatch, call):
+def test_a_folder_is_restored_after_a_killed_replacement(checkpoint, out, monkeypatch, call):
     older = make(checkpoint, out)
     calls, rename = iter(range(2)), os.rename
 
     def stop(*arguments):
         if next(calls) == call:
-            raise Unplugged
+            raise Killed
         rename(*arguments)
 
-    with pytest.raises(Unplugged), monkeypatch.context() as patch, folder_lock.hold(out):
+    with pytest.raises(Killed), monkeypatch.context() as patch, folder_lock.hold(out):
         (out.parent / "new").mkdir()
         patch.setattr(os, "rename", stop)
         folder_lock.replace(out, out.parent / "new")
     (out.parent / ".prepared.preparing").mkdir()
-    assert make(checkpoint, out, run=lambda *_: pytest.fail("made again")) == older
-    assert left_beside(out) == ["new"]
+    assert make(checkpoint, out, run=lambda *_: pytest.fail("prepared again")) == older
+    assert files_beside(out) == ["new"]
 
 
-def test_sources_whose_files_are_called_alike_are_told_apart(checkpoint, out):
+def test_sources_with_equal_file_names_are_named_by_their_paths(checkpoint, out):
     documents = tiny.documents()
     keyed = [
         dataclasses.replace(d, provenance=dataclasses.replace(d.provenance, key=f"line {n % 4}"))
@@ -290,23 +288,23 @@ def test_sources_whose_files_are_called_alike_are_told_apart(checkpoint, out):
     named = [SourceConfig("jsonl", f"{c.split}/metadata.jsonl", c.split) for c in config.sources]
     config = dataclasses.replace(config, sources=tuple(named))
 
-    class Unsaid(Listed):
+    class WithoutOrigin(Listed):
         def read(self, shard):
             for raw in super().read(shard):
                 yield dataclasses.replace(raw, origin="")
 
-    opened = [(c, Unsaid(s.documents)) for c, (_, s) in zip(named, sources, strict=True)]
-    made = preparing.prepare(config, out, sources=opened, progress=False)
-    assert made["splits"] == {"train": 4, "exam": 4}
+    opened = [(c, WithoutOrigin(s.documents)) for c, (_, s) in zip(named, sources, strict=True)]
+    manifest = preparing.prepare(config, out, sources=opened, progress=False)
+    assert manifest["splits"] == {"train": 4, "exam": 4}
     assert {d["source"] for d in PreparedFolder(out).listing()} == {"train/metadata.jsonl"}
 
 
-def test_missing_files_and_splits_are_named(checkpoint, out):
+def test_missing_files_and_splits_raise_an_error(checkpoint, out):
     with pytest.raises(UserError, match=r"cannot read .*none\.json"):
         make(checkpoint, out, text=str(checkpoint / "none.json"))
-    with pytest.raises(UserError, match="becomes the split 'train', only unseen"):
+    with pytest.raises(UserError, match="has the split 'train'; the splits are unseen"):
         make(checkpoint, out, {"unseen": splits()["unseen"]})
-    with pytest.raises(UserError, match="'CC-BY', which is no SPDX licence identifier"):
+    with pytest.raises(UserError, match="'CC-BY', which is not an SPDX licence identifier"):
         make(checkpoint, out, licences=("CC-BY",))
     with pytest.raises(UserError, match=r"train can be used \(its sources are empty\)"):
         make(checkpoint, out, {"train": []})
@@ -314,7 +312,7 @@ def test_missing_files_and_splits_are_named(checkpoint, out):
         make(checkpoint, out, licences=("MIT",))
 
 
-def test_an_older_version_of_the_folder_is_named(checkpoint, out):
+def test_a_folder_of_another_version_raises_an_error(checkpoint, out):
     make(checkpoint, out)
     manifest = json.loads((out / "manifest.json").read_text())
     (out / "manifest.json").write_text(json.dumps(manifest | {"format": 1}))
@@ -322,7 +320,7 @@ def test_an_older_version_of_the_folder_is_named(checkpoint, out):
         PreparedFolder(out)
 
 
-def test_a_large_picture_is_cropped_to_the_stored_side(checkpoint, out):
+def test_a_large_image_is_cropped_to_the_stored_side(checkpoint, out):
     rng = np.random.default_rng(0)
     documents = [
         dataclasses.replace(

@@ -1,4 +1,4 @@
-"""Raw records to documents: what is refused and why, and what a picture becomes."""
+"""Converting raw records into documents: preprocessing of images, and rejected records."""
 
 import io
 import zlib
@@ -7,19 +7,19 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from leon_jax.data.sources.raw_record import REASONS, Raw, Reject, SourceConfig
+from leon_jax.data.sources.raw_record import REASONS, RawRecord, Reject, SourceConfig
 from leon_jax.documents import Text
 from leon_jax.prepare import record_reader
 from leon_jax.prepare.config import PrepareConfig
-from leon_jax.prepare.record_reader import Reader
+from leon_jax.prepare.record_reader import RecordReader
 
 SOURCE = SourceConfig("jsonl", "cats", name="cats", licence="CC-BY-4.0", attribution="me")
-SILENT = SourceConfig("jsonl", "cats", name="cats")
+NO_LICENCE = SourceConfig("jsonl", "cats", name="cats")
 
 
-def encoded(picture, kind="PNG", **options):
+def encoded(image, kind="PNG", **options):
     buffer = io.BytesIO()
-    picture.save(buffer, kind, **options)
+    image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
@@ -32,7 +32,7 @@ GOOD = encoded(gradient())
 
 
 def claiming(width, height):
-    """A small PNG file whose header says that it is so large."""
+    """A small PNG file whose header claims this size."""
     header = b"IHDR" + width.to_bytes(4, "big") + height.to_bytes(4, "big") + GOOD[24:29]
     return GOOD[:12] + header + zlib.crc32(header).to_bytes(4, "big") + GOOD[33:]
 
@@ -40,47 +40,48 @@ def claiming(width, height):
 def read(*parts, source=SOURCE, config=None, key="cat", **fields):
     settings = {"min_side": 8, "max_aspect": 2.0, "max_text": 100, "max_tokens": 40}
     config = PrepareConfig((source,), "t", "e", "x", **settings | (config or {}))
-    reader = Reader(
+    reader = RecordReader(
         config, source, resolution=16, codes=4, preprocess=lambda pixels: pixels[:9, :9],
         count_tokens=len,
     )  # fmt: skip
-    return reader(Raw(key, parts, **fields))
+    return reader(RawRecord(key, parts, **fields))
 
 
-def test_a_picture_is_upright_on_white_cropped_and_fitted_for_every_model():
+def test_an_image_is_rotated_composited_on_white_cropped_and_resized_for_every_model():
     left_red = PIL.Image.new("RGBA", (40, 20), (0, 0, 0, 0))
     left_red.paste((255, 0, 0, 255), (0, 0, 20, 20))
     exif = PIL.Image.Exif()
-    exif[0x0112] = 6  # turned a quarter to the right when it is shown
-    ready = read("a flag", encoded(left_red, exif=exif), config={"picture_side": 20})
-    assert ready.size == (20, 40)
-    picture = ready.document.pixels
-    assert picture.shape == (20, 20, 3)
-    assert (picture[:10] == (255, 0, 0)).all() and (picture[10:] == 255).all()
-    assert [square.shape for square in ready.squares] == [(16, 16, 3)]
-    assert [view.shape for view in ready.views] == [(9, 9, 3)]
+    exif[0x0112] = 6  # viewers rotate the image by 90 degrees clockwise
+    result = read("a flag", encoded(left_red, exif=exif), config={"picture_side": 20})
+    assert result.size == (20, 40)
+    pixels = result.document.pixels
+    assert pixels.shape == (20, 20, 3)
+    assert (pixels[:10] == (255, 0, 0)).all() and (pixels[10:] == 255).all()
+    assert [square.shape for square in result.squares] == [(16, 16, 3)]
+    assert [array.shape for array in result.encoder_inputs] == [(9, 9, 3)]
 
 
-def test_texts_are_brought_to_one_spelling():
-    """NFC and single spaces, whatever a source wrote; tokens are counted of the result."""
-    ready = read("  cafe\u0301\t au\r\n\u3000lait\u00a0", GOOD, " \u1112\u1161\u11ab\n")
-    texts = [part.text for part in ready.document.parts if isinstance(part, Text)]
+def test_texts_are_normalised():
+    """Texts are in NFC with single spaces, and tokens are counted after normalisation."""
+    result = read("  cafe\u0301\t au\r\n\u3000lait\u00a0", GOOD, " \u1112\u1161\u11ab\n")
+    texts = [part.text for part in result.document.parts if isinstance(part, Text)]
     assert texts == ["caf\u00e9 au lait", "\ud55c"]
     assert not isinstance(read("a" + " " * 60 + "b", GOOD), Reject), "three tokens of text"
 
 
-def test_a_long_text_is_refused_before_it_is_normalised(monkeypatch):
-    """Normalising takes time that grows with the square of a run of combining marks."""
+def test_a_long_text_is_rejected_before_it_is_normalised(monkeypatch):
+    """The time of normalisation is quadratic in the length of a run of combining marks."""
     monkeypatch.setattr(record_reader, "normalise_text", lambda text: pytest.fail("normalised"))
     assert read("e" + "\u0301\u0323" * 50, GOOD).reason == "text_too_long"
 
 
-def test_provenance_comes_from_the_record_before_the_source():
-    plain = read("a cat", GOOD).document.provenance
-    assert (plain.source, plain.licence, plain.attribution) == ("cats", "CC-BY-4.0", "me")
+def test_the_provenance_of_a_record_overrides_that_of_the_source():
+    default = read("a cat", GOOD).document.provenance
+    assert (default.source, default.licence, default.attribution) == ("cats", "CC-BY-4.0", "me")
     stated = {"licence": "mit", "attribution": "you", "origin": "web", "language": "de"}
-    own = read("a cat", GOOD, **stated).document.provenance
-    assert (own.source, own.licence, own.attribution, own.language) == ("web", "MIT", "you", "de")
+    provenance = read("a cat", GOOD, **stated).document.provenance
+    assert (provenance.source, provenance.licence) == ("web", "MIT")
+    assert (provenance.attribution, provenance.language) == ("you", "de")
 
 
 @pytest.mark.parametrize(
@@ -95,7 +96,7 @@ def test_provenance_comes_from_the_record_before_the_source():
         ("not_utf8", {"parts": ("a cat", GOOD), "attribution": "\udfff"}),
         ("missing_field", {"parts": ("a cat", GOOD), "key": ""}),
         ("licence_unknown", {"parts": ("a cat", GOOD), "licence": "?"}),
-        ("licence_unknown", {"parts": ("a cat", GOOD), "source": SILENT}),
+        ("licence_unknown", {"parts": ("a cat", GOOD), "source": NO_LICENCE}),
         ("licence_not_allowed", {"parts": ("a cat", GOOD), "licence": "CC-BY-NC-4.0"}),
         ("picture_unreadable", {"parts": ("a cat", b"")}),
         ("picture_unreadable", {"parts": ("a cat", GOOD[:-200])}),
@@ -113,21 +114,21 @@ def test_provenance_comes_from_the_record_before_the_source():
         ("picture_too_large", {"parts": ("a cat", claiming(16_385, 20))}),
     ],
 )  # fmt: skip
-def test_what_is_refused(reason, arguments):
+def test_invalid_records_are_rejected_with_a_reason(reason, arguments):
     parts = arguments.pop("parts")
-    found = read(*parts, **arguments)
-    assert isinstance(found, Reject) and found.reason == reason, found
-    assert found.reason in REASONS and found.key == arguments.get("key", "cat")
-    assert len(found.detail) <= 300
+    result = read(*parts, **arguments)
+    assert isinstance(result, Reject) and result.reason == reason, result
+    assert result.reason in REASONS and result.key == arguments.get("key", "cat")
+    assert len(result.detail) <= 300
 
 
-def test_a_document_of_exactly_the_allowed_number_of_ids_is_taken():
+def test_a_document_with_exactly_the_maximum_number_of_ids_is_accepted():
     # </s> 32 letters <break> 4 codes <break> 0 letters </s>
     assert not isinstance(read("a" * 32, GOOD, ""), Reject)
     assert read("a" * 33, GOOD, "").reason == "too_many_tokens"
 
 
-def test_what_a_source_rejected_passes_through():
+def test_rejects_of_a_source_pass_through():
     reject = Reject("shard 3", "unreadable_shard", "the tar ends early")
     config = PrepareConfig((SOURCE,), "t", "e", "x")
-    assert Reader(config, SOURCE, 16, 4, lambda p: p, len)(reject) is reject
+    assert RecordReader(config, SOURCE, 16, 4, lambda p: p, len)(reject) is reject

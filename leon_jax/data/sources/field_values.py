@@ -1,20 +1,19 @@
-"""The fields of a record: checked values, and the fault that refuses a record."""
+"""Checks the fields of a record."""
 
 import json
 from collections.abc import Mapping
 from typing import Any
 
 from leon_jax.data.sources.raw_record import (
-    LARGEST_PICTURE,
-    LARGEST_TEXT,
+    MAX_IMAGE_BYTES,
+    MAX_TEXT_BYTES,
     Reason,
     Reject,
     SourceConfig,
 )
 
-# What a record may say of itself, by the attribute of `Raw` that it becomes. The last spelling of
-# a licence is that of LAION's tables.
-CLAIMS = {
+# The field names of each metadata attribute of `RawRecord`. LAION's tables spell it LICENSE.
+METADATA_FIELDS = {
     "key": ("key",),
     "licence": ("licence", "license", "LICENSE"),
     "attribution": ("attribution",),
@@ -22,110 +21,122 @@ CLAIMS = {
     "origin": ("source",),
     "group": ("group",),
 }
-# Every field that `claims` looks at.
-CLAIM_NAMES = (*(name for names in CLAIMS.values() for name in names), "url")
-_LONGEST_DETAIL = 300
+# All fields that `read_metadata` reads.
+METADATA_NAMES = (*(name for names in METADATA_FIELDS.values() for name in names), "url")
+_MAX_DETAIL_LENGTH = 300
 
 
-class Fault(Exception):
-    """Why a record, or the rest of a shard, is not used."""
+class RecordError(Exception):
+    """A record, or the rest of a shard, is rejected."""
 
     def __init__(self, reason: Reason, detail: str):
         super().__init__(detail)
         self.reason: Reason = reason
 
     def reject(self, key: str) -> Reject:
-        """The refusal of what is called `key`."""
-        return Reject(printable(key), self.reason, printable(str(self))[:_LONGEST_DETAIL])
+        """Returns the reject of the record `key`."""
+        return Reject(printable(key), self.reason, printable(str(self))[:_MAX_DETAIL_LENGTH])
 
 
 def printable(text: str) -> str:
-    """The text with lone surrogates spelled out, so that it can be written anywhere."""
+    """Escapes lone surrogates, so that the text can be encoded as UTF-8."""
     return text.encode(errors="backslashreplace").decode()
 
 
 def check_text(value: Any, name: str) -> str:
-    """A text of a record.
+    """Returns the text in a field.
 
     Args:
-      value: what stands in the field: a string, or its bytes in UTF-8.
-      name: of the field, for the fault.
+      value: value of the field: a string, or bytes in UTF-8.
+      name: name of the field in error messages.
 
     Raises:
-      Fault: there is none, or it is no text, no valid unicode or longer than `LARGEST_TEXT` bytes.
+      RecordError: the value is missing, not a text, not valid Unicode, or longer than
+        `MAX_TEXT_BYTES`.
     """
     if value is None:
-        raise Fault("missing_field", f"{name} is missing")
+        raise RecordError("missing_field", f"{name} is missing")
     if not isinstance(value, str | bytes):
-        raise Fault("unreadable_record", f"{name} is a {type(value).__name__}, not a text")
+        raise RecordError("unreadable_record", f"{name} is a {type(value).__name__}, not a text")
     try:
         data = value.encode() if isinstance(value, str) else value
         text = data.decode()
     except UnicodeError as error:
-        raise Fault("not_utf8", f"{name}: {error}") from error
-    if len(data) > LARGEST_TEXT:
-        raise Fault("record_too_large", f"{name} has {len(data)} bytes, at most {LARGEST_TEXT}")
+        raise RecordError("not_utf8", f"{name}: {error}") from error
+    if len(data) > MAX_TEXT_BYTES:
+        raise RecordError(
+            "record_too_large", f"{name} has {len(data)} bytes, at most {MAX_TEXT_BYTES}"
+        )
     return text
 
 
-def check_picture(value: Any, name: str) -> bytes:
-    """The bytes of an encoded picture that stands in a field.
+def check_image(value: Any, name: str) -> bytes:
+    """Returns the encoded image in a field.
+
+    Args:
+      value: value of the field: bytes, or a dict with the key "bytes".
+      name: name of the field in error messages.
 
     Raises:
-      Fault: there is none, or it is no bytes or longer than `LARGEST_PICTURE`.
+      RecordError: the value is missing, not bytes, or longer than `MAX_IMAGE_BYTES`.
     """
-    if isinstance(value, dict) and "bytes" in value:  # as Hugging Face's library stores pictures
+    if isinstance(value, dict) and "bytes" in value:  # the format of Hugging Face's `datasets`
         value = value["bytes"]
     if value is None:
-        raise Fault("missing_field", f"{name} is missing")
+        raise RecordError("missing_field", f"{name} is missing")
     if not isinstance(value, bytes):
-        raise Fault("unreadable_record", f"{name} is a {type(value).__name__}, not bytes")
-    if len(value) > LARGEST_PICTURE:
-        raise Fault("record_too_large", f"{name} has {len(value)} bytes, at most {LARGEST_PICTURE}")
+        raise RecordError("unreadable_record", f"{name} is a {type(value).__name__}, not bytes")
+    if len(value) > MAX_IMAGE_BYTES:
+        raise RecordError(
+            "record_too_large", f"{name} has {len(value)} bytes, at most {MAX_IMAGE_BYTES}"
+        )
     return value
 
 
 def parse_object(data: bytes) -> dict[str, Any]:
-    """A JSON object. NaN and infinities, which Python writes and JSON does not know, become None.
+    """Parses a JSON object. NaN and infinities, which JSON does not have, become None.
 
     Raises:
-      Fault: it is not one, or a name in it stands twice, so that readers would differ.
+      RecordError: the bytes are not a JSON object in UTF-8, or an object has a duplicate name.
     """
     try:
-        value = json.loads(data.decode(), object_pairs_hook=_once, parse_constant=lambda _: None)
+        value = json.loads(data.decode(), object_pairs_hook=_object, parse_constant=lambda _: None)
     except UnicodeError as error:
-        raise Fault("not_utf8", str(error)) from error
+        raise RecordError("not_utf8", str(error)) from error
     except (ValueError, RecursionError) as error:
-        raise Fault("unreadable_record", f"it is not JSON: {error}") from error
+        raise RecordError("unreadable_record", f"it is not JSON: {error}") from error
     if not isinstance(value, dict):
-        raise Fault("unreadable_record", f"it is a JSON {type(value).__name__}, not an object")
+        raise RecordError(
+            "unreadable_record", f"it is a JSON {type(value).__name__}, not an object"
+        )
     return value
 
 
-def claims(record: Mapping[str, Any], config: SourceConfig) -> dict[str, str]:
-    """What a record says of itself: the attributes of `Raw` but `parts`; "" where it says nothing.
+def read_metadata(record: Mapping[str, Any], config: SourceConfig) -> dict[str, str]:
+    """Returns the metadata of a record: the attributes of `RawRecord` except `parts`.
 
-    Where neither the record nor the configuration has a credit line, the address of the picture
-    (`url`) is the best there is.
+    A missing field gives "". If neither the record nor the configuration has an attribution, the
+    URL of the image (`url`) is used.
 
     Raises:
-      Fault: a field is not a text.
+      RecordError: a field is not a text.
     """
-    said = {}
-    for attribute, names in CLAIMS.items():
+    metadata = {}
+    for attribute, names in METADATA_FIELDS.items():
         name, value = next(
             ((name, record[name]) for name in names if record.get(name) is not None), ("", "")
         )
         if attribute in ("key", "group") and type(value) is int:
             value = str(value)
-        said[attribute] = check_text(value, name)
-    if not said["attribution"] and not config.attribution and record.get("url") is not None:
-        said["attribution"] = check_text(record["url"], "url")
-    return said
+        metadata[attribute] = check_text(value, name)
+    if not metadata["attribution"] and not config.attribution and record.get("url") is not None:
+        metadata["attribution"] = check_text(record["url"], "url")
+    return metadata
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a name stands twice in one object")
-    return found
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Rejects objects with a duplicate name, because JSON readers disagree about their value."""
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        raise ValueError("an object has a duplicate name")
+    return value

@@ -1,7 +1,7 @@
-"""The files of a source: which ones a path names, and how one that a record names is read.
+"""Finds the files of a source, and reads files that records name.
 
-What a person gives is trusted, what a record says is not: a record reads regular files below its
-own folder and nothing else.
+Paths of the configuration are trusted; names in records are not. A record may only read regular
+files below its folder.
 """
 
 import glob
@@ -13,24 +13,24 @@ import stat
 from collections.abc import Iterable
 
 from leon_jax.config import UserError
-from leon_jax.data.sources.field_values import Fault
+from leon_jax.data.sources.field_values import RecordError
 
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _PATTERN = re.compile(r"[*?\[{]")
 
 
-def find(path: str, endings: tuple[str, ...]) -> tuple[str, list[str]]:
-    """The files that a path names.
+def find_files(path: str, endings: tuple[str, ...]) -> tuple[str, list[str]]:
+    """Finds the files that a path names.
 
     Args:
       path: a file, a folder, or a pattern with `*`, `?`, `**` or ranges such as `{000..010}`.
-      endings: what the names of files end in; in a folder others are passed over.
+      endings: accepted file extensions; other files in a folder are ignored.
 
     Returns:
-      A folder, and the names of the files relative to it, sorted.
+      A folder, and the sorted names of the files relative to it.
 
     Raises:
-      UserError: there are none, one of a range is missing, or a file's name ends in something else.
+      UserError: there are no files, a file of a range is missing, or a file has another extension.
     """
     if os.path.isfile(path):
         if not path.endswith(endings):
@@ -51,21 +51,21 @@ def find(path: str, endings: tuple[str, ...]) -> tuple[str, list[str]]:
     first = _PATTERN.search(path)
     if first is None:
         raise UserError(f"there is no file or folder {path}")
-    found = []
+    paths = []
     for pattern in _expand(path):
         matches = [match for match in glob.glob(pattern, recursive=True) if os.path.isfile(match)]
         if not matches:
             raise UserError(f"there is no file {pattern}")
-        found += matches
+        paths += matches
     folder = os.path.dirname(path[: first.start()]) or "."
-    return folder, sorted({os.path.relpath(match, folder) for match in found})
+    return folder, sorted({os.path.relpath(match, folder) for match in paths})
 
 
-def version(paths: Iterable[str]) -> str:
-    """A digest of the files' names, sizes and modification times.
+def fingerprint(paths: Iterable[str]) -> str:
+    """Returns a digest of the names, sizes and modification times of files.
 
     Raises:
-      UserError: one is not there any more.
+      UserError: a file does not exist any more.
     """
     digest = hashlib.sha256()
     for path in paths:
@@ -78,37 +78,40 @@ def version(paths: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
-def read_inside(folder: str, name: str, most: int) -> bytes:
-    """The bytes of a file that a record names.
+def read_inside(folder: str, name: str, max_bytes: int) -> bytes:
+    """Reads a file that a record names.
 
     Args:
-      folder: real path of the folder that the file must lie in.
-      name: its path from there, as the record has it.
-      most: how many bytes it may have.
+      folder: real path of the folder that must contain the file.
+      name: path of the file relative to the folder, from the record.
+      max_bytes: maximum size of the file.
 
     Raises:
-      Fault: the name leads out of the folder, or there is no such file of that size.
+      RecordError: the name leads out of the folder, or the file does not exist or is too large.
     """
     if os.path.isabs(name) or ".." in name.split("/") or "\0" in name:
-        raise Fault("unsafe_name", f"{name!r} is not a path below the folder of the record")
+        raise RecordError("unsafe_name", f"{name!r} is not a path below the folder of the record")
     try:
         path = os.path.realpath(os.path.join(folder, name))
         if os.path.commonpath([folder, path]) != folder:
-            raise Fault("unsafe_name", f"{name!r} leads out of the folder of the record")
-        # A pipe would be waited for, and a device may do anything when it is opened.
+            raise RecordError("unsafe_name", f"{name!r} leads out of the folder of the record")
+        # Opening a pipe would block, and opening a device may have side effects.
         if not stat.S_ISREG(os.stat(path).st_mode):
-            raise Fault("missing_picture", f"{name!r} is not a file")
+            raise RecordError("missing_picture", f"{name!r} is not a file")
         with open(path, "rb") as file:
-            data = file.read(most + 1) if os.fstat(file.fileno()).st_size <= most else None
+            too_large = os.fstat(file.fileno()).st_size > max_bytes
+            data = None if too_large else file.read(max_bytes + 1)
     except OSError as error:
-        raise Fault("missing_picture", f"{name!r}: {error.strerror}") from error
-    if data is None or len(data) > most:
-        raise Fault("record_too_large", f"{name!r} has more than the {most} bytes left to it")
+        raise RecordError("missing_picture", f"{name!r}: {error.strerror}") from error
+    if data is None or len(data) > max_bytes:
+        raise RecordError(
+            "record_too_large", f"{name!r} has more than the remaining {max_bytes} bytes"
+        )
     return data
 
 
 def _expand(path: str) -> list[str]:
-    """The paths that the ranges in a path stand for."""
+    """Expands the ranges in a path."""
     pieces = _RANGE.split(path)
     choices = []
     for first, last in zip(pieces[1::3], pieces[2::3], strict=True):
@@ -117,6 +120,6 @@ def _expand(path: str) -> list[str]:
         if not choices[-1]:
             raise UserError(f"the range {{{first}..{last}}} in {path} is empty")
     return [
-        "".join(itertools.chain(*zip(pieces[::3], (*chosen, ""), strict=True)))
-        for chosen in itertools.product(*choices)
+        "".join(itertools.chain(*zip(pieces[::3], (*numbers, ""), strict=True)))
+        for numbers in itertools.product(*choices)
     ]

@@ -1,12 +1,12 @@
-"""JSON lines beside picture files: captions, interleaved documents and editing pairs.
+"""Reads JSON lines that name image files: captions, interleaved documents and editing pairs.
 
-One JSON object a line, in one of three shapes:
+Each line is a JSON object in one of three forms:
 
     {"image": "cat.png", "text": "a grey cat"}
     {"parts": [{"text": "first"}, {"image": "a.png"}, {"text": "then"}, {"image": "b.png"}]}
     {"source": "a.png", "instruction": "make it night", "target": "b.png"}
 
-Pictures are named by their path from the folder of the JSONL file and lie below it.
+Images are named by their paths relative to the folder of the JSONL file, and lie below it.
 """
 
 import dataclasses
@@ -18,12 +18,12 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from leon_jax.config import UserError
-from leon_jax.data.sources.field_values import Fault, check_text, claims, parse_object
-from leon_jax.data.sources.files import find, read_inside, version
+from leon_jax.data.sources.field_values import RecordError, check_text, parse_object, read_metadata
+from leon_jax.data.sources.files import find_files, fingerprint, read_inside
 from leon_jax.data.sources.raw_record import (
-    LARGEST_PICTURE,
-    LARGEST_TEXT,
-    Raw,
+    MAX_IMAGE_BYTES,
+    MAX_TEXT_BYTES,
+    RawRecord,
     Reject,
     SourceConfig,
 )
@@ -33,8 +33,8 @@ _BLOCK = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
-class _Stretch:
-    """Some lines of a file: where they begin in bytes and, counted from 1, in lines."""
+class _LineRange:
+    """The lines of a shard: the byte offset and the number (from 1) of the first line."""
 
     file: str
     offset: int
@@ -42,44 +42,44 @@ class _Stretch:
 
 
 class Jsonl:
-    """A source of JSONL files; a shard is `shard_size` lines of one.
+    """A source of JSONL files; a shard is a range of `shard_size` lines of a file.
 
-    The pictures of a record have `LARGEST_PICTURE` bytes together at most, and a line
-    `LARGEST_TEXT`; a longer line is passed over without being held.
+    All images of a record together have at most `MAX_IMAGE_BYTES`, and a line has at most
+    `MAX_TEXT_BYTES`. A longer line is skipped without being read into memory.
 
     Raises:
-      UserError: there is no such file, or it cannot be read.
+      UserError: a file does not exist or cannot be read.
     """
 
     def __init__(self, config: SourceConfig):
         self.config = config
-        self._folder, self._files = find(config.path, (".jsonl",))
+        self._folder, self._files = find_files(config.path, (".jsonl",))
 
     def shards(self) -> list[str]:
-        """The names of all shards, such as `cats.jsonl:10001` for the lines from 10,001 on."""
-        return list(self._stretches)
+        """Returns the names of all shards, e.g. `cats.jsonl:10001` for the lines from 10,001 on."""
+        return list(self._ranges)
 
     def version(self, shard: str) -> str:
-        """Of the file of lines; a picture that changes under its name is not noticed."""
-        return version([os.path.join(self._folder, self._stretches[shard].file)])
+        """Returns a fingerprint of the JSONL file; it does not depend on the image files."""
+        return fingerprint([os.path.join(self._folder, self._ranges[shard].file)])
 
-    def read(self, shard: str) -> Iterator[Raw | Reject]:
-        """The records of a shard, in the order of its lines."""
-        stretch = self._stretches[shard]
-        path = os.path.join(self._folder, stretch.file)
-        pictures = os.path.realpath(os.path.dirname(path) or ".")
+    def read(self, shard: str) -> Iterator[RawRecord | Reject]:
+        """Yields the records of a shard, in the order of its lines."""
+        lines = self._ranges[shard]
+        path = os.path.join(self._folder, lines.file)
+        image_folder = os.path.realpath(os.path.dirname(path) or ".")
         try:
             with open(path, "rb") as file:
-                file.seek(stretch.offset)
-                for number, line in _lines(file, stretch.line, self.config.shard_size):
-                    yield self._record(f"{stretch.file}:{number}", line, pictures)
+                file.seek(lines.offset)
+                for number, line in _lines(file, lines.line, self.config.shard_size):
+                    yield self._record(f"{lines.file}:{number}", line, image_folder)
         except OSError as error:
-            yield Fault("unreadable_shard", f"{path}: {error.strerror}").reject(shard)
+            yield RecordError("unreadable_shard", f"{path}: {error.strerror}").reject(shard)
 
     @functools.cached_property
-    def _stretches(self) -> dict[str, _Stretch]:
-        """All shards, found by reading through the files once."""
-        found = {}
+    def _ranges(self) -> dict[str, _LineRange]:
+        """All shards by name; this reads all files once."""
+        ranges = {}
         for name in self._files:
             try:
                 with open(os.path.join(self._folder, name), "rb") as file:
@@ -88,75 +88,77 @@ class Jsonl:
                 raise UserError(f"cannot read {name}: {error.strerror}") from error
             for index, offset in enumerate(offsets):
                 line = index * self.config.shard_size + 1
-                found[f"{name}:{line}"] = _Stretch(name, offset, line)
-        return found
+                ranges[f"{name}:{line}"] = _LineRange(name, offset, line)
+        return ranges
 
-    def _record(self, key: str, line: bytes | None, pictures: str) -> Raw | Reject:
+    def _record(self, key: str, line: bytes | None, image_folder: str) -> RawRecord | Reject:
         try:
             if line is None:
-                raise Fault("record_too_large", f"the line has over {LARGEST_TEXT} bytes")
+                raise RecordError("record_too_large", f"the line has over {MAX_TEXT_BYTES} bytes")
             record = parse_object(line)
             editing = "instruction" in record or "target" in record
-            # The `source` of an editing pair is its first picture.
-            said = claims({**record, "source": None} if editing else record, self.config)
-            key = said["key"] or key
-            folder = _Pictures(pictures)
+            # The `source` of an editing pair is its first image, not metadata.
+            metadata = read_metadata({**record, "source": None} if editing else record, self.config)
+            key = metadata["key"] or key
+            images = _ImageReader(image_folder)
             if "parts" in record:
-                parts = _interleaved(record["parts"], folder)
+                parts = _interleaved(record["parts"], images)
             elif editing:
                 parts = (
-                    folder.read(record.get("source"), "source"),
+                    images.read(record.get("source"), "source"),
                     check_text(record.get("instruction"), "instruction"),
-                    folder.read(record.get("target"), "target"),
+                    images.read(record.get("target"), "target"),
                 )
             else:
-                text, picture = self.config.text or "text", self.config.picture or "image"
+                text, image = self.config.text or "text", self.config.picture or "image"
                 parts = (
                     check_text(record.get(text), text),
-                    folder.read(record.get(picture), picture),
+                    images.read(record.get(image), image),
                 )
-            return Raw(**{**said, "key": key}, parts=parts)
-        except Fault as fault:
-            return fault.reject(key)
+            return RawRecord(**{**metadata, "key": key}, parts=parts)
+        except RecordError as error:
+            return error.reject(key)
 
 
-class _Pictures:
-    """Reads the pictures of one record; together they have a bounded size."""
+class _ImageReader:
+    """Reads the images of one record, whose total size is limited to `MAX_IMAGE_BYTES`."""
 
     def __init__(self, folder: str):
         self._folder = folder
-        self._left = LARGEST_PICTURE
+        self._remaining = MAX_IMAGE_BYTES
 
     def read(self, value: Any, field: str) -> bytes:
-        data = read_inside(self._folder, check_text(value, field), self._left)
-        self._left -= len(data)
+        data = read_inside(self._folder, check_text(value, field), self._remaining)
+        self._remaining -= len(data)
         return data
 
 
-def _interleaved(values: Any, folder: _Pictures) -> tuple[str | bytes, ...]:
+def _interleaved(values: Any, images: _ImageReader) -> tuple[str | bytes, ...]:
     if not isinstance(values, list):
-        raise Fault("unreadable_record", f"parts is a {type(values).__name__}, not a list")
+        raise RecordError("unreadable_record", f"parts is a {type(values).__name__}, not a list")
     if not values:
-        raise Fault("missing_field", "parts is empty")
+        raise RecordError("missing_field", "parts is empty")
     parts: list[str | bytes] = []
     for index, value in enumerate(values):
         match value:
             case {"text": text, **rest} if "image" not in rest:
                 parts.append(check_text(text, f"parts[{index}].text"))
             case {"image": name, **rest} if "text" not in rest:
-                parts.append(folder.read(name, f"parts[{index}].image"))
+                parts.append(images.read(name, f"parts[{index}].image"))
             case _:
-                raise Fault("unreadable_record", f"parts[{index}] has not one of text and image")
+                raise RecordError(
+                    "unreadable_record", f"parts[{index}] must have either text or image"
+                )
     return tuple(parts)
 
 
 def _lines(file: BinaryIO, first: int, count: int) -> Iterator[tuple[int, bytes | None]]:
-    """The next lines that are not blank, with their numbers; None for one that is too long."""
+    """Yields the next non-blank lines with their numbers; None replaces a line that is too long."""
     for number in range(first, first + count):
-        line = file.readline(LARGEST_TEXT + 1)
+        line = file.readline(MAX_TEXT_BYTES + 1)
         if not line:
             return
-        if len(line) > LARGEST_TEXT and not line.endswith(b"\n"):
+        if len(line) > MAX_TEXT_BYTES and not line.endswith(b"\n"):
             while (rest := file.readline(_BLOCK)) and not rest.endswith(b"\n"):
                 pass
             yield number, None
@@ -168,15 +170,15 @@ def _lines(file: BinaryIO, first: int, count: int) -> Iterator[tuple[int, bytes 
 
 
 def _offsets(file: BinaryIO, size: int) -> list[int]:
-    """Where every `size`-th line begins, the first included; none for an empty file."""
+    """Returns the byte offsets of the lines 1, 1 + size, 1 + 2 * size, ..."""
     offsets = []
-    begun, position = 0, 0  # lines that have begun, and bytes read
+    lines, position = 0, 0  # number of lines that have begun, and of bytes read
     while block := file.read(_BLOCK):
         starts = np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + 1 + position
         if position == 0:
             starts = np.insert(starts, 0, 0)
-        offsets += starts[-begun % size :: size].tolist()
-        begun += len(starts)
+        offsets += starts[-lines % size :: size].tolist()
+        lines += len(starts)
         position += len(block)
-    # A line that would begin at the end of the file is none.
+    # After a final newline no line begins.
     return [offset for offset in offsets if offset < position]

@@ -1,11 +1,11 @@
-"""One source from its configuration."""
+"""Opens sources by their kind."""
 
 import importlib
 
 from leon_jax.config import UserError
-from leon_jax.data.sources.raw_record import Shards, SourceConfig
+from leon_jax.data.sources.raw_record import ShardedSource, SourceConfig
 
-# Of each kind: where its class is ("module:Class"), and the extra that its packages come with.
+# For each kind its class ("module:Class"), and the extra of leon_jax with its packages.
 _KINDS = {
     "tfds": ("leon_jax.data.sources.tfds:Tfds", "data"),
     "webdataset": ("leon_jax.data.sources.webdataset:WebDataset", "data"),
@@ -16,26 +16,26 @@ _KINDS = {
 
 
 def register(kind: str, target: str, extra: str) -> None:
-    """Adds a kind of source, for a data set that is not part of this package.
+    """Registers a kind of source for a dataset outside of this package.
 
     Args:
-      kind: what `SourceConfig.kind` calls it.
-      target: "module:Class"; the class is made of a `SourceConfig` and is a `Shards`. The module is
-        imported when a source of this kind is opened.
-      extra: the extra of leon_jax that brings the packages the module imports.
+      kind: the value of `SourceConfig.kind`.
+      target: "module:Class"; the class takes a `SourceConfig` and is a `ShardedSource`. The module
+        is imported when a source of this kind is opened.
+      extra: the extra of leon_jax that installs the packages of the module.
 
     Raises:
-      ValueError: another class has this kind.
+      ValueError: another class is registered for this kind.
     """
     if _KINDS.setdefault(kind, (target, extra)) != (target, extra):
-        raise ValueError(f"the source kind {kind!r} is {_KINDS[kind][0]} already")
+        raise ValueError(f"the source kind {kind!r} is already registered as {_KINDS[kind][0]}")
 
 
-def open_source(config: SourceConfig) -> Shards:
-    """The source that a configuration describes.
+def open_source(config: SourceConfig) -> ShardedSource:
+    """Opens the source that a configuration describes.
 
     Raises:
-      UserError: its kind is unknown, there is nothing at its path, or a package for its kind is not
+      UserError: the kind is unknown, the path does not exist, or a package of the kind is not
         installed.
     """
     if config.kind not in _KINDS:
@@ -43,7 +43,7 @@ def open_source(config: SourceConfig) -> Shards:
     target, extra = _KINDS[config.kind]
     module, _, name = target.partition(":")
     try:
-        # Imported only here: most sources need packages that most programs do not.
+        # Import late: a source may need packages that are not installed.
         source = getattr(importlib.import_module(module), name)
     except ImportError as error:
         raise UserError(

@@ -1,7 +1,7 @@
-"""Parquet tables with the pictures in a column, as img2dataset writes them.
+"""Reads Parquet tables with encoded images in a column, as img2dataset writes them.
 
 The columns are `jpg` (bytes), `caption`, `key`, `url`, `status`, `license` and others. A table is
-read row by row, so that what is in memory is a page of each column and one row.
+read row by row, so that only one row and one page per column are in memory.
 """
 
 import os
@@ -11,105 +11,116 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from leon_jax.data.sources.field_values import CLAIM_NAMES, Fault, check_picture, check_text, claims
-from leon_jax.data.sources.files import find, version
-from leon_jax.data.sources.raw_record import LARGEST_PICTURE, Raw, Reject, SourceConfig
+from leon_jax.data.sources.field_values import (
+    METADATA_NAMES,
+    RecordError,
+    check_image,
+    check_text,
+    read_metadata,
+)
+from leon_jax.data.sources.files import find_files, fingerprint
+from leon_jax.data.sources.raw_record import MAX_IMAGE_BYTES, RawRecord, Reject, SourceConfig
 
-PICTURES = ("jpg", "jpeg", "png", "webp", "image")
-TEXTS = ("caption", "text")
-# A picture, and what Arrow keeps beside it.
-_LARGEST_CELL = LARGEST_PICTURE + 2**10
-_OTHERS = (*CLAIM_NAMES, "status", "error_message")
+IMAGE_NAMES = ("jpg", "jpeg", "png", "webp", "image")
+TEXT_NAMES = ("caption", "text")
+# An encoded image and Arrow's overhead.
+_MAX_CELL_BYTES = MAX_IMAGE_BYTES + 2**10
+_OTHER_NAMES = (*METADATA_NAMES, "status", "error_message")
 
 
 class Parquet:
-    """A source of Parquet files; each is a shard.
+    """A source of Parquet files; each file is a shard.
 
-    With `text` and `picture` the configuration names other columns than `TEXTS` and `PICTURES`. A
-    row whose `status` is not "success" is one whose picture could not be had.
+    `text` and `picture` of the configuration name other columns than `TEXT_NAMES` and
+    `IMAGE_NAMES`. A row is rejected if its `status` is not "success", because img2dataset could
+    not download its image.
 
     Raises:
-      UserError: there is no such file.
+      UserError: a file does not exist.
     """
 
     def __init__(self, config: SourceConfig):
         self.config = config
-        self._folder, self._files = find(config.path, (".parquet",))
+        self._folder, self._files = find_files(config.path, (".parquet",))
 
     def shards(self) -> list[str]:
-        """The names of the files."""
+        """Returns the names of the files."""
         return list(self._files)
 
     def version(self, shard: str) -> str:
-        """Of the file."""
-        return version([os.path.join(self._folder, shard)])
+        """Returns a fingerprint of the file."""
+        return fingerprint([os.path.join(self._folder, shard)])
 
-    def read(self, shard: str) -> Iterator[Raw | Reject]:
-        """The rows of a file, in order."""
+    def read(self, shard: str) -> Iterator[RawRecord | Reject]:
+        """Yields the records of a file, in the order of its rows."""
         try:
             for index, row in enumerate(self._rows(os.path.join(self._folder, shard))):
                 yield self._record(f"{shard}:{index + 1}", row)
-        except Fault as fault:
-            yield fault.reject(shard)
+        except RecordError as error:
+            yield error.reject(shard)
 
     def _rows(self, path: str) -> Iterator[pa.RecordBatch]:
-        """The rows of a file: batches of one row, text first, then picture, then claims.
+        """Yields batches of one row, with the columns text, image and metadata in this order.
 
         Raises:
-          Fault: the rest cannot be read.
+          RecordError: the rest of the file cannot be read.
         """
         try:
-            # Without a buffer, whole columns would be read at once.
+            # Without a buffer, pyarrow would read whole columns at once.
             with pq.ParquetFile(path, buffer_size=2**20, pre_buffer=False) as file:
                 names = file.schema_arrow.names
-                text = _column(names, self.config.text, TEXTS)
-                picture = _column(names, self.config.picture, PICTURES)
-                wanted = [text, picture, *(name for name in _OTHERS if names.count(name) == 1)]
-                for batch in file.iter_batches(batch_size=1, columns=wanted, use_threads=False):
-                    yield batch.select(wanted)
-        except Fault:
+                text = _column(names, self.config.text, TEXT_NAMES)
+                image = _column(names, self.config.picture, IMAGE_NAMES)
+                others = (name for name in _OTHER_NAMES if names.count(name) == 1)
+                columns = [text, image, *others]
+                for batch in file.iter_batches(batch_size=1, columns=columns, use_threads=False):
+                    yield batch.select(columns)
+        except RecordError:
             raise
-        except Exception as error:  # a damaged file fails in many ways
-            raise Fault("unreadable_shard", f"{type(error).__name__}: {error}") from error
+        except Exception as error:  # damaged files raise many kinds of exceptions
+            raise RecordError("unreadable_shard", f"{type(error).__name__}: {error}") from error
 
-    def _record(self, key: str, row: pa.RecordBatch) -> Raw | Reject:
+    def _record(self, key: str, row: pa.RecordBatch) -> RawRecord | Reject:
         try:
-            text, picture, *others = range(row.num_columns)
+            text, image, *others = range(row.num_columns)
             record = {row.schema.names[index]: _value(row, index) for index in others}
-            said = claims(record, self.config)
-            key = said["key"] or key
+            metadata = read_metadata(record, self.config)
+            key = metadata["key"] or key
             if record.get("status") not in (None, "success"):
                 problem = f"{record['status']}: {record.get('error_message')}"
-                raise Fault("missing_picture", f"its status is {problem}")
-            return Raw(
-                **{**said, "key": key},
+                raise RecordError("missing_picture", f"its status is {problem}")
+            return RawRecord(
+                **{**metadata, "key": key},
                 parts=(
                     check_text(_value(row, text), row.schema.names[text]),
-                    check_picture(_value(row, picture), row.schema.names[picture]),
+                    check_image(_value(row, image), row.schema.names[image]),
                 ),
             )
-        except Fault as fault:
-            return fault.reject(key)
+        except RecordError as error:
+            return error.reject(key)
 
 
-def _column(names: list[str], chosen: str, usual: tuple[str, ...]) -> str:
-    """The one column to read among those that a file has."""
-    wanted = (chosen,) if chosen else usual
-    for name in wanted:
+def _column(names: list[str], configured: str, defaults: tuple[str, ...]) -> str:
+    """Returns the configured column, or the first default column that a file has exactly once."""
+    candidates = (configured,) if configured else defaults
+    for name in candidates:
         if names.count(name) == 1:
             return name
-    raise Fault(
-        "unreadable_shard", f"no column is called {' or '.join(wanted)}; it has {', '.join(names)}"
+    raise RecordError(
+        "unreadable_shard",
+        f"there is no column {' or '.join(candidates)}; the columns are {', '.join(names)}",
     )
 
 
 def _value(row: pa.RecordBatch, index: int) -> Any:
     column = row.column(index)
-    if column.nbytes > _LARGEST_CELL:  # before it is copied
-        raise Fault("record_too_large", f"{row.schema.names[index]} has {column.nbytes} bytes")
+    if column.nbytes > _MAX_CELL_BYTES:  # check before copying
+        raise RecordError(
+            "record_too_large", f"{row.schema.names[index]} has {column.nbytes} bytes"
+        )
     try:
         return column[0].as_py()
     except UnicodeDecodeError as error:
-        raise Fault("not_utf8", f"{row.schema.names[index]}: {error}") from error
-    except Exception as error:  # for instance a date that Python cannot hold
-        raise Fault("unreadable_record", f"{row.schema.names[index]}: {error}") from error
+        raise RecordError("not_utf8", f"{row.schema.names[index]}: {error}") from error
+    except Exception as error:  # for example a date that Python cannot represent
+        raise RecordError("unreadable_record", f"{row.schema.names[index]}: {error}") from error

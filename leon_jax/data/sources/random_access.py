@@ -1,17 +1,17 @@
-"""Sources whose records have numbers and can be read in any order; a shard is a range of them."""
+"""Sources with random access to their records; a shard is a range of indices."""
 
 import abc
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from leon_jax.data.sources.field_values import Fault, check_text
-from leon_jax.data.sources.raw_record import Raw, Reject, SourceConfig
+from leon_jax.data.sources.field_values import RecordError, check_text
+from leon_jax.data.sources.raw_record import RawRecord, Reject, SourceConfig
 
 
-class Numbered(abc.ABC):
-    """A source over a sequence that is opened anew in every process.
+class IndexedSource(abc.ABC):
+    """A source over a sequence of rows. Every process opens the sequence again.
 
-    A subclass says how the sequence is opened and what its records become.
+    A subclass opens the sequence and converts its rows.
     """
 
     def __init__(self, config: SourceConfig):
@@ -21,38 +21,39 @@ class Numbered(abc.ABC):
 
     @abc.abstractmethod
     def _open(self) -> Any:
-        """The sequence; it has `len`, and `_read` knows what else.
+        """Opens the sequence of rows, which has a `len`.
 
         Raises:
-          UserError: it is not there, or cannot be read.
+          UserError: the dataset does not exist, or cannot be read.
         """
 
     @abc.abstractmethod
-    def _read(self, index: int) -> list[Raw | Reject]:
-        """What the record `index` becomes; raises a `Fault`, or anything if it is damaged."""
+    def _read(self, index: int) -> list[RawRecord | Reject]:
+        """Converts row `index` into records. A damaged row may raise any exception."""
 
     def shards(self) -> list[str]:
-        """The names of all shards, such as `train/10000` for the records from 10,000 on."""
+        """Returns the names of all shards, e.g. `train/10000` for the rows from 10,000 on."""
         return [
             f"{self.split}/{start}" for start in range(0, len(self._rows), self.config.shard_size)
         ]
 
     @abc.abstractmethod
     def version(self, shard: str) -> str:
-        """What changes when the records do."""
+        """Returns a string that changes with the records."""
 
-    def read(self, shard: str) -> Iterator[Raw | Reject]:
-        """The records of a shard, in order."""
+    def read(self, shard: str) -> Iterator[RawRecord | Reject]:
+        """Yields the records of a shard, in order."""
         start = int(shard.rpartition("/")[2])
         stop = min(start + self.config.shard_size, len(self._rows))
         for index in range(start, stop):
             key = f"{self.split}/{index}"
             try:
                 yield from self._read(index)
-            except Fault as fault:
-                yield fault.reject(key)
-            except Exception as error:  # the libraries underneath fail in many ways
-                yield Fault("unreadable_record", f"{type(error).__name__}: {error}").reject(key)
+            except RecordError as error:
+                yield error.reject(key)
+            except Exception as error:  # the libraries raise many kinds of exceptions
+                detail = f"{type(error).__name__}: {error}"
+                yield RecordError("unreadable_record", detail).reject(key)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_rows"}
@@ -62,28 +63,28 @@ class Numbered(abc.ABC):
         self._rows = self._open()
 
 
-def captions(
-    said: dict[str, str], texts: Sequence[str | bytes | None], picture: bytes
-) -> list[Raw | Reject]:
-    """A record for each caption of one picture; they form a group.
+def caption_records(
+    metadata: dict[str, str], texts: Sequence[str | bytes | None], image: bytes
+) -> list[RawRecord | Reject]:
+    """Returns one record per caption of an image; the records form a group.
 
     Args:
-      said: attributes of `Raw`, with the key of the picture.
-      texts: its captions.
-      picture: the encoded picture.
+      metadata: attributes of `RawRecord`, with the key of the image.
+      texts: captions of the image.
+      image: the encoded image.
 
     Raises:
-      Fault: there is no caption.
+      RecordError: there are no captions.
     """
     if not texts:
-        raise Fault("no_text", "the list of captions is empty")
-    records: list[Raw | Reject] = []
+        raise RecordError("no_text", "the list of captions is empty")
+    records: list[RawRecord | Reject] = []
     for number, text in enumerate(texts):
-        key = f"{said['key']}/{number}"
+        key = f"{metadata['key']}/{number}"
         try:
-            parts = (check_text(text, "caption"), picture)
-            own = {"key": key, "group": said.get("group") or said["key"]}
-            records.append(Raw(**{**said, **own}, parts=parts))
-        except Fault as fault:
-            records.append(fault.reject(key))
+            parts = (check_text(text, "caption"), image)
+            group = metadata.get("group") or metadata["key"]
+            records.append(RawRecord(**{**metadata, "key": key, "group": group}, parts=parts))
+        except RecordError as error:
+            records.append(error.reject(key))
     return records

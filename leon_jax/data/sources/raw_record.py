@@ -1,7 +1,7 @@
-"""What every source gives: records as they were found, in shards, before anything is checked.
+"""The interface of sources: they yield raw records, shard by shard.
 
-A source reads bytes and names; it decodes no picture and judges nothing but its own format. What
-makes a document of a record is in `leon_jax.prepare.record_reader`, the same for all sources.
+A source reads texts, encoded images and metadata. It checks its own file format and decodes no
+image. `leon_jax.prepare.record_reader` converts the raw records of all sources into documents.
 """
 
 import dataclasses
@@ -10,13 +10,13 @@ from typing import Literal, Protocol, get_args
 
 from leon_jax.config import UserError
 
-# Why a record is not used. The first group is found by sources, the others while preparing.
+# Why a record is rejected. Sources and `leon_jax.prepare` use these reasons.
 Reason = Literal[
     "unreadable_shard",  # the rest of a file cannot be read
-    "unreadable_record",  # one record cannot
-    "unsafe_name",  # a name that points out of its folder
+    "unreadable_record",  # one record cannot be read
+    "unsafe_name",  # a name that leads out of its folder
     "missing_field",
-    "missing_picture",  # a file that a record names is not there
+    "missing_picture",  # a file that a record names does not exist
     "not_utf8",
     "record_too_large",
     "no_text",
@@ -39,20 +39,20 @@ Reason = Literal[
 ]
 REASONS: tuple[str, ...] = get_args(Reason)
 
-# The largest encoded picture and the longest line or text that is read into memory.
-LARGEST_PICTURE = 64 * 2**20
-LARGEST_TEXT = 2**20
+# Maximum size of an encoded image, and of a line or a text, that is read into memory.
+MAX_IMAGE_BYTES = 64 * 2**20
+MAX_TEXT_BYTES = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
-class Raw:
+class RawRecord:
     """One record of a source.
 
     Attributes:
-      key: names it within the source; unique there, and the same whenever it is read.
-      parts: in reading order, a text (str) or the bytes of an encoded picture.
-      licence, attribution, language, origin, group: as `leon_jax.documents.Provenance` has them
-        (`origin` is its `source`); "" where the record does not say.
+      key: name of the record, unique within the source and the same in every read.
+      parts: texts (str) and encoded images (bytes), in reading order.
+      licence, attribution, language, origin, group: the fields of
+        `leon_jax.documents.Provenance` (`origin` is its `source`); "" if the record has none.
     """
 
     key: str
@@ -66,12 +66,12 @@ class Raw:
 
 @dataclasses.dataclass(frozen=True)
 class Reject:
-    """A record that is not used, and why.
+    """A rejected record.
 
     Attributes:
-      key: of the record, or the best name there is for it.
-      reason: one of `REASONS`; what is counted.
-      detail: what a person needs to find the fault; at most a few hundred characters.
+      key: key of the record, or its position if the key cannot be read.
+      reason: one of `REASONS`, for counting.
+      detail: description of the error, at most a few hundred characters.
     """
 
     key: str
@@ -81,21 +81,23 @@ class Reject:
 
 @dataclasses.dataclass(frozen=True)
 class SourceConfig:
-    """One source of a data set; see docs/bring_data.md for what each kind reads.
+    """Configuration of one source; docs/bring_data.md describes the formats.
 
     Attributes:
-      kind: the format; `open_source` knows which there are.
-      path: a file, a folder or a pattern with `*` or `{000..010}`; of "tfds" and "huggingface",
-        `NAME` or the folder that holds the data set.
-      split: which split of the prepared folder it becomes.
-      read_split: which split of a data set that has splits is read; by default the one called as
-        `split`.
-      name: what `provenance.source` says where records do not; by default the last part of `path`.
-      licence, attribution, language: what holds for records that do not say. A record without a
-        licence from either is refused.
-      text, picture: the fields, columns or file endings to read, where the kind has a choice; by
-        default those that its usual writers use.
-      shard_size: how many records a unit of work has, where the format has no shards of its own.
+      kind: the format, a kind that `open_source` knows.
+      path: a file, a folder or a pattern with `*` or `{000..010}`. For "tfds" and "huggingface" the
+        name of a dataset or its folder.
+      split: the split of the prepared folder that the records go to.
+      read_split: the split of the dataset to read, if it has splits; by default `split`.
+      name: default of `provenance.source`; by default the last part of `path`.
+      licence, attribution, language: defaults for records without these fields. A record without
+        any licence is rejected.
+      text, picture: names of the fields, columns or file extensions to read, if the kind has a
+        choice; by default the usual names of the format.
+      shard_size: number of records per shard, if the format has no shards; at least 1.
+
+    Raises:
+      UserError: `shard_size` or `split` is invalid.
     """
 
     kind: str
@@ -121,30 +123,32 @@ class SourceConfig:
 
     @property
     def title(self) -> str:
-        """What `provenance.source` says of records that do not say it themselves."""
+        """The `provenance.source` of records without a source, unless two sources share it."""
         plain = [part for part in self.path.split("/") if part and not set("*?[{") & set(part)]
         return self.name or (plain[-1] if plain else self.path)
 
 
-class Shards(Protocol):
-    """A source: made of a `SourceConfig`, picklable, read shard by shard.
+class ShardedSource(Protocol):
+    """A source that is read shard by shard. It is created from a `SourceConfig` and picklable.
 
-    Raises, when it is made or asked for its shards:
-      UserError: there is nothing at `path`, or a package for the kind is not installed.
+    The constructor and `shards` raise `UserError` if `path` does not exist or a package is missing.
     """
 
     def shards(self) -> list[str]:
-        """The names of all shards, in an order that does not change."""
+        """Returns the names of all shards, in a stable order."""
         ...
 
     def version(self, shard: str) -> str:
-        """What changes when the shard's records do: of a file, its size and modification time."""
+        """Returns a string that changes with the records of a shard.
+
+        For a file it depends on the size and the modification time.
+        """
         ...
 
-    def read(self, shard: str) -> Iterator[Raw | Reject]:
-        """The records of a shard, in an order that does not change.
+    def read(self, shard: str) -> Iterator[RawRecord | Reject]:
+        """Yields the records of a shard, in a stable order.
 
-        Never raises because of what a file holds: a bad record becomes a `Reject`, and so does
-        the rest of a shard that cannot be read further.
+        The content of a file never raises an exception. An invalid record yields a `Reject`; if the
+        rest of a shard cannot be read, one `Reject` stands for it.
         """
         ...

@@ -1,6 +1,6 @@
-"""Data sets of TensorFlow Datasets, by name or by folder, read without TensorFlow.
+"""Reads datasets of TensorFlow Datasets, by name or by folder, without TensorFlow.
 
-What is read are the stored records (`tf.train.Example`), so pictures stay the bytes they are.
+It reads the stored records (`tf.train.Example`), so encoded images are not decoded.
 """
 
 import os
@@ -11,28 +11,33 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_pb2
 
 from leon_jax.config import UserError
-from leon_jax.data.sources.field_values import CLAIM_NAMES, Fault, check_picture, check_text, claims
-from leon_jax.data.sources.files import version
-from leon_jax.data.sources.random_access import Numbered, captions
-from leon_jax.data.sources.raw_record import Raw, Reject, SourceConfig
+from leon_jax.data.sources.field_values import (
+    METADATA_NAMES,
+    RecordError,
+    check_image,
+    check_text,
+    read_metadata,
+)
+from leon_jax.data.sources.files import fingerprint
+from leon_jax.data.sources.random_access import IndexedSource, caption_records
+from leon_jax.data.sources.raw_record import RawRecord, Reject, SourceConfig
 
-PICTURES = ("image", "picture")
-TEXTS = ("caption", "text")
-# The features of one record, flat: "captions/text" are the texts of the sequence `captions`.
+IMAGE_NAMES = ("image", "picture")
+TEXT_NAMES = ("caption", "text")
+# The flat features of a record: "captions/text" holds the texts of the sequence `captions`.
 Features = Any
 
 
-class Tfds(Numbered):
-    """A source of one split of a data set.
+class Tfds(IndexedSource):
+    """A source of one split of a dataset.
 
-    `path` is the folder that holds `dataset_info.json`, or a name such as `coco_captions` or
-    `covr`; what has that name and is not there yet is downloaded, where that works without
-    TensorFlow. `read_split` may be anything that TensorFlow Datasets understands, such as
-    `train+restval` or `train[:1%]`. Data sets without an adapter in `_ADAPTERS` give the pair of
-    one text and one picture.
+    `path` is a folder with a `dataset_info.json`, or a name such as `coco_captions` or `covr`. A
+    named dataset is downloaded and built if it does not exist, if that works without TensorFlow.
+    `read_split` may use the syntax of TensorFlow Datasets, such as `train+restval` or
+    `train[:1%]`. A dataset without an adapter in `_ADAPTERS` gives pairs of one text and one image.
 
     Raises:
-      UserError: there is no such data set or split, or it cannot be read without TensorFlow.
+      UserError: the dataset or split does not exist, or cannot be read without TensorFlow.
     """
 
     def __init__(self, config: SourceConfig):
@@ -40,8 +45,10 @@ class Tfds(Numbered):
         super().__init__(config)
 
     def version(self, shard: str) -> str:
-        """Of all files of the data set."""
-        return version(sorted(entry.path for entry in os.scandir(self._folder) if entry.is_file()))
+        """Returns a fingerprint of all files of the dataset."""
+        return fingerprint(
+            sorted(entry.path for entry in os.scandir(self._folder) if entry.is_file())
+        )
 
     def _open(self) -> Sequence[bytes]:
         splits: list[str] = []
@@ -53,40 +60,41 @@ class Tfds(Numbered):
             )
         except NotImplementedError as error:
             raise UserError(
-                f"the data set in {self._folder} is not in ArrayRecord format; convert it with "
+                f"the dataset in {self._folder} is not in ArrayRecord format; convert it with "
                 "`tfds convert_format --out_file_format=array_record`"
             ) from error
         except Exception as error:
-            there = f"; it has {', '.join(splits)}" if splits else ""
+            existing = f"; the splits are {', '.join(splits)}" if splits else ""
             raise UserError(
-                f"the split {self.split!r} of the data set in {self._folder} cannot be read{there}"
+                f"the split {self.split!r} of the dataset in {self._folder} cannot be read"
+                f"{existing}"
             ) from error
-        self._adapter: Callable[[Features, str, SourceConfig], list[Raw | Reject]]
+        self._adapter: Callable[[Features, str, SourceConfig], list[RawRecord | Reject]]
         self._adapter = _ADAPTERS.get(builder.name, _pair)
         return rows
 
-    def _read(self, index: int) -> list[Raw | Reject]:
+    def _read(self, index: int) -> list[RawRecord | Reject]:
         example = tf_example_pb2.Example.FromString(self._rows[index])
         return self._adapter(example.features.feature, f"{self.split}/{index}", self.config)
 
 
 def _folder(path: str) -> str:
-    """The folder of the data set that `path` names; it is downloaded and made if need be."""
+    """Returns the folder of the dataset that `path` names; a missing dataset is built first."""
     if os.path.isdir(path):
         if not os.path.isfile(os.path.join(path, "dataset_info.json")):
             raise UserError(
-                f"{path} has no dataset_info.json; give the folder of one version of a data set"
+                f"{path} has no dataset_info.json; give the folder of one version of a dataset"
             )
         return path
     try:
-        # Files first: the code of most data sets needs TensorFlow, files do not.
+        # Try existing files first: they need no TensorFlow, but the code of most datasets does.
         builder = tfds.core.read_only_builder.builder_from_files(path)
     except tfds.core.DatasetNotFoundError:
-        builder = _make(path)
+        builder = _build(path)
     return os.fspath(builder.data_path)
 
 
-def _make(name: str) -> tfds.core.DatasetBuilder:
+def _build(name: str) -> tfds.core.DatasetBuilder:
     command = f"tfds build {name} --file_format=array_record"
     try:
         builder = tfds.builder(name, file_format="array_record")
@@ -94,22 +102,22 @@ def _make(name: str) -> tfds.core.DatasetBuilder:
             download_config=tfds.download.DownloadConfig(try_download_gcs=False)
         )
     except tfds.core.DatasetNotFoundError as error:
-        raise UserError(f"there is no data set and no folder called {name}") from error
+        raise UserError(f"there is no dataset and no folder called {name}") from error
     except ImportError as error:
         raise UserError(
-            f"making the data set {name} needs {_missing(error)}; make it where that is "
+            f"building the dataset {name} needs {_missing_package(error)}; build it where that is "
             f"installed (`{command}`) and give its folder"
         ) from error
     except Exception as error:
         raise UserError(
-            f"the data set {name} cannot be made here; make it elsewhere (`{command}`) and give "
+            f"the dataset {name} cannot be built here; build it elsewhere (`{command}`) and give "
             "its folder"
         ) from error
     return builder
 
 
-def _missing(error: BaseException | None) -> str:
-    """The package that an import did not find; TensorFlow Datasets raises errors without names."""
+def _missing_package(error: BaseException | None) -> str:
+    """Returns the package that is not installed; TensorFlow Datasets hides it in the causes."""
     while error is not None:
         if isinstance(error, ImportError) and error.name:
             return f"the package {error.name}"
@@ -117,34 +125,35 @@ def _missing(error: BaseException | None) -> str:
     return "a package that is not installed"
 
 
-def _coco_captions(features: Features, key: str, config: SourceConfig) -> list[Raw | Reject]:
-    """A record for each pair of picture and caption, as training from text to picture sees them."""
-    said = {"key": str(features["image/id"].int64_list.value[0])}
-    picture = check_picture(_one(features, "image"), "image")
-    return captions(said, features["captions/text"].bytes_list.value, picture)
+def _coco_captions(features: Features, key: str, config: SourceConfig) -> list[RawRecord | Reject]:
+    """Returns one record per caption of an image."""
+    metadata = {"key": str(features["image/id"].int64_list.value[0])}
+    image = check_image(_first_value(features, "image"), "image")
+    return caption_records(metadata, features["captions/text"].bytes_list.value, image)
 
 
-def _covr(features: Features, key: str, config: SourceConfig) -> list[Raw | Reject]:
-    """Question, pictures, answer."""
-    question = check_text(_one(features, "utterance"), "utterance")
-    answer = check_text(_one(features, "label"), "label")
-    pictures = [check_picture(value, "images") for value in features["images"].bytes_list.value]
-    # A question without an answer has this label.
+def _covr(features: Features, key: str, config: SourceConfig) -> list[RawRecord | Reject]:
+    """Returns a record of a question, its images and the answer."""
+    question = check_text(_first_value(features, "utterance"), "utterance")
+    answer = check_text(_first_value(features, "label"), "label")
+    images = [check_image(value, "images") for value in features["images"].bytes_list.value]
+    # The label "None" marks a question without an answer.
     answers = () if answer == "None" else (answer,)
-    return [Raw(key=key, parts=(question, *pictures, *answers))]
+    return [RawRecord(key=key, parts=(question, *images, *answers))]
 
 
-def _pair(features: Features, key: str, config: SourceConfig) -> list[Raw | Reject]:
-    """The text and the picture that the configuration names, or those that are usually there."""
-    text = _first(features, config.text, TEXTS)
-    picture = _first(features, config.picture, PICTURES)
-    said = claims({name: _one(features, name) for name in CLAIM_NAMES if name in features}, config)
+def _pair(features: Features, key: str, config: SourceConfig) -> list[RawRecord | Reject]:
+    """Returns a record of the text and the image that the configuration or the defaults name."""
+    text = _feature_name(features, config.text, TEXT_NAMES)
+    image = _feature_name(features, config.picture, IMAGE_NAMES)
+    values = {name: _first_value(features, name) for name in METADATA_NAMES if name in features}
+    metadata = read_metadata(values, config)
     return [
-        Raw(
-            **{**said, "key": said["key"] or key},
+        RawRecord(
+            **{**metadata, "key": metadata["key"] or key},
             parts=(
-                check_text(_one(features, text), text),
-                check_picture(_one(features, picture), picture),
+                check_text(_first_value(features, text), text),
+                check_image(_first_value(features, image), image),
             ),
         )
     ]
@@ -153,15 +162,16 @@ def _pair(features: Features, key: str, config: SourceConfig) -> list[Raw | Reje
 _ADAPTERS = {"coco_captions": _coco_captions, "covr": _covr}
 
 
-def _first(features: Features, chosen: str, usual: tuple[str, ...]) -> str:
-    for name in (chosen,) if chosen else usual:
+def _feature_name(features: Features, configured: str, defaults: tuple[str, ...]) -> str:
+    """Returns the configured name, or the first default name that the features have."""
+    for name in (configured,) if configured else defaults:
         if name in features:
             return name
-    raise Fault("missing_field", f"no feature is called {chosen or ' or '.join(usual)}")
+    raise RecordError("missing_field", f"there is no feature {configured or ' or '.join(defaults)}")
 
 
-def _one(features: Features, name: str) -> Any:
-    """The first value of a feature, or None."""
+def _first_value(features: Features, name: str) -> Any:
+    """Returns the first value of a feature, or None."""
     feature = features[name]
     values = feature.bytes_list.value or feature.int64_list.value
     return values[0] if values else None

@@ -1,8 +1,8 @@
-"""WebDataset: tar files whose members are grouped into samples by name, as img2dataset writes them.
+"""Reads WebDataset: tar files whose members form samples by name, as img2dataset writes them.
 
-`0001.jpg`, `0001.txt` and `0001.json` are one sample. A tar file is read from front to back with
-the standard library, and nothing is ever unpacked to a disk. Neither library nor file is trusted
-with memory or time: every header and every member has a bounded cost.
+`0001.jpg`, `0001.txt` and `0001.json` are one sample. A tar file is read sequentially with the
+standard library, and nothing is unpacked to disk. The files are untrusted: the memory and time for
+each header and each member are limited.
 """
 
 import dataclasses
@@ -12,138 +12,150 @@ import os
 import tarfile
 from collections.abc import Iterator
 
-from leon_jax.data.sources.field_values import Fault, check_text, claims, parse_object
-from leon_jax.data.sources.files import find, version
+from leon_jax.data.sources.field_values import RecordError, check_text, parse_object, read_metadata
+from leon_jax.data.sources.files import find_files, fingerprint
 from leon_jax.data.sources.raw_record import (
-    LARGEST_PICTURE,
-    LARGEST_TEXT,
-    Raw,
+    MAX_IMAGE_BYTES,
+    MAX_TEXT_BYTES,
+    RawRecord,
     Reject,
     SourceConfig,
 )
 
-PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
+IMAGE_NAMES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
 _ARCHIVES = (".tar", ".tar.gz", ".tgz")
 _GZIP = b"\x1f\x8b"
-# Pictures do not get much smaller by gzip; what does is a trap.
-_LARGEST_RATIO = 100
-# Names have 4,096 bytes at most. Python's parser of extended headers takes time that grows with
-# the square of their length.
-_LONGEST_HEADER = 2**13
+# Gzip barely compresses encoded images, so a higher ratio is a decompression bomb.
+_MAX_COMPRESSION = 100
+# Names have at most 4,096 bytes. The time of Python's parser for extended headers is quadratic in
+# their length.
+_MAX_HEADER_BYTES = 2**13
 
 
 class WebDataset:
-    """A source of tar files, plain or gzipped; each is a shard.
+    """A source of tar files, plain or gzipped; each file is a shard.
 
-    The text of a sample is its `.txt`, or else `caption` or `text` of its `.json`; other claims
-    (`CLAIMS` in fields.py) are read from its `.json`. With `text` and `picture` the configuration
-    names other endings, and `text` may also name a field of the `.json`.
+    The text of a sample is its `.txt`, or else `caption` or `text` of its `.json`. The metadata
+    (`field_values.METADATA_FIELDS`) comes from the `.json`. `text` and `picture` of the
+    configuration name other extensions, and `text` may also name a field of the `.json`.
 
     Raises:
-      UserError: there is no such file.
+      UserError: a file does not exist.
     """
 
     def __init__(self, config: SourceConfig):
         self.config = config
-        self._folder, self._files = find(config.path, _ARCHIVES)
-        self._pictures = (config.picture.lower(),) if config.picture else PICTURES
-        self._texts = (config.text.lower() if config.text else "txt", "json")
+        self._folder, self._files = find_files(config.path, _ARCHIVES)
+        self._image_extensions = (config.picture.lower(),) if config.picture else IMAGE_NAMES
+        self._text_extensions = (config.text.lower() if config.text else "txt", "json")
 
     def shards(self) -> list[str]:
-        """The names of the tar files."""
+        """Returns the names of the tar files."""
         return list(self._files)
 
     def version(self, shard: str) -> str:
-        """Of the tar file."""
-        return version([os.path.join(self._folder, shard)])
+        """Returns a fingerprint of the tar file."""
+        return fingerprint([os.path.join(self._folder, shard)])
 
-    def read(self, shard: str) -> Iterator[Raw | Reject]:
-        """The samples of a tar file, in order; one whose end is missing with the file's is none."""
+    def read(self, shard: str) -> Iterator[RawRecord | Reject]:
+        """Yields the samples of a tar file, in order. A sample that is cut off is left out."""
         name = shard.removesuffix(".gz").removesuffix(".tar").removesuffix(".tgz")
         try:
             for sample in self._samples(os.path.join(self._folder, shard)):
                 yield self._record(f"{name}/{sample.name}", sample)
-        except Fault as fault:
-            yield fault.reject(shard)
+        except RecordError as error:
+            yield error.reject(shard)
 
     def _samples(self, path: str) -> Iterator["_Sample"]:
         sample = None
         for member, archive in _members(path):
-            fault = _fault(member)
-            name, ending = _split(member.name)
-            # Hidden files and files without an ending are no part of any sample.
-            if member.isdir() or (not ending and fault is None):
+            error = _member_error(member)
+            name, extension = _split(member.name)
+            # Hidden files and files without an extension belong to no sample.
+            if member.isdir() or (not extension and error is None):
                 continue
             if sample is None or name != sample.name:
                 if sample is not None:
                     yield sample
                 sample = _Sample(name)
-            fault = fault or self._refusal(sample, ending, member.size)
-            if fault is not None:
-                sample.fault = sample.fault or fault
-            elif ending in self._pictures + self._texts and sample.fault is None:
-                sample.files[ending] = archive.contents(member)
+            error = error or self._file_error(sample, extension, member.size)
+            if error is not None:
+                sample.error = sample.error or error
+            elif (
+                extension in self._image_extensions + self._text_extensions and sample.error is None
+            ):
+                sample.files[extension] = archive.contents(member)
         if sample is not None:
             yield sample
 
-    def _refusal(self, sample: "_Sample", ending: str, size: int) -> Fault | None:
-        """Why a file of so many bytes does not become part of a sample."""
-        if ending in sample.files:
-            return Fault("unreadable_record", f"it has two files ending in .{ending}")
-        if ending in self._texts:
-            most = LARGEST_TEXT
-        elif ending in self._pictures:
-            held = [data for end, data in sample.files.items() if end in self._pictures]
-            most = LARGEST_PICTURE - sum(map(len, held))
+    def _file_error(self, sample: "_Sample", extension: str, size: int) -> RecordError | None:
+        """Returns why a file of `size` bytes cannot be added to a sample, or None."""
+        if extension in sample.files:
+            return RecordError("unreadable_record", f"it has two files ending in .{extension}")
+        if extension in self._text_extensions:
+            limit = MAX_TEXT_BYTES
+        elif extension in self._image_extensions:
+            images = [data for name, data in sample.files.items() if name in self._image_extensions]
+            limit = MAX_IMAGE_BYTES - sum(map(len, images))
         else:
             return None
-        if size > most:
-            return Fault("record_too_large", f".{ending} has {size} bytes, at most {most}")
+        if size > limit:
+            return RecordError(
+                "record_too_large", f".{extension} has {size} bytes, at most {limit}"
+            )
         return None
 
-    def _record(self, key: str, sample: "_Sample") -> Raw | Reject:
+    def _record(self, key: str, sample: "_Sample") -> RawRecord | Reject:
         try:
-            if sample.fault:
-                raise sample.fault
+            if sample.error:
+                raise sample.error
             fields = parse_object(sample.files["json"]) if "json" in sample.files else {}
-            said = claims(fields, self.config)
-            key = said["key"] or key
-            if self._texts[0] in sample.files:
-                # A mark at the beginning and a line's end are the editor's, not the text's.
-                data = sample.files[self._texts[0]].removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n")
-                text = check_text(data, f".{self._texts[0]}")
+            metadata = read_metadata(fields, self.config)
+            key = metadata["key"] or key
+            extension = self._text_extensions[0]
+            if extension in sample.files:
+                # Editors add the byte order mark and the final newline.
+                data = sample.files[extension].removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n")
+                text = check_text(data, f".{extension}")
             else:
                 names = (self.config.text,) if self.config.text else ("caption", "text")
                 values = [fields[name] for name in names if fields.get(name) is not None]
                 text = check_text(values[0] if values else None, f"the {names[0]}")
-            pictures = [sample.files[end] for end in self._pictures if end in sample.files]
-            if not pictures:
-                raise Fault("missing_field", f"no file ends in .{' or .'.join(self._pictures)}")
-            return Raw(**{**said, "key": key}, parts=(text, pictures[0]))
-        except Fault as fault:
-            return fault.reject(key)
+            images = [sample.files[name] for name in self._image_extensions if name in sample.files]
+            if not images:
+                extensions = " or .".join(self._image_extensions)
+                raise RecordError("missing_field", f"no file ends in .{extensions}")
+            return RawRecord(**{**metadata, "key": key}, parts=(text, images[0]))
+        except RecordError as error:
+            return error.reject(key)
 
 
 @dataclasses.dataclass
 class _Sample:
-    """What was read of a sample: its files by ending, and the first thing wrong with it."""
+    """The files of a sample by extension, and its first error."""
 
     name: str
     files: dict[str, bytes] = dataclasses.field(default_factory=dict)
-    fault: Fault | None = None
+    error: RecordError | None = None
 
 
-class _Metered:
-    """A file for `tarfile`, with a limit on what may be read next and on how long it may be."""
+class _LimitedFile:
+    """A file for `tarfile` that limits the bytes of the next reads and the size of the file.
+
+    Args:
+      file: the archive, unpacked.
+      length: maximum number of bytes of the unpacked archive.
+    """
 
     def __init__(self, file: io.BufferedIOBase, length: int):
         self._file = file
         self._length = length
-        self._left = 0
-        self.last = b""  # what was read last
+        self._remaining = 0
+        self.last = b""  # result of the last read
 
     def allow(self, size: int) -> None:
-        self._left = size
+        """Permits reads of `size` bytes in total until the next call."""
+        self._remaining = size
 
     def contents(self, member: tarfile.TarInfo) -> bytes:
         self.allow(member.size)
@@ -153,92 +165,94 @@ class _Metered:
         except Exception as error:
             raise _unreadable(error) from error
         if len(data) != member.size:
-            raise Fault("unreadable_shard", f"it ends within {member.name!r}")
+            raise RecordError("unreadable_shard", f"the file ends within {member.name!r}")
         return data
 
     def read(self, size: int) -> bytes:
-        if not 0 <= size <= self._left:
+        if not 0 <= size <= self._remaining:
             raise tarfile.ReadError("a header is too long")
-        self._left -= size
+        self._remaining -= size
         self.last = self._file.read(size)
         return self.last
 
     def seek(self, position: int) -> None:
         if not 0 <= position <= self._length:
-            raise tarfile.ReadError("it ends early, or unpacks to far more than it should")
+            raise tarfile.ReadError("the file is truncated, or its compression ratio is too high")
         self._file.seek(position)
 
     def tell(self) -> int:
         return self._file.tell()
 
 
-def _members(path: str) -> Iterator[tuple[tarfile.TarInfo, _Metered]]:
-    """The members of a tar file in order, and where the contents of each can be read.
+def _members(path: str) -> Iterator[tuple[tarfile.TarInfo, _LimitedFile]]:
+    """Yields the members of a tar file in order, each with the archive to read its contents from.
 
     Raises:
-      Fault: the rest cannot be read.
+      RecordError: the rest of the file cannot be read.
     """
     try:
         with open(path, "rb") as plain:
             length = os.fstat(plain.fileno()).st_size
-            packed = plain.read(len(_GZIP)) == _GZIP
+            gzipped = plain.read(len(_GZIP)) == _GZIP
             plain.seek(0)
-            if not packed:
-                yield from _walk(_Metered(plain, length))
+            if not gzipped:
+                yield from _walk(_LimitedFile(plain, length))
                 return
             with gzip.open(plain) as unpacked:
-                yield from _walk(_Metered(unpacked, _LARGEST_RATIO * length + 2**20))
+                yield from _walk(_LimitedFile(unpacked, _MAX_COMPRESSION * length + 2**20))
     except OSError as error:
         raise _unreadable(error) from error
 
 
-def _walk(archive: _Metered) -> Iterator[tuple[tarfile.TarInfo, _Metered]]:
-    archive.allow(_LONGEST_HEADER)
+def _walk(archive: _LimitedFile) -> Iterator[tuple[tarfile.TarInfo, _LimitedFile]]:
+    archive.allow(_MAX_HEADER_BYTES)
     try:
         tar = tarfile.TarFile(fileobj=archive)  # type: ignore[arg-type]
-    except Exception as error:  # damaged headers fail in many ways, some by recursion
+    except Exception as error:  # damaged headers raise many exceptions, also RecursionError
         raise _unreadable(error) from error
     position = -1
     while True:
-        archive.allow(_LONGEST_HEADER)
+        archive.allow(_MAX_HEADER_BYTES)
         try:
             member = tar.next()
         except Exception as error:
             raise _unreadable(error) from error
         if member is None:
             break
-        # Nothing looks back, so that memory need not grow with the archive.
+        # Forget earlier members, so that memory does not grow with the archive.
         tar.members = []  # type: ignore[attr-defined]
         tar.pax_headers = {}
         if tar.offset <= position:
-            raise Fault("unreadable_shard", "a member ends before it begins")
+            raise RecordError("unreadable_shard", "a member ends before it begins")
         position = tar.offset
         yield member, archive
-    # The library ends quietly at a damaged header, but an archive ends with blocks of zeros.
+    # `tarfile` stops silently at a damaged header. A complete archive ends with blocks of zeros.
     if not archive.last or archive.last.strip(b"\0"):
-        raise Fault("unreadable_shard", f"it is damaged or cut short at byte {tar.offset}")
+        raise RecordError(
+            "unreadable_shard", f"the file is damaged or truncated at byte {tar.offset}"
+        )
 
 
 def _split(name: str) -> tuple[str, str]:
-    """The sample that a member belongs to, which goes up to the first dot, and the rest."""
+    """Splits the name of a member at its first dot into the sample and the extension."""
     folder, slash, base = name.removeprefix("./").rpartition("/")
-    stem, _, ending = base.partition(".")
-    return (folder + slash + stem, ending.lower()) if stem and ending else (name, "")
+    stem, _, extension = base.partition(".")
+    return (folder + slash + stem, extension.lower()) if stem and extension else (name, "")
 
 
-def _fault(member: tarfile.TarInfo) -> Fault | None:
-    """Why a member is not read, whatever it is for."""
+def _member_error(member: tarfile.TarInfo) -> RecordError | None:
+    """Returns why a member cannot be read, whatever its extension, or None."""
     name = member.name
     if name.startswith("/") or ".." in name.split("/") or "\0" in name:
-        return Fault("unsafe_name", f"{name!r} is not a path below a folder")
+        return RecordError("unsafe_name", f"{name!r} is not a path below a folder")
     if member.islnk() or member.issym():
-        return Fault("unsafe_name", f"{name!r} is a link to {member.linkname!r}")
+        return RecordError("unsafe_name", f"{name!r} is a link to {member.linkname!r}")
     if not (member.isdir() or member.isreg()) or member.issparse():
-        return Fault("unreadable_record", f"{name!r} is not a plain file")
+        return RecordError("unreadable_record", f"{name!r} is not a plain file")
     if name != name.encode(errors="replace").decode():
-        return Fault("not_utf8", f"the name {name!r}")
+        return RecordError("not_utf8", f"the name {name!r}")
     return None
 
 
-def _unreadable(error: Exception) -> Fault:
-    return Fault("unreadable_shard", f"{type(error).__name__}: {error}")
+def _unreadable(error: Exception) -> RecordError:
+    return RecordError("unreadable_shard", f"{type(error).__name__}: {error}")

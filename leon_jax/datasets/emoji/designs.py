@@ -1,6 +1,6 @@
-"""How the emoji look: two designs of each concept, drawn from SVG files inside PyPI packages.
+"""Renders the emoji: two designs of each concept, from SVG files in PyPI packages.
 
-A *concept* is one emoji, written as its code points without FE0F ("1F431", "1F468-200D-1F680").
+A *concept* is one emoji, named by its code points without FE0F ("1F431", "1F468-200D-1F680").
 """
 
 import dataclasses
@@ -21,7 +21,17 @@ SIDE = 96  # pixels
 
 @dataclasses.dataclass(frozen=True)
 class Design:
-    """One artist's drawing of every concept, and the terms it comes under."""
+    """A set of drawings of the concepts in one style.
+
+    Attributes:
+      name: name of the design in keys.
+      style: name of the style in captions.
+      package: the PyPI package with the drawings.
+      module: the Python module of the package.
+      folder: the folder of SVG files in the module.
+      licence: SPDX identifier.
+      attribution: the credit line.
+    """
 
     name: str
     style: str
@@ -56,14 +66,14 @@ DESIGNS = (OPENMOJI, TWEMOJI)
 
 
 def render(design: Design, concept: str) -> UInt8[np.ndarray, "96 96 3"]:
-    """Draws a concept on white, 96 by 96 pixels, sRGB.
+    """Renders a concept on white, in sRGB.
 
     Raises:
       UserError: a package is not installed.
-      KeyError: the design has no such concept.
+      KeyError: the design lacks the concept.
     """
     resvg = import_package("resvg_py", "resvg-py")
-    # System fonts would make the picture depend on the machine; no design needs any.
+    # System fonts would make the image depend on the machine; no design needs them.
     png = resvg.svg_to_bytes(
         svg_path=str(files(design)[concept]),
         width=SIDE,
@@ -71,16 +81,16 @@ def render(design: Design, concept: str) -> UInt8[np.ndarray, "96 96 3"]:
         background="#ffffff",
         skip_system_fonts=True,
     )
-    drawn = PIL.Image.open(io.BytesIO(bytes(png))).convert("RGB")
-    # The longer side of a drawing that is not square is SIDE; it goes in the middle.
+    image = PIL.Image.open(io.BytesIO(bytes(png))).convert("RGB")
+    # If a drawing is not square, its longer side is SIDE; centre it.
     canvas = PIL.Image.new("RGB", (SIDE, SIDE), "white")
-    canvas.paste(drawn, ((SIDE - drawn.width) // 2, (SIDE - drawn.height) // 2))
+    canvas.paste(image, ((SIDE - image.width) // 2, (SIDE - image.height) // 2))
     return np.asarray(canvas)
 
 
 @functools.cache
 def files(design: Design) -> dict[str, pathlib.Path]:
-    """Concept -> SVG file.
+    """Returns the SVG file of each concept.
 
     Raises:
       UserError: the package is not installed.
@@ -98,7 +108,7 @@ def files(design: Design) -> dict[str, pathlib.Path]:
 
 
 def import_package(name: str, package: str) -> ModuleType:
-    """The module `name` of a PyPI package.
+    """Imports the module `name` of a PyPI package.
 
     Raises:
       UserError: the package is not installed.
@@ -107,5 +117,5 @@ def import_package(name: str, package: str) -> ModuleType:
         return importlib.import_module(name)
     except ImportError as error:
         raise UserError(
-            f"the emoji pictures need the package {package}; run: pip install leon_jax[demo]"
+            f"the emoji images need the package {package}; run: pip install leon_jax[demo]"
         ) from error

@@ -1,4 +1,4 @@
-"""Drawing the emoji data set into a TensorFlow Datasets folder. Needs no TensorFlow."""
+"""Renders the emoji dataset into a TensorFlow Datasets folder. It needs no TensorFlow."""
 
 import contextlib
 import fcntl
@@ -11,10 +11,10 @@ from leon_jax.datasets.emoji.source import is_prepared
 
 
 def make(data_dir: str | os.PathLike) -> None:
-    """Draws the data set into `data_dir`, if it is not there yet (about 30 s, 25 MB).
+    """Renders the dataset into `data_dir`, unless it exists (about 30 s, 25 MB).
 
-    Shows progress. The folder appears complete or not at all, and a second process waits for the
-    first.
+    It shows its progress. The folder is renamed into place once it is complete. If two processes
+    render, the second waits for the first.
 
     Raises:
       UserError: a package is missing, or `data_dir` cannot be written.
@@ -40,7 +40,7 @@ def make(data_dir: str | os.PathLike) -> None:
 
 @contextlib.contextmanager
 def _lock(data_dir: str | os.PathLike) -> Iterator[None]:
-    """Holds `data_dir` against other processes that would prepare it too."""
+    """Holds the lock of `data_dir`, so that no other process renders into it."""
     try:
         pathlib.Path(data_dir).mkdir(parents=True, exist_ok=True)
         file = (pathlib.Path(data_dir) / ".emoji.lock").open("w")

@@ -1,16 +1,16 @@
-"""The emoji data set as a source of `leon prepare`, of kind `emoji`."""
+"""The emoji dataset as a source of `leon prepare`, of the kind `emoji`."""
 
-from leon_jax.data.sources.random_access import Numbered
-from leon_jax.data.sources.raw_record import Raw, Reject, SourceConfig
+from leon_jax.data.sources.random_access import IndexedSource
+from leon_jax.data.sources.raw_record import RawRecord, Reject, SourceConfig
 from leon_jax.datasets.emoji.make import make
 from leon_jax.datasets.emoji.source import VERSION, EmojiSource
 
 
-class EmojiShards(Numbered):
-    """One split of the data set in the folder `path`, which is drawn if it is not there.
+class EmojiShards(IndexedSource):
+    """A split of the dataset in the folder `path`; a missing dataset is rendered first.
 
     Raises:
-      UserError: there is no such split, or the data set cannot be drawn or read.
+      UserError: the split does not exist, or the dataset cannot be rendered or read.
     """
 
     def __init__(self, config: SourceConfig):
@@ -18,16 +18,16 @@ class EmojiShards(Numbered):
         super().__init__(config)
 
     def version(self, shard: str) -> str:
-        """Of the drawings; it goes up with any change of them."""
+        """Returns the version of the dataset, which increases with every change of its records."""
         return VERSION
 
     def _open(self) -> EmojiSource:
         return EmojiSource(self.split, self.config.path)
 
-    def _read(self, index: int) -> list[Raw | Reject]:
+    def _read(self, index: int) -> list[RawRecord | Reject]:
         text, png, provenance = self._rows.stored(index)
         return [
-            Raw(
+            RawRecord(
                 key=provenance.key,
                 parts=(text, png),
                 licence=provenance.licence,

@@ -1,6 +1,6 @@
-"""Reading the emoji data set: each split as a sequence of documents with random access.
+"""Reads the emoji dataset: each split is a sequence of documents with random access.
 
-The data set is a TensorFlow Datasets folder (`make.py` draws it). Reading needs no TensorFlow.
+The dataset is a TensorFlow Datasets folder that `make.py` renders. Reading needs no TensorFlow.
 """
 
 import os
@@ -16,29 +16,29 @@ from leon_jax.documents import Document, Image, Provenance, Text
 Split = Literal["train", "unseen_design", "unseen_concept"]
 
 SPLITS: tuple[str, ...] = get_args(Split)
-# Goes up when a picture, a caption or a split changes, so that an old folder is left alone.
+# Increase it when an image, a caption or a split changes; an old folder then remains unchanged.
 VERSION = "1.0.0"
 
 
 def is_prepared(data_dir: str | os.PathLike) -> bool:
-    """Whether `make.make` has finished in this folder."""
+    """Tells whether `make.make` has completed in this folder."""
     return (dataset_folder(data_dir) / "dataset_info.json").is_file()
 
 
 class EmojiSource:
-    """One split as a sequence of documents (caption, image), for Grain or for a loop.
+    """One split as a sequence of documents; a Grain data source.
 
     Args:
       split: "train" (both designs, a quarter of the Twemoji captions in 13 other languages),
-        "unseen_design" (Twemoji pictures of concepts that train knows from OpenMoji only) or
+        "unseen_design" (Twemoji images of concepts that train has only as OpenMoji images) or
         "unseen_concept" (both designs of concepts that are not in train).
-      data_dir: where `make.make` put the data set.
+      data_dir: the folder of `make.make`.
 
     `source[i]` is Document((Text(caption), Image(pixels=uint8[96, 96, 3])), provenance). A source
-    can be pickled: another process opens the files anew.
+    can be pickled; another process opens the files again.
 
     Raises:
-      UserError: there is no such split, the dataset is not prepared, or it cannot be read.
+      UserError: the split or the dataset does not exist, or the dataset cannot be read.
     """
 
     def __init__(self, split: str, data_dir: str | os.PathLike):
@@ -56,7 +56,7 @@ class EmojiSource:
         return Document((Text(caption), Image(pixels=from_png(png))), provenance)
 
     def stored(self, index: int) -> tuple[str, bytes, Provenance]:
-        """The caption, the picture as the PNG file that it is stored as, and the provenance."""
+        """Returns the caption, the stored PNG file and the provenance of a document."""
         index = int(index)
         if not -len(self) <= index < len(self):
             raise IndexError(f"document {index} of {len(self)} in {self!r}")
@@ -95,7 +95,7 @@ class EmojiSource:
             ) from error
         folder = dataset_folder(self.data_dir)
         try:
-            # PNG is decoded here: the reader of tensorflow-datasets asks for OpenCV at each start.
+            # Skip decoding: tensorflow-datasets would need OpenCV; `from_png` decodes instead.
             return tfds.builder_from_directory(folder).as_data_source(
                 self.split, decoders={"picture": tfds.decode.SkipDecoding()}
             )
@@ -107,5 +107,5 @@ class EmojiSource:
 
 
 def dataset_folder(data_dir: str | os.PathLike) -> pathlib.Path:
-    """Where TensorFlow Datasets puts the builder `Emoji`."""
+    """Returns the folder where TensorFlow Datasets stores the builder `Emoji`."""
     return pathlib.Path(data_dir) / "emoji" / VERSION

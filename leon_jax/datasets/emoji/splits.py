@@ -1,7 +1,7 @@
-"""Which emoji pictures are held out, and what each split holds.
+"""Chooses the held-out emoji images and lists the members of each split.
 
-A *family* is a concept with its near-identical variants: skin tones, genders, directions, and
-whatever else has an identical drawing. A family is held out as a whole or not at all.
+A *family* is a concept with its nearly identical variants: skin tones, genders, directions and
+concepts with an identical drawing. Either all members of a family are held out, or none.
 
 `python -m leon_jax.datasets.emoji.splits` writes `splits.json`, the committed record.
 """
@@ -25,7 +25,7 @@ SPLITS_FILE = pathlib.Path(__file__).with_name("splits.json")
 _SALT = "leon_jax emoji 1"
 _UNSEEN_CONCEPTS = 100
 _UNSEEN_DESIGNS = 200
-_LARGEST_FAMILY = 18
+_MAX_FAMILY_SIZE = 18
 _COUPLES = {
     "1F46B": "1F9D1-200D-1F91D-200D-1F9D1",  # holding hands
     "1F46C": "1F9D1-200D-1F91D-200D-1F9D1",
@@ -37,13 +37,13 @@ _COUPLES = {
 
 @dataclasses.dataclass(frozen=True)
 class Splits:
-    """The held-out concepts, in evaluation order, and what was learned by drawing everything.
+    """The held-out concepts, in evaluation order, and facts about the rendered images.
 
     Attributes:
-      unseen_concept: both designs are held out.
-      unseen_design: only the Twemoji design is held out.
-      twins: families that share a drawing with another one, each mapped to the one it joins.
-      empty: concepts dropped because a design of them draws nothing.
+      unseen_concept: concepts with both designs held out.
+      unseen_design: concepts with only the Twemoji design held out.
+      twins: families that share a drawing with another family, each mapped to that family.
+      empty: concepts that are dropped because one of their drawings is blank.
     """
 
     unseen_concept: tuple[str, ...]
@@ -52,12 +52,12 @@ class Splits:
     empty: tuple[str, ...]
 
     def family(self, concept: str) -> str:
-        """The family of a concept, identical drawings of other families included."""
+        """Returns the family of a concept; families with identical drawings are joined."""
         return self.twins.get(family(concept), family(concept))
 
 
 def family(concept: str) -> str:
-    """The concept without skin tone, gender sign and direction, man and woman being person.
+    """Removes skin tone, gender sign and direction from a concept; man and woman become person.
 
     >>> family("1F468-1F3FB-200D-1F680")
     '1F9D1-200D-1F680'
@@ -69,43 +69,43 @@ def family(concept: str) -> str:
 
 
 def fraction(*words: str) -> float:
-    """A number in [0, 1) that depends on the words alone: the coin of every split decision."""
+    """Returns a hash of the words as a number in [0, 1), the random number of a split decision."""
     digest = hashlib.sha256("\x00".join((_SALT, *words)).encode()).digest()
     return int.from_bytes(digest[:8]) / 2**64
 
 
 def caption_language(concept: str) -> str:
-    """The language of the Twemoji caption in train: English, or for a quarter another one."""
+    """Returns the language of a Twemoji caption in train: English, or another for a quarter."""
     if fraction("foreign", concept) >= 0.25:
         return "en"
     return LANGUAGES[int(fraction("language", concept) * len(LANGUAGES))]
 
 
 def compute_splits() -> Splits:
-    """Chooses what is held out; draws every picture once (about 20 s) to find equal ones.
+    """Chooses the held-out concepts. It renders all images (about 20 s) to find identical ones.
 
-    Families are taken in hash order; one that would overshoot the wanted number is skipped, and so
-    is one with more members than three genders in six skin tones (the couples, in 26 pairs of skin
-    tones, would fill a split). The result depends on the packages alone, and `splits.json` is its
-    record.
+    Families are taken in the order of their hashes. A family is skipped if it would exceed the size
+    of the split, or if it has more members than three genders in six skin tones (couples, with 26
+    pairs of skin tones, would fill a split). The result depends only on the packages; `splits.json`
+    records it.
     """
     concepts = list(names())
-    drawn: dict[bytes, list[str]] = collections.defaultdict(list)
+    by_digest: dict[bytes, list[str]] = collections.defaultdict(list)
     empty = []
     for concept in concepts:
-        pictures = [render(design, concept) for design in DESIGNS]
-        if any(picture.min() == picture.max() for picture in pictures):
+        images = [render(design, concept) for design in DESIGNS]
+        if any(image.min() == image.max() for image in images):
             empty.append(concept)
             continue
-        for picture in pictures:
-            drawn[hashlib.sha256(picture.tobytes()).digest()].append(concept)
-    merged = _merge([family(c) for c in group] for group in drawn.values())
-    concepts = [c for c in concepts if c not in set(empty)]
+        for image in images:
+            by_digest[hashlib.sha256(image.tobytes()).digest()].append(concept)
+    merged = _merge([family(concept) for concept in group] for group in by_digest.values())
+    concepts = [concept for concept in concepts if concept not in set(empty)]
 
     members: dict[str, list[str]] = collections.defaultdict(list)
     for concept in concepts:
         members[merged[family(concept)]].append(concept)
-    order = [name for name in members if len(members[name]) <= _LARGEST_FAMILY]
+    order = [name for name in members if len(members[name]) <= _MAX_FAMILY_SIZE]
     order.sort(key=lambda name: fraction("split", name))
     unseen_concept = _take(order, members, _UNSEEN_CONCEPTS)
     order = [name for name in order if name not in unseen_concept]
@@ -113,14 +113,14 @@ def compute_splits() -> Splits:
     return Splits(
         unseen_concept=_interleave(unseen_concept, members),
         unseen_design=_interleave(unseen_design, members),
-        twins={name: least for name, least in sorted(merged.items()) if name != least},
+        twins={name: joined for name, joined in sorted(merged.items()) if name != joined},
         empty=tuple(empty),
     )
 
 
 @functools.cache
 def load_splits() -> Splits:
-    """The committed record of `compute_splits`."""
+    """Reads `splits.json`, the committed result of `compute_splits`."""
     values = json.loads(SPLITS_FILE.read_text())
     return Splits(
         unseen_concept=tuple(values["unseen_concept"]),
@@ -131,7 +131,7 @@ def load_splits() -> Splits:
 
 
 def splits_json(splits: Splits) -> str:
-    """What `splits.json` holds: the splits and the packages they were computed from."""
+    """Returns the content of `splits.json`: the splits and the versions of the packages."""
     packages = ("emoji", OPENMOJI.package, TWEMOJI.package)
     versions = {package: importlib.metadata.version(package) for package in packages}
     values = {"packages": versions, **dataclasses.asdict(splits)}
@@ -139,7 +139,7 @@ def splits_json(splits: Splits) -> str:
 
 
 def members() -> dict[str, list[tuple[Design, str, str]]]:
-    """What each split holds, in order: (design, concept, language of the caption).
+    """Returns the members of each split, in order: (design, concept, language of the caption).
 
     Raises:
       UserError: the packages lack a concept that `splits.json` names.
@@ -149,19 +149,20 @@ def members() -> dict[str, list[tuple[Design, str, str]]]:
     missing = (unseen_concept | unseen_design) - set(names())
     if missing:
         recorded = json.loads(SPLITS_FILE.read_text())["packages"]
-        wanted = " ".join(f"{name}=={version}" for name, version in recorded.items())
+        versions = " ".join(f"{name}=={version}" for name, version in recorded.items())
         raise UserError(
             f"the installed emoji packages lack {', '.join(sorted(missing)[:3])}, which the "
-            f"held-out splits name; run: pip install {wanted}"
+            f"held-out splits name; run: pip install {versions}"
         )
-    # With other package versions there may be new variants of held-out concepts.
-    held = {splits.family(c) for c in unseen_concept}, {splits.family(c) for c in unseen_design}
+    # Compare families: other package versions may have new variants of held-out concepts.
+    unseen_concept_families = {splits.family(concept) for concept in unseen_concept}
+    unseen_design_families = {splits.family(concept) for concept in unseen_design}
     train = []
     for concept in names():
-        if concept in splits.empty or splits.family(concept) in held[0]:
+        if concept in splits.empty or splits.family(concept) in unseen_concept_families:
             continue
         train.append((OPENMOJI, concept, "en"))
-        if splits.family(concept) not in held[1]:
+        if splits.family(concept) not in unseen_design_families:
             language = caption_language(concept)
             language = language if language in names()[concept] else "en"
             train.append((TWEMOJI, concept, language))
@@ -176,32 +177,32 @@ def members() -> dict[str, list[tuple[Design, str, str]]]:
 
 
 def _merge(groups: Iterable[list[str]]) -> dict[str, str]:
-    """Union of overlapping groups: each member -> the least member of its union."""
-    root: dict[str, str] = {}
+    """Joins overlapping groups and maps each member to the smallest member of its joined group."""
+    parents: dict[str, str] = {}
 
-    def find(name: str) -> str:
-        while root.setdefault(name, name) != name:
-            name = root[name]
+    def find_root(name: str) -> str:
+        while parents.setdefault(name, name) != name:
+            name = parents[name]
         return name
 
     for group in groups:
-        roots = {find(name) for name in group}
-        least = min(roots)
-        root.update(dict.fromkeys(roots, least))
-    return {name: find(name) for name in list(root)}
+        roots = {find_root(name) for name in group}
+        parents.update(dict.fromkeys(roots, min(roots)))
+    return {name: find_root(name) for name in list(parents)}
 
 
-def _take(order: list[str], members: Mapping[str, list[str]], wanted: int) -> list[str]:
+def _take(order: list[str], members: Mapping[str, list[str]], count: int) -> list[str]:
+    """Returns the first families, in order, that together have at most `count` members."""
     taken = []
     for name in order:
-        if len(members[name]) <= wanted:
+        if len(members[name]) <= count:
             taken.append(name)
-            wanted -= len(members[name])
+            count -= len(members[name])
     return taken
 
 
 def _interleave(families: list[str], members: Mapping[str, list[str]]) -> tuple[str, ...]:
-    """One concept of each family, then a second of each, ...: any first few are most diverse."""
+    """Lists one concept per family, then a second per family, ..., so any prefix is diverse."""
     rounds = max(len(members[name]) for name in families)
     return tuple(
         sorted(members[name], key=lambda c: fraction("order", c))[index]

@@ -1,4 +1,4 @@
-"""The examples of docs/bring_data.md make data that is read without a refusal."""
+"""The examples of docs/bring_data.md create data that is prepared without rejects."""
 
 import re
 from pathlib import Path
@@ -7,11 +7,11 @@ import pytest
 
 from leon_jax.cli import main
 from leon_jax.data.sources.open import open_source
-from leon_jax.data.sources.raw_record import Raw, SourceConfig
+from leon_jax.data.sources.raw_record import RawRecord, SourceConfig
 from leon_jax.retrieval.prepared_folder import PreparedFolder
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "bring_data.md"
-# A block of Python and the line that prepares what it makes.
+# A block of Python, and the command that prepares its data.
 EXAMPLES = re.findall(
     r"```python\n((?:(?!```).)*)```\n\n```bash\nleon (prepare --source=(\w+):\S+ [^\n]*)\n",
     PAGE.read_text(),
@@ -19,7 +19,7 @@ EXAMPLES = re.findall(
 )
 
 
-def test_every_format_that_is_made_with_a_few_lines_has_an_example():
+def test_every_format_has_an_example():
     kinds = [kind for _, _, kind in EXAMPLES]
     assert kinds == ["jsonl", "webdataset", "parquet", "huggingface"]
 
@@ -28,7 +28,7 @@ def test_every_format_that_is_made_with_a_few_lines_has_an_example():
     ("program", "command", "kind"), EXAMPLES, ids=[kind for _, _, kind in EXAMPLES]
 )
 def test_an_example_is_prepared(program, command, kind, tmp_path, monkeypatch):
-    """The data are made and prepared as the page says, with the models of the package."""
+    """Creates and prepares data as the page shows, with the models of the package."""
     monkeypatch.chdir(tmp_path)
     exec(program, {})
     assert main.run(command.split()) == 0
@@ -41,9 +41,9 @@ def test_an_example_is_prepared(program, command, kind, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("shape", re.findall(r"^\| `(\{.*\})` \|", PAGE.read_text(), re.M))
-def test_a_shape_of_the_table_is_read(shape, tmp_path):
+def test_a_record_form_of_the_table_is_read(shape, tmp_path):
     (tmp_path / "a.jsonl").write_text(shape)
     for name in re.findall(r"\w+\.png", shape):
         (tmp_path / name).write_bytes(b"picture")
     [raw] = open_source(SourceConfig("jsonl", str(tmp_path))).read("a.jsonl:1")
-    assert isinstance(raw, Raw)
+    assert isinstance(raw, RawRecord)

@@ -1,4 +1,4 @@
-"""No file makes a source raise, hold much memory, write or reach out: what is bad is refused.
+"""No file makes a source raise, use much memory, write files or connect; bad records are rejected.
 
 The corpus is `tests/data/hostile.py`.
 """
@@ -21,13 +21,13 @@ import pytest
 from leon_jax.data.sources.open import open_source
 from leon_jax.data.sources.raw_record import REASONS, Reject, SourceConfig
 from tests.data import hostile
-from tests.data.hostile_pictures import good
+from tests.data.hostile_images import good
 from tests.data.hostile_tar import member
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 READER = pathlib.Path(__file__).with_name("read_hostile.py")
-# What a source must refuse; all other reasons are found when a picture is decoded or later.
-BY_SOURCES = {
+# Reasons for which a source rejects a record; images and texts are checked later.
+SOURCE_REASONS = {
     "unreadable_shard",
     "unreadable_record",
     "unsafe_name",
@@ -36,9 +36,9 @@ BY_SOURCES = {
     "not_utf8",
     "record_too_large",
 }
-# MiB that reading may take: the largest picture, or the pages of a table.
+# Maximum memory for reading in MiB: the largest image, or the pages of a table.
 GROWTH = {"jsonl": 100, "webdataset": 100, "parquet": 600}
-# Lines cannot break a file, and only lines name other files.
+# A line cannot make the rest of a file unreadable, and only lines name other files.
 IMPOSSIBLE = {
     "jsonl": {"unreadable_shard"},
     "webdataset": {"missing_picture"},
@@ -49,48 +49,50 @@ every_kind = pytest.mark.parametrize("kind", sorted(GROWTH))
 
 
 def corpus(folder: pathlib.Path, kind: str, count: int) -> tuple[str, list[hostile.Expected]]:
-    """Where a corpus lies, and what is expected of it."""
+    """Writes a corpus; returns its path and the expected outcomes."""
     expected = hostile.write(folder, kind, count, seed=0)
     return str(folder / "corpus" if kind == "jsonl" else folder), expected
 
 
-def fault(outcome: tuple[str, str | None], expected: hostile.Expected) -> bool:
-    (key, reason), (known, reasons) = outcome, expected
-    fits = reason in reasons if reason else bool(reasons - BY_SOURCES)
-    return not fits or known not in (None, key)
+def is_unexpected(outcome: tuple[str, str | None], expected: hostile.Expected) -> bool:
+    (key, reason), (expected_key, reasons) = outcome, expected
+    fits = reason in reasons if reason else bool(reasons - SOURCE_REASONS)
+    return not fits or expected_key not in (None, key)
 
 
 @every_kind
-def test_a_hostile_corpus(kind, tmp_path):
-    """3,400 records of each of three kinds; outcomes, memory and doings, in one process each."""
+def test_a_hostile_corpus_is_read_with_the_expected_outcomes_and_without_side_effects(
+    kind, tmp_path
+):
+    """Reads 3,400 records of a kind in a separate process; checks outcomes, memory and events."""
     (tmp_path / "data").mkdir()
     (tmp_path / "work").mkdir()
     path, expected = corpus(tmp_path / "data", kind, 3_400)
     before = sorted(os.walk(tmp_path))
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-B", str(READER), kind, path],
         cwd=tmp_path / "work",
         env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path / "work")},
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout)
-    outcomes = [tuple(outcome) for outcome in found["outcomes"]]
+    assert process.returncode == 0, process.stderr[-2000:]
+    result = json.loads(process.stdout)
+    outcomes = [tuple(outcome) for outcome in result["outcomes"]]
     assert len(outcomes) == len(expected) >= 3_400
-    wrong = [pair for pair in zip(outcomes, expected, strict=True) if fault(*pair)]
+    wrong = [pair for pair in zip(outcomes, expected, strict=True) if is_unexpected(*pair)]
     assert not wrong, wrong[:5]
-    assert found["acts"] == []
-    assert found["grown"] < GROWTH[kind]
+    assert result["events"] == []
+    assert result["growth"] < GROWTH[kind]
     assert sorted(os.walk(tmp_path)) == before
-    # The corpus is no good if it stops short of a reason.
+    # The corpus must cover every reason.
     reasons = collections.Counter(reason for _, reason in outcomes)
     assert min(reasons[None], len(outcomes) - reasons[None]) > 500
-    assert set(reasons) - {None} >= BY_SOURCES - IMPOSSIBLE[kind]
+    assert set(reasons) - {None} >= SOURCE_REASONS - IMPOSSIBLE[kind]
 
 
 @every_kind
-def test_the_corpus_knows_only_reasons_there_are_and_is_the_same_each_time(kind, tmp_path):
+def test_the_corpus_uses_valid_reasons_and_is_deterministic(kind, tmp_path):
     digests, expectations = [], []
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
@@ -105,7 +107,7 @@ def test_the_corpus_knows_only_reasons_there_are_and_is_the_same_each_time(kind,
 
 
 @every_kind
-def test_a_pickled_source_reads_the_same_and_refusals_can_be_written(kind, tmp_path):
+def test_a_pickled_source_reads_the_same_records_and_rejects_are_valid_unicode(kind, tmp_path):
     path, _ = corpus(tmp_path, kind, 300)
     source = open_source(SourceConfig(kind, path, shard_size=100))
     shards = source.shards()
@@ -126,15 +128,14 @@ def test_a_pickled_source_reads_the_same_and_refusals_can_be_written(kind, tmp_p
 
 
 @pytest.mark.parametrize("name", ["a.tar", "a.tar.gz", "a.parquet", "a.jsonl"])
-def test_changed_bytes(name, tmp_path):
-    """Whatever byte of a file is changed, reading ends, and without an exception."""
+def test_reading_a_file_with_changed_bytes_raises_no_exception(name, tmp_path):
     rng = np.random.default_rng(0)
-    data = _sound(name, rng)
+    data = _valid_file(name, rng)
     kind = {"tar": "webdataset", "gz": "webdataset"}.get(name.split(".")[-1], name.split(".")[-1])
     (tmp_path / name).write_bytes(data)
-    sound = list(open_source(SourceConfig(kind, str(tmp_path / name))).read(_shard(name)))
-    assert len(sound) == 10 and not any(isinstance(outcome, Reject) for outcome in sound)
-    refused = 0
+    valid = list(open_source(SourceConfig(kind, str(tmp_path / name))).read(_shard(name)))
+    assert len(valid) == 10 and not any(isinstance(outcome, Reject) for outcome in valid)
+    rejected = 0
     for _ in range(300):
         changed = bytearray(data[: rng.integers(len(data)) if rng.random() < 0.1 else None])
         for position in rng.integers(len(changed), size=rng.integers(1, 9)) if changed else ():
@@ -142,27 +143,26 @@ def test_changed_bytes(name, tmp_path):
         (tmp_path / name).write_bytes(changed)
         source = open_source(SourceConfig(kind, str(tmp_path / name)))
         outcomes = [outcome for shard in source.shards() for outcome in source.read(shard)]
-        refused += any(isinstance(outcome, Reject) for outcome in outcomes)
-    assert refused > 30
+        rejected += any(isinstance(outcome, Reject) for outcome in outcomes)
+    assert rejected > 30
 
 
 def _shard(name: str) -> str:
     return f"{name}:1" if name.endswith(".jsonl") else name
 
 
-def _sound(name: str, rng) -> bytes:
-    """A file of ten records with nothing wrong."""
-    pictures = [good(rng) for _ in range(10)]
+def _valid_file(name: str, rng) -> bytes:
+    """A file of ten valid records."""
+    images = [good(rng) for _ in range(10)]
     if name.endswith(".jsonl"):
         parts = [{"text": f"number {n}"} for n in range(10)]
         return b"".join(json.dumps({"parts": [part]}).encode() + b"\n" for part in parts)
     if name.endswith(".parquet"):
         sink = pa.BufferOutputStream()
-        table = {"caption": [f"number {n}" for n in range(10)], "jpg": pictures}
+        table = {"caption": [f"number {n}" for n in range(10)], "jpg": images}
         pq.write_table(pa.table(table), sink)
         return sink.getvalue().to_pybytes()
     joined = b"".join(
-        member(f"{n}.txt", b"a cat") + member(f"{n}.jpg", picture)
-        for n, picture in enumerate(pictures)
+        member(f"{n}.txt", b"a cat") + member(f"{n}.jpg", image) for n, image in enumerate(images)
     ) + bytes(1024)
     return gzip.compress(joined) if name.endswith("gz") else joined

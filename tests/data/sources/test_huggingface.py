@@ -1,4 +1,4 @@
-"""Data sets that Hugging Face's library wrote itself; nothing is asked of a network."""
+"""Datasets that Hugging Face's library wrote; the tests need no network."""
 
 import json
 import os
@@ -10,8 +10,8 @@ import pytest
 
 from leon_jax.config import UserError
 from leon_jax.data.sources.open import open_source
-from leon_jax.data.sources.raw_record import Raw, Reject, SourceConfig
-from tests.data.hostile_pictures import good
+from leon_jax.data.sources.raw_record import RawRecord, Reject, SourceConfig
+from tests.data.hostile_images import good
 
 
 def read(path, **config):
@@ -20,34 +20,34 @@ def read(path, **config):
 
 
 def table(**columns):
-    """A data set of three rows with a column of pictures, and the pictures."""
+    """A dataset of three rows with a column of images, and the encoded images."""
     rng = np.random.default_rng(0)
-    pictures = [good(rng) for _ in range(3)]
-    cells = [{"bytes": data, "path": None} for data in pictures]
+    images = [good(rng) for _ in range(3)]
+    cells = [{"bytes": data, "path": None} for data in images]
     rows = datasets.Dataset.from_dict({"image": cells, **columns})
-    return rows.cast_column("image", datasets.Image()), pictures
+    return rows.cast_column("image", datasets.Image()), images
 
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch, tmp_path_factory):
-    """No network, and tables of folders are kept where tests may write."""
+    """Disables the network, and caches tables in a temporary folder."""
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(
         datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.getbasetemp() / "cache")
     )
 
 
-def test_a_saved_data_set(tmp_path):
+def test_a_saved_dataset_is_read(tmp_path):
     texts = ["eine Katze 🐈", "two", ""]
-    rows, pictures = table(text=texts, license=["CC0-1.0", None, "MIT"], width=[1, 2, 3])
+    rows, images = table(text=texts, license=["CC0-1.0", None, "MIT"], width=[1, 2, 3])
     rows.save_to_disk(tmp_path / "cats")
     assert read(tmp_path / "cats") == [
-        Raw(f"train/{n}", (texts[n], pictures[n]), licence=("CC0-1.0", "", "MIT")[n])
+        RawRecord(f"train/{n}", (texts[n], images[n]), licence=("CC0-1.0", "", "MIT")[n])
         for n in range(3)
     ]
 
 
-def test_pictures_stay_the_bytes_they_are(tmp_path):
+def test_encoded_images_are_not_decoded(tmp_path):
     rows, _ = table(text=["a", "b", "c"])
     broken = [{"bytes": b"no picture", "path": None}] * 3
     rows = rows.remove_columns("image").add_column("image", broken)
@@ -55,7 +55,7 @@ def test_pictures_stay_the_bytes_they_are(tmp_path):
     assert [raw.parts[1] for raw in read(tmp_path / "cats")] == [b"no picture"] * 3
 
 
-def test_splits(tmp_path):
+def test_a_split_is_read_by_its_name(tmp_path):
     rows, _ = table(text=["a", "b", "c"])
     both = datasets.DatasetDict(train=rows.select([0, 1]), validation=rows.select([2]))
     both.save_to_disk(tmp_path / "cats")
@@ -66,19 +66,19 @@ def test_splits(tmp_path):
         read(tmp_path / "cats", split="test")
 
 
-def test_several_captions_of_a_picture_are_a_group(tmp_path):
-    rows, pictures = table(captions=[["a", None], [], ["c"]])
+def test_several_captions_of_an_image_form_a_group(tmp_path):
+    rows, images = table(captions=[["a", None], [], ["c"]])
     rows.save_to_disk(tmp_path / "cats")
     assert read(tmp_path / "cats") == [
-        Raw("train/0/0", ("a", pictures[0]), group="train/0"),
+        RawRecord("train/0/0", ("a", images[0]), group="train/0"),
         Reject("train/0/1", "missing_field", "caption is missing"),
         Reject("train/1", "no_text", "the list of captions is empty"),
-        Raw("train/2/0", ("c", pictures[2]), group="train/2"),
+        RawRecord("train/2/0", ("c", images[2]), group="train/2"),
     ]
 
 
-def test_other_columns(tmp_path):
-    rows, _ = table(text=["a"] * 3, titel=["x", "y", "z"], other=pictures_of_nothing())
+def test_the_configuration_names_other_columns(tmp_path):
+    rows, _ = table(text=["a"] * 3, titel=["x", "y", "z"], other=invalid_images())
     rows.save_to_disk(tmp_path / "cats")
     parts = [raw.parts for raw in read(tmp_path / "cats", text="titel", picture="other")]
     assert parts == [("x", b"0"), ("y", b"1"), ("z", b"2")]
@@ -86,29 +86,29 @@ def test_other_columns(tmp_path):
         read(tmp_path / "cats", text="title")
 
 
-def pictures_of_nothing():
+def invalid_images():
     return [{"bytes": b"%d" % n, "path": ""} for n in range(3)]
 
 
-def test_no_column_of_pictures(tmp_path):
+def test_a_dataset_without_a_column_of_images_raises_an_error(tmp_path):
     datasets.Dataset.from_dict({"text": ["a"]}).save_to_disk(tmp_path / "cats")
-    with pytest.raises(UserError, match="no column of pictures; its columns are text"):
+    with pytest.raises(UserError, match="no column of images; its columns are text"):
         read(tmp_path / "cats")
 
 
-def test_a_folder_of_pictures_with_metadata(tmp_path):
+def test_a_folder_of_images_with_metadata_is_read(tmp_path):
     folder = tmp_path / "cats"
     (folder / "more").mkdir(parents=True)
     rng = np.random.default_rng(0)
-    pictures = {f"more/{n}.png": good(rng) for n in range(3)}
+    images = {f"more/{n}.png": good(rng) for n in range(3)}
     lines = []
-    for name, data in pictures.items():
+    for name, data in images.items():
         (folder / name).write_bytes(data)
         lines.append(json.dumps({"file_name": name, "text": f"text {name}"}))
     (folder / "metadata.jsonl").write_text("\n".join(lines))
     outcomes = read(folder)
     assert {raw.parts for raw in outcomes} == {
-        (f"text {name}", data) for name, data in pictures.items()
+        (f"text {name}", data) for name, data in images.items()
     }
 
 
@@ -116,15 +116,15 @@ def test_no_file_outside_of_the_folder_is_read(tmp_path):
     (tmp_path / "secret.png").write_bytes(b"secret")
     outside = [str(tmp_path / "secret.png"), "../secret.png", "nothing.png"]
     cells = [{"bytes": None, "path": path} for path in outside]
-    # Not said to be pictures, so that the library does not read the files when it saves.
+    # Without the feature type Image, the library does not read the files when it saves.
     rows = datasets.Dataset.from_dict({"text": ["a"] * 3, "cell": cells})
     rows.save_to_disk(tmp_path / "cats")
     reasons = [outcome.reason for outcome in read(tmp_path / "cats", picture="cell")]
     assert reasons == ["unsafe_name", "unsafe_name", "missing_picture"]
 
 
-def test_damaged_rows_are_refused_and_others_read(tmp_path):
-    """Offsets of a table that point far behind its end, and texts that are none."""
+def test_damaged_rows_are_rejected_and_others_are_read(tmp_path):
+    """The damage is an offset far behind the end of a table, and a text that is not UTF-8."""
     rows, _ = table(text=["abc", "katze", "ghi"])
     rows.save_to_disk(tmp_path / "cats")
     [file] = (tmp_path / "cats").glob("*.arrow")
@@ -144,7 +144,7 @@ def test_damaged_rows_are_refused_and_others_read(tmp_path):
         assert [getattr(outcome, "reason", None) for outcome in outcomes] == reasons
 
 
-def test_a_pickled_source(tmp_path):
+def test_a_pickled_source_reads_the_same_records(tmp_path):
     rows, _ = table(text=["a", "b", "c"])
     rows.save_to_disk(tmp_path / "cats")
     source = open_source(SourceConfig("huggingface", str(tmp_path / "cats"), shard_size=2))
@@ -159,6 +159,6 @@ def test_a_pickled_source(tmp_path):
 
 
 @pytest.mark.parametrize("path", ["no_one/has_this", "no_one_has_this"])
-def test_a_name_that_cannot_be_had(path):
-    with pytest.raises(UserError, match=rf"the split 'train' of the data set {path} cannot be lo"):
+def test_an_unknown_name_raises_an_error(path):
+    with pytest.raises(UserError, match=rf"the split 'train' of the dataset {path} cannot be lo"):
         read(path)

@@ -1,4 +1,4 @@
-"""JSON lines: three shapes of records, and shards of lines."""
+"""JSON lines: three forms of records, and shards of lines."""
 
 import json
 import tracemalloc
@@ -7,7 +7,7 @@ import pytest
 
 from leon_jax.config import UserError
 from leon_jax.data.sources.open import open_source
-from leon_jax.data.sources.raw_record import LARGEST_TEXT, Raw, Reject, SourceConfig
+from leon_jax.data.sources.raw_record import MAX_TEXT_BYTES, RawRecord, Reject, SourceConfig
 
 
 def read(path, **config):
@@ -17,7 +17,7 @@ def read(path, **config):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder with three files that stand for pictures; sources do not look inside."""
+    """A folder with three files in place of images; sources do not decode them."""
     (tmp_path / "more").mkdir()
     for name in ("a.png", "b.png", "more/c.png"):
         (tmp_path / name).write_bytes(f"picture {name}".encode())
@@ -29,24 +29,24 @@ def write(folder, *records):
     return folder
 
 
-class TestShapes:
-    def test_a_caption_comes_before_its_picture(self, folder):
+class TestForms:
+    def test_a_caption_comes_before_its_image(self, folder):
         write(folder, {"image": "more/c.png", "text": "a grey cat"})
-        assert read(folder) == [Raw("cats.jsonl:1", ("a grey cat", b"picture more/c.png"))]
+        assert read(folder) == [RawRecord("cats.jsonl:1", ("a grey cat", b"picture more/c.png"))]
 
     def test_interleaved_parts_keep_their_order(self, folder):
         parts = [{"text": "one"}, {"image": "a.png"}, {"image": "b.png"}, {"text": "two"}]
         write(folder, {"parts": parts})
         expected = ("one", b"picture a.png", b"picture b.png", "two")
-        assert read(folder) == [Raw("cats.jsonl:1", expected)]
+        assert read(folder) == [RawRecord("cats.jsonl:1", expected)]
 
-    def test_an_editing_pair(self, folder):
+    def test_an_editing_pair_is_image_instruction_image(self, folder):
         write(folder, {"source": "a.png", "instruction": "make it night", "target": "b.png"})
         expected = (b"picture a.png", "make it night", b"picture b.png")
-        assert read(folder) == [Raw("cats.jsonl:1", expected)]
+        assert read(folder) == [RawRecord("cats.jsonl:1", expected)]
 
-    def test_what_a_record_says_of_itself(self, folder):
-        said = {
+    def test_metadata_of_a_record_is_read(self, folder):
+        metadata = {
             "key": "cat/1",
             "licence": "CC-BY-4.0",
             "attribution": "A. Person",
@@ -54,9 +54,9 @@ class TestShapes:
             "source": "my camera",
             "group": "cats",
         }
-        write(folder, {"image": "a.png", "text": "Katze", **said})
-        said["origin"] = said.pop("source")
-        assert read(folder) == [Raw(parts=("Katze", b"picture a.png"), **said)]
+        write(folder, {"image": "a.png", "text": "Katze", **metadata})
+        metadata["origin"] = metadata.pop("source")
+        assert read(folder) == [RawRecord(parts=("Katze", b"picture a.png"), **metadata)]
 
     @pytest.mark.parametrize(
         ("record", "attribute", "value"),
@@ -71,27 +71,27 @@ class TestShapes:
             ({"language": None}, "language", ""),
         ],
     )
-    def test_spellings_and_defaults(self, folder, record, attribute, value):
+    def test_metadata_has_alternative_names_and_defaults(self, folder, record, attribute, value):
         write(folder, {"image": "a.png", "text": "a", **record})
         [raw] = read(folder)
         assert getattr(raw, attribute) == value
 
-    def test_an_address_gives_way_to_the_credit_line_of_the_configuration(self, folder):
+    def test_the_configured_attribution_takes_precedence_over_a_url(self, folder):
         write(folder, {"image": "a.png", "text": "a", "url": "https://example.org"})
         assert read(folder, attribution="A. Person")[0].attribution == ""
 
-    def test_other_names_of_the_two_fields(self, folder):
+    def test_the_configuration_names_other_fields(self, folder):
         write(folder, {"file_name": "a.png", "title": "a cat"})
         raw = read(folder, text="title", picture="file_name")[0]
         assert raw.parts == ("a cat", b"picture a.png")
 
-    def test_a_refused_record_is_called_by_its_own_key(self, folder):
+    def test_a_reject_has_the_key_of_its_record(self, folder):
         write(folder, {"key": "cat/1", "image": "a.png"})
         assert read(folder) == [Reject("cat/1", "missing_field", "text is missing")]
 
 
 class TestShards:
-    # Blank lines, both kinds of line ends, letters of several bytes, no end of the last line.
+    # Blank lines, both line endings, multi-byte characters, no newline after the last line.
     LINES = (b'{"parts": [{"text": "\xc3\xa4 %d"}]}\n', b'{"parts": [{"text": "%d"}]}\r\n', b"\n")
 
     @pytest.mark.parametrize("size", [1, 2, 3, 7, 20, 1000])
@@ -99,16 +99,16 @@ class TestShards:
         text = b"".join(self.LINES[n % 3].replace(b"%d", b"%d" % n) for n in range(20))
         (tmp_path / "a.jsonl").write_bytes(text + b'{"parts": [{"text": "last"}]}')
         expected = [
-            Raw(f"a.jsonl:{number}", (json.loads(line)["parts"][0]["text"],))
+            RawRecord(f"a.jsonl:{number}", (json.loads(line)["parts"][0]["text"],))
             for number, line in enumerate(text.decode().splitlines(), start=1)
             if line.strip()
         ]
-        expected.append(Raw("a.jsonl:21", ("last",)))
+        expected.append(RawRecord("a.jsonl:21", ("last",)))
         assert read(tmp_path, shard_size=size) == expected
         source = open_source(SourceConfig("jsonl", str(tmp_path), shard_size=size))
         assert len(source.shards()) == -(-21 // size)
 
-    def test_lines_are_counted_over_the_blocks_that_are_read_at_a_time(self, tmp_path, monkeypatch):
+    def test_lines_may_cross_the_blocks_that_are_read(self, tmp_path, monkeypatch):
         monkeypatch.setattr("leon_jax.data.sources.jsonl._BLOCK", 7)
         lines = [json.dumps({"parts": [{"text": "x" * n}]}) for n in range(50)]
         (tmp_path / "a.jsonl").write_text("\n".join(lines) + "\n")
@@ -116,7 +116,7 @@ class TestShards:
         read = [[raw.parts[0] for raw in source.read(shard)] for shard in source.shards()]
         assert read == [["x" * n for n in range(at, min(at + 8, 50))] for at in range(0, 50, 8)]
 
-    def test_a_line_that_is_too_long_is_never_held(self, tmp_path):
+    def test_a_line_that_is_too_long_is_not_read_into_memory(self, tmp_path):
         with open(tmp_path / "a.jsonl", "wb") as file:
             file.write(b'{"parts": [{"text": "a"}]}\n')
             file.truncate(64 * 2**20)
@@ -133,22 +133,22 @@ class TestShards:
         assert peak < 16 * 2**20
 
     @pytest.mark.parametrize(("extra", "fits"), [(0, True), (1, False)])
-    def test_the_longest_line(self, extra, fits, tmp_path):
+    def test_a_line_of_the_maximum_length_is_read(self, extra, fits, tmp_path):
         line = b'{"parts": [{"text": "a"}]}'
-        line += b" " * (LARGEST_TEXT - len(line) + extra)
+        line += b" " * (MAX_TEXT_BYTES - len(line) + extra)
         (tmp_path / "a.jsonl").write_bytes(line + b"\n" + line)
-        assert [isinstance(outcome, Raw) for outcome in read(tmp_path)] == [fits, fits]
+        assert [isinstance(outcome, RawRecord) for outcome in read(tmp_path)] == [fits, fits]
 
 
 class TestPaths:
-    def test_several_files_in_the_order_of_their_names(self, folder):
+    def test_files_are_read_in_the_order_of_their_names(self, folder):
         for name in ("b.jsonl", "a.jsonl"):
             (folder / name).write_text('{"image": "a.png", "text": "x"}\n')
         (folder / "c.json").write_text("{}")
         assert [raw.key for raw in read(folder)] == ["a.jsonl:1", "b.jsonl:1"]
 
     @pytest.mark.parametrize("pattern", ["?.jsonl", "*", "{0..2}.jsonl", "{0..1}.jsonl"])
-    def test_patterns(self, pattern, folder):
+    def test_patterns_match_files(self, pattern, folder):
         for name in range(3):
             (folder / f"{name}.jsonl").write_text('{"image": "a.png", "text": "x"}\n')
         for path in folder.glob("*.png"):
@@ -156,7 +156,7 @@ class TestPaths:
         keys = [outcome.key for outcome in read(folder / pattern)]
         assert keys == [f"{n}.jsonl:1" for n in range(2 if "1}" in pattern else 3)]
 
-    def test_pictures_are_sought_beside_the_file_that_names_them(self, folder):
+    def test_image_paths_are_relative_to_the_file_that_names_them(self, folder):
         (folder / "more" / "x.jsonl").write_text('{"image": "c.png", "text": "x"}\n')
         [raw] = read(folder / "*" / "x.jsonl")
         assert (raw.key, raw.parts[1]) == ("more/x.jsonl:1", b"picture more/c.png")
@@ -171,7 +171,7 @@ class TestPaths:
             ("{9..8}.jsonl", "the range {9..8} in .* is empty"),
         ],
     )
-    def test_what_is_not_there(self, path, message, folder):
+    def test_missing_files_raise_an_error(self, path, message, folder):
         with pytest.raises(UserError, match=message):
             read(folder / path)
 

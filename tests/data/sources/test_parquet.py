@@ -7,8 +7,8 @@ import pytest
 
 from leon_jax.config import UserError
 from leon_jax.data.sources.open import open_source
-from leon_jax.data.sources.raw_record import Raw, Reject, SourceConfig
-from tests.data.hostile_pictures import good
+from leon_jax.data.sources.raw_record import RawRecord, Reject, SourceConfig
+from tests.data.hostile_images import good
 
 
 def read(path, **config):
@@ -16,7 +16,7 @@ def read(path, **config):
     return [outcome for shard in source.shards() for outcome in source.read(shard)]
 
 
-# The columns that img2dataset makes (ParquetSampleWriter), with the types that it gives them.
+# The columns and types of img2dataset (ParquetSampleWriter).
 SCHEMA = pa.schema(
     [
         ("caption", pa.string()), ("url", pa.string()), ("key", pa.string()),
@@ -38,7 +38,7 @@ def row(n, **fields):
 
 
 def raw(record, key=None):
-    return Raw(
+    return RawRecord(
         key or record["key"], (record["caption"], record["jpg"]),
         licence=record["license"] or "", attribution=record["url"],
     )  # fmt: skip
@@ -46,7 +46,7 @@ def raw(record, key=None):
 
 @pytest.mark.parametrize("compression", ["snappy", "zstd", "none"])
 @pytest.mark.parametrize("page", ["1.0", "2.0"])
-def test_what_img2dataset_writes_is_read_back(page, compression, tmp_path):
+def test_files_of_img2dataset_are_read(page, compression, tmp_path):
     rows = [row(n) for n in range(250)]
     for name, part in (("00001", rows[100:]), ("00000", rows[:100])):
         pq.write_table(
@@ -56,7 +56,7 @@ def test_what_img2dataset_writes_is_read_back(page, compression, tmp_path):
     assert read(tmp_path) == [raw(record) for record in rows]
 
 
-def test_pictures_that_could_not_be_had_are_refused(tmp_path):
+def test_rows_whose_image_was_not_downloaded_are_rejected(tmp_path):
     rows = [
         row(0),
         row(1, status="failed_to_download", error_message="HTTP Error 404", jpg=None),
@@ -70,26 +70,28 @@ def test_pictures_that_could_not_be_had_are_refused(tmp_path):
     ]
 
 
-def test_few_columns(tmp_path):
+def test_a_text_and_an_image_column_are_enough(tmp_path):
     pq.write_table(pa.table({"text": ["a cat"], "png": [b"png"]}), tmp_path / "a.parquet")
-    assert read(tmp_path / "a.parquet") == [Raw("a.parquet:1", ("a cat", b"png"))]
+    assert read(tmp_path / "a.parquet") == [RawRecord("a.parquet:1", ("a cat", b"png"))]
 
 
-def test_other_columns(tmp_path):
+def test_the_configuration_names_other_columns(tmp_path):
     columns = {"caption": ["no"], "alt": ["yes"], "jpg": [b"no"], "thumbnail": [b"yes"]}
     pq.write_table(pa.table(columns), tmp_path / "a.parquet")
     [record] = read(tmp_path, text="alt", picture="thumbnail")
     assert record.parts == ("yes", b"yes")
 
 
-def test_a_missing_column_is_named_with_those_that_are_there(tmp_path):
+def test_a_missing_column_gives_a_reject_that_lists_the_columns(tmp_path):
     pq.write_table(pa.table({"alt": ["a"], "jpg": [b"a"]}), tmp_path / "a.parquet")
     [outcome] = read(tmp_path)
     assert outcome == Reject(
-        "a.parquet", "unreadable_shard", "no column is called caption or text; it has alt, jpg"
+        "a.parquet",
+        "unreadable_shard",
+        "there is no column caption or text; the columns are alt, jpg",
     )
 
 
-def test_a_folder_without_tables(tmp_path):
+def test_a_folder_without_tables_raises_an_error(tmp_path):
     with pytest.raises(UserError, match=r"has no file ending in \.parquet"):
         read(tmp_path)

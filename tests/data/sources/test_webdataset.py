@@ -1,4 +1,4 @@
-"""WebDataset: tar files of samples, checked against the `webdataset` library's own writer."""
+"""WebDataset: tar files of samples, compared with the `webdataset` library."""
 
 import io
 import json
@@ -10,8 +10,8 @@ import pytest
 
 from leon_jax.config import UserError
 from leon_jax.data.sources.open import open_source
-from leon_jax.data.sources.raw_record import LARGEST_PICTURE, Raw, SourceConfig
-from tests.data.hostile_pictures import good
+from leon_jax.data.sources.raw_record import MAX_IMAGE_BYTES, RawRecord, SourceConfig
+from tests.data.hostile_images import good
 from tests.data.hostile_tar import member
 
 END = bytes(1024)
@@ -23,7 +23,7 @@ def read(path, **config):
 
 
 def archive(path, **files):
-    """A tar file of members by name; `__` in a name stands for the dot."""
+    """Writes a tar file of members by name; `__` in a name stands for a dot."""
     with tarfile.open(path, "w") as tar:
         for name, data in files.items():
             info = tarfile.TarInfo(name.replace("__", "."))
@@ -32,10 +32,10 @@ def archive(path, **files):
     return path
 
 
-class TestTheLibrarysFiles:
+class TestLibrary:
     @pytest.mark.parametrize("ending", ["tar", "tar.gz"])
     @pytest.mark.parametrize("form", ["USTAR_FORMAT", "GNU_FORMAT", "PAX_FORMAT"])
-    def test_what_its_writer_writes_is_read_back(self, form, ending, tmp_path):
+    def test_files_of_its_writer_are_read(self, form, ending, tmp_path):
         import webdataset
 
         rng = np.random.default_rng(0)
@@ -53,12 +53,12 @@ class TestTheLibrarysFiles:
             for sample in samples:
                 writer.write({**sample, "jpg": sample["jpg"]})
         assert read(tmp_path) == [
-            Raw(f"key {n}", (sample["txt"], sample["jpg"]), licence="CC-BY-4.0")
+            RawRecord(f"key {n}", (sample["txt"], sample["jpg"]), licence="CC-BY-4.0")
             for n, sample in enumerate(samples)
         ]
 
     def test_its_reader_groups_the_same_members(self, tmp_path):
-        """Hidden files, dots in names, folders of samples, capitals."""
+        """The members include hidden files, dots in names, folders and capitals."""
         from webdataset.tariterators import group_by_keys, tar_file_expander
 
         names = ["a/1.jpg", "a/1.txt", "b/1.JPG", "b/1.x.y", "b/1.txt", "1.jpg", "1.txt", "1.cls"]
@@ -72,12 +72,12 @@ class TestTheLibrarysFiles:
             if {"txt", "jpg"} <= set(sample)
         ]
         assert len(expected) == 4
-        raws = [outcome for outcome in read(tmp_path) if isinstance(outcome, Raw)]
+        raws = [outcome for outcome in read(tmp_path) if isinstance(outcome, RawRecord)]
         assert [(raw.key, raw.parts) for raw in raws] == expected
 
 
 class TestSamples:
-    def test_fields_of_img2dataset(self, tmp_path):
+    def test_metadata_of_img2dataset_is_read(self, tmp_path):
         fields = {
             "caption": "a cat", "url": "https://example.org/cat.jpg", "key": "000010005",
             "status": "success", "error_message": None, "width": 96, "height": 96,
@@ -88,13 +88,13 @@ class TestSamples:
             **{"000010005.jpg": b"jpg", "000010005.json": json.dumps(fields).encode()},
         )
         assert read(tmp_path) == [
-            Raw(
+            RawRecord(
                 "000010005", ("a cat", b"jpg"), licence="CC0-1.0",
                 attribution="https://example.org/cat.jpg",
             )
         ]  # fmt: skip
 
-    def test_names_of_samples_are_told_apart_by_their_archives(self, tmp_path):
+    def test_keys_of_samples_include_the_name_of_the_archive(self, tmp_path):
         for name in ("b.tar", "a.tar"):
             archive(tmp_path / name, a__jpg=b"jpg", a__txt=b"a cat\n")
         assert [(raw.key, raw.parts[0]) for raw in read(tmp_path)] == [
@@ -112,14 +112,14 @@ class TestSamples:
             ({"text": "title"}, ("a title", b"jpg")),
         ],
     )
-    def test_other_endings_and_fields(self, config, parts, tmp_path):
+    def test_the_configuration_names_other_extensions_and_fields(self, config, parts, tmp_path):
         path = archive(
             tmp_path / "a.tar", a__jpg=b"jpg", a__png=b"png", a__small__png=b"small",
             a__txt=b"short", a__long=b"a long text", a__json=b'{"title": "a title"}',
         )  # fmt: skip
         assert [raw.parts for raw in read(path, **config)] == [parts]
 
-    def test_ranges_of_archives(self, tmp_path):
+    def test_a_range_of_archives_is_read(self, tmp_path):
         for number in range(8, 12):
             archive(tmp_path / f"{number:03}.tar", a__jpg=b"jpg", a__txt=b"a")
         keys = [raw.key for raw in read(tmp_path / "{009..011}.tar")]
@@ -137,14 +137,14 @@ class TestLimits:
             file.write(END)
         source = open_source(SourceConfig("webdataset", str(tmp_path)))
         tracemalloc.start()
-        count = sum(isinstance(outcome, Raw) for outcome in source.read("a.tar"))
+        count = sum(isinstance(outcome, RawRecord) for outcome in source.read("a.tar"))
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         assert count == 3_000
         assert peak < 2**20
 
-    def test_pictures_of_one_sample_share_a_limit(self, tmp_path):
-        half = LARGEST_PICTURE // 2
+    def test_images_of_one_sample_share_a_limit(self, tmp_path):
+        half = MAX_IMAGE_BYTES // 2
         with open(tmp_path / "a.tar", "wb") as file:
             for name, size in (("a.jpg", half), ("a.png", half), ("a.gif", 1)):
                 file.write(member(name, b"x" * size))
@@ -152,10 +152,10 @@ class TestLimits:
             file.write(END)
         first, second = read(tmp_path)
         assert (first.key, first.reason) == ("a/a", "record_too_large")
-        assert second == Raw("a/b", ("b", b"jpg"))
+        assert second == RawRecord("a/b", ("b", b"jpg"))
 
-    def test_a_sample_that_may_lack_its_licence_is_not_used(self, tmp_path):
-        """The archive is cut before the rest of the sample, so its claims are not known."""
+    def test_a_sample_that_is_cut_off_is_left_out(self, tmp_path):
+        """The archive ends within the sample, so its metadata is unknown."""
         whole = member("a.jpg", b"jpg") + member("a.txt", b"a")
         (tmp_path / "a.tar").write_bytes(whole + member("a.json", b'{"license": "CC0-1.0"}')[:600])
         [outcome] = read(tmp_path)

@@ -1,6 +1,6 @@
-"""Pictures that lie, explode, are cut or are of odd kinds, and what may become of each.
+"""Image files with false headers, decompression bombs, truncations and unusual modes.
 
-Sides are small where the picture itself is not the point, so that thousands are made in seconds.
+Most images are small, so that thousands are made in seconds.
 """
 
 import functools
@@ -17,28 +17,28 @@ UNREADABLE = frozenset({"picture_unreadable"})
 TOO_LARGE = frozenset({"picture_too_large"})
 ANIMATED = frozenset({"picture_animated"})
 MODE = frozenset({"picture_mode"})
-# Decoders differ in what they forgive, and a changed byte may change anything.
-FORGIVEN = UNREADABLE | {USED}
-ANYTHING = FORGIVEN | TOO_LARGE | ANIMATED | MODE | {"picture_too_small", "picture_too_narrow"}
+# Decoders differ in the errors they tolerate, and a changed byte may have any effect.
+TOLERATED = UNREADABLE | {USED}
+ANY_OUTCOME = TOLERATED | TOO_LARGE | ANIMATED | MODE | {"picture_too_small", "picture_too_narrow"}
 
 _SIDE = 64
 
 
 def pixels(rng: np.random.Generator, height: int = _SIDE, width: int = _SIDE) -> np.ndarray:
-    """A picture that no other resembles: coloured tiles, uint8[height, width, 3]."""
+    """A random image of coloured tiles, uint8[height, width, 3]."""
     tiles = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
     return tiles[np.arange(height) * 8 // height][:, np.arange(width) * 8 // width]
 
 
 def encoded(array: np.ndarray, form: str, **options) -> bytes:
-    """The array as a picture file."""
+    """The array as an image file."""
     buffer = io.BytesIO()
     Image.fromarray(array).save(buffer, form, **options)
     return buffer.getvalue()
 
 
 def good(rng: np.random.Generator) -> bytes:
-    """A picture with nothing wrong."""
+    """A valid image file."""
     form = ("jpeg", "png", "jpeg", "webp")[rng.integers(4)]
     return encoded(pixels(rng), form, **({"compress_level": 1} if form == "png" else {}))
 
@@ -49,7 +49,7 @@ def chunk(name: bytes, data: bytes) -> bytes:
 
 
 def png(width: int, height: int, data: bytes, *, depth=8, colour=2, extra: bytes = b"") -> bytes:
-    """A PNG file with the given header and packed data, whatever they say of each other."""
+    """A PNG file with the given header and compressed data, which need not be consistent."""
     header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
     return (
         b"\x89PNG\r\n\x1a\n"
@@ -62,13 +62,13 @@ def png(width: int, height: int, data: bytes, *, depth=8, colour=2, extra: bytes
 
 @functools.cache
 def zeros(size: int) -> bytes:
-    """So many zeros, packed by zlib to a thousandth."""
+    """`size` zeros, compressed by zlib to a thousandth."""
     packer = zlib.compressobj(9)
     return b"".join(packer.compress(bytes(2**20)) for _ in range(size // 2**20)) + packer.flush()
 
 
 def rows(array: np.ndarray) -> bytes:
-    """The data of a PNG file with these pixels."""
+    """The compressed data of a PNG file with these pixels."""
     return zlib.compress(b"".join(b"\0" + row.tobytes() for row in array), 1)
 
 
@@ -124,13 +124,13 @@ def _bmp_of(width, height, rng):
     return bytes(data)
 
 
-# Name -> how one is made, and what may become of it.
+# Name -> a function that makes an image file, and the acceptable outcomes.
 HOSTILE: dict[str, tuple[Callable[[np.random.Generator], bytes], frozenset[str]]] = {
     "empty": (lambda rng: b"", UNREADABLE),
     "cut jpeg": (lambda rng: _cut(rng, "jpeg"), UNREADABLE),
     "cut png": (lambda rng: _cut(rng, "png"), UNREADABLE),
     "cut webp": (lambda rng: _cut(rng, "webp"), UNREADABLE),
-    "changed bytes": (_flipped, ANYTHING),
+    "changed bytes": (_flipped, ANY_OUTCOME),
     "noise": (lambda rng: rng.bytes(500), UNREADABLE),
     "page": (lambda rng: b"<!DOCTYPE html><html><body>404</body></html>", UNREADABLE),
     "drawing": (lambda rng: b'<svg xmlns="http://www.w3.org/2000/svg"/>', UNREADABLE),
@@ -144,10 +144,10 @@ HOSTILE: dict[str, tuple[Callable[[np.random.Generator], bytes], frozenset[str]]
     "png of no size": (lambda rng: png(0, 0, rows(pixels(rng))), UNREADABLE),
     "gif of 65,535 x 65,535": (_gif_of_65535, TOO_LARGE),
     "bmp of 50,000 x 50,000": (lambda rng: _bmp_of(50_000, 50_000, rng), TOO_LARGE),
-    "bmp upside down": (lambda rng: _bmp_of(_SIDE, -_SIDE, rng), FORGIVEN),
-    # Black, so that 400 million pixels are 50 kB.
+    "bmp upside down": (lambda rng: _bmp_of(_SIDE, -_SIDE, rng), TOLERATED),
+    # A black image of 400 million pixels takes 50 kB.
     "bomb": (lambda rng: png(20_000, 20_000, zeros(48 * 2**20), depth=1, colour=0), TOO_LARGE),
-    "bomb behind a small header": (lambda rng: png(_SIDE, _SIDE, zeros(64 * 2**20)), FORGIVEN),
+    "bomb behind a small header": (lambda rng: png(_SIDE, _SIDE, zeros(64 * 2**20)), TOLERATED),
     "bomb in a comment": (
         lambda rng: png(
             _SIDE,
@@ -155,7 +155,7 @@ HOSTILE: dict[str, tuple[Callable[[np.random.Generator], bytes], frozenset[str]]
             rows(pixels(rng)),
             extra=chunk(b"zTXt", b"Comment\0\0" + zeros(64 * 2**20)),
         ),
-        FORGIVEN,
+        TOLERATED,
     ),
     "bomb in a profile": (
         lambda rng: png(
@@ -164,10 +164,10 @@ HOSTILE: dict[str, tuple[Callable[[np.random.Generator], bytes], frozenset[str]]
             rows(pixels(rng)),
             extra=chunk(b"iCCP", b"profile\0\0" + zeros(64 * 2**20)),
         ),
-        FORGIVEN,
+        TOLERATED,
     ),
     "wrong sum of the header": (lambda rng: _bad_sum(rng, b"IHDR"), UNREADABLE),
-    "wrong sum of the data": (lambda rng: _bad_sum(rng, b"IDAT"), FORGIVEN),
+    "wrong sum of the data": (lambda rng: _bad_sum(rng, b"IDAT"), TOLERATED),
     "16-bit grey": (
         lambda rng: encoded(rng.integers(0, 2**16, (_SIDE, _SIDE), dtype=np.uint16), "png"),
         MODE,

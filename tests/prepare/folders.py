@@ -1,4 +1,4 @@
-"""How the tests of preparing make a folder, and what they ask of it."""
+"""Helpers that prepare small folders and list their files."""
 
 import pathlib
 
@@ -18,10 +18,10 @@ def files_of(folder: pathlib.Path) -> dict[str, bytes]:
     }
 
 
-def left_beside(folder: pathlib.Path) -> list[str]:
-    """What there is beside a prepared folder, but for its lock."""
-    known = (folder.name, f".{folder.name}.lock")
-    return sorted(path.name for path in folder.parent.iterdir() if path.name not in known)
+def files_beside(folder: pathlib.Path) -> list[str]:
+    """The names of all files beside a prepared folder except its lock."""
+    expected = (folder.name, f".{folder.name}.lock")
+    return sorted(path.name for path in folder.parent.iterdir() if path.name not in expected)
 
 
 def splits():
