@@ -219,7 +219,7 @@ def _mine(
     config: PrepareConfig, prepared: PreparedFolder, parts: pathlib.Path, progress: bool
 ) -> None:
     """Writes the neighbour tables of all splits."""
-    bank, pictures = prepared.bank(), gather.pictures(parts, prepared.shards(TRAIN))
+    bank, pictures = prepared.vector_index(), gather.pictures(parts, prepared.shards(TRAIN))
     selection = config.selection
     sources = gather.source_numbers(prepared) if selection.alternate_sources else None
     total = sum(prepared.manifest["splits"].values())
@@ -295,8 +295,8 @@ def neighbour_rows(
                 bank,
                 selection,
                 documents=queries["document"][rows],
-                pictures=(pictures, queries["image"][rows]),
-                own=None if own is None else own[rows],
+                images=(pictures, queries["image"][rows]),
+                query_ids=None if own is None else own[rows],
                 sources=sources,
             )
             # What the whole document finds is dealt out to both halves of the table in turn.

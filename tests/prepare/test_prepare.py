@@ -57,7 +57,7 @@ def test_listings_say_where_every_record_comes_from(checkpoint, out):
 def test_nothing_held_out_reaches_the_index_or_the_neighbours(checkpoint, out):
     make(checkpoint, out)
     prepared, train = PreparedFolder(out), splits()["train"]
-    assert len(prepared.bank()) == len(train)
+    assert len(prepared.vector_index()) == len(train)
     seen = set()
     for split, documents in splits().items():
         table = prepared.neighbours(split)
@@ -68,9 +68,9 @@ def test_nothing_held_out_reaches_the_index_or_the_neighbours(checkpoint, out):
             seen |= set(ids.ravel().tolist())
     assert len(seen - {-1}) > 1
     # Other held-out documents leave the index as it is.
-    before = prepared.bank().rows(0, len(train))
+    before = prepared.vector_index().rows(0, len(train))
     make(checkpoint, out, {**splits(), "unseen": tiny.documents()[9:]})
-    np.testing.assert_array_equal(before, PreparedFolder(out).bank().rows(0, len(train)))
+    np.testing.assert_array_equal(before, PreparedFolder(out).vector_index().rows(0, len(train)))
 
 
 def test_row_i_of_the_index_is_record_i_and_no_record_is_its_own_neighbour(checkpoint, out):
@@ -80,7 +80,7 @@ def test_row_i_of_the_index_is_record_i_and_no_record_is_its_own_neighbour(check
         text = TextTokenizer.load(checkpoint / "text.json")
         encoder = RetrievalEncoder.load(checkpoint / "encoder.safetensors", text)
         expected = encoder.embed_documents(list(prepared.records()))
-    rows = prepared.bank().rows(0, 8)
+    rows = prepared.vector_index().rows(0, 8)
     np.testing.assert_allclose(rows.astype(np.float32), expected, atol=1e-3)
     table = prepared.neighbours()
     for row in range(8):
