@@ -78,7 +78,7 @@ def perplexity(leon: Leon, decoder: Decoder, kept: CacheDtype, documents: list[D
             for document in documents[start : start + ROWS]:
                 hole = Hole("text" if part == 0 else "image")
                 prompt = tokenizer.prompt(document.replace(part, hole))
-                answer = tokenizer.answer(document.replace(part, hole), [document.parts[part]])
+                answer = tokenizer.completion(document.replace(part, hole), [document.parts[part]])
                 ids.append(np.concatenate([prompt, answer]))
                 lengths.append(len(prompt))
             padded = engine.pad(ids)

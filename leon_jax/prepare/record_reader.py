@@ -12,7 +12,7 @@ from leon_jax.data.sources.raw_record import LARGEST_PICTURE, Raw, Reason, Rejec
 from leon_jax.documents import Document, Image, Part, Provenance, Text, normalise_text
 from leon_jax.prepare import licences
 from leon_jax.prepare.config import PrepareConfig
-from leon_jax.tokenizers.image import fit_picture
+from leon_jax.tokenizers.image import fit_image
 
 Pixels = UInt8[np.ndarray, "h w 3"]
 
@@ -97,8 +97,8 @@ class Reader:
                 continue
             picture = self._decode(part)
             size = size or picture.size
-            parts.append(Image(pixels=fit_picture(picture, side)))
-            squares.append(fit_picture(picture, self.resolution))
+            parts.append(Image(pixels=fit_image(picture, side)))
+            squares.append(fit_image(picture, self.resolution))
             views.append(self.preprocess(np.asarray(picture)))
         if size is None:
             raise Refused("no_picture", "the record holds no picture")

@@ -1,6 +1,6 @@
-"""Measures how an encoder scores pairs of known kinds, for choosing its near-copy thresholds.
+r"""Measures how an encoder scores pairs of known kinds, for choosing its near-copy thresholds.
 
-    python -m leon_jax.retrieval.near_copy_thresholds \\
+    python -m leon_jax.retrieval.near_copy_thresholds \
         --encoder=runs/emoji/encoder/export/encoder.safetensors
 
 prints how well the encoder matches held-out images to captions, and the scores of pairs of training

@@ -109,7 +109,7 @@ def test_a_document_that_cannot_be_encoded_is_named_be_it_query_or_neighbour(tok
     documents[5] = Document((Text("no codes"), Image(pixels=np.zeros((4, 4, 3), np.uint8))))
     for index, retrieved in ((5, (1.0,)), (4, (0.0, 1.0))):
         broken = component(documents, retrieved=retrieved, folder="data/web")
-        with pytest.raises(UserError, match=r"^document 5 of data/web \(train\): the picture has"):
+        with pytest.raises(UserError, match=r"^document 5 of data/web \(train\): the image has"):
             example(tokenizer, broken, index)
 
 
@@ -117,9 +117,7 @@ def test_a_document_is_named_by_its_key_where_it_has_one(tokenizer):
     documents = list(DOCUMENTS)
     origin = Provenance("cats/5", "web", "CC0-1.0", "me")
     documents[5] = Document((Text("no codes"), Image(pixels=np.zeros((4, 4, 3), np.uint8))), origin)
-    with pytest.raises(
-        UserError, match=r"^document 5 \(cats/5\) of web \(train\): the picture has"
-    ):
+    with pytest.raises(UserError, match=r"^document 5 \(cats/5\) of web \(train\): the image has"):
         example(tokenizer, component(documents, folder="web"), 5)
 
 

@@ -22,7 +22,7 @@ from leon_jax.prepare import folder_lock
 from leon_jax.prepare import prepare as preparing
 from leon_jax.retrieval.encoder import RetrievalEncoder
 from leon_jax.retrieval.prepared_folder import PreparedFolder
-from leon_jax.tokenizers.image import ImageTokenizer, fit_picture, normalize
+from leon_jax.tokenizers.image import ImageTokenizer, fit_image, normalize
 from leon_jax.tokenizers.text import TextTokenizer
 from tests import tiny
 from tests.listed import Listed
@@ -37,7 +37,7 @@ def test_records_keep_their_order_and_gain_codes(checkpoint, out):
         for split, documents in splits().items():
             records = prepared.records(split)
             assert len(records) == len(documents) == prepared.manifest["splits"][split]
-            pictures = np.stack([fit_picture(d.pixels, tiny.RESOLUTION) for d in documents])
+            pictures = np.stack([fit_image(d.pixels, tiny.RESOLUTION) for d in documents])
             codes = tokenizer.encode(normalize(pictures))
             for record, document, expected in zip(records, documents, codes, strict=True):
                 assert record.parts[0] == document.parts[0]
@@ -333,5 +333,5 @@ def test_a_large_picture_is_cropped_to_the_stored_side(checkpoint, out):
     ]
     make(checkpoint, out, {"train": documents}, picture_side=20)
     for record, document in zip(PreparedFolder(out).records(), documents, strict=True):
-        np.testing.assert_array_equal(record.pixels, fit_picture(document.pixels, 20))
+        np.testing.assert_array_equal(record.pixels, fit_image(document.pixels, 20))
     assert next(PreparedFolder(out).listing())["size"] == [60, 40]

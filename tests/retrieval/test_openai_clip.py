@@ -286,7 +286,7 @@ def replace(name, make):
         ),
         (
             replace("visual_projection.weight", lambda old: old * np.inf),
-            r"clip holds NaN or infinite numbers in 'visual_projection\.weight'",
+            r"clip has NaN or infinite numbers in 'visual_projection\.weight'",
         ),
         (
             lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
