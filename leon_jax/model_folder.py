@@ -179,7 +179,7 @@ class ModelFolder:
         used += max_tokens
         if used > self.context:
             raise UserError(
-                f"max_tokens is {max_tokens}; beside an image there is room for "
+                f"max_tokens is {max_tokens}; with an image there is room for "
                 f"{max_tokens + self.context - used}"
             )
         self._check_documents(used, num_docs)

@@ -183,20 +183,23 @@ def _attention(block: Blocks, x: Float[Array, "b t d"], causal: bool) -> Float[A
     qkv = jnp.einsum("btd,dchk->cbthk", x, block.qkv[...], out_sharding=spec(*names))
     query, key, value = qkv + block.qkv_bias[...][:, None, None]
     # Rows are short, and the other implementations do not take their lengths.
-    mixed = attention(query, key, value, causal=causal, implementation="xla")
-    out = jnp.einsum("bthk,hkd->btd", mixed, block.out[...], out_sharding=spec("batch", None, None))
+    attended = attention(query, key, value, causal=causal, implementation="xla")
+    out = jnp.einsum(
+        "bthk,hkd->btd", attended, block.out[...], out_sharding=spec("batch", None, None)
+    )
     return out + block.out_bias[...]
 
 
 def _mlp(block: Blocks, x: Float[Array, "b t d"], activation: str) -> Float[Array, "b t d"]:
-    wide = spec("batch", None, "mlp")
-    hidden = jnp.einsum("btd,dm->btm", x, block.fc1[...], out_sharding=wide) + block.fc1_bias[...]
+    sharding = spec("batch", None, "mlp")
+    hidden = jnp.einsum("btd,dm->btm", x, block.fc1[...], out_sharding=sharding)
+    hidden = hidden + block.fc1_bias[...]
     if activation == "quick_gelu":
         hidden = hidden * jax.nn.sigmoid(1.702 * hidden)
     else:
         hidden = jax.nn.gelu(hidden, approximate=False)
-    narrow = spec("batch", None, None)
-    out = jnp.einsum("btm,md->btd", hidden, block.fc2[...], out_sharding=narrow)
+    sharding = spec("batch", None, None)
+    out = jnp.einsum("btm,md->btd", hidden, block.fc2[...], out_sharding=sharding)
     return out + block.fc2_bias[...]
 
 

@@ -163,8 +163,8 @@ class Blocks(nnx.Module):
 
     def output(self, attended: Float[Array, "*lead heads head_dim"]) -> Float[Array, "*lead embed"]:
         """Projects the attended values of all heads to the width of the model."""
-        narrow = jax.P(*_lead(attended, 2), None)
-        return product("...hk,hkd->...d", attended, self.out, narrow)
+        sharding = jax.P(*_lead(attended, 2), None)
+        return product("...hk,hkd->...d", attended, self.out, sharding)
 
     def mlp(self, x: Float[Array, "*lead embed"]) -> Float[Array, "*lead embed"]:
         """Runs the MLP: two products with a ReLU between them."""
@@ -390,10 +390,10 @@ def _lead(x, last: int = 1) -> tuple:
 
 def _norm(x):
     """Computes layer norm without parameters, in float32."""
-    wide = x.astype(jnp.float32)
-    wide = wide - wide.mean(axis=-1, keepdims=True)
-    variance = jnp.square(wide).mean(axis=-1, keepdims=True)
-    return (wide * jax.lax.rsqrt(variance + 1e-5)).astype(x.dtype)
+    centred = x.astype(jnp.float32)
+    centred = centred - centred.mean(axis=-1, keepdims=True)
+    variance = jnp.square(centred).mean(axis=-1, keepdims=True)
+    return (centred * jax.lax.rsqrt(variance + 1e-5)).astype(x.dtype)
 
 
 def _remat(layer, policy: str):

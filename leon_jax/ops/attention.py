@@ -138,7 +138,7 @@ def blocked(
         raise ValueError("attention in blocks cannot split the length over devices; use xla")
     size = q.shape[1]
     segment_ids = jnp.zeros(q.shape[:2], jnp.int32) if segment_ids is None else segment_ids
-    whole, rows = jax.P(batch, length, heads, None), jax.P(batch, length)
+    layout, rows = jax.P(batch, length, heads, None), jax.P(batch, length)
 
     @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=0)
     def attend(start, q, k, v, query_segments, key_segments):
@@ -167,8 +167,8 @@ def blocked(
             )
         return jnp.swapaxes(jnp.concatenate(blocks, axis=2), 1, 2)
 
-    return jax.shard_map(local, in_specs=(whole, whole, whole, rows), out_specs=whole)(
-        q, jax.reshard(k, whole), jax.reshard(v, whole), jax.reshard(segment_ids, rows)
+    return jax.shard_map(local, in_specs=(layout, layout, layout, rows), out_specs=layout)(
+        q, jax.reshard(k, layout), jax.reshard(v, layout), jax.reshard(segment_ids, rows)
     )
 
 
@@ -258,7 +258,7 @@ def cudnn(
     batch, length, heads, _ = _spec(q)
     if _count(length) > 1:
         raise ValueError("cuDNN attention cannot split the length over devices; use xla")
-    whole = jax.P(batch, length, heads, None)
+    layout = jax.P(batch, length, heads, None)
 
     def local(q, k, v, segment_ids):
         mask = None
@@ -271,8 +271,8 @@ def cudnn(
     rows = None if segment_ids is None else jax.P(batch, length)
     segment_ids = None if segment_ids is None else jax.reshard(segment_ids, rows)
     return jax.shard_map(
-        local, in_specs=(whole, whole, whole, rows), out_specs=whole, check_vma=False
-    )(q, jax.reshard(k, whole), jax.reshard(v, whole), segment_ids)
+        local, in_specs=(layout, layout, layout, rows), out_specs=layout, check_vma=False
+    )(q, jax.reshard(k, layout), jax.reshard(v, layout), segment_ids)
 
 
 class CachedArray(NamedTuple):

@@ -48,7 +48,7 @@ def chunked_cross_entropy(
     """
     batch, length, _ = jax.typeof(hidden).sharding.spec
     rows, columns = jax.typeof(table).sharding.spec
-    tokens, whole = jax.P(batch, length), jax.P(batch, length, None)
+    tokens, states = jax.P(batch, length), jax.P(batch, length, None)
     run = functools.partial(
         _local_loss,
         rows=_axes(rows),
@@ -59,10 +59,10 @@ def chunked_cross_entropy(
     )
     total, losses = jax.shard_map(
         run,
-        in_specs=(whole, jax.P(rows, columns), tokens, tokens),
+        in_specs=(states, jax.P(rows, columns), tokens, tokens),
         out_specs=(jax.P(), tokens),
     )(
-        jax.reshard(hidden, whole),
+        jax.reshard(hidden, states),
         table,
         jax.reshard(targets, tokens),
         jax.reshard(jax.lax.stop_gradient(weights).astype(jnp.float32), tokens),

@@ -19,10 +19,10 @@ def quantize(
 
     The largest magnitude along `axes` is exact. The error of the others is at most half a scale.
     """
-    wide = x.astype(jnp.float32)
-    scale = jnp.abs(wide).max(axis=axes, keepdims=True) / _LEVELS
+    x = x.astype(jnp.float32)
+    scale = jnp.abs(x).max(axis=axes, keepdims=True) / _LEVELS
     # Zeros stay zeros for any scale.
-    values = jnp.round(wide / jnp.where(scale > 0, scale, 1))
+    values = jnp.round(x / jnp.where(scale > 0, scale, 1))
     return values.astype(jnp.int8), scale
 
 
