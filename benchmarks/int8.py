@@ -85,7 +85,10 @@ def perplexity(
             for document in documents[start : start + ROWS]:
                 hole = Hole("text" if part == 0 else "image")
                 prompt = tokenizer.prompt(document.replace(part, hole))
-                completion = tokenizer.answer(document.replace(part, hole), [document.parts[part]])
+                document_answer = [document.parts[part]]
+                answer = tokenizer.completion(document.replace(part, hole), document_answer)
+                    document.replace(part, hole), [document.parts[part]]
+                )
                 ids.append(np.concatenate([prompt, completion]))
                 lengths.append(len(prompt))
             padded = engine.pad(ids)

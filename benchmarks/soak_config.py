@@ -55,4 +55,4 @@ def get_config(folder: str) -> ConfigDict:
 def write_data(folder: pathlib.Path) -> None:
     """Writes the data that `get_config` reads."""
     with jax.set_mesh(sharding.make_mesh((1, 1, 1, 1), jax.devices()[:1])):
-        tiny.write_prepared(folder / "prepared", tiny.write_checkpoint(folder / "tiny"))
+        tiny.write_prepared(folder / "prepared", tiny.write_model_folder(folder / "tiny"))

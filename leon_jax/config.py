@@ -1,7 +1,6 @@
-"""Frozen dataclasses are the configuration; ml_collections is only the way in.
+"""Builds frozen configuration dataclasses from mappings, such as a ConfigDict.
 
-`build` turns a ConfigDict (or any mapping) into a dataclass and checks every key and type on the
-way; its errors name the key by its full path and say what was expected.
+`build` checks every key and type. Its errors name the full path of the key and the expected value.
 """
 
 import dataclasses
@@ -13,30 +12,30 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 
 class UserError(ValueError):
-    """Something the person at the keyboard can fix; the message is one clear sentence."""
+    """An error that the user can fix. The message is one clear sentence."""
 
 
 class ConfigError(UserError):
-    """A configuration key is unknown, missing, or holds a value of the wrong type."""
+    """A configuration key is unknown or missing, or its value has the wrong type."""
 
 
 def build[T](cls: type[T], values: Mapping[str, Any], path: str = "config") -> T:
-    """Builds the frozen dataclass `cls` from a mapping, checking keys and types recursively.
+    """Builds the frozen dataclass `cls` from a mapping, and checks keys and types recursively.
 
-    Files of older versions hold keys that are constants now. Where `cls` has a class variable
-    `FORMER_KEYS`, such a key is read over if it has the value given there.
+    Files of older versions have keys that are constants now. If `cls` has a class variable
+    `FORMER_KEYS`, `build` ignores such a key if its value is the one in `FORMER_KEYS`.
 
     Args:
-      cls: a dataclass; fields may be numbers, strings, booleans, tuples, Literals, optional
-        values or further dataclasses.
-      values: what to fill it with; missing keys take the field's default.
-      path: how the mapping is called in error messages, for example `config.model`.
+      cls: a dataclass. Its fields may be numbers, strings, booleans, tuples, Literals, optional
+        values or other dataclasses.
+      values: values by field name. Missing keys take the field's default.
+      path: name of the mapping in error messages, for example `config.model`.
 
     Raises:
-      ConfigError: an unknown key, a missing one, or a value of the wrong type.
+      ConfigError: a key is unknown or missing, or a value has the wrong type.
     """
     if not isinstance(values, Mapping):
-        # ConfigDict is not a Mapping, but it converts.
+        # ConfigDict is not a Mapping, but it has to_dict.
         to_dict = getattr(values, "to_dict", None)
         if to_dict is None:
             raise ConfigError(f"{path} must be a group of keys, not {values!r}")
@@ -49,15 +48,17 @@ def build[T](cls: type[T], values: Mapping[str, Any], path: str = "config") -> T
             if value != former[key]:
                 raise ConfigError(f"{path}.{key} is {value!r}; it can only be {former[key]!r} now")
         elif key not in fields:
-            close = difflib.get_close_matches(key, fields, n=1)
-            hint = f"did you mean {path}.{close[0]}?" if close else f"known: {', '.join(fields)}"
+            matches = difflib.get_close_matches(key, fields, n=1)
+            known = f"known: {', '.join(fields)}"
+            hint = f"did you mean {path}.{matches[0]}?" if matches else known
             raise ConfigError(f"unknown key {path}.{key}; {hint}")
     arguments = {}
     for name, field in fields.items():
         if name in values:
             arguments[name] = _convert(values[name], hints[name], f"{path}.{name}")
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            raise ConfigError(f"{path}.{name} is missing; it must be {_name(hints[name])}")
+            expected = _type_name(hints[name])
+            raise ConfigError(f"{path}.{name} is missing; it must be {expected}")
     try:
         return cls(**arguments)
     except ConfigError:
@@ -67,7 +68,7 @@ def build[T](cls: type[T], values: Mapping[str, Any], path: str = "config") -> T
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """The configuration as nested plain values that JSON can hold (tuples become lists)."""
+    """Converts a configuration to nested plain values for JSON. Tuples become lists."""
     return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
 
 
@@ -88,27 +89,27 @@ def _convert(value: Any, hint: Any, path: str) -> Any:
     if origin is Literal:
         if value not in get_args(hint):
             raise ConfigError(
-                f"{path} is {_shown(value)}; it must be one of {list(get_args(hint))}"
+                f"{path} is {_format(value)}; it must be one of {list(get_args(hint))}"
             )
         return value
     if dataclasses.is_dataclass(hint):
         return build(hint, value, path)  # type: ignore[arg-type]
     if origin is tuple:
         if not isinstance(value, list | tuple):
-            raise ConfigError(f"{path} is {_shown(value)}; it must be a list")
+            raise ConfigError(f"{path} is {_format(value)}; it must be a list")
         element = get_args(hint)[0]
         return tuple(_convert(item, element, f"{path}[{i}]") for i, item in enumerate(value))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise ConfigError(f"{path} is {_shown(value)}; it must be {_name(hint)}")
+        raise ConfigError(f"{path} is {_format(value)}; it must be {_type_name(hint)}")
     return value
 
 
-def _shown(value: Any) -> str:
-    """A value as a person writes it: a string's backslashes are not doubled."""
+def _format(value: Any) -> str:
+    """Formats a value for an error message, without doubled backslashes in strings."""
     return f"'{value}'" if isinstance(value, str) else repr(value)
 
 
-def _name(hint: Any) -> str:
+def _type_name(hint: Any) -> str:
     return getattr(hint, "__name__", str(hint)) if get_origin(hint) is None else str(hint)

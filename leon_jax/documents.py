@@ -1,8 +1,8 @@
-"""Documents: the one type that sources, training examples, tasks, prompts and answers share.
+"""Documents: the type of sources, training examples, prompts and completions.
 
-A document is an ordered tuple of parts (text, pictures, holes) and a note of where it came from. A
-task is a document with a hole in it; a model's answer is the document without the hole.
-Everything here is an immutable value: equal contents compare equal and hash equal.
+A document is an ordered tuple of parts (text, images, holes) and its provenance. A prompt is a
+document with a hole. The completion fills the hole. All classes are immutable values: equal
+contents compare equal and have equal hashes.
 """
 
 import dataclasses
@@ -18,11 +18,11 @@ Modality = Literal["text", "image"]
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """A stretch of text.
+    """A text.
 
     Raises:
       TypeError: `text` is not a string.
-      ValueError: it holds a lone surrogate, which no encoding can write.
+      ValueError: `text` has a lone surrogate, which cannot be encoded.
     """
 
     text: str
@@ -34,20 +34,19 @@ class Text:
             self.text.encode()
         except UnicodeEncodeError as error:
             raise ValueError(
-                f"the text holds a lone surrogate at position {error.start}; it must be valid "
-                "unicode"
+                f"the text has a lone surrogate at position {error.start}; it must be valid unicode"
             ) from None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Image:
-    """A picture: its pixels, its codes under an image tokenizer, or both.
+    """An image: its pixels, its codes of an image tokenizer, or both.
+
+    The arrays are stored as read-only copies, so an Image can be a dictionary key.
 
     Attributes:
       pixels: sRGB, uint8[height, width, 3], or None.
       codes: codebook entries in raster order, int32[rows, cols], 0 or more, or None.
-
-    The arrays are kept as read-only copies, so an Image can be a dictionary key.
 
     Raises:
       TypeError: an array has the wrong dtype.
@@ -59,14 +58,14 @@ class Image:
 
     def __post_init__(self):
         if self.pixels is None and self.codes is None:
-            raise ValueError("an Image needs pixels, codes or both; it was given neither")
+            raise ValueError("an Image needs pixels, codes or both; it has neither")
         if self.pixels is not None:
             pixels = np.asarray(self.pixels)
             if pixels.dtype != np.uint8:
                 raise TypeError(f"pixels must be uint8 in 0..255, not {pixels.dtype}")
             if pixels.ndim != 3 or pixels.shape[-1] != 3 or 0 in pixels.shape:
                 raise ValueError(f"pixels must be [height, width, 3], not {list(pixels.shape)}")
-            object.__setattr__(self, "pixels", _frozen(pixels))
+            object.__setattr__(self, "pixels", _read_only(pixels))
         if self.codes is not None:
             codes = np.asarray(self.codes)
             if not np.issubdtype(codes.dtype, np.integer):
@@ -77,12 +76,12 @@ class Image:
                 raise ValueError(f"codes must be 0 or more; the smallest is {codes.min()}")
             if codes.max() > np.iinfo(np.int32).max:
                 raise ValueError(f"codes must fit int32; the largest is {codes.max()}")
-            object.__setattr__(self, "codes", _frozen(codes.astype(np.int32)))
+            object.__setattr__(self, "codes", _read_only(codes.astype(np.int32)))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Image):
             return NotImplemented
-        return _same(self.pixels, other.pixels) and _same(self.codes, other.codes)
+        return _equal(self.pixels, other.pixels) and _equal(self.codes, other.codes)
 
     def __hash__(self) -> int:
         return hash(
@@ -93,38 +92,38 @@ class Image:
         )
 
     def __repr__(self) -> str:
-        shown = (
+        arrays = (
             f"{name}={array.dtype}{list(array.shape)}"
             for name, array in (("pixels", self.pixels), ("codes", self.codes))
             if array is not None
         )
-        return f"Image({', '.join(shown)})"
+        return f"Image({', '.join(arrays)})"
 
 
 @dataclasses.dataclass(frozen=True)
 class Hole:
-    """A part that is to be filled, with text or with a picture.
+    """A missing part, which the model fills with text or with an image.
 
     Attributes:
-      modality: which.
-      first_rows: codes of the first rows of the picture, which are kept, [rows, cols] (as tuples);
-        empty: all of the picture is to be drawn.
+      modality: "text" or "image".
+      first_rows: codes of the first rows of the image, [rows, cols] (as tuples), which stay as
+        they are. Empty: the model generates the whole image.
 
     Raises:
-      ValueError: the modality is neither "text" nor "image", or a text has rows, or they are not
-        all equally long.
+      ValueError: the modality is neither "text" nor "image", a text hole has rows, or the rows
+        have different lengths.
     """
 
     modality: Modality
     first_rows: Sequence[Sequence[int]] | Int32[np.ndarray, "rows cols"] = ()
 
     def __post_init__(self):
-        try:  # tuples, so that a Hole can be compared and hashed
+        try:  # to tuples, so that a Hole can be compared and hashed
             rows = tuple(tuple(int(code) for code in row) for row in self.first_rows)
         except (TypeError, ValueError) as error:
             raise ValueError("first_rows are rows of codes, which must be whole numbers") from error
         if rows and (self.modality != "image" or len(set(map(len, rows))) > 1):
-            raise ValueError("first_rows are rows of codes of a picture, all equally long")
+            raise ValueError("first_rows are rows of codes of an image, all of the same length")
         object.__setattr__(self, "first_rows", rows)
         if self.modality not in get_args(Modality):
             raise ValueError(
@@ -137,16 +136,16 @@ Part = Text | Image | Hole
 
 @dataclasses.dataclass(frozen=True)
 class Provenance:
-    """Where a document came from and what may be done with it.
+    """The origin of a document and its licence.
 
     Attributes:
-      key: names the document within its source, for example "cats/0001".
-      source: the collection or package it came from.
+      key: identifies the document in its source, for example "cats/0001".
+      source: the dataset or package that the document is from.
       licence: an SPDX licence identifier, for example "CC-BY-4.0".
-      attribution: the credit line that the licence asks for; may be empty.
+      attribution: the credit line that the licence requires; may be empty.
       language: BCP 47 tag of the text.
-      group: documents of one group show variations of one thing; "" if nothing is known. Groups are
-        never cut by a split, and can be weighed against each other in training.
+      group: documents of one group are variations of one thing; "" if the group is unknown. All
+        documents of a group are in one split, and training can weight groups.
 
     Raises:
       ValueError: key, source, licence or language is empty or not a string.
@@ -170,7 +169,7 @@ class Provenance:
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """Parts in reading order, and provenance where it is known.
+    """Parts in reading order, with the provenance if it is known.
 
     Raises:
       TypeError: a part is not a Text, an Image or a Hole, or provenance is not a Provenance.
@@ -198,7 +197,7 @@ class Document:
 
     @property
     def holes(self) -> tuple[int, ...]:
-        """The positions in `parts` of the holes."""
+        """Indices of the holes in `parts`."""
         return tuple(i for i, part in enumerate(self.parts) if isinstance(part, Hole))
 
     @property
@@ -208,30 +207,30 @@ class Document:
 
     @property
     def pixels(self) -> UInt8[np.ndarray, "height width 3"]:
-        """The pixels of the first picture that has any.
+        """The pixels of the first image with pixels.
 
         Raises:
-          ValueError: none has.
+          ValueError: no image has pixels.
         """
         for part in self.parts:
             if isinstance(part, Image) and part.pixels is not None:
                 return part.pixels
-        raise ValueError("the document has no picture with pixels")
+        raise ValueError("the document has no image with pixels")
 
     @property
     def codes(self) -> Int32[np.ndarray, "rows cols"]:
-        """The codes of the first picture that has any.
+        """The codes of the first image with codes.
 
         Raises:
-          ValueError: none has.
+          ValueError: no image has codes.
         """
         for part in self.parts:
             if isinstance(part, Image) and part.codes is not None:
                 return part.codes
-        raise ValueError("the document has no picture with codes")
+        raise ValueError("the document has no image with codes")
 
     def replace(self, index: int, part: Part) -> Self:
-        """The same document with `parts[index]` replaced.
+        """Returns the document with `parts[index]` replaced.
 
         Raises:
           IndexError: there is no such part.
@@ -242,29 +241,29 @@ class Document:
 
 
 def normalise_text(text: str) -> str:
-    """The text in Unicode NFC, with single spaces between words and none at its ends.
+    """Converts text to Unicode NFC, with one space between words and none at the ends.
 
-    The time grows with the square of the longest run of combining marks.
+    The time is quadratic in the longest run of combining marks.
     """
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 class Source(Protocol):
-    """Documents with random access: a list, or a dataset's split."""
+    """Documents with random access, for example a list or a split of a dataset."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> Document: ...
 
 
-def _frozen(array: np.ndarray) -> np.ndarray:
+def _read_only(array: np.ndarray) -> np.ndarray:
     if array.flags.writeable or not array.flags.c_contiguous:
         array = np.array(array, order="C")
         array.flags.writeable = False
     return array
 
 
-def _same(left: np.ndarray | None, right: np.ndarray | None) -> bool:
-    if left is None or right is None:
-        return left is right
-    return np.array_equal(left, right)
+def _equal(first: np.ndarray | None, second: np.ndarray | None) -> bool:
+    if first is None or second is None:
+        return first is second
+    return np.array_equal(first, second)

@@ -1,6 +1,7 @@
-"""A model folder: what it holds, known without reading its weights, and what fits its context.
+"""A model folder: its files, and checks of what fits the model's context.
 
-A model folder is what training, conversion and tuning end in, and what everything else loads.
+Training, conversion and tuning write a model folder. Generation and evaluation load one. Opening a
+folder does not read the weights.
 """
 
 import dataclasses
@@ -25,34 +26,34 @@ from leon_jax.tokenizers.text import TextTokenizer
 from leon_jax.vocabulary import Vocabulary
 
 FILES = ("decoder.safetensors", "tokenizer.safetensors", "text.json")
-# The retrieval encoder: one of ours, or a folder with OpenAI's CLIP as transformers writes it.
+# The retrieval encoder: a file of leon_jax, or a folder with OpenAI's CLIP as transformers writes.
 ENCODERS = ("encoder.safetensors", "encoder")
 
 
 def encoder_path(folder: pathlib.Path) -> pathlib.Path:
-    """The retrieval encoder of a model folder, for `leon_jax.retrieval.encoder.Encoder.load`.
+    """Returns the path of a model folder's encoder, for `RetrievalEncoder.load`.
 
     Raises:
-      UserError: there is none.
+      UserError: the folder has no encoder.
     """
     for name in ENCODERS:
         path = folder / name
         if path.is_dir() or (path.is_file() and path.stat().st_size):
             return path
     raise UserError(
-        f"the model folder {folder} has no {ENCODERS[0]} or it is empty, and no folder "
+        f"the model folder {folder} has no {ENCODERS[0]} or it is empty, and it has no folder "
         f"{ENCODERS[1]} with a CLIP"
     )
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelFolder:
-    """A folder with `FILES` and one of `ENCODERS`; open one with `ModelFolder.open`.
+    """A folder with `FILES` and one of `ENCODERS`. Open it with `ModelFolder.open`.
 
     Attributes:
       path: the folder.
-      config: the decoder's shape.
-      tokenizer: documents to ids, with the text tokenizer and the vocabulary.
+      config: configuration of the decoder.
+      tokenizer: the document tokenizer, with the text tokenizer and the vocabulary.
     """
 
     path: pathlib.Path
@@ -61,10 +62,10 @@ class ModelFolder:
 
     @classmethod
     def open(cls, folder: str | os.PathLike | None = None) -> "ModelFolder":
-        """Reads the text tokenizer and the decoder's header; no weights.
+        """Reads the text tokenizer and the header of the decoder, but no weights.
 
         Args:
-          folder: None: the model that comes with the package.
+          folder: the model folder; None: the model that the package includes.
 
         Raises:
           UserError: the folder, one of `FILES` or the encoder is missing, empty or damaged.
@@ -72,7 +73,7 @@ class ModelFolder:
         folder = shipped_folder() if folder is None else pathlib.Path(folder)
         if not folder.is_dir():
             expected = ", ".join((*FILES, ENCODERS[0]))
-            raise UserError(f"there is no model folder {folder}; it would hold {expected}")
+            raise UserError(f"there is no model folder {folder}; a model folder has {expected}")
         for name in FILES:
             if not (folder / name).is_file() or not (folder / name).stat().st_size:
                 raise UserError(f"the model folder {folder} has no {name}, or it is empty")
@@ -89,13 +90,13 @@ class ModelFolder:
         return cls(folder, config, DocumentTokenizer(vocabulary, text, (rows, columns)))
 
     def load_decoder(self, weights: WeightType = "float32") -> Decoder:
-        """The decoder for inference, its layers unstacked. The mesh must be set.
+        """Reads the decoder for inference, with unstacked layers. Needs a mesh to be set.
 
         Args:
-          weights: the dtype of its weights.
+          weights: type of the weights.
 
         Raises:
-          UserError: the file is damaged, or of another configuration.
+          UserError: the file is damaged or has another configuration.
         """
         path = self.path / "decoder.safetensors"
         arrays, _ = weight_files.load(path, "decoder")
@@ -106,7 +107,7 @@ class ModelFolder:
         return unstack(decoder)
 
     def copy_to(self, folder: str | os.PathLike) -> None:
-        """Copies the files to another folder, each whole or not at all; not onto themselves."""
+        """Copies each file atomically to another folder. The same folder does not change."""
         folder = pathlib.Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if folder.samefile(self.path):
@@ -124,17 +125,17 @@ class ModelFolder:
 
     @property
     def name(self) -> str:
-        """Name and version of the model, for people and for the metadata of images."""
+        """Name and version of the model, for messages and for the metadata of images."""
         return f"leon_jax {__version__} {self.path.absolute().name}"
 
     @functools.cached_property
     def digest(self) -> str:
-        """12 digits that tell the decoder's weights from others; see `sampled_digest`."""
+        """12 digits that identify the decoder's weights; see `sampled_digest`."""
         return weight_files.sampled_digest(self.path / "decoder.safetensors")
 
     @functools.cached_property
     def former_digests(self) -> list[str]:
-        """The digests that earlier versions of this project gave to the same weights."""
+        """The digests of the same weights in earlier versions of this project."""
         return weight_files.former_sampled_digests(self.path / "decoder.safetensors")
 
     @property
@@ -143,10 +144,10 @@ class ModelFolder:
         return self.config.max_length
 
     def check_prompt(self, prompt: str, num_docs: int) -> None:
-        """Checks a prompt for an image, and how many documents are read with it.
+        """Checks a prompt for an image, and the number of retrieved documents.
 
         Raises:
-          UserError: the prompt is empty or too long, or so many documents cannot fit.
+          UserError: the prompt is empty or too long, or the documents cannot fit the context.
         """
         if not prompt.strip():
             raise UserError("the prompt is empty; say what the image should show")
@@ -164,7 +165,7 @@ class ModelFolder:
         self._check_documents(used, num_docs)
 
     def check_caption(self, max_tokens: int, num_docs: int) -> None:
-        """Checks the length limit of a caption, and how many documents are read with it.
+        """Checks the length limit of a caption, and the number of retrieved documents.
 
         Raises:
           UserError: a number is out of range.
@@ -173,21 +174,21 @@ class ModelFolder:
             raise UserError(f"max_tokens is {max_tokens}; a caption has at least 1 token")
         vocabulary = self.tokenizer.vocabulary
         image = [vocabulary.image_start] * self.tokenizer.image_tokens
-        before = [vocabulary.eos, vocabulary.sentinel(0), vocabulary.break_id, *image]
-        used = self._extent(np.array([*before, vocabulary.eos, vocabulary.sentinel(0)]))
+        prefix = [vocabulary.eos, vocabulary.sentinel(0), vocabulary.break_id, *image]
+        used = self._extent(np.array([*prefix, vocabulary.eos, vocabulary.sentinel(0)]))
         used += max_tokens
         if used > self.context:
             raise UserError(
-                f"max_tokens is {max_tokens}; beside an image there is room for "
+                f"max_tokens is {max_tokens}; with an image there is room for "
                 f"{max_tokens + self.context - used}"
             )
         self._check_documents(used, num_docs)
 
     def check_num_docs(self, num_docs: int) -> None:
-        """Checks how many documents are read with any prompt for an image.
+        """Checks the number of retrieved documents for any prompt for an image.
 
         Raises:
-          UserError: the number is negative, or so many fit beside no prompt.
+          UserError: the number is negative, or the documents do not fit with the shortest prompt.
         """
         vocabulary = self.tokenizer.vocabulary
         shortest = np.array([vocabulary.eos, vocabulary.text_start, vocabulary.break_id])
@@ -196,32 +197,32 @@ class ModelFolder:
     def _check_documents(self, used: int, num_docs: int) -> None:
         if num_docs < 0:
             raise UserError(f"num_docs is {num_docs}; it must be 0 or more")
-        # A retrieved document is at least a one-token text, an image and a <break> after each.
+        # The shortest retrieved document is a one-token text and an image, each with a <break>.
         step = self.config.part_step
         shortest = sum(-(-part // step) * step for part in (2, self.tokenizer.image_tokens + 1))
         limit = (self.context - used) // shortest
         if num_docs > limit:
             raise UserError(
                 f"num_docs is {num_docs}; the model's context of {self.context} positions holds "
-                f"at most {limit} documents beside this request; ask for fewer, or shorten it"
+                f"at most {limit} documents with this request; use fewer, or shorten the request"
             )
 
     def select_fitting(
         self, retrieved: Sequence[Document], query: Document, new_tokens: int
     ) -> list[Document]:
-        """The retrieved documents that fit beside the query, in the order they are read.
+        """Returns the retrieved documents that fit the context with the query, in sequence order.
 
-        The most relevant one is read last, next to the query. The least relevant ones are left out
-        first.
+        The most relevant document is last, next to the query. The least relevant documents are
+        dropped first.
 
         Args:
-          retrieved: the most relevant first.
+          retrieved: retrieved documents, most relevant first.
           query: a document with a hole.
-          new_tokens: how many tokens are generated.
+          new_tokens: number of tokens to generate.
         """
         fitting = list(retrieved)
         while fitting:
-            # A query that is not open is followed by one sentinel.
+            # One more position, because a query that is not open is followed by a sentinel.
             used = self._extent(self.tokenizer.encode([*fitting[::-1], query])) + 1
             if used + new_tokens <= self.context:
                 break
@@ -233,5 +234,5 @@ class ModelFolder:
 
 
 def shipped_folder() -> pathlib.Path:
-    """The folder of the model that comes with the package."""
+    """Returns the folder of the model that the package includes."""
     return pathlib.Path(str(importlib.resources.files("leon_jax"))) / "weights" / "emoji"

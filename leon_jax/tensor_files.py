@@ -1,12 +1,12 @@
-"""The safetensors container, written so that equal contents are equal bytes.
+"""Reads and writes safetensors files. Equal contents give equal bytes.
 
-    8 bytes      the header's length, little-endian
-    header       JSON: `__metadata__`, then for each tensor its dtype, shape and data_offsets;
+    8 bytes      length of the header, little-endian
+    header       JSON: `__metadata__`, then dtype, shape and data_offsets of each tensor;
                  padded with spaces to a multiple of 8
-    data         the tensors one after the other, little-endian, C order
+    data         the tensors in sequence, little-endian, C order
 
-The safetensors library orders the metadata at random in every process. Here metadata and tensors
-are sorted by name; tensors of wider types come first, so that each is aligned to its type.
+The safetensors library writes the metadata in random order. Here metadata and tensors are sorted by
+name. Tensors of wider types come first, so that each tensor is aligned to its type.
 """
 
 import json
@@ -33,12 +33,12 @@ _METADATA = "__metadata__"
 def write(
     path: pathlib.Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]
 ) -> None:
-    """Writes a file, whole or not at all; parents are made.
+    """Writes a file atomically, and creates its parent folders.
 
     Args:
-      path: the file; one that is there is replaced.
-      arrays: tensors by name, of any layout in memory.
-      metadata: texts for the header.
+      path: the file to write or replace.
+      arrays: tensors by name, of any memory layout.
+      metadata: strings by key, for the header.
     """
     names = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))
     header: dict[str, object] = {_METADATA: dict(sorted(metadata.items()))}
@@ -63,7 +63,7 @@ def write(
 
 
 def read_metadata(path: pathlib.Path) -> dict[str, str]:
-    """The texts of a file's header.
+    """Reads the metadata in the header of a file.
 
     Raises:
       UserError: the file cannot be read, or it is not a whole safetensors file.
@@ -72,9 +72,9 @@ def read_metadata(path: pathlib.Path) -> dict[str, str]:
 
 
 def read(path: pathlib.Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
-    """The metadata, and the tensors by name: read-only, mapped from the file.
+    """Reads the metadata, and maps the tensors from the file, by name, read-only.
 
-    A tensor takes memory only where it is read. Copy what has to outlive the file.
+    A tensor uses memory only when it is read. Copy a tensor that must outlive the file.
 
     Raises:
       UserError: the file cannot be read, or it is not a whole safetensors file.
@@ -102,11 +102,11 @@ def read(path: pathlib.Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
             raise ValueError("length")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{path} is not a whole safetensors file; its header and its length do not agree"
+            f"{path} is not a whole safetensors file; its header does not match its length"
         ) from error
     return metadata, arrays
 
 
 def content(array: np.ndarray) -> np.ndarray:
-    """The bytes of a tensor as the file holds them: uint8[bytes], without a copy if it can be."""
+    """Returns the bytes of a tensor as uint8[bytes], without a copy if possible."""
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8)

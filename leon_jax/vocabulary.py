@@ -9,9 +9,8 @@
     ...                     reserved
     text_start ...          text tokens
 
-With the default numbers these are 65,536 ids. `</s>` stands both at the start and at the end of a
-document, as in metaseq. Text never turns into a control token: `<break>` in a caption is spelled
-with text ids.
+With the default numbers there are 65,536 ids. `</s>` is at the start and at the end of a document,
+as in metaseq. Text never becomes a control token: `<break>` in a caption is encoded with text ids.
 """
 
 import dataclasses
@@ -25,16 +24,16 @@ _SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-    """How many ids of each kind there are, and where they lie.
+    """The number of ids of each kind, and their ranges.
 
     Attributes:
       image_codes: entries of the image tokenizer's codebook.
-      sentinels: how many infill marks there are.
-      text_start: first text id; ids between the last sentinel and it are reserved.
+      sentinels: number of sentinels.
+      text_start: first text id. The ids between the last sentinel and `text_start` are reserved.
       text_tokens: entries of the text tokenizer.
 
     Raises:
-      ValueError: a count is impossible, or `text_start` lies before the end of the sentinels.
+      ValueError: a count is too small, or `text_start` is before the end of the sentinels.
     """
 
     image_codes: int = 8192
@@ -43,10 +42,10 @@ class Vocabulary:
     text_tokens: int = 56320
 
     def __post_init__(self):
-        for name, least in (("image_codes", 1), ("sentinels", 0), ("text_tokens", 1)):
+        for name, minimum in (("image_codes", 1), ("sentinels", 0), ("text_tokens", 1)):
             value = getattr(self, name)
-            if value < least:
-                raise ValueError(f"{name} is {value}; it must be at least {least}")
+            if value < minimum:
+                raise ValueError(f"{name} is {value}; it must be at least {minimum}")
         if self.text_start < self.sentinel_stop:
             raise ValueError(
                 f"text_start is {self.text_start}; {self.image_codes} image codes and "
@@ -57,14 +56,17 @@ class Vocabulary:
     def compact(
         cls, image_codes: int, text_tokens: int, sentinels: int = 16, multiple: int = 1
     ) -> Self:
-        """The layout without reserved ids, for small models and tests.
+        """Returns a layout without reserved ids, for small models and tests.
 
         Args:
           image_codes: entries of the image tokenizer's codebook.
           text_tokens: entries of the text tokenizer.
-          sentinels: how many infill marks there are.
-          multiple: reserve as few ids as make `size` a multiple of this, so that the logits can
-            be split evenly over devices.
+          sentinels: number of sentinels.
+          multiple: reserve the fewest ids that make `size` a multiple of this, so that the logits
+            can be split evenly over devices.
+
+        Raises:
+          ValueError: a count or `multiple` is too small.
         """
         if multiple < 1:
             raise ValueError(f"multiple is {multiple}; it must be at least 1")
@@ -72,10 +74,10 @@ class Vocabulary:
         text_start += -(text_start + text_tokens) % multiple
         return cls(image_codes, sentinels, text_start, text_tokens)
 
-    # The class-wide ids are properties too, so that every id is read the same way.
+    # Constant ids are properties, too, so that all ids have the same interface.
     @property
     def bos(self) -> int:
-        """`<s>`; kept for converted models, not used by our own documents."""
+        """`<s>`, for converted models; leon_jax does not use it."""
         return 0
 
     @property
@@ -103,12 +105,12 @@ class Vocabulary:
 
     @property
     def eoss(self) -> int:
-        """`<eoss>` ends an infill."""
+        """`<eoss>`, at the end of an infill."""
         return self.image_stop
 
     @property
     def break_id(self) -> int:
-        """`<break>` stands between two parts of a document and between two documents."""
+        """`<break>`, between two parts of a document and between two documents."""
         return self.image_stop + 1
 
     @property
@@ -127,11 +129,11 @@ class Vocabulary:
 
     @property
     def size(self) -> int:
-        """How many ids there are, reserved ones included."""
+        """Number of ids, including reserved ids."""
         return self.text_stop
 
     def sentinel(self, index: int) -> int:
-        """The id of `<sentinel:index>`.
+        """Returns the id of `<sentinel:index>`.
 
         Raises:
           ValueError: there is no such sentinel.
@@ -141,38 +143,38 @@ class Vocabulary:
         return self.sentinel_start + index
 
     def is_image(self, ids: Any) -> Any:
-        """True where an id is an image code; `ids` is an int or an integer array of any kind."""
+        """Returns True where an id is an image code. `ids` is an int or any integer array."""
         return (ids >= self.image_start) & (ids < self.image_stop)
 
     def is_sentinel(self, ids: Any) -> Any:
-        """True where an id is a sentinel; `ids` is an int or an integer array of any kind."""
+        """Returns True where an id is a sentinel. `ids` is an int or any integer array."""
         return (ids >= self.sentinel_start) & (ids < self.sentinel_stop)
 
     def is_text(self, ids: Any) -> Any:
-        """True where an id is a text token; `ids` is an int or an integer array of any kind."""
+        """Returns True where an id is a text token. `ids` is an int or any integer array."""
         return (ids >= self.text_start) & (ids < self.text_stop)
 
     def positions(
         self, ids: Int[np.ndarray, "length"], part_step: int = 1
     ) -> Int32[np.ndarray, "length"]:
-        """The rows of the position table that a document's ids take, from 0.
+        """Returns the positions of a document's ids: rows of the position table, from 0.
 
-        With a `part_step` above 1 the id after a `<break>`, the first of a part, takes the next
-        multiple of it. A picture then starts at the same few positions however long the texts
-        before it are. Without (1, as in the paper), positions just count.
+        With a `part_step` above 1, the first id of a part, which follows a `<break>`, has the next
+        multiple of `part_step` as its position. An image then starts at one of few positions,
+        whatever the length of the text before it. With 1, as in the paper, there are no gaps.
         """
-        places = np.arange(len(ids), dtype=np.int32)
+        positions = np.arange(len(ids), dtype=np.int32)
         if part_step > 1:
             for first in np.flatnonzero(np.asarray(ids[:-1]) == self.break_id) + 1:
-                places[first:] += -places[first] % part_step
-        return places
+                positions[first:] += -positions[first] % part_step
+        return positions
 
     def extent(self, ids: Int[np.ndarray, "length"], part_step: int = 1) -> int:
-        """How many positions ids take: the position of an id that would follow them."""
+        """Returns the number of positions that ids take: the position of the next id."""
         return int(self.positions(np.append(ids, self.pad), part_step)[-1])
 
     def name(self, token: int) -> str:
-        """What a person calls the id, for error messages and dumps: `<break>`, `<image:17>`, ..."""
+        """Returns a readable name of an id, for error messages: `<break>`, `<image:17>`, ..."""
         token = int(token)
         if 0 <= token < len(_SPECIALS):
             return _SPECIALS[token]

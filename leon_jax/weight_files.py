@@ -1,16 +1,15 @@
-"""One model is one safetensors file: arrays by dotted path, and its configuration in the header.
+"""Reads and writes models as safetensors files, with the configuration in the header.
 
-The header's metadata holds `kind` (tokenizer, encoder, decoder), `config` (JSON) and `format`, so a
-file says by itself what it is and whether it fits. An array's name is the path of attributes that
-leads to it in the module, for example `blocks.query`.
+The metadata in the header has `kind` (tokenizer, encoder, decoder), `config` (JSON) and `format`.
+The name of an array is its dotted attribute path in the module, for example `blocks.query`.
 
-Files of the format `leon_jax/1` left out every path part called `value`, so that the decoder's
-`blocks.value` was `blocks` there. They are read as before, under the true names. `upgrade` writes
-such a file again.
+Files of the format `leon_jax/1` left out every path part named `value`: the decoder's
+`blocks.value` is `blocks` in them. They are read under the full names. `upgrade` rewrites such a
+file in the present format.
 
-What tells two files apart is not their bytes but a digest of their tensors under true names. A file
-that `upgrade` wrote lists the digests of its former bytes in `replaces`, because folders and images
-of older versions record those.
+Files are compared by a digest of their tensors under full names, not by their bytes. A file that
+`upgrade` wrote lists the digests of its former bytes in `replaces`, because folders and images of
+older versions record those digests.
 """
 
 import hashlib
@@ -25,18 +24,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-import leon_jax.models  # noqa: F401  # sets flax's mode before any module is made
+import leon_jax.models  # noqa: F401  # sets flax's mode before any module is created
 from leon_jax import sharding, tensor_files
 from leon_jax.config import UserError
 
 FORMAT = "leon_jax/2"
 _FORMER_FORMAT = "leon_jax/1"
-# How much of a file `sampled_digest` reads.
+# Number and size of the samples that `sampled_digest` reads.
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
 
 
 def flatten(module: Any) -> dict[str, Any]:
-    """The arrays of a module, or of any pytree, by dotted path, for example `blocks.query`."""
+    """Returns the arrays of a module, or of any pytree, by dotted path, such as `blocks.query`."""
     arrays: dict[str, Any] = {}
     leaves = jax.tree_util.tree_flatten_with_path(
         module, is_leaf=lambda node: isinstance(node, nnx.Variable)
@@ -44,7 +43,7 @@ def flatten(module: Any) -> dict[str, Any]:
     for path, leaf in leaves:
         inner: list[Any] = [((), leaf)]
         if isinstance(leaf, nnx.Variable):
-            # The first part of the path inside a variable is flax's own: `value`.
+            # The first part of the path inside a variable is `value`, which flax adds.
             inner = [(rest[1:], array) for rest, array in _with_paths(leaf)]
         for rest, array in inner:
             arrays[jax.tree_util.keystr((*path, *rest), simple=True, separator=".")] = array
@@ -52,7 +51,7 @@ def flatten(module: Any) -> dict[str, Any]:
 
 
 def former_name(name: str) -> str:
-    """What an array of this true name was called in `leon_jax/1` and in checkpoints of its time."""
+    """Returns an array's name in `leon_jax/1`, and in training checkpoints of that version."""
     return ".".join(part for part in name.split(".") if part != "value")
 
 
@@ -63,17 +62,18 @@ def save(
     config: dict[str, Any],
     dtype: Any = None,
 ) -> None:
-    """Writes the module and its configuration to `path`, whole or not at all.
+    """Writes a module and its configuration to `path` atomically.
 
-    Equal modules and configurations become equal bytes. Where there are several processes, all must
-    call it and the first one writes.
+    Equal modules and configurations give equal bytes. With several processes, all must call it, and
+    the first one writes.
 
     Args:
-      path: the `.safetensors` file to write; parents are made.
-      module: its floating-point arrays are cast to `dtype` if one is given.
-      kind: what the file holds, checked by `load`.
+      path: the `.safetensors` file to write. Its parent folders are created.
+      module: the module.
+      kind: kind of the model, which `load` checks.
       config: plain values (see `leon_jax.config.to_dict`).
-      dtype: how floating-point arrays are stored, for example `jnp.bfloat16`.
+      dtype: floating-point arrays are stored in this dtype, for example `jnp.bfloat16`. None: in
+        their own.
     """
     arrays = {}
     for name, leaf in flatten(module).items():
@@ -88,38 +88,39 @@ def save(
 
 
 def load(path: str | os.PathLike, kind: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Reads a file written by `save`, of either format.
+    """Reads a file that `save` wrote, of either format.
 
     Returns:
-      The arrays by true name, as stored, and the configuration.
+      The arrays by full name in their stored dtypes, and the configuration.
 
     Raises:
-      UserError: there is no such file, it is damaged, or it holds another kind of model.
+      UserError: the file is missing or damaged, or has another kind of model.
     """
     metadata, arrays = _open(path, kind)
     return {name: np.array(array) for name, array in arrays.items()}, json.loads(metadata["config"])
 
 
 def read_config(path: str | os.PathLike, kind: str) -> dict[str, Any]:
-    """The configuration in the header of a file; no weights are read.
+    """Reads the configuration in the header of a file, without the weights.
 
     Raises:
-      UserError: as `load`.
+      UserError: the file is missing or damaged, or has another kind of model.
     """
     return json.loads(_open(path, kind)[0]["config"])
 
 
 def restore[M: nnx.Module](module: M, arrays: Mapping[str, np.ndarray], source: str = "file") -> M:
-    """`module` with its arrays replaced by those of a file, in the module's dtypes and layout.
+    """Returns `module` with the arrays of a file, in the module's dtypes and shardings.
 
     Args:
       module: concrete, or abstract from `jax.eval_shape`.
-      arrays: as returned by `load`; each is asked for once, so a mapping may make it then.
-      source: what to call the file in errors.
+      arrays: arrays by name, for example from `load`. Each is looked up once, so a mapping may
+        read an array at that time.
+      source: name of the file in error messages.
 
     Raises:
-      UserError: a name or a shape differs, which means the file is of another configuration; or a
-        tensor holds NaN or infinite numbers.
+      UserError: a name or a shape differs, so the file has another configuration; or a tensor has
+        NaN or infinite numbers.
       RuntimeError: no mesh is set.
     """
     mesh = jax.sharding.get_mesh()
@@ -129,14 +130,17 @@ def restore[M: nnx.Module](module: M, arrays: Mapping[str, np.ndarray], source: 
         )
     leaves, structure = jax.tree.flatten(module)
     names = list(flatten(module))
-    if missing := sorted(set(names) ^ set(arrays)):
-        raise UserError(f"{source} is of another configuration: it disagrees about {missing[0]!r}")
+    if differences := sorted(set(names) ^ set(arrays)):
+        problem = "lacks" if differences[0] in names else "has"
+        raise UserError(
+            f"{source} has another configuration: it {problem} the array {differences[0]!r}"
+        )
     restored = []
     for name, leaf in zip(names, leaves, strict=True):
         array = arrays[name]
         if array.shape != leaf.shape:
             raise UserError(
-                f"{source} is of another configuration: {name!r} has shape {array.shape}, "
+                f"{source} has another configuration: {name!r} has shape {array.shape}, "
                 f"but {tuple(leaf.shape)} is expected"
             )
         array = array.astype(leaf.dtype)
@@ -147,24 +151,25 @@ def restore[M: nnx.Module](module: M, arrays: Mapping[str, np.ndarray], source: 
 
 
 def check_finite(array: np.ndarray, name: str, source: str) -> None:
-    """Refuses a tensor that holds NaN or infinite numbers.
+    """Checks that a tensor is finite.
 
     Args:
       array: a host array of any dtype.
-      name, source: what to call the tensor and its file in the error.
+      name: name of the tensor in the error message.
+      source: name of the file in the error message.
 
     Raises:
-      UserError: it does.
+      UserError: the tensor has NaN or infinite numbers.
     """
     if jnp.issubdtype(array.dtype, jnp.floating) and not np.isfinite(array).all():
         raise UserError(
-            f"{source} holds NaN or infinite numbers in {name!r}; every weight of a model must be "
+            f"{source} has NaN or infinite numbers in {name!r}; every weight of a model must be "
             "finite, so take another copy or an earlier checkpoint"
         )
 
 
 def is_weight_file(path: str | os.PathLike) -> bool:
-    """Whether this is a whole file of either format, of any kind."""
+    """Returns whether this is a complete weight file of either format, of any kind."""
     try:
         metadata = tensor_files.read_metadata(pathlib.Path(path))
     except UserError:
@@ -173,10 +178,10 @@ def is_weight_file(path: str | os.PathLike) -> bool:
 
 
 def content_digest(path: str | os.PathLike) -> str:
-    """SHA-256 of what a file holds, in hexadecimal: tensors under true names, kind, configuration.
+    """Returns a hexadecimal SHA-256 of the kind, the configuration and the tensors of a file.
 
-    Neither the format, nor the order of the tensors, nor `replaces` matters. The file is read in
-    passing and never whole in memory.
+    It does not depend on the format, the order of the tensors, or `replaces`. The file is streamed,
+    so it may be larger than memory.
 
     Raises:
       UserError: the file cannot be read or is not a weight file.
@@ -192,7 +197,7 @@ def content_digest(path: str | os.PathLike) -> str:
 
 
 def same_weights(path: str | os.PathLike, recorded: str) -> bool:
-    """Whether a recorded digest means this file: its contents, its bytes, or bytes it replaces.
+    """Returns whether a recorded digest is of this file: its contents, bytes or former bytes.
 
     Raises:
       UserError: the file cannot be read or is not a weight file.
@@ -206,11 +211,11 @@ def same_weights(path: str | os.PathLike, recorded: str) -> bool:
 
 
 def sampled_digest(path: str | os.PathLike) -> str:
-    """Tells the weights of one file from those of another: 12 hexadecimal digits.
+    """Returns 12 hexadecimal digits that identify the weights of a file.
 
-    Of the tensors' true names, types and shapes and of 64 samples of their contents, because a
-    large model is read for minutes. Training changes every weight; a file that was changed in few
-    places only may have the same digest.
+    They are a digest of the tensors' full names, types and shapes, and of 64 samples of their
+    contents, because reading all of a large model takes minutes. Training changes every weight. A
+    file with only a few changed weights may have the same digest.
 
     Raises:
       UserError: the file cannot be read or is not a weight file.
@@ -220,7 +225,7 @@ def sampled_digest(path: str | os.PathLike) -> str:
     for line, array in _described(arrays):
         digest.update(line)
         contents.append(tensor_files.content(array))
-    # The contents as if they stood one after the other.
+    # The samples are taken from the concatenated contents.
     ends = np.cumsum([len(content) for content in contents], dtype=np.int64)
     total = int(ends[-1]) if contents else 0
     for sample in range(_SAMPLES):
@@ -233,23 +238,23 @@ def sampled_digest(path: str | os.PathLike) -> str:
 
 
 def former_sampled_digests(path: str | os.PathLike) -> list[str]:
-    """The digests of 12 digits that older versions wrote into images made with these weights.
+    """Returns the 12-digit digests that older versions wrote into images for these weights.
 
     Raises:
       UserError: the file cannot be read or is not a weight file.
     """
     metadata, _ = _open(path)
-    replaced = [digest for digest in _replaces(metadata) if len(digest) == 12]
-    return [_sampled_bytes(path), *replaced]
+    former = [digest for digest in _replaces(metadata) if len(digest) == 12]
+    return [_sampled_bytes_digest(path), *former]
 
 
 def upgrade(path: str | os.PathLike) -> bool:
-    """Writes a file of the format `leon_jax/1` again, under true names; the weights stay the same.
+    """Rewrites a file of the format `leon_jax/1` in the present format, with the same weights.
 
-    The digests of its former bytes are kept in the header, so that what records them stays valid.
+    The header lists the digests of the former bytes, so that recorded digests stay valid.
 
     Returns:
-      Whether it was one; a file of the present format is left as it is.
+      Whether the file was rewritten. A file of the present format does not change.
 
     Raises:
       UserError: the file cannot be read or is not a weight file.
@@ -257,7 +262,7 @@ def upgrade(path: str | os.PathLike) -> bool:
     metadata, arrays = _open(path)
     if metadata["format"] == FORMAT:
         return False
-    replaces = [_byte_digest(path), _sampled_bytes(path)]
+    replaces = [_byte_digest(path), _sampled_bytes_digest(path)]
     metadata = metadata | {"format": FORMAT, "replaces": json.dumps(replaces)}
     tensor_files.write(pathlib.Path(path), arrays, metadata)
     return True
@@ -266,48 +271,49 @@ def upgrade(path: str | os.PathLike) -> bool:
 def _open(
     path: str | os.PathLike, kind: str | None = None
 ) -> tuple[dict[str, str], dict[str, np.ndarray]]:
-    """The metadata and the mapped arrays by true name; `kind` is checked if one is given."""
-    path, needed = pathlib.Path(path), kind or "model"
+    """Returns the metadata and the mapped arrays by full name, and checks `kind` unless None."""
+    path, expected = pathlib.Path(path), kind or "model"
     if not path.is_file():
-        raise UserError(f"there is no {needed} file at {path}")
+        raise UserError(f"there is no {expected} file at {path}")
     metadata, arrays = tensor_files.read(path)
     known = metadata.get("format") in (FORMAT, _FORMER_FORMAT)
     if not known or metadata.get("kind") != (kind or metadata.get("kind")):
-        holds = metadata.get("kind", "no leon_jax model")
-        raise UserError(f"{path} holds {holds}; a {needed} file is needed here")
+        actual = metadata.get("kind", "no leon_jax model")
+        raise UserError(f"{path} has {actual}; a {expected} file is needed here")
     if metadata["format"] == _FORMER_FORMAT:
-        arrays = {_true_name(name, arrays): array for name, array in arrays.items()}
+        arrays = {_full_name(name, arrays): array for name, array in arrays.items()}
     return metadata, arrays
 
 
-def _true_name(name: str, names: Iterable[str]) -> str:
-    """The true name of an array of `leon_jax/1`: what is both an array and a prefix lacks a part.
+def _full_name(name: str, names: Iterable[str]) -> str:
+    """Returns the full name of an array of `leon_jax/1`.
 
-    `blocks` beside `blocks.query` can only be `blocks.value`.
+    A name that is a prefix of another name lacks its last part: `blocks` beside `blocks.query` can
+    only be `blocks.value`.
     """
-    lacks = any(other.startswith(name + ".") for other in names)
-    return f"{name}.value" if lacks else name
+    is_prefix = any(other.startswith(name + ".") for other in names)
+    return f"{name}.value" if is_prefix else name
 
 
 def _described(arrays: Mapping[str, np.ndarray]) -> Iterator[tuple[bytes, np.ndarray]]:
-    """The arrays in the order of their names, each after a line with its name, type and shape."""
+    """Yields the arrays by name, each with a line that has its name, type and shape."""
     for name, array in sorted(arrays.items()):
         yield f"{name} {array.dtype.name} {list(array.shape)}\n".encode(), array
 
 
 def _replaces(metadata: Mapping[str, str]) -> list[str]:
-    """The digests of former bytes that a header lists."""
+    """Returns the digests of former bytes in a header."""
     return json.loads(metadata.get("replaces", "[]"))
 
 
 def _byte_digest(path: str | os.PathLike) -> str:
-    """SHA-256 of a file as it is: what older versions recorded in prepared folders."""
+    """Returns the SHA-256 of a file's bytes, which older versions recorded in prepared folders."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sampled_bytes(path: str | os.PathLike) -> str:
-    """What older versions recorded in images: of the file's size and 64 pieces of its bytes."""
+def _sampled_bytes_digest(path: str | os.PathLike) -> str:
+    """Returns the digest that older versions recorded in images: of the size and 64 samples."""
     digest, size = hashlib.sha256(), os.stat(path).st_size
     digest.update(str(size).encode())
     with open(path, "rb") as file:

@@ -1,6 +1,6 @@
 """Runs other projects' implementations in `.venv-peers` (`make peers`).
 
-That environment and ours share nothing but files: arrays go there and come back as safetensors.
+The two environments share only files: arrays are passed in both directions as safetensors.
 """
 
 import os
@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# What the peers' interpreter runs: load arrays, call the script's `main`, save what it returns.
+# Runs in the peers' interpreter: loads arrays, calls the script's `main`, saves its result.
 _HARNESS = """
 import runpy, sys
 from safetensors.numpy import load_file, save_file
@@ -25,10 +25,10 @@ save_file(runpy.run_path(script)["main"](load_file(inputs)), outputs)
 
 
 def peers_python() -> Path:
-    """The interpreter of the peers' environment.
+    """Returns the interpreter of the peers' environment.
 
-    Where it was never made the calling test is skipped, or fails if LEON_REQUIRE_PEERS is set: a
-    machine that must compare must not quietly stop comparing.
+    Without the environment, the calling test is skipped. It fails if LEON_REQUIRE_PEERS is set, so
+    that a machine that must compare never skips the comparison unnoticed.
     """
     if (ROOT / ".venv-peers" / ".installed").exists():
         return ROOT / ".venv-peers" / "bin" / "python"
@@ -42,18 +42,18 @@ def run_peer(script: Path, arrays: Mapping[str, np.ndarray]) -> dict[str, np.nda
     """Runs a script of the peers and returns the arrays it computed.
 
     Args:
-      script: a Python file that defines `main(arrays: dict) -> dict`, both of NumPy arrays by name;
-        it may import what requirements/peers.in lists, and nothing of leon_jax.
-      arrays: what `main` is given.
+      script: a Python file that defines `main(arrays: dict) -> dict`, both of NumPy arrays by name.
+        It may import the packages in requirements/peers.in, but not leon_jax.
+      arrays: the argument of `main`.
 
     Raises:
-      AssertionError: the script failed; the message ends with what it printed.
+      AssertionError: the script failed; the message ends with its error output.
     """
     python = peers_python()
     with tempfile.TemporaryDirectory() as folder:
         inputs, outputs = Path(folder, "inputs.safetensors"), Path(folder, "outputs.safetensors")
         save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, inputs)
-        # Nothing of our environment leaks in, and no library there asks the network for anything.
+        # Our environment variables must not leak in, and libraries there must not use the network.
         environment = {
             k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")
         }

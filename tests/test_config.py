@@ -1,4 +1,4 @@
-"""Configuration: what is built, and how a wrong key or value is reported."""
+"""Configuration: building dataclasses, and errors for wrong keys and values."""
 
 import dataclasses
 import json
@@ -66,10 +66,10 @@ def test_a_list_of_groups_becomes_a_tuple_of_dataclasses_and_back():
         ({"inner": {"width": 0}}, r"config\.inner: width is 0; it must be at least 1"),
     ],
 )
-def test_a_mistake_is_named_with_its_path_and_what_is_right(values, message):
+def test_an_error_names_the_path_and_the_expected_value(values, message):
     with pytest.raises(ConfigError, match=message):
         build(Outer, values)
 
 
-def test_configuration_errors_are_the_users():
+def test_configuration_errors_are_user_errors():
     assert issubclass(ConfigError, UserError)

@@ -1,4 +1,4 @@
-"""What fits the context is counted in positions, with and without gaps between parts."""
+"""The context limits are numbers of positions, with and without gaps between parts."""
 
 import dataclasses
 
@@ -19,39 +19,39 @@ def folder(request) -> ModelFolder:
 
 
 def documents(count: int) -> list[Document]:
-    picture = Image(codes=np.zeros((tiny.GRID, tiny.GRID), np.int32))
-    # Of many lengths: in another order they take another number of positions.
-    return [Document((Text(name * n), picture)) for n, name in enumerate(tiny.CONCEPTS[:count], 1)]
+    image = Image(codes=np.zeros((tiny.GRID, tiny.GRID), np.int32))
+    # The lengths differ, so another order has another number of positions.
+    return [Document((Text(name * n), image)) for n, name in enumerate(tiny.CONCEPTS[:count], 1)]
 
 
-def test_as_many_documents_are_kept_as_positions_hold(folder):
+def test_as_many_documents_are_selected_as_fit_the_positions(folder):
     query = Document((Text("cat"), Hole("image")))
-    answer = folder.tokenizer.image_tokens
+    new_tokens = folder.tokenizer.image_tokens
     step = folder.config.part_step
 
     def used(retrieved: list[Document]) -> int:
-        # The most relevant is read last.
+        # The most relevant document is last.
         ids = folder.tokenizer.encode([*retrieved[::-1], query])
-        return folder.tokenizer.vocabulary.extent(ids, step) + 1 + answer
+        return folder.tokenizer.vocabulary.extent(ids, step) + 1 + new_tokens
 
-    everything = documents(6)
-    for context in range(used([]), used(everything) + 1, 3):
+    retrieved = documents(6)
+    for context in range(used([]), used(retrieved) + 1, 3):
         config = dataclasses.replace(folder.config, max_length=context)
         small = dataclasses.replace(folder, config=config)
-        kept = small.select_fitting(everything, query, answer)
-        assert kept[::-1] == everything[: len(kept)] and used(kept) <= context
-        assert len(kept) == 6 or used(everything[: len(kept) + 1]) > context
+        selected = small.select_fitting(retrieved, query, new_tokens)
+        assert selected[::-1] == retrieved[: len(selected)] and used(selected) <= context
+        assert len(selected) == 6 or used(retrieved[: len(selected) + 1]) > context
 
 
-def test_no_number_of_documents_is_refused_that_could_fit(folder):
-    """The limit named is that of one-token texts."""
+def test_every_number_of_documents_that_could_fit_is_accepted(folder):
+    """The limit is that of documents with one-token texts."""
     prompt, step = "cat", folder.config.part_step
     tokenizer, vocabulary = folder.tokenizer, folder.tokenizer.vocabulary
     query = tokenizer.encode(Document((Text(prompt), Hole("image"))))
-    least = [vocabulary.text_start, vocabulary.break_id]
-    least += [vocabulary.image_start] * tokenizer.image_tokens + [vocabulary.break_id]
+    shortest = [vocabulary.text_start, vocabulary.break_id]
+    shortest += [vocabulary.image_start] * tokenizer.image_tokens + [vocabulary.break_id]
     for count in (1, 2, 3):
-        ids = [query[0], *least * count, *query[1:]]
+        ids = [query[0], *shortest * count, *query[1:]]
         needed = vocabulary.extent(ids, step) + tokenizer.image_tokens
         enough = dataclasses.replace(
             folder, config=dataclasses.replace(folder.config, max_length=needed)

@@ -20,17 +20,17 @@ def test_the_default_layout_is_that_of_cm3leon():
     assert (vocabulary.text_start, vocabulary.text_stop) == (9216, 65_536)
 
 
-def test_chameleon_fits_the_same_class():
+def test_the_layout_of_chameleon_is_a_vocabulary():
     vocabulary = Vocabulary(sentinels=0, text_start=8198, text_tokens=65_536 - 8198)
     assert vocabulary.size == 65_536
     with pytest.raises(ValueError, match="this vocabulary has 0"):
         vocabulary.sentinel(0)
 
 
-def test_the_first_id_of_a_part_takes_the_next_multiple():
+def test_the_first_id_of_a_part_has_the_next_multiple_as_its_position():
     vocabulary = Vocabulary.compact(image_codes=4, text_tokens=4, sentinels=1)
-    eos, gap, text = vocabulary.eos, vocabulary.break_id, vocabulary.text_start
-    ids = np.array([eos, text, gap, 4, 5, 6, 7, gap, text, text, gap])
+    eos, break_id, text = vocabulary.eos, vocabulary.break_id, vocabulary.text_start
+    ids = np.array([eos, text, break_id, 4, 5, 6, 7, break_id, text, text, break_id])
     np.testing.assert_array_equal(vocabulary.positions(ids), np.arange(11))
     np.testing.assert_array_equal(
         vocabulary.positions(ids, 4), [0, 1, 2, 4, 5, 6, 7, 8, 12, 13, 14]
@@ -62,7 +62,7 @@ def test_every_id_is_of_exactly_one_kind(codes, text, sentinels, multiple):
     assert vocabulary.size % multiple == 0
 
 
-def test_the_kind_of_an_id_can_be_asked_of_ints_and_of_arrays():
+def test_the_kind_of_an_id_is_known_for_ints_and_arrays():
     vocabulary = Vocabulary.compact(image_codes=8, text_tokens=300)
     assert vocabulary.is_image(4) and not vocabulary.is_image(12)
     assert jnp.array_equal(
@@ -84,7 +84,7 @@ def test_the_kind_of_an_id_can_be_asked_of_ints_and_of_arrays():
         (-1, "<outside:-1>"),
     ],
 )
-def test_names(token, name):
+def test_names_of_ids(token, name):
     assert Vocabulary().name(token) == name
 
 
@@ -96,12 +96,12 @@ def test_names(token, name):
         ({"text_start": 8000}, "text_start is 8000; .* at least 8710"),
     ],
 )
-def test_impossible_layouts_are_refused(arguments, message):
+def test_impossible_layouts_are_rejected(arguments, message):
     with pytest.raises(ValueError, match=message):
         Vocabulary(**arguments)
 
 
-def test_sentinels_end():
+def test_a_sentinel_out_of_range_is_an_error():
     with pytest.raises(ValueError, match="no <sentinel:512>"):
         Vocabulary().sentinel(512)
     with pytest.raises(ValueError, match="no <sentinel:-1>"):

@@ -1,6 +1,4 @@
-"""Weight files: what is written is what is read, equal contents are equal bytes, and old files
-stay what they were.
-"""
+"""Weight files: round trips, equal bytes for equal contents, digests and the former format."""
 
 import hashlib
 import json
@@ -33,7 +31,7 @@ class Small(nnx.Module):
 
 
 class Pair(nnx.Module):
-    """Names as in the decoder: one is an array and, in the former format, a prefix too."""
+    """Names as in the decoder: in the former format, one name is an array and a prefix."""
 
     def __init__(self, *, rngs: nnx.Rngs):
         self.query = nnx.Param(jax.random.normal(rngs.params(), (4, 4)))
@@ -47,7 +45,7 @@ class Outer(nnx.Module):
 
 
 def save_former(path, module, kind="outer", config=None):
-    """A file as the format `leon_jax/1` was written, by the safetensors library."""
+    """Writes a file of the format `leon_jax/1`, with the safetensors library."""
     arrays = {
         weight_files.former_name(name): np.asarray(array)
         for name, array in weight_files.flatten(module).items()
@@ -73,7 +71,7 @@ def former(tmp_path, outer):
     return save_former(tmp_path / "former.safetensors", outer)
 
 
-def test_arrays_and_configuration_come_back(path):
+def test_arrays_and_configuration_are_read_back(path):
     arrays, config = weight_files.load(path, "small")
     assert config == {"width": 4} == weight_files.read_config(path, "small")
     assert {"kernel", "blocks.0.kernel", "blocks.1.bias"} <= set(arrays)
@@ -86,7 +84,7 @@ def test_arrays_and_configuration_come_back(path):
 
 
 def test_the_names_of_a_decoders_tensors(tmp_path):
-    """Other programs read these names; they are part of the format."""
+    """Other programs read these names, so they are part of the format."""
     decoder = Decoder(DECODER, rngs=nnx.Rngs(0))
     weight_files.save(tmp_path / "d.safetensors", decoder, "decoder", {})
     with safetensors.safe_open(tmp_path / "d.safetensors", framework="numpy") as file:
@@ -97,7 +95,7 @@ def test_the_names_of_a_decoders_tensors(tmp_path):
         assert file.metadata()["format"] == "leon_jax/2"
 
 
-def test_the_safetensors_library_reads_what_is_written(tmp_path):
+def test_the_safetensors_library_reads_the_file(tmp_path):
     rng = np.random.default_rng(0)
     arrays = {
         "b.odd": rng.normal(size=3).astype(jnp.bfloat16),
@@ -111,19 +109,19 @@ def test_the_safetensors_library_reads_what_is_written(tmp_path):
     data = (tmp_path / "deep" / "t.safetensors").read_bytes()
     assert int.from_bytes(data[:8], "little") % 8 == 0
     with safetensors.safe_open(tmp_path / "deep" / "t.safetensors", framework="numpy") as file:
-        theirs = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    metadata, ours = tensor_files.read(tmp_path / "deep" / "t.safetensors")
-    assert metadata == {"é": "ü", "a": "b"} and set(ours) == set(theirs) == set(arrays)
+        expected = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    metadata, tensors = tensor_files.read(tmp_path / "deep" / "t.safetensors")
+    assert metadata == {"é": "ü", "a": "b"} and set(tensors) == set(expected) == set(arrays)
     for name, array in arrays.items():
-        np.testing.assert_array_equal(theirs[name], array)
-        np.testing.assert_array_equal(ours[name], array)
-        assert ours[name].dtype == theirs[name].dtype == array.dtype
+        np.testing.assert_array_equal(expected[name], array)
+        np.testing.assert_array_equal(tensors[name], array)
+        assert tensors[name].dtype == expected[name].dtype == array.dtype
     mode = stat.S_IMODE((tmp_path / "deep" / "t.safetensors").stat().st_mode)
     (tmp_path / "plain").write_text("")
     assert mode == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
 
 
-def test_processes_with_other_hashes_write_equal_bytes(tmp_path):
+def test_processes_with_different_hash_seeds_write_equal_bytes(tmp_path):
     program = (
         "import sys, pathlib, numpy as np\n"
         "from leon_jax import tensor_files\n"
@@ -132,22 +130,22 @@ def test_processes_with_other_hashes_write_equal_bytes(tmp_path):
         "    {name: np.arange(len(name), dtype=np.float32) for name in names},\n"
         "    dict.fromkeys({'format', 'kind', 'config', 'replaces'}, 'x'))\n"
     )
-    written = []
+    contents = []
     for seed in ("1", "2"):
         path = tmp_path / f"{seed}.safetensors"
         environment = {**os.environ, "PYTHONHASHSEED": seed}
         subprocess.run([sys.executable, "-c", program, path], env=environment, check=True)
-        written.append(path.read_bytes())
-    assert written[0] == written[1]
+        contents.append(path.read_bytes())
+    assert contents[0] == contents[1]
 
 
 def test_saving_twice_writes_equal_bytes(path, tmp_path):
     model = Small(4, rngs=nnx.Rngs(0))
-    weight_files.save(tmp_path / "again.safetensors", model, "small", {"width": 4})
-    assert path.read_bytes() == (tmp_path / "again.safetensors").read_bytes()
+    weight_files.save(tmp_path / "second.safetensors", model, "small", {"width": 4})
+    assert path.read_bytes() == (tmp_path / "second.safetensors").read_bytes()
 
 
-def test_bfloat16_storage_is_restored_to_the_modules_type(tmp_path):
+def test_bfloat16_weights_are_restored_to_the_modules_dtype(tmp_path):
     model = Small(4, rngs=nnx.Rngs(0))
     weight_files.save(tmp_path / "b.safetensors", model, "small", {}, jnp.bfloat16)
     arrays, _ = weight_files.load(tmp_path / "b.safetensors", "small")
@@ -157,50 +155,50 @@ def test_bfloat16_storage_is_restored_to_the_modules_type(tmp_path):
     np.testing.assert_allclose(restored.kernel[...], model.kernel[...], rtol=2**-8)
 
 
-def test_a_missing_file_is_named(tmp_path):
+def test_a_missing_file_is_an_error_with_its_name(tmp_path):
     with pytest.raises(UserError, match=r"no small file at .*none\.safetensors"):
         weight_files.load(tmp_path / "none.safetensors", "small")
 
 
-@pytest.mark.parametrize("keep", [0, 7, 100, -1])
-def test_a_truncated_file_is_named(path, keep):
-    path.write_bytes(path.read_bytes()[:keep])
+@pytest.mark.parametrize("size", [0, 7, 100, -1])
+def test_a_truncated_file_is_an_error_with_its_name(path, size):
+    path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(UserError, match=r"a\.safetensors is not a whole safetensors file"):
         weight_files.load(path, "small")
     assert not weight_files.is_weight_file(path)
 
 
-def test_another_kind_of_model_is_refused(path, tmp_path):
-    with pytest.raises(UserError, match="holds small; a decoder file is needed"):
+def test_another_kind_of_model_is_rejected(path, tmp_path):
+    with pytest.raises(UserError, match="has small; a decoder file is needed"):
         weight_files.load(path, "decoder")
     safetensors.numpy.save_file({"a": np.zeros(2)}, tmp_path / "foreign.safetensors")
-    with pytest.raises(UserError, match="holds no leon_jax model; a decoder file is needed"):
+    with pytest.raises(UserError, match="has no leon_jax model; a decoder file is needed"):
         weight_files.load(tmp_path / "foreign.safetensors", "decoder")
     assert not weight_files.is_weight_file(tmp_path / "foreign.safetensors")
 
 
-def test_another_configuration_is_refused_by_the_first_difference(path):
+def test_another_configuration_is_rejected_with_the_first_difference(path):
     arrays, _ = weight_files.load(path, "small")
     with pytest.raises(UserError, match=r"'blocks.0.kernel' has shape \(4, 2\)|'kernel' has shape"):
         weight_files.restore(Small(5, rngs=nnx.Rngs(0)), arrays)
     arrays.pop("kernel")
-    with pytest.raises(UserError, match="disagrees about 'kernel'"):
+    with pytest.raises(UserError, match="lacks the array 'kernel'"):
         weight_files.restore(Small(4, rngs=nnx.Rngs(0)), arrays)
 
 
 @pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
-def test_weights_that_are_not_finite_are_refused_by_name(path, number, dtype):
+def test_weights_that_are_not_finite_are_rejected_by_name(path, number, dtype):
     arrays, _ = weight_files.load(path, "small")
     array = arrays["blocks.1.kernel"].astype(dtype)
     array[2, 1] = number
-    with pytest.raises(UserError, match=r"a file holds NaN or infinite numbers in 'blocks.1.ker"):
+    with pytest.raises(UserError, match=r"a file has NaN or infinite numbers in 'blocks.1.ker"):
         weight_files.restore(
             Small(4, rngs=nnx.Rngs(0)), arrays | {"blocks.1.kernel": array}, "a file"
         )
 
 
-def test_a_file_of_the_former_format_is_read_under_true_names(former, outer):
+def test_a_file_of_the_former_format_is_read_under_full_names(former, outer):
     with safetensors.safe_open(former, framework="numpy") as file:
         assert sorted(file.keys()) == ["blocks", "blocks.query", "table"]
     arrays, config = weight_files.load(former, "outer")
@@ -218,7 +216,7 @@ def test_the_shipped_decoder_has_the_names_of_its_module():
     }
 
 
-def test_a_digest_is_of_contents_and_not_of_their_order_or_format(former, outer, tmp_path):
+def test_a_digest_does_not_depend_on_the_order_or_the_format(former, outer, tmp_path):
     path = tmp_path / "present.safetensors"
     weight_files.save(path, outer, "outer", {"a": 1})
     assert path.read_bytes() != former.read_bytes()
@@ -230,7 +228,7 @@ def test_a_digest_is_of_contents_and_not_of_their_order_or_format(former, outer,
     assert weight_files.sampled_digest(path) != weight_files.sampled_digest(former)
 
 
-def test_a_digest_knows_kind_configuration_names_and_types(tmp_path, outer):
+def test_a_digest_depends_on_kind_configuration_and_types(tmp_path, outer):
     digests = set()
     for number, (kind, config, dtype) in enumerate(
         [("a", {}, None), ("b", {}, None), ("a", {"x": 1}, None), ("a", {}, jnp.bfloat16)]
@@ -245,37 +243,36 @@ def test_a_digest_knows_kind_configuration_names_and_types(tmp_path, outer):
     assert weight_files.content_digest(first) == weight_files.content_digest(second)
 
 
-def test_a_digest_is_what_it_is_said_to_be(tmp_path):
-    """Recorded in folders, so it must never change."""
+def test_a_digest_never_changes(tmp_path):
+    """Folders record it, so its definition is fixed."""
     arrays = {"b": np.arange(3, dtype=np.int8), "a": np.array([[1.5]], np.float32)}
     metadata = {"format": "leon_jax/2", "kind": "k", "config": '{"y": 1, "x": [2]}'}
     tensor_files.write(tmp_path / "d.safetensors", arrays, metadata)
-    said = b'k\n{"x": [2], "y": 1}\n' + b"a float32 [1, 1]\n" + arrays["a"].tobytes()
-    said += b"b int8 [3]\n" + arrays["b"].tobytes()
-    assert weight_files.content_digest(tmp_path / "d.safetensors") == (
-        hashlib.sha256(said).hexdigest()
-    )
+    content = b'k\n{"x": [2], "y": 1}\n' + b"a float32 [1, 1]\n" + arrays["a"].tobytes()
+    content += b"b int8 [3]\n" + arrays["b"].tobytes()
+    expected = hashlib.sha256(content).hexdigest()
+    assert weight_files.content_digest(tmp_path / "d.safetensors") == expected
 
 
-def test_a_sampled_digest_reads_64_pieces_across_tensors(tmp_path):
+def test_a_sampled_digest_reads_64_samples_across_tensors(tmp_path):
     rng = np.random.default_rng(0)
     arrays = {name: rng.integers(0, 255, size, np.uint8) for name, size in
               (("a", 200_000), ("b", 3), ("c", 150_000))}  # fmt: skip
     metadata = {"format": "leon_jax/2", "kind": "k", "config": "{}"}
     path = tmp_path / "d.safetensors"
     tensor_files.write(path, arrays, metadata)
-    whole = b"".join(array.tobytes() for array in arrays.values())
-    said = "".join(f"{name} uint8 [{len(array)}]\n" for name, array in arrays.items()).encode()
-    for piece in range(64):
-        start = len(whole) * piece // 64
-        said += whole[start : start + 4096]
-    assert weight_files.sampled_digest(path) == hashlib.sha256(said).hexdigest()[:12]
+    data = b"".join(array.tobytes() for array in arrays.values())
+    content = "".join(f"{name} uint8 [{len(array)}]\n" for name, array in arrays.items()).encode()
+    for sample in range(64):
+        start = len(data) * sample // 64
+        content += data[start : start + 4096]
+    assert weight_files.sampled_digest(path) == hashlib.sha256(content).hexdigest()[:12]
 
 
-def test_an_upgraded_file_answers_to_the_digests_of_its_former_bytes(former, tmp_path):
+def test_an_upgraded_file_matches_the_digests_of_its_former_bytes(former, tmp_path):
     data = former.read_bytes()
     recorded = hashlib.sha256(data).hexdigest()
-    assert weight_files.same_weights(former, recorded), "the bytes as they are"
+    assert weight_files.same_weights(former, recorded), "the digest of the bytes"
     arrays, config = weight_files.load(former, "outer")
     content, sampled = weight_files.content_digest(former), weight_files.sampled_digest(former)
     in_images = weight_files.former_sampled_digests(former)
@@ -291,8 +288,9 @@ def test_an_upgraded_file_answers_to_the_digests_of_its_former_bytes(former, tmp
     with safetensors.safe_open(former, framework="numpy") as file:
         assert sorted(file.keys()) == ["blocks.query", "blocks.value", "table"]
         assert json.loads(file.metadata()["replaces"]) == [recorded, *in_images]
-    again, config_again = weight_files.load(former, "outer")
-    assert config_again == config and all((again[name] == arrays[name]).all() for name in arrays)
+    new_arrays, new_config = weight_files.load(former, "outer")
+    assert new_config == config
+    assert all((new_arrays[name] == arrays[name]).all() for name in arrays)
 
     upgraded = former.read_bytes()
     assert not weight_files.upgrade(former) and former.read_bytes() == upgraded
@@ -301,11 +299,11 @@ def test_an_upgraded_file_answers_to_the_digests_of_its_former_bytes(former, tmp
     assert former.read_bytes() == upgraded, "upgrading is deterministic"
 
 
-def test_the_former_digest_in_images_is_that_of_older_versions():
-    """As the version that wrote the shipped decoder computed it."""
+def test_the_former_digest_in_images_equals_that_of_older_versions():
+    """The version that wrote the shipped decoder computed the digest in this way."""
     data = SHIPPED.read_bytes()
     digest = hashlib.sha256(str(len(data)).encode())
-    for piece in range(64):
-        start = len(data) * piece // 64
+    for sample in range(64):
+        start = len(data) * sample // 64
         digest.update(data[start : start + 4096])
     assert weight_files.former_sampled_digests(SHIPPED) == [digest.hexdigest()[:12]]

@@ -1,4 +1,4 @@
-"""A complete Leon with tiny random weights: everything that the answering side reads."""
+"""A model folder with tiny random weights and a prepared folder, for tests of generation."""
 
 import atexit
 import dataclasses
@@ -32,34 +32,34 @@ CODES, GRID, RESOLUTION, CONTEXT = 32, 4, 16, 160
 
 @functools.cache
 def folders() -> tuple[pathlib.Path, pathlib.Path]:
-    """A model folder and a prepared folder, made once a process; do not change them."""
+    """Returns a model folder and a prepared folder, written once. Tests must not change them."""
     root = pathlib.Path(tempfile.mkdtemp(prefix="leon_tiny_"))
     atexit.register(shutil.rmtree, root, ignore_errors=True)
     with jax.set_mesh(sharding.make_mesh((1, 1, 1, 1), jax.devices()[:1])):
-        checkpoint = write_checkpoint(root / "tiny")
-        return checkpoint, write_prepared(root / "prepared", checkpoint)
+        model_folder = write_model_folder(root / "tiny")
+        return model_folder, write_prepared(root / "prepared", model_folder)
 
 
 def randomise[M: nnx.Module](module: M, scale: float = 0.3, seed: int = 0) -> M:
-    """Every array drawn anew. Blocks that start as the identity would hide mistakes in a cache.
+    """Replaces all arrays by random ones, because identity blocks would hide errors of a cache.
 
     Args:
       module: concrete, or abstract from `jax.eval_shape`, which compiles nothing.
       scale: the standard deviation.
-      seed: decides the numbers.
+      seed: seed of the random numbers.
     """
     leaves, structure = jax.tree.flatten(module)
     rng = np.random.default_rng(seed)
-    drawn = []
+    arrays = []
     for leaf in leaves:
         layout = jax.NamedSharding(jax.sharding.get_mesh(), leaf.sharding.spec)
         array = np.asarray(rng.normal(0, scale, leaf.shape), leaf.dtype)
-        drawn.append(jax.device_put(array, layout))
-    return jax.tree.unflatten(structure, drawn)
+        arrays.append(jax.device_put(array, layout))
+    return jax.tree.unflatten(structure, arrays)
 
 
 def random_decoder(vocab_size: int, max_length: int, seed: int = 0, part_step: int = 1) -> Decoder:
-    """Two layers, 32 wide, float32."""
+    """Returns a decoder with two layers of width 32, in float32."""
     config = DecoderConfig(
         vocab_size, max_length, layers=2, embed=32, heads=4, mlp=64, part_step=part_step
     )
@@ -67,30 +67,29 @@ def random_decoder(vocab_size: int, max_length: int, seed: int = 0, part_step: i
 
 
 def documents() -> list[Document]:
-    """Captions in two styles, each with a picture of random stripes."""
-    made = []
+    """Returns captions in two styles, each with an image of random stripes."""
+    documents = []
     for style, licence in (("Twemoji", "CC-BY-4.0"), ("OpenMoji", "CC-BY-SA-4.0")):
         for number, concept in enumerate(CONCEPTS):
             rng = np.random.default_rng([number, len(style)])
             pixels = rng.integers(0, 256, (1, RESOLUTION, 3), np.uint8).repeat(RESOLUTION, axis=0)
             provenance = Provenance(f"{style.lower()}/{number}", style, licence, f"{style} authors")
-            made.append(
-                Document((Text(f"{concept}, {style} style"), Image(pixels=pixels)), provenance)
-            )
-    return made
+            caption = Text(f"{concept}, {style} style")
+            documents.append(Document((caption, Image(pixels=pixels)), provenance))
+    return documents
 
 
 def held_out() -> list[Document]:
-    """Four more, of which `documents` holds neither the keys nor the pictures."""
-    made = []
+    """Returns four documents whose keys and images are not in `documents`."""
+    held_out = []
     for number, document in enumerate(documents()[:4]):
         provenance = dataclasses.replace(document.provenance, key=f"held_out/{number}")
-        caption, picture = document.parts
-        made.append(Document((caption, Image(pixels=255 - picture.pixels)), provenance))
-    return made
+        caption, image = document.parts
+        held_out.append(Document((caption, Image(pixels=255 - image.pixels)), provenance))
+    return held_out
 
 
-def write_checkpoint(folder: pathlib.Path) -> pathlib.Path:
+def write_model_folder(folder: pathlib.Path) -> pathlib.Path:
     """Writes the four files of a model folder. Needs a mesh to be set."""
     folder.mkdir(parents=True, exist_ok=True)
     text = TextTokenizer.train([document.parts[0].text for document in documents()], 300)
@@ -119,25 +118,25 @@ def write_checkpoint(folder: pathlib.Path) -> pathlib.Path:
     return folder
 
 
-def write_prepared(folder: pathlib.Path, checkpoint: pathlib.Path) -> pathlib.Path:
+def write_prepared(folder: pathlib.Path, model_folder: pathlib.Path) -> pathlib.Path:
     """Prepares `documents` with the files of a model folder. Needs a mesh to be set."""
-    config, sources = preparation(checkpoint, {"train": documents(), "unseen_design": held_out()})
+    config, sources = preparation(model_folder, {"train": documents(), "unseen_design": held_out()})
     prepare.prepare(config, folder, sources=sources, progress=False)
     return folder
 
 
 def preparation(
-    checkpoint: pathlib.Path, splits: dict[str, list[Document]], shard_size: int = 5, **changes
+    model_folder: pathlib.Path, splits: dict[str, list[Document]], shard_size: int = 5, **changes
 ) -> tuple[PrepareConfig, prepare.Sources]:
-    """What `prepare` takes: a configuration, and documents of memory as its sources."""
+    """Returns the arguments of `prepare`: a configuration, and documents in memory as sources."""
     values = {
         "sources": tuple(SourceConfig("jsonl", "tiny", split) for split in splits),
-        "tokenizer": str(checkpoint / "tokenizer.safetensors"),
-        "encoder": str(checkpoint / "encoder.safetensors"),
-        "text": str(checkpoint / "text.json"),
+        "tokenizer": str(model_folder / "tokenizer.safetensors"),
+        "encoder": str(model_folder / "encoder.safetensors"),
+        "text": str(model_folder / "text.json"),
         "min_side": 1,
         "duplicates": DuplicatesConfig(exact=False),
-        # A random encoder finds everything alike.
+        # With a random encoder all documents are similar.
         "selection": SelectionConfig(
             near_copy_query=2.0, near_copy_document=0.999, near_copy_picture=None
         ),

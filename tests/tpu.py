@@ -1,4 +1,4 @@
-"""Where the compiler for TPUs is (`make tpu`)."""
+"""Finds the compiler for TPUs (`make tpu` installs it)."""
 
 import os
 from pathlib import Path
@@ -9,13 +9,13 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def environment() -> dict[str, str]:
-    """Of a process that compiles for absent TPUs.
+    """Returns the environment variables of a process that compiles for TPUs without having one.
 
-    Without the compiler the calling test is skipped, or fails if LEON_REQUIRE_PEERS is set.
+    Without the compiler, the calling test is skipped, or fails if LEON_REQUIRE_PEERS is set.
     """
     library = ROOT / ".tpu" / "libtpu" / "libtpu.so"
     if not library.exists():
-        reason = "compiles for TPUs, and that compiler is not here; `make tpu` installs it"
+        reason = "compiles for TPUs, and their compiler is not installed; `make tpu` installs it"
         if os.environ.get("LEON_REQUIRE_PEERS", "") not in ("", "0"):
             pytest.fail(f"LEON_REQUIRE_PEERS is set, and this test {reason}")
         pytest.skip(reason)

@@ -15,7 +15,7 @@ from leon_jax.documents import Document, Hole, Image, Text
 from leon_jax.engine.engine import Engine
 from leon_jax.engine.sampling_params import SamplingParams
 from leon_jax.leon import GeneratedImage, Leon
-from leon_jax.tokenizers.image import fit_picture, to_pixels
+from leon_jax.tokenizers.image import fit_image, to_pixels
 
 # Sequences scored in one compiled call.
 _SCORE_BATCH = 25
@@ -41,7 +41,7 @@ def reconstruct(leon: Leon, documents: Sequence[Document]) -> Reconstruction:
     tokenizer = leon.model.image_tokenizer
     codes = np.stack([document.codes for document in documents])
     originals = np.stack(
-        [fit_picture(document.pixels, tokenizer.resolution) for document in documents]
+        [fit_image(document.pixels, tokenizer.resolution) for document in documents]
     )
     with jax.set_mesh(leon.model.mesh):
         reconstructions = to_pixels(tokenizer.decode(codes))

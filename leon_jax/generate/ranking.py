@@ -50,7 +50,7 @@ def scored_ids(
         content = document.parts[part]
         hole = Hole("text" if isinstance(content, Text) else "image")
         question = [*retrieved, document.replace(part, hole)]
-        answer = tokenizer.answer(question, [content])
+        answer = tokenizer.completion(question, [content])
         ids = np.concatenate([tokenizer.prompt(question), answer])
         scored = len(answer)
     weights = np.zeros(len(ids), np.float32)

@@ -44,7 +44,7 @@ class Retriever:
         self.folder, self.encoder = folder, encoder
         prepared = PreparedFolder(folder)
         self.config = prepared.selection
-        self.index = prepared.bank()
+        self.index = prepared.vector_index()
         self.records = prepared.records()
         self._captions = prepared.records(pixels=False)
         self._sources: dict[int, str] = {}

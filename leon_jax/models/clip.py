@@ -1,10 +1,10 @@
-"""CLIP: an image encoder and a text encoder that meet in one unit sphere (arXiv 2103.00020).
+"""CLIP: an image encoder and a text encoder with a shared embedding space (arXiv 2103.00020).
 
-Faithful to OpenAI's released ViT models, so that their weights fit without change: bias-free patch
+It equals OpenAI's released ViT models, so that it can load their weights: bias-free patch
 projection, a class token, pre-LN residual blocks with biases, a LayerNorm before and after the
-vision tower, a causal text tower read at its end-of-text token, and bias-free projections.
-Layers are stacked on a leading axis and scanned. A stem of small convolutions in place of the patch
-projection is ours: with few pictures and little time it learns several times faster.
+vision tower, a causal text tower read at its end-of-text token, and bias-free projections. Layers
+are stacked on a leading axis and scanned. The stem of small convolutions, an alternative to the
+patch projection, is not in OpenAI's models. It learns several times faster from few images.
 
 Einsum letters: b batch, t position, d width, c the three of q, k, v, h heads,
 k size of a head, m hidden size of the MLP, e embedding, (y, x) grid of patches, (p, q)
@@ -26,9 +26,9 @@ from leon_jax.ops.attention import attention
 from leon_jax.sharding import spec
 
 LAYER_NORM_EPSILON = 1e-5
-# Where the scale of the cosines (not its logarithm) is clipped.
+# The largest scale of the cosines (not its logarithm).
 MAX_SCALE = 100.0
-# Mean and standard deviation of OpenAI's training pictures, for RGB in [0, 1].
+# Mean and standard deviation of OpenAI's training images, for RGB in [0, 1].
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 DEVIATION = (0.26862954, 0.26130258, 0.27577711)
 
@@ -38,11 +38,13 @@ class VisionConfig:
     """The vision tower; the defaults are ViT-B/32.
 
     Attributes:
-      image_size: side of the square picture, in pixels.
-      patch_size: side of what becomes one token.
-      width, layers, heads: of the transformer.
-      stem: how pixels become tokens. "patch" projects each patch by itself, as CLIP does;
-        "convolution" halves the picture log2(patch_size) times by 3x3 convolutions ("Early
+      image_size: side of the square image, in pixels.
+      patch_size: side of the patch of a token, in pixels.
+      width: width of the transformer.
+      layers: number of layers.
+      heads: attention heads.
+      stem: the layer from pixels to tokens. "patch" projects each patch separately, as in CLIP.
+        "convolution" halves the image log2(patch_size) times with 3x3 convolutions ("Early
         convolutions help transformers see better", arXiv 2106.14881).
     """
 
@@ -67,16 +69,16 @@ class VisionConfig:
 
     @property
     def patches(self) -> int:
-        """How many patches a picture has."""
+        """Number of patches of an image."""
         return (self.image_size // self.patch_size) ** 2
 
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-    """The text tower; the defaults are ViT-B/32's.
+    """The text tower; the defaults are those of ViT-B/32.
 
-    The last id of the vocabulary is end-of-text, where the tower is read, and the one before it is
-    start-of-text. What stands after the end is never looked at, so any id may pad.
+    The last id of the vocabulary is end-of-text. The tower's output at this token is the embedding.
+    The id before it is start-of-text. Ids after the end are never read, so any id may be padding.
     """
 
     context_length: int = 77
@@ -104,14 +106,14 @@ class TextConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CLIPConfig:
-    """Both towers and what joins them."""
+    """Both towers and their joint embedding."""
 
     vision: VisionConfig = VisionConfig()
     text: TextConfig = TextConfig()
     embed_dim: int = 512
     activation: Literal["quick_gelu", "gelu"] = "quick_gelu"
-    logit_scale: float = math.log(1 / 0.07)  # where the learned log-scale starts
-    remat: bool = False  # recompute a layer in the backward pass instead of keeping its insides
+    logit_scale: float = math.log(1 / 0.07)  # initial value of the learned log-scale
+    remat: bool = False  # recompute each layer in the backward pass
 
     FORMER_KEYS: ClassVar[Mapping[str, float]] = {"max_scale": MAX_SCALE}
 
@@ -128,7 +130,7 @@ def _constant(value: float, shape: tuple[int, ...], names: tuple[str | None, ...
 
 
 class LayerNorm(nnx.Module):
-    """Normalises the last axis, then scales and shifts; `stack` adds a leading layers axis."""
+    """Normalises the last axis, then scales and shifts. `stack` adds a leading layers axis."""
 
     def __init__(self, width: int, stack: tuple[int, ...] = ()):
         names = ("layers",) * len(stack) + (None,)
@@ -143,9 +145,10 @@ class LayerNorm(nnx.Module):
 
 
 class Blocks(nnx.Module):
-    """A tower's residual blocks, stacked: parameters have a leading axis of size `layers`.
+    """The stacked residual blocks of a tower: parameters have a leading axis of size `layers`.
 
-    Initialised as OpenAI's text tower: residual outputs are scaled down by sqrt(2 * layers).
+    The initialisation is that of OpenAI's text tower: residual outputs are divided by
+    sqrt(2 * layers).
     """
 
     def __init__(self, width: int, layers: int, heads: int, *, rngs: nnx.Rngs):
@@ -166,7 +169,7 @@ class Blocks(nnx.Module):
         self.fc2_bias = _constant(0.0, (layers, width), ("layers", None))
 
     def apply(self, x: Float[Array, "b t d"], config: CLIPConfig, causal: bool) -> Array:
-        """Runs all blocks in order; with `causal` a position sees itself and those before it."""
+        """Runs all blocks in order. With `causal`, a position attends to no later positions."""
 
         def layer(x, block):
             x = x + _attention(block, block.norm1(x), causal)
@@ -179,26 +182,29 @@ def _attention(block: Blocks, x: Float[Array, "b t d"], causal: bool) -> Float[A
     names = (None, "batch", None, "heads", None)
     qkv = jnp.einsum("btd,dchk->cbthk", x, block.qkv[...], out_sharding=spec(*names))
     query, key, value = qkv + block.qkv_bias[...][:, None, None]
-    # Rows are short, and no kernel takes their lengths.
-    mixed = attention(query, key, value, causal=causal, implementation="xla")
-    out = jnp.einsum("bthk,hkd->btd", mixed, block.out[...], out_sharding=spec("batch", None, None))
+    # Rows are short, and the other implementations do not take their lengths.
+    attended = attention(query, key, value, causal=causal, implementation="xla")
+    out = jnp.einsum(
+        "bthk,hkd->btd", attended, block.out[...], out_sharding=spec("batch", None, None)
+    )
     return out + block.out_bias[...]
 
 
 def _mlp(block: Blocks, x: Float[Array, "b t d"], activation: str) -> Float[Array, "b t d"]:
-    wide = spec("batch", None, "mlp")
-    hidden = jnp.einsum("btd,dm->btm", x, block.fc1[...], out_sharding=wide) + block.fc1_bias[...]
+    sharding = spec("batch", None, "mlp")
+    hidden = jnp.einsum("btd,dm->btm", x, block.fc1[...], out_sharding=sharding)
+    hidden = hidden + block.fc1_bias[...]
     if activation == "quick_gelu":
         hidden = hidden * jax.nn.sigmoid(1.702 * hidden)
     else:
         hidden = jax.nn.gelu(hidden, approximate=False)
-    narrow = spec("batch", None, None)
-    out = jnp.einsum("btm,md->btd", hidden, block.fc2[...], out_sharding=narrow)
+    sharding = spec("batch", None, None)
+    out = jnp.einsum("btm,md->btd", hidden, block.fc2[...], out_sharding=sharding)
     return out + block.fc2_bias[...]
 
 
 class PatchStem(nnx.Module):
-    """Each patch by itself through one bias-free projection: a convolution with stride = size."""
+    """Projects each patch separately, without bias: a convolution with stride = size."""
 
     def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
         size = config.patch_size
@@ -215,9 +221,9 @@ class PatchStem(nnx.Module):
 
 
 class ConvolutionStem(nnx.Module):
-    """3x3 convolutions of stride 2, each normalised over its channels and rectified.
+    """3x3 convolutions of stride 2, each followed by a LayerNorm over its channels and a ReLU.
 
-    The last of them has the tower's width, each earlier one half of the next.
+    The last convolution has the width of the tower, each earlier one half the width of the next.
     """
 
     def __init__(self, config: VisionConfig, *, rngs: nnx.Rngs):
@@ -225,11 +231,11 @@ class ConvolutionStem(nnx.Module):
         widths = [3] + [config.width >> (depth - 1 - i) for i in range(depth)]
         self.kernels: nnx.List = nnx.List()
         self.norms: nnx.List = nnx.List()
-        for before, after in itertools.pairwise(widths):
-            deviation = (2 / (9 * before)) ** 0.5
-            shape = (3, 3, before, after)
+        for inputs, outputs in itertools.pairwise(widths):
+            deviation = (2 / (9 * inputs)) ** 0.5
+            shape = (3, 3, inputs, outputs)
             self.kernels.append(_parameter(rngs, deviation, shape, (None,) * 4))
-            self.norms.append(LayerNorm(after))
+            self.norms.append(LayerNorm(outputs))
 
     def __call__(self, x: Float[Array, "b h w 3"]) -> Float[Array, "b y x d"]:
         for kernel, norm in zip(self.kernels, self.norms, strict=True):
@@ -241,7 +247,7 @@ class ConvolutionStem(nnx.Module):
 
 
 class CLIP(nnx.Module):
-    """Both encoders. Build it, and call it, under `jax.set_mesh`."""
+    """The image encoder and the text encoder. Create and call it under `jax.set_mesh`."""
 
     def __init__(self, config: CLIPConfig, *, rngs: nnx.Rngs):
         vision, text = config.vision, config.text
@@ -268,7 +274,7 @@ class CLIP(nnx.Module):
         self.logit_scale = _constant(config.logit_scale, (1,), (None,))
 
     def embed_image(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b e"]:
-        """Pictures (RGB in [0, 1], exactly `image_size` on each side) to unit vectors."""
+        """Embeds images (RGB in [0, 1], `image_size` pixels a side) as unit vectors."""
         config = self.config.vision
         images = jax.reshard(images, spec("batch", None, None, None))
         x = self.stem((images - jnp.array(MEAN)) / jnp.array(DEVIATION))
@@ -282,9 +288,10 @@ class CLIP(nnx.Module):
         return self._project(self.vision_after(x[:, 0]), self.image_projection)
 
     def embed_text(self, ids: Int[Array, "b t"]) -> Float[Array, "b e"]:
-        """Token ids (start, text, end, then anything) to unit vectors, read at the first end.
+        """Embeds token ids (start, text, end, then any padding) as unit vectors.
 
-        t may be shorter than the context length. A row without an end is read at its start.
+        The embedding is the output at the first end token; without one, at the first token. t may
+        be shorter than the context length.
         """
         out = spec("batch", None, None)
         table = jax.reshard(self.tokens[...], spec(None, None))
@@ -296,7 +303,7 @@ class CLIP(nnx.Module):
         return self._project(pooled, self.text_projection)
 
     def scale(self) -> Float[Array, ""]:
-        """What cosines are multiplied by before the softmax: exp(logit_scale), clipped."""
+        """Returns the scale of the cosines before the softmax: exp(logit_scale), clipped."""
         return jnp.minimum(jnp.exp(self.logit_scale[0]), MAX_SCALE)
 
     def _project(self, x: Float[Array, "b d"], projection: nnx.Param) -> Float[Array, "b e"]:
@@ -306,5 +313,5 @@ class CLIP(nnx.Module):
 
 
 def create(config: CLIPConfig, key: Array) -> CLIP:
-    """A freshly initialised CLIP; jit it to make large parameters in place."""
+    """Creates a CLIP with initial weights. Jit it to create large parameters in place."""
     return CLIP(config, rngs=nnx.Rngs(params=key))

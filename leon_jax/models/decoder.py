@@ -1,15 +1,15 @@
-"""The CM3Leon decoder: an OPT-shaped transformer over one stream of text and image tokens.
+"""The CM3Leon decoder: a transformer like OPT over one sequence of text and image tokens.
 
-What the paper (Yu et al. 2023, arXiv 2309.02591, section 2.3) fixes: no biases, no dropout, layer
+The paper (Yu et al. 2023, arXiv 2309.02591, section 2.3) specifies: no biases, no dropout, layer
 norms without parameters, learned absolute positions, truncated-normal initialisation (sd 0.006, cut
 at 3 sd; positions sd 0.0002) and zero-initialised residual output projections, so that at step 0
-every block is the identity. Inferred from the code base it was trained with (metaseq): pre-norm
-with a final norm, eps 1e-5, ReLU in an MLP of 4 x embed, tied input and output embeddings, no
-embedding scale. The position table has `max_length` rows: the original's two extra rows (padding
-and an offset) hold nothing that is ever read here.
+every block is the identity. The following is from its training code (metaseq): pre-norm with a
+final norm, eps 1e-5, ReLU in an MLP of 4 x embed, tied input and output embeddings, no embedding
+scale. The position table has `max_length` rows, without the original's two extra rows (padding and
+an offset), which are never read.
 
 Layers are stacked (every block weight has a leading `layers` axis) and scanned. Master weights are
-float32; `DecoderConfig.dtype` is what activations and matmul operands are cast to.
+float32. Activations and matmul operands are cast to `DecoderConfig.dtype`.
 
 Axes: b batch, t length, d embed, h heads, k head_dim, f mlp, v vocab. In an einsum the leading
 `...` is `bt` for whole sequences; for one decoding step it is (streams, groups, samples).
@@ -32,35 +32,37 @@ from leon_jax.sharding import RULES, spec
 # The embedding row that starts as zeros: `leon_jax.vocabulary.Vocabulary.pad`.
 _PAD = 1
 
-# What a layer does with its (query, key, value): all that differs between training, prefill and a
-# decoding step.
+# A layer's attention, from (query, key, value) to the attended values. It is the only difference
+# between training, prefill and a decode step.
 Attend = Callable[[Array, Array, Array], Array]
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """The shape of a decoder.
+    """Sizes and options of a decoder.
 
     Attributes:
       vocab_size: rows of the tied embedding table; `leon_jax.vocabulary.Vocabulary.size`.
       max_length: longest sequence; rows of the learned position table.
-      layers, embed, heads, mlp: depth, model width, attention heads, hidden width of the MLP.
-      dtype: compute dtype; weights are kept in float32.
-      remat: what the backward pass recomputes inside a layer: nothing ("none"), everything but
-        the products with weights ("dots"), everything but the attention's result ("attention"),
-        or everything ("full").
-      attention: which implementation (see `leon_jax.ops.attention`); "auto" picks by platform.
-      init_std, position_std: sd that weights and positions start with; weights are truncated
-        normals.
-      position_init: how positions start: as truncated normals ("normal", the paper) or as
-        sinusoids with wavelengths from 2 pi to 2 pi `max_length` (Vaswani et al. 2017, section
-        3.5, with `max_length` for 10,000). They are learned from there either way; from
-        sinusoids, "one row up" in a picture is a rotation at once and need not be found first,
-        which saves a small model much of its training.
+      layers: number of layers.
+      embed: width of the model.
+      heads: attention heads.
+      mlp: hidden width of the MLP.
+      dtype: compute dtype. The weights are float32.
+      remat: what the backward pass recomputes inside a layer: nothing ("none"), everything except
+        the products with weights ("dots"), everything except the attention's result
+        ("attention"), or everything ("full").
+      attention: the implementation (see `leon_jax.ops.attention`); "auto" depends on the platform.
+      init_std: initial sd of the weights, which are truncated normals.
+      position_std: initial sd of the positions.
+      position_init: initial positions: truncated normals ("normal", as in the paper) or sinusoids
+        with wavelengths from 2 pi to 2 pi `max_length` (Vaswani et al. 2017, section 3.5, with
+        `max_length` instead of 10,000). Both are trained. With sinusoids, "one row up" in an image
+        is a rotation from the start, which saves a small model much of its training.
       part_step: every part of a document starts at a multiple of this many positions (see
-        `leon_jax.vocabulary.Vocabulary.positions`); 1, as in the paper: positions have no gaps.
-        A small model then finds "the same place in the retrieved picture" with one attention
-        head; otherwise it has to subtract two positions that vary with the captions' lengths.
+        `leon_jax.vocabulary.Vocabulary.positions`). 1, as in the paper: positions have no gaps.
+        With a step, a small model can attend to the same position in the retrieved image with one
+        attention head. Without, the distance varies with the lengths of the captions.
     """
 
     vocab_size: int
@@ -86,22 +88,26 @@ class DecoderConfig:
         if self.embed % self.heads:
             raise UserError(f"embed {self.embed} must be a multiple of heads {self.heads}")
         if self.position_init == "sinusoids" and self.embed % 2:
-            raise UserError(f"embed is {self.embed}; sinusoids come in pairs, so make it even")
+            raise UserError(f"embed is {self.embed}; it must be even for sinusoids")
 
     @property
     def head_dim(self) -> int:
         return self.embed // self.heads
 
     def parameter_count(self) -> int:
-        """Number of weights: blocks, the tied table and the positions (norms have none)."""
+        """Returns the number of weights: blocks, the tied table and the positions."""
         block = 4 * self.embed**2 + 2 * self.embed * self.mlp
         return self.layers * block + (self.vocab_size + self.max_length) * self.embed
 
     def flops_per_token(self, length: int) -> int:
-        """Floating-point operations of one training step, a token of a row of `length` tokens.
+        """Returns the floating-point operations of a training step for each token.
 
-        Forward and backward (three times the forward pass), matmuls only, the tied table once (as
-        output head), causal attention at half its square, recomputation not counted.
+        It counts the matmuls of the forward and backward pass (three times the forward pass), with
+        the tied table once (as output head) and half of the attention square (causal). It does not
+        count recomputation.
+
+        Args:
+          length: tokens of a row.
         """
         weights = self.layers * (4 * self.embed**2 + 2 * self.embed * self.mlp)
         weights += self.vocab_size * self.embed
@@ -109,13 +115,13 @@ class DecoderConfig:
 
 
 class Blocks(nnx.Module):
-    """The weights of all layers, stacked. In the scan over layers an instance holds one layer's."""
+    """The stacked weights of all layers. Inside the scan an instance has those of one layer."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         layers, embed, mlp = config.layers, config.embed, config.mlp
         heads, head_dim = config.heads, config.head_dim
         normal = _truncated_normal(config.init_std)
-        # Zeros make every residual branch vanish at step 0; a small normal would do it only nearly.
+        # With zeros every residual branch is exactly zero at step 0.
         zeros = nnx.initializers.zeros_init()
 
         def weight(init, shape, *names):
@@ -132,11 +138,11 @@ class Blocks(nnx.Module):
         self.fc2 = weight(zeros, (mlp, embed), "mlp", "weight_embed")
 
     def __call__(self, x: Float[Array, "*lead embed"], attend: Attend):
-        """One layer: x + attention(norm(x)), then x + mlp(norm(x)).
+        """Runs one layer: x + attention(norm(x)), then x + mlp(norm(x)).
 
         Args:
           x: the residual stream.
-          attend: (query, key, value), each [*lead, heads, head_dim], to what is attended,
+          attend: maps (query, key, value), each [*lead, heads, head_dim], to the attended values,
             [*lead, heads, head_dim].
 
         Returns:
@@ -148,7 +154,7 @@ class Blocks(nnx.Module):
         return x, (k, v)
 
     def qkv(self, x: Float[Array, "*lead embed"]):
-        """(query, key, value), each [*lead, heads, head_dim]."""
+        """Returns (query, key, value), each [*lead, heads, head_dim]."""
         sharding = jax.P(*_lead(x), *spec("heads", "head_dim"))
         return tuple(
             product("...d,dhk->...hk", x, weight, sharding)
@@ -156,18 +162,18 @@ class Blocks(nnx.Module):
         )
 
     def output(self, attended: Float[Array, "*lead heads head_dim"]) -> Float[Array, "*lead embed"]:
-        """The heads' results, mixed back into the width of the model."""
-        narrow = jax.P(*_lead(attended, 2), None)
-        return product("...hk,hkd->...d", attended, self.out, narrow)
+        """Projects the attended values of all heads to the width of the model."""
+        sharding = jax.P(*_lead(attended, 2), None)
+        return product("...hk,hkd->...d", attended, self.out, sharding)
 
     def mlp(self, x: Float[Array, "*lead embed"]) -> Float[Array, "*lead embed"]:
-        """Two products with a ReLU between them."""
+        """Runs the MLP: two products with a ReLU between them."""
         hidden = product("...d,df->...f", x, self.fc1, jax.P(*_lead(x), *spec("mlp")))
         return product("...f,fd->...d", jax.nn.relu(hidden), self.fc2, jax.P(*_lead(x), None))
 
 
 class Decoder(nnx.Module):
-    """The model. Creation also works inside `jax.jit` (sharded from birth) and `jax.eval_shape`."""
+    """The decoder. It can be created inside `jax.jit`, which shards it, and `jax.eval_shape`."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -177,11 +183,11 @@ class Decoder(nnx.Module):
             jnp.float32,
             spec("vocab", "weight_embed"),
         )
-        keep = jnp.arange(config.vocab_size)[:, None] != _PAD
-        self.table = nnx.Param(table * keep)
-        start = _sinusoids if config.position_init == "sinusoids" else _truncated_normal
+        is_not_pad = jnp.arange(config.vocab_size)[:, None] != _PAD
+        self.table = nnx.Param(table * is_not_pad)
+        initializer = _sinusoids if config.position_init == "sinusoids" else _truncated_normal
         self.positions = nnx.Param(
-            start(config.position_std)(
+            initializer(config.position_std)(
                 rngs.params(),
                 (config.max_length, config.embed),
                 jnp.float32,
@@ -192,7 +198,7 @@ class Decoder(nnx.Module):
 
     @property
     def stacks(self) -> list[Blocks]:
-        """The layers in order: one stack of all, or, after `unstack`, a stack of one for each."""
+        """The stacks of layers in order: one with all layers or, after `unstack`, one for each."""
         return [self.blocks] if isinstance(self.blocks, Blocks) else list(self.blocks)
 
     def __call__(
@@ -201,15 +207,16 @@ class Decoder(nnx.Module):
         positions: Int[Array, "batch length"] | None = None,
         segment_ids: Int[Array, "batch length"] | None = None,
     ) -> Float[Array, "batch length embed"]:
-        """Hidden states after the final norm; `logits` turns them into scores.
+        """Returns the hidden states after the final norm, which `logits` maps to logits.
 
         Args:
-          ids: tokens, 0..vocab_size - 1.
+          ids: token ids, 0..vocab_size - 1.
           positions: rows of the position table; None: 0, 1, 2, ... in every row.
-          segment_ids: packed documents see only themselves; None: one document a row.
+          segment_ids: segment of each token. A token attends only to its segment, for packed
+            documents. None: one segment in each row.
 
         Raises:
-          ValueError: rows longer than `max_length` without explicit positions.
+          ValueError: rows are longer than `max_length` without explicit positions.
         """
 
         def attend(q, k, v):
@@ -225,21 +232,25 @@ class Decoder(nnx.Module):
         return _norm(x)
 
     def head(self, start: int = 0, stop: int | None = None) -> Float[Array, "embed ids"]:
-        """What scores the ids start..stop - 1 (all by default): rows of the table, transposed.
+        """Returns the output head of the ids start..stop - 1: rows of the table, transposed.
 
-        A part of the rows is held whole by every device. A loop takes it as an argument: made in
-        the loop's own program it would be made again in every call.
+        A head of a part of the ids is replicated on every device. Pass the head to a decode loop as
+        an argument, because a head that the loop's program computes is computed in every call.
+
+        Args:
+          start: the first id.
+          stop: one past the last id; None: all ids from `start`.
         """
         table = self.table[...].astype(self.config.dtype)
         if (start, stop) not in ((0, None), (0, self.config.vocab_size)):
-            # A part of a split axis need not be evenly split, so this one is not split.
+            # A part of a split axis may not divide evenly, so it is not split.
             table = jax.reshard(table, jax.P(None, None))[start:stop]
         return table.T
 
     def logits(
         self, hidden: Float[Array, "*lead embed"], head: Float[Array, "embed ids"] | None = None
     ) -> Float[Array, "*lead ids"]:
-        """Scores of the ids of `head(...)`, by default of all, in float32."""
+        """Returns the float32 logits of the ids of `head` (see `head`); None: of all ids."""
         head = self.head() if head is None else head
         return jnp.einsum(
             "...d,dv->...v",
@@ -258,10 +269,13 @@ class Decoder(nnx.Module):
         list[Float[Array, "layers batch heads length head_dim"]],
         list[Float[Array, "layers batch heads length head_dim"]],
     ]:
-        """(hidden states after the final norm, keys, values) of prompts; the last two by stack.
+        """Runs the prompts, and returns their hidden states, keys and values.
 
-        Prompts are padded on the right. Attention is causal, so the padding cannot change the
-        tokens before it, and `LayerCache.valid` tells `decode_step` which slots hold tokens.
+        Prompts are padded on the right. Attention is causal, so the padding does not change the
+        tokens before it. `LayerCache.valid` marks the slots with tokens for `decode_step`.
+
+        Returns:
+          Hidden states after the final norm, and keys and values as lists by stack.
         """
 
         def attend(q, k, v):
@@ -269,7 +283,7 @@ class Decoder(nnx.Module):
 
         def layer(x, blocks):
             x, keys_values = blocks(x, attend)
-            # A cache is never split over its length, so that one slot can be written cheaply.
+            # A cache is not split over its length, so that writing one slot is cheap.
             cache = spec("batch", "heads", None, "head_dim")
             return x, [jax.reshard(jnp.swapaxes(array, 1, 2), cache) for array in keys_values]
 
@@ -291,16 +305,19 @@ class Decoder(nnx.Module):
         list[Float[Array, "layers streams group sample heads head_dim"]],
         list[Float[Array, "layers streams group sample heads head_dim"]],
     ]:
-        """(hidden state, new keys, new values) of one more token a sample of every stream.
+        """Runs one more token of each sample of every stream.
 
-        The cache is only read: the caller writes the new keys and values of all layers at once.
-        Keys and values, old and new, are lists by stack (`stacks`).
+        It only reads the cache. The caller writes the new keys and values of all layers at once.
 
         Args:
           ids: the new tokens.
-          positions: their rows of the position table.
-          prompts, outputs: the cache, one of each a stream, as `cached_attention` takes them but
-            keys and values are lists by stack, each with a leading axis of layers.
+          positions: rows of the position table for the new tokens.
+          prompts, outputs: the caches of the prompts and of the generated tokens, one for each
+            stream. They are as in `cached_attention`, but keys and values are lists by stack
+            (`stacks`), each with a leading axis of layers.
+
+        Returns:
+          Hidden states after the final norm, and new keys and values as lists by stack.
         """
         masks = [(p.valid, o.valid) for p, o in zip(prompts, outputs, strict=True)]
 
@@ -326,7 +343,7 @@ class Decoder(nnx.Module):
                 (p.keys[number], p.values[number], o.keys[number], o.values[number])
                 for p, o in zip(prompts, outputs, strict=True)
             ]
-            # A stack of one layer is no loop, and its arrays are used where they are.
+            # A stack of one layer needs no loop, so its arrays are not copied.
             x, (stack_keys, stack_values) = jax.lax.scan(
                 layer, x, (stack, cache), unroll=len(self.stacks) > 1
             )
@@ -335,7 +352,7 @@ class Decoder(nnx.Module):
         return _norm(x), keys, values
 
     def _embed(self, ids, positions, sharding: jax.P | None = None):
-        """Token plus position embeddings, [*ids, embed] in the compute dtype."""
+        """Returns the sum of token and position embeddings, [*ids, embed], in the compute dtype."""
         sharding = spec("batch", "length") if sharding is None else sharding
         if positions is None:
             length, longest = ids.shape[1], self.config.max_length
@@ -348,17 +365,17 @@ class Decoder(nnx.Module):
 
 
 def _lookup(table, ids, sharding: jax.P):
-    """Rows of a table whose columns are split over the axes that also split the batch.
+    """Looks up rows of a table whose columns are split over axes that also split the batch.
 
-    Gathering the table first would hold all of it on every device. Instead every device looks up
-    its columns for all the rows of its column group, and the rows are then exchanged: activations
-    move, not the table, and the table's gradient is born split like the table.
+    Gathering the table first would replicate it on every device. Instead each device looks up its
+    columns for all rows of its column group, and the devices then exchange the rows. So devices
+    exchange activations, not the table, and the gradient of the table is split like the table.
     """
     columns = RULES["weight_embed"]
-    rest = jax.P(
+    other_axes = jax.P(
         *(tuple(axis for axis in _axes(entry) if axis not in _axes(columns)) for entry in sharding)
     )
-    rows = table.at[jax.reshard(ids, rest)].get(out_sharding=jax.P(*rest, columns))
+    rows = table.at[jax.reshard(ids, other_axes)].get(out_sharding=jax.P(*other_axes, columns))
     return jax.reshard(rows, jax.P(*sharding, None))
 
 
@@ -367,16 +384,16 @@ def _axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
 
 
 def _lead(x, last: int = 1) -> tuple:
-    """How all axes of `x` but the last ones are split."""
+    """Returns the sharding of all axes of `x` except the `last` ones."""
     return tuple(jax.typeof(x).sharding.spec)[: x.ndim - last]
 
 
 def _norm(x):
-    """Layer norm without parameters, computed in float32."""
-    wide = x.astype(jnp.float32)
-    wide = wide - wide.mean(axis=-1, keepdims=True)
-    variance = jnp.square(wide).mean(axis=-1, keepdims=True)
-    return (wide * jax.lax.rsqrt(variance + 1e-5)).astype(x.dtype)
+    """Computes layer norm without parameters, in float32."""
+    centred = x.astype(jnp.float32)
+    centred = centred - centred.mean(axis=-1, keepdims=True)
+    variance = jnp.square(centred).mean(axis=-1, keepdims=True)
+    return (centred * jax.lax.rsqrt(variance + 1e-5)).astype(x.dtype)
 
 
 def _remat(layer, policy: str):
@@ -387,18 +404,18 @@ def _remat(layer, policy: str):
         "attention": jax.checkpoint_policies.save_only_these_names(SAVED),
         "full": None,
     }[policy]
-    # Inside a scan nothing can be merged across iterations anyway, so the barrier is only cost.
+    # XLA cannot merge computations across iterations of a scan, so the barrier is not needed.
     return jax.checkpoint(layer, policy=saved, prevent_cse=False)
 
 
 def _truncated_normal(std: float):
-    # `stddev` is the sd before cutting, as in torch's `trunc_normal_`, which the original used; at
-    # 3 sd the cut changes the sd by 1.3 %.
+    # `stddev` is the sd before the cut, as in torch's `trunc_normal_`, which the original uses. A
+    # cut at 3 sd changes the sd by 1.3 %.
     return nnx.initializers.truncated_normal(std, lower=-3.0, upper=3.0)
 
 
 def _sinusoids(std: float):
-    """An initializer of [length, embed]: sines in the first half of the columns, then cosines."""
+    """Returns an initializer of [length, embed]: columns of sines, then columns of cosines."""
 
     def init(key, shape, dtype, sharding):
         del key

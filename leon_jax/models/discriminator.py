@@ -9,9 +9,9 @@ from leon_jax.models.vqgan import Conv
 
 
 class BatchNorm(nnx.Module):
-    """Normalisation by the batch's own statistics (eps 1e-5).
+    """Normalisation with the statistics of the batch (eps 1e-5).
 
-    A discriminator only ever runs while training, so there are no running averages.
+    A discriminator runs only in training, so it needs no running averages.
     """
 
     def __init__(self, channels: int) -> None:
@@ -27,7 +27,7 @@ class BatchNorm(nnx.Module):
 class PatchDiscriminator(nnx.Module):
     """Scores overlapping patches: float32[b, h, w, 3] -> float32[b, h', w'], higher is more real.
 
-    4x4 convolutions, `layers` of them with stride 2, widths doubling up to 8 x `channels`.
+    It has 4x4 convolutions, `layers` of them with stride 2. The width doubles up to 8 x `channels`.
     """
 
     def __init__(self, channels: int = 64, layers: int = 3, *, rngs: nnx.Rngs) -> None:
@@ -51,5 +51,5 @@ class PatchDiscriminator(nnx.Module):
 
 
 def hinge_loss(real: Float[Array, "..."], fake: Float[Array, "..."]) -> Float[Array, ""]:
-    """The discriminator's hinge loss, half of each side as in taming."""
+    """Returns the discriminator's hinge loss: the mean of both terms, as in taming."""
     return 0.5 * (jax.nn.relu(1.0 - real).mean() + jax.nn.relu(1.0 + fake).mean())

@@ -1,8 +1,8 @@
-"""Weights as inference reads them: in fewer bits, or each layer in arrays of its own.
+"""Converts a decoder's weights for inference: to fewer bits, or to separate arrays of each layer.
 
-Training keeps float32 weights, all layers stacked. Both functions here return another decoder and
-leave the given one as it is. The result is for inference alone: it has no gradient that is of use,
-and it is not what a weight file holds.
+Training uses float32 weights with all layers stacked. The functions here return a new decoder and
+do not change their argument. The new decoder is only for inference: it cannot be trained or written
+to a weight file.
 """
 
 from typing import Literal
@@ -21,15 +21,15 @@ _SUMMED = {"query": (1,), "key": (1,), "value": (1,), "out": (1, 2), "fc1": (1,)
 
 
 def unstack(decoder: Decoder) -> Decoder:
-    """The decoder with every layer's weights in arrays of their own.
+    """Returns the decoder with separate arrays for the weights of each layer.
 
-    A scan over stacked layers copies each layer's weights and cache out of the stack before it
-    reads them (XLA on CPUs), which takes longer than decoding a token from them.
+    On CPUs, XLA copies each layer's weights and cache out of the stack in a scan over layers. This
+    takes longer than decoding a token.
     """
     unstacked = nnx.clone(decoder)
     unstacked.blocks = nnx.List(
         [
-            jax.tree.map(lambda x, at=layer: x[at : at + 1], decoder.blocks)
+            jax.tree.map(lambda x, index=layer: x[index : index + 1], decoder.blocks)
             for layer in range(decoder.config.layers)
         ]
     )
@@ -37,12 +37,12 @@ def unstack(decoder: Decoder) -> Decoder:
 
 
 def convert_weights(decoder: Decoder, dtype: WeightType) -> Decoder:
-    """The decoder with its weights kept in another type; the compute dtype stays.
+    """Returns the decoder with its weights in another dtype. The compute dtype does not change.
 
     Args:
-      decoder: with floating-point weights.
-      dtype: `int8` keeps the blocks' weights in 8 bits, with one scale for each output channel,
-        and both tables in the compute dtype; the other types hold for all weights.
+      decoder: a decoder with floating-point weights.
+      dtype: `int8` stores the weights of the blocks in 8 bits, with one scale for each output
+        channel, and both tables in the compute dtype. Another dtype applies to all weights.
     """
     converted = nnx.clone(decoder)
     floating = decoder.config.dtype if dtype == "int8" else dtype
@@ -52,12 +52,12 @@ def convert_weights(decoder: Decoder, dtype: WeightType) -> Decoder:
     for stack in converted.stacks:
         for name, summed in _SUMMED.items():
             weight = getattr(stack, name)[...]
-            small = Int8Weight(weight, summed) if dtype == "int8" else None
-            setattr(stack, name, small or nnx.Param(weight.astype(floating)))
+            quantized = Int8Weight(weight, summed) if dtype == "int8" else None
+            setattr(stack, name, quantized or nnx.Param(weight.astype(floating)))
     return converted
 
 
 def weight_dtype(decoder: Decoder) -> str:
-    """What the weights are kept in: a `WeightType`."""
-    small = isinstance(decoder.stacks[0].query, Int8Weight)
-    return "int8" if small else str(decoder.table.dtype)
+    """Returns the `WeightType` of a decoder's weights."""
+    is_int8 = isinstance(decoder.stacks[0].query, Int8Weight)
+    return "int8" if is_int8 else str(decoder.table.dtype)

@@ -27,7 +27,7 @@ def product(
     weight: nnx.Param | Int8Weight,
     sharding: jax.P,
 ) -> Float[Array, "..."]:
-    """`jnp.einsum` of activations and a weight of any dtype, in the activations' dtype."""
+    """Computes `jnp.einsum` of activations and a weight of any dtype, in the activations' dtype."""
     if isinstance(weight, Int8Weight):
         return int8.einsum(subscripts, x, weight.values[...], weight.scale[...], sharding)
     return jnp.einsum(subscripts, x, weight[...].astype(x.dtype), out_sharding=sharding)

@@ -1,7 +1,7 @@
 """LPIPS, the learned perceptual distance (Zhang et al. 2018, arXiv 1801.03924).
 
-The features are those of ImageNet-trained AlexNet or VGG16 with the official v0.1 linear heads.
-This module is only the arithmetic; `leon_jax.train.perceptual_weights` finds the weights.
+The features are those of AlexNet or VGG16, trained on ImageNet, with the official v0.1 linear
+heads. This module has only the arithmetic; `leon_jax.train.perceptual_weights` reads the weights.
 """
 
 from typing import Literal
@@ -15,11 +15,11 @@ from leon_jax.models.vqgan import conv
 Network = Literal["alexnet", "vgg16"]
 Weights = dict[str, dict[str, Array]]
 
-# Mean and deviation of ImageNet pixels, for pictures in [-1, 1].
+# Mean and standard deviation of ImageNet pixels, for images in [-1, 1].
 SHIFT = (-0.030, -0.088, -0.188)
 SCALE = (0.458, 0.448, 0.450)
 
-# Convolutions between poolings, as (kernel name, stride, padding, is its output a tap?).
+# Convolutions between poolings, as (kernel name, stride, padding, whether the output is a tap).
 _ALEXNET = (
     (("Conv_0", 4, 2, True),),
     (("Conv_1", 1, 2, True),),
@@ -34,7 +34,7 @@ _VGG16 = tuple(
 def features(
     images: Float[Array, "b h w 3"], weights: Weights, network: Network
 ) -> list[Float[Array, "b i j c"]]:
-    """The five taps, after their ReLU."""
+    """Returns the five feature maps (taps) that LPIPS compares, after their ReLU."""
     x = (images - jnp.array(SHIFT)) / jnp.array(SCALE)
     groups, window = (_ALEXNET, 3) if network == "alexnet" else (_VGG16, 2)
     taps = []
@@ -58,12 +58,12 @@ def lpips(
     weights: Weights,
     network: Network = "vgg16",
 ) -> Float[Array, "b"]:
-    """The LPIPS distance of each pair of pictures in [-1, 1]; 0 for equal ones.
+    """Returns the LPIPS distance of each pair of images in [-1, 1]; 0 for equal images.
 
     Args:
-      first, second: at least 32 pixels a side.
+      first, second: images of at least 32 pixels a side.
       weights: `Conv_i` with `kernel` (HWIO) and `bias`, `NetLinLayer_i` with `kernel` [c].
-      network: whose weights these are.
+      network: the network of the weights.
     """
     total = jnp.zeros(first.shape[0])
     pairs = zip(features(first, weights, network), features(second, weights, network), strict=True)
@@ -74,5 +74,5 @@ def lpips(
 
 
 def _unit(x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-    # The small number is inside the root so that the gradient at 0 is finite.
+    # The epsilon is inside the root so that the gradient at 0 is finite.
     return x * jax.lax.rsqrt(jnp.square(x).sum(-1, keepdims=True) + 1e-10)

@@ -1,4 +1,4 @@
-"""The VQ-GAN image tokenizer: pixels to a grid of discrete codes and back.
+"""The VQ-GAN image tokenizer: converts pixels to a grid of discrete codes and back.
 
 The network is that of taming-transformers (Esser et al. 2021, arXiv 2012.09841), which
 Make-A-Scene (Gafni et al. 2022) and CM3Leon use: residual blocks with group normalisation and
@@ -17,24 +17,24 @@ from jaxtyping import Array, Float, Int
 
 @dataclasses.dataclass(frozen=True)
 class VQGANConfig:
-    """Shape of the tokenizer.
+    """Sizes of the tokenizer.
 
     Attributes:
-      resolution: height and width of a picture, in pixels.
+      resolution: height and width of an image, in pixels.
       channels: width of the first level.
-      multipliers: width of each level over `channels`; each level after the first halves the
-        picture, so the downsampling factor is 2 ** (len(multipliers) - 1).
-      blocks: residual blocks a level in the encoder; the decoder has one more.
-      attention_sizes: picture sides (in positions) at which attention follows a residual block.
-      groups: of group normalisation.
+      multipliers: width of each level divided by `channels`. Each level after the first halves the
+        image, so the downsampling factor is 2 ** (len(multipliers) - 1).
+      blocks: residual blocks of each level of the encoder. The decoder has one more.
+      attention_sizes: sides of the feature map at which attention follows a residual block.
+      groups: groups of the group normalisation.
       latent: channels of the encoder's output.
       code_dim: size of a codebook vector.
       codes: entries of the codebook.
-      halo: how many pixels beyond its own patch a code may depend on; None, as in taming: all of
-        the picture. A code of a wide encoder says something of everything around it, so that even
-        white paper has hundreds of codes; that is good for a picture's fidelity, but a small
-        decoder has to learn all of them. With a halo the encoder is one convolution over patches
-        and residual layers a position; `blocks` and `attention_sizes` then belong to the decoder.
+      halo: pixels around its patch that a code may depend on; None, as in taming: the whole image.
+        Without a limit, a code depends on everything around it, so that even a white area has
+        hundreds of codes. This improves the fidelity of images, but a small decoder must learn all
+        of these codes. With a halo, the encoder is one convolution over patches, and residual
+        layers on each position; `blocks` and `attention_sizes` then apply only to the decoder.
     """
 
     resolution: int = 256
@@ -59,17 +59,17 @@ class VQGANConfig:
 
     @property
     def factor(self) -> int:
-        """Pixels a side that one code stands for."""
+        """Side of the patch of a code, in pixels."""
         return 2 ** (len(self.multipliers) - 1)
 
     @property
     def grid(self) -> int:
-        """Codes a side of a picture."""
+        """Side of the grid of codes of an image."""
         return self.resolution // self.factor
 
 
 class Conv(nnx.Module):
-    """A convolution on NHWC with its bias; weights are whole on every device."""
+    """A convolution on NHWC with a bias. The weights are replicated on every device."""
 
     def __init__(
         self, inputs: int, outputs: int, size: int, *, stride: int = 1, pad=None, rngs: nnx.Rngs
@@ -88,7 +88,7 @@ class Conv(nnx.Module):
 
 
 def conv(x, kernel, bias, stride=1, pad=((1, 1), (1, 1))):
-    """A two-dimensional convolution, NHWC by HWIO, plus a bias."""
+    """Computes a two-dimensional convolution, NHWC by HWIO, plus a bias."""
     y = jax.lax.conv_general_dilated(
         x, kernel, (stride, stride), pad, dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
@@ -104,7 +104,7 @@ class GroupNorm(nnx.Module):
         self.shift = nnx.Param(jnp.zeros((channels,), jnp.float32))
 
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        # Moments a channel first, then over a group's channels: the large array is never reshaped.
+        # First the moments of each channel, then of each group, so the large array has no reshape.
         mean = self._by_group(x.mean((1, 2)))
         centred = x - mean[:, None, None]
         variance = self._by_group(jnp.square(centred).mean((1, 2)))
@@ -117,7 +117,7 @@ class GroupNorm(nnx.Module):
 
 
 class ResidualBlock(nnx.Module):
-    """Norm, swish, 3x3 convolution, twice, added to the input."""
+    """Adds to the input the result of twice norm, swish and 3x3 convolution."""
 
     def __init__(self, inputs: int, outputs: int, groups: int, *, rngs: nnx.Rngs) -> None:
         self.norm1 = GroupNorm(inputs, groups)
@@ -133,7 +133,7 @@ class ResidualBlock(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Single-head self-attention over all positions, added to the input."""
+    """Adds to the input its single-head self-attention over all positions."""
 
     def __init__(self, channels: int, groups: int, *, rngs: nnx.Rngs) -> None:
         self.norm = GroupNorm(channels, groups)
@@ -143,7 +143,7 @@ class Attention(nnx.Module):
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         q, k, v = jnp.split(self.qkv(self.norm(x)), 3, axis=-1)
         scores = jnp.einsum("bhwc,bijc->bhwij", q, k) / math.sqrt(x.shape[-1])
-        # Softmax over both position axes at once, without merging them.
+        # A softmax over both position axes, without a reshape.
         scores = scores - jax.lax.stop_gradient(scores.max((3, 4), keepdims=True))
         weights = jnp.exp(scores)
         weights = weights / weights.sum((3, 4), keepdims=True)
@@ -151,7 +151,7 @@ class Attention(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    """Pixels to latents: float32[b, R, R, 3] -> float32[b, R/f, R/f, latent]."""
+    """Encodes pixels to latents: float32[b, R, R, 3] -> float32[b, R/f, R/f, latent]."""
 
     def __init__(self, config: VQGANConfig, *, rngs: nnx.Rngs) -> None:
         groups = config.groups
@@ -160,7 +160,7 @@ class Encoder(nnx.Module):
         size = config.resolution
         for level, multiplier in enumerate(config.multipliers):
             if level:
-                # One row and column on the far side only, as taming pads.
+                # Padding of one row and column at the end only, as in taming.
                 layers.append(Conv(width, width, 3, stride=2, pad=((0, 1), (0, 1)), rngs=rngs))
                 size //= 2
             for _ in range(config.blocks):
@@ -184,7 +184,7 @@ class Encoder(nnx.Module):
 
 
 class PatchEncoder(nnx.Module):
-    """The same without a look at the whole picture: every latent sees its patch and its halo."""
+    """An encoder whose latents depend only on their patch and its halo."""
 
     def __init__(self, config: VQGANConfig, halo: int, *, rngs: nnx.Rngs) -> None:
         width, factor = config.channels * config.multipliers[-1], config.factor
@@ -195,7 +195,7 @@ class PatchEncoder(nnx.Module):
         self.out = Conv(width, config.latent, 1, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b h w 3"]) -> Float[Array, "b i j c"]:
-        # Beyond the edge is white, as the paper that drawings stand on, not the 0 of grey.
+        # Makes the zero padding white, like the background of drawings. In x, 0 is grey.
         x = self.patches(x - 1)
         for wide, narrow in zip(self.wide, self.narrow, strict=True):
             x = x + narrow(jax.nn.silu(wide(x)))
@@ -203,7 +203,7 @@ class PatchEncoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Latents to the features that the last convolution turns into pixels."""
+    """Decodes latents to pixels: float32[b, R/f, R/f, latent] -> float32[b, R, R, 3]."""
 
     def __init__(self, config: VQGANConfig, *, rngs: nnx.Rngs) -> None:
         groups = config.groups
@@ -229,7 +229,7 @@ class Decoder(nnx.Module):
         self.out = Conv(width, 3, 3, rngs=rngs)
 
     def features(self, latents: Float[Array, "b i j c"]) -> Float[Array, "b h w c"]:
-        """What the last convolution reads; the adaptive GAN weight is measured there."""
+        """Returns the input of the last convolution, where the adaptive GAN weight is measured."""
         x = latents
         for layer in self.layers:
             x = layer(x)
@@ -240,7 +240,7 @@ class Decoder(nnx.Module):
 
 
 class Upsample(nnx.Module):
-    """Nearest-neighbour doubling, then a 3x3 convolution."""
+    """Doubles the size by nearest neighbours, then applies a 3x3 convolution."""
 
     def __init__(self, channels: int, *, rngs: nnx.Rngs) -> None:
         self.conv = Conv(channels, channels, 3, rngs=rngs)
@@ -272,15 +272,15 @@ class VQGAN(nnx.Module):
         self.decoder = Decoder(config, rngs=rngs)
 
     def latents(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b i j d"]:
-        """Continuous latents, before the nearest code is taken."""
+        """Returns the continuous latents, before quantisation."""
         return self.to_code(self.encoder(images))
 
     def encode(self, images: Float[Array, "b h w 3"]) -> Int[Array, "b i j"]:
-        """The codes of pictures in [-1, 1]."""
+        """Encodes images in [-1, 1] to codes."""
         return nearest_code(self.latents(images), self.codebook[...])
 
     def decode(self, codes: Int[Array, "b i j"]) -> Float[Array, "b h w 3"]:
-        """Pictures from codes; values may leave [-1, 1] slightly."""
+        """Decodes codes to images. Values may be slightly outside [-1, 1]."""
         return self.decoder(
             self.from_code(self.codebook[...].at[codes].get(out_sharding=_like(codes)))
         )
@@ -289,7 +289,7 @@ class VQGAN(nnx.Module):
 def nearest_code(
     latents: Float[Array, "b i j d"], codebook: Float[Array, "k d"]
 ) -> Int[Array, "b i j"]:
-    """The index of the codebook row nearest in Euclidean distance to each latent."""
+    """Returns the index of the nearest codebook row (Euclidean distance) of each latent."""
     # |z - e|^2 = |z|^2 - 2 z.e + |e|^2, and |z|^2 does not change which e is nearest.
     scores = 2 * jnp.einsum("bijd,kd->bijk", latents, codebook) - jnp.square(codebook).sum(-1)
     return jnp.argmax(scores, axis=-1).astype(jnp.int32)
@@ -298,13 +298,13 @@ def nearest_code(
 def quantize(
     latents: Float[Array, "b i j d"], codebook: Float[Array, "k d"], commitment: float
 ) -> tuple[Float[Array, "b i j d"], Float[Array, ""], Int[Array, "b i j"]]:
-    """Nearest codes with a straight-through gradient (van den Oord et al. 2017, 1711.00937, eq. 3).
+    """Quantizes latents with a straight-through gradient (van den Oord et al. 2017, eq. 3).
 
     Returns:
-      the chosen codebook vectors, whose gradient goes to `latents` unchanged;
-      the loss `|sg(z) - e|^2 + commitment * |z - sg(e)|^2`, mean over elements, in the paper's
-      form (taming's default multiplies the other term by mistake);
-      the codes.
+      The codebook vectors, whose gradient goes to `latents` unchanged.
+      The loss `|sg(z) - e|^2 + commitment * |z - sg(e)|^2`, mean over elements, as in the paper
+      (arXiv 1711.00937). By mistake, taming by default multiplies the other term.
+      The codes.
     """
     stop = jax.lax.stop_gradient
     codes = nearest_code(stop(latents), stop(codebook))
@@ -315,5 +315,5 @@ def quantize(
 
 
 def _like(codes: Int[Array, "b i j"]) -> jax.P:
-    """The layout of `[b, i, j, d]` arrays that belong to these codes."""
+    """Returns the sharding of `[b, i, j, d]` arrays for these codes."""
     return jax.P(*jax.typeof(codes).sharding.spec, None)

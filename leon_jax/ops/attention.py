@@ -1,11 +1,12 @@
-"""Scaled dot-product attention: one signature, an oracle, and what is fast on each platform.
+"""Scaled dot-product attention: a reference, and fast implementations for each platform.
 
-`attention` picks by platform: splash attention on TPU (a Pallas kernel that never holds the scores
-and skips what lies above the diagonal), cuDNN's flash attention on GPU, blocks of queries in plain
-XLA elsewhere. The tests compare each with `xla`, which is meant to be obviously right.
+`attention` chooses by platform: splash attention on TPUs (a Pallas kernel that does not store the
+scores and skips the blocks above the diagonal), cuDNN's flash attention on GPUs, and blocks of
+queries in plain XLA elsewhere. All have the same signature. The tests compare each of them with
+`xla`, the reference.
 
-Sharding (explicit mode): outputs are laid out like the queries. The axis the queries' length is
-split over is gathered for keys and values, so splitting the context is correct without a ring.
+Sharding (explicit mode): outputs have the sharding of the queries. Keys and values are gathered
+over the axis that splits the queries' length, so a split context is correct without a ring.
 
 Axes: b batch, t query length, s key length, h heads, k head_dim.
 """
@@ -20,14 +21,14 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, Num
 
-# Finite, so that a row without a single visible key gives a uniform mixture and not NaN.
-_HIDDEN = -1e30
-# Splash attention works on blocks of queries and keys; the largest that divides a row is taken.
+# The score of a masked key. It is finite, so that a row without visible keys gives no NaN.
+_MASKED = -1e30
+# Sizes of the blocks of splash attention. It uses the largest that divides the length of a row.
 BLOCKS = (512, 256, 128)
-# Queries of a block in plain XLA.
-_QUERIES = 256
+# Queries of a block of `blocked`.
+_BLOCK_QUERIES = 256
 
-# What a rematerialisation policy may keep of attention: its result (and splash's log sums).
+# The name of the values that a remat policy may save: the result (and the log sums of splash).
 SAVED = "attention"
 
 Implementation = Literal["auto", "xla", "blocked", "splash", "cudnn"]
@@ -42,15 +43,16 @@ def attention(
     causal: bool = True,
     implementation: Implementation = "auto",
 ) -> Float[Array, "batch length heads head_dim"]:
-    """softmax(q k^T / sqrt(head_dim)) v, with the softmax in float32.
+    """Computes softmax(q k^T / sqrt(head_dim)) v, with the softmax in float32.
 
     Args:
-      q, k, v: queries, keys and values, any floating dtype (the output has the dtype of `v`).
-      segment_ids: a position sees only positions of its own segment; None: one segment.
-      causal: position i sees positions 0..i only.
-      implementation: which one computes it; "auto" is `choose`.
+      q, k, v: queries, keys and values of any floating dtype. The output has the dtype of `v`.
+      segment_ids: segment of each position, which attends only to positions of its segment; None:
+        one segment.
+      causal: position i attends only to positions 0..i.
+      implementation: the implementation; "auto": see `choose`.
 
-    For example, causal with segment ids [1, 1, 2, 2] lets query (row) see key (column)
+    For example, causal with segment ids [1, 1, 2, 2], a query (row) attends to the keys (columns)
 
         1 . . .
         1 1 . .
@@ -61,12 +63,12 @@ def attention(
         implementation = choose(q)
     run = {"xla": xla, "blocked": blocked, "splash": splash, "cudnn": cudnn}[implementation]
     attended = run(q, k, v, segment_ids=segment_ids, causal=causal)
-    # Splash names what its backward pass reads; a second name here would keep it twice.
+    # Splash names its saved values itself. A second name here would save the result twice.
     return attended if implementation == "splash" else checkpoint_name(attended, SAVED)
 
 
 def choose(q: Float[Array, "batch length heads head_dim"]) -> Implementation:
-    """The fastest implementation for these queries on the devices of the mesh that is set."""
+    """Returns the fastest implementation for these queries on the devices of the current mesh."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     kind = "" if device is None else device.device_kind.lower()
     parts, (_, length, _, head_dim) = _count(_spec(q)[1]), q.shape
@@ -74,11 +76,11 @@ def choose(q: Float[Array, "batch length heads head_dim"]) -> Implementation:
         return "splash"
     if parts > 1:
         return "xla"
-    # What cuDNN's kernels take.
+    # The limits of cuDNN's kernels.
     fits = q.dtype in (jnp.bfloat16, jnp.float16) and length % 2 == 0
     if "nvidia" in kind and fits and head_dim % 8 == 0 and head_dim <= 128:
         return "cudnn"
-    return "xla" if length <= _QUERIES else "blocked"
+    return "xla" if length <= _BLOCK_QUERIES else "blocked"
 
 
 def xla(
@@ -89,7 +91,7 @@ def xla(
     segment_ids: Int[Array, "batch length"] | None = None,
     causal: bool = True,
 ) -> Float[Array, "batch length heads head_dim"]:
-    """`attention` as its formula, with all scores in memory: the oracle."""
+    """Computes `attention` by its formula, with all scores in memory: the reference."""
     batch, length, heads, _ = _spec(q)
     k, v = (jax.reshard(x, jax.P(batch, None, heads, None)) for x in (k, v))
     logits = jnp.einsum(
@@ -101,14 +103,15 @@ def xla(
     )
     if causal:
         visible = jnp.tril(jnp.ones((q.shape[1], k.shape[1]), bool))
-        logits = jnp.where(visible, logits, _HIDDEN)
+        logits = jnp.where(visible, logits, _MASKED)
     if segment_ids is not None:
         rows = jax.reshard(segment_ids, jax.P(batch, length))
         columns = jax.reshard(segment_ids, jax.P(batch, None))
         same = rows[:, None, :, None] == columns[:, None, None, :]
-        logits = jnp.where(same, logits, _HIDDEN)
-    mixture = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    return jnp.einsum("bhts,bshk->bthk", mixture, v, out_sharding=jax.P(batch, length, heads, None))
+        logits = jnp.where(same, logits, _MASKED)
+    probabilities = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+    sharding = jax.P(batch, length, heads, None)
+    return jnp.einsum("bhts,bshk->bthk", probabilities, v, out_sharding=sharding)
 
 
 def blocked(
@@ -119,47 +122,51 @@ def blocked(
     segment_ids: Int[Array, "batch length"] | None = None,
     causal: bool = True,
 ) -> Float[Array, "batch length heads head_dim"]:
-    """`attention` in blocks of queries, each beside the keys up to its own end if causal.
+    """Computes `attention` in blocks of queries.
 
-    What lies above the diagonal blocks is never computed, and no scores are kept: the backward pass
-    computes those of one block at a time again. The length must not be split over devices.
+    If causal, a block of queries uses only the keys up to its end, so the scores above the diagonal
+    blocks are never computed. The scores are not saved: the backward pass computes those of one
+    block at a time again.
+
+    Raises:
+      ValueError: the length is split over devices.
     """
     batch, length, heads, _ = _spec(q)
     if _count(length) > 1:
         raise ValueError("attention in blocks cannot split the length over devices; use xla")
     size = q.shape[1]
     segment_ids = jnp.zeros(q.shape[:2], jnp.int32) if segment_ids is None else segment_ids
-    whole, rows = jax.P(batch, length, heads, None), jax.P(batch, length)
+    layout, rows = jax.P(batch, length, heads, None), jax.P(batch, length)
 
     @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=0)
-    def one(start, q, k, v, own, others):
+    def attend(start, q, k, v, query_segments, key_segments):
         scores = jnp.einsum("bhtk,bhsk->bhts", q, k, preferred_element_type=jnp.float32)
-        visible = own[:, None, :, None] == others[:, None, None, :]
+        visible = query_segments[:, None, :, None] == key_segments[:, None, None, :]
         if causal:
             visible &= start + jnp.arange(q.shape[2])[:, None] >= jnp.arange(k.shape[2])
-        mixture = jax.nn.softmax(jnp.where(visible, scores, _HIDDEN), axis=-1)
-        return jnp.einsum("bhts,bhsk->bhtk", mixture.astype(v.dtype), v)
+        probabilities = jax.nn.softmax(jnp.where(visible, scores, _MASKED), axis=-1)
+        return jnp.einsum("bhts,bhsk->bhtk", probabilities.astype(v.dtype), v)
 
     def local(q, k, v, segment_ids):
         q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))
-        done = []
-        for start in range(0, size, _QUERIES):
-            stop = min(start + _QUERIES, size)
-            seen = stop if causal else size
-            done.append(
-                one(
+        blocks = []
+        for start in range(0, size, _BLOCK_QUERIES):
+            stop = min(start + _BLOCK_QUERIES, size)
+            keys = stop if causal else size
+            blocks.append(
+                attend(
                     start,
                     q[:, :, start:stop],
-                    k[:, :, :seen],
-                    v[:, :, :seen],
+                    k[:, :, :keys],
+                    v[:, :, :keys],
                     segment_ids[:, start:stop],
-                    segment_ids[:, :seen],
+                    segment_ids[:, :keys],
                 )
             )
-        return jnp.swapaxes(jnp.concatenate(done, axis=2), 1, 2)
+        return jnp.swapaxes(jnp.concatenate(blocks, axis=2), 1, 2)
 
-    return jax.shard_map(local, in_specs=(whole, whole, whole, rows), out_specs=whole)(
-        q, jax.reshard(k, whole), jax.reshard(v, whole), jax.reshard(segment_ids, rows)
+    return jax.shard_map(local, in_specs=(layout, layout, layout, rows), out_specs=layout)(
+        q, jax.reshard(k, layout), jax.reshard(v, layout), jax.reshard(segment_ids, rows)
     )
 
 
@@ -172,12 +179,14 @@ def splash(
     causal: bool = True,
     interpret: bool = False,
 ) -> Float[Array, "batch length heads head_dim"]:
-    """`attention` by JAX's splash attention kernel for TPU.
+    """Computes `attention` with JAX's splash attention kernel for TPUs.
 
     Args:
-      q, k, v, segment_ids, causal: see `attention`. A device's part of the length must be a
-        multiple of 128.
-      interpret: run the kernel's program on any platform, slowly, for tests.
+      q, k, v, segment_ids, causal: see `attention`.
+      interpret: interpret the kernel, which is slow but works on any platform, for tests.
+
+    Raises:
+      ValueError: the length on a device is not a multiple of 128.
     """
     # Loading Pallas takes a third of a second, which only TPUs need.
     from jax.experimental.pallas.ops.tpu.splash_attention import (
@@ -218,8 +227,8 @@ def splash(
         segment_ids = jnp.zeros(q.shape[:2], jnp.int32)
     rows, columns = jax.P(batch, length), jax.P(batch, None)
 
-    def local(kernel, q, k, v, own, others):
-        return jax.vmap(kernel)(q, k, v, kernels.SegmentIds(own, others))
+    def local(kernel, q, k, v, query_segments, key_segments):
+        return jax.vmap(kernel)(q, k, v, kernels.SegmentIds(query_segments, key_segments))
 
     attended = jax.shard_map(
         local,
@@ -245,14 +254,17 @@ def cudnn(
     segment_ids: Int[Array, "batch length"] | None = None,
     causal: bool = True,
 ) -> Float[Array, "batch length heads head_dim"]:
-    """`attention` by cuDNN's flash attention, for bfloat16 and float16 on NVIDIA GPUs.
+    """Computes `attention` with cuDNN's flash attention, for bfloat16 and float16 on NVIDIA GPUs.
 
-    Segments are a mask beside the scores, [batch, 1, length, length] in the inputs' dtype.
+    With segments, it uses a mask, [batch, 1, length, length].
+
+    Raises:
+      ValueError: the length is split over devices.
     """
     batch, length, heads, _ = _spec(q)
     if _count(length) > 1:
         raise ValueError("cuDNN attention cannot split the length over devices; use xla")
-    whole = jax.P(batch, length, heads, None)
+    layout = jax.P(batch, length, heads, None)
 
     def local(q, k, v, segment_ids):
         mask = None
@@ -265,16 +277,16 @@ def cudnn(
     rows = None if segment_ids is None else jax.P(batch, length)
     segment_ids = None if segment_ids is None else jax.reshard(segment_ids, rows)
     return jax.shard_map(
-        local, in_specs=(whole, whole, whole, rows), out_specs=whole, check_vma=False
-    )(q, jax.reshard(k, whole), jax.reshard(v, whole), segment_ids)
+        local, in_specs=(layout, layout, layout, rows), out_specs=layout, check_vma=False
+    )(q, jax.reshard(k, layout), jax.reshard(v, layout), segment_ids)
 
 
 class CachedArray(NamedTuple):
-    """Keys or values as a cache keeps them.
+    """Keys or values in a cache.
 
     Attributes:
       values: [..., slots, head_dim], of any floating dtype, or int8 (see `leon_jax.ops.int8`).
-      scale: float32[..., slots] of int8, else None.
+      scale: float32[..., slots] for int8; otherwise None.
     """
 
     values: Num[Array, "..."]
@@ -282,11 +294,11 @@ class CachedArray(NamedTuple):
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of what a token sees, for one layer; heads stand before slots.
+    """The cached keys and values of one layer. The axis of heads is before the axis of slots.
 
     Attributes:
-      keys, values: `CachedArray`, [group, *sample, heads, slots, head_dim]; where `valid` is False
-        their content does not matter (but is finite).
+      keys, values: `CachedArray`, [group, *sample, heads, slots, head_dim]. Where `valid` is False,
+        the contents are ignored (but must be finite).
       valid: bool[group, *sample, slots].
     """
 
@@ -300,60 +312,63 @@ def cached_attention(
     k: Float[Array, "group sample heads head_dim"],
     v: Float[Array, "group sample heads head_dim"],
     prompt: LayerCache,
-    answer: LayerCache,
+    output: LayerCache,
 ) -> Float[Array, "group sample heads head_dim"]:
-    """Attention of one new token a sample over a read-only cache and over itself.
+    """Computes the attention of one new token of each sample to the cache and to itself.
 
-    The samples of a group share a prompt, which is read once for all of them. The softmax is taken
-    over the three parts without ever writing the new key and value into the cache: they share one
-    maximum and one sum, which is the softmax of the concatenation.
+    The samples of a group share a prompt, which is read once for all of them. The cache is only
+    read. The softmax over the prompt, the output and the new token uses one maximum and one sum, so
+    it equals the softmax of the concatenation.
 
     Args:
-      q, k, v: query, key and value of the new token. It always sees itself.
-      prompt: of the group, [group, heads, slots, head_dim].
-      answer: of the sample, [group, sample, heads, slots, head_dim].
+      q, k, v: query, key and value of the new token, which always attends to itself.
+      prompt: cache of the group's prompt, [group, heads, slots, head_dim].
+      output: cache of the sample's generated tokens, [group, sample, heads, slots, head_dim].
     """
     group, sample, heads, _ = _spec(q)
-    scored, mixed = jax.P(group, sample, heads, None), jax.P(group, sample, heads, None)
+    sharding = jax.P(group, sample, heads, None)
     q = q * q.shape[-1] ** -0.5
-    letters = ("gnhk,ghsk->gnhs", "gnhs,ghsk->gnhk"), ("gnhk,gnhsk->gnhs", "gnhs,gnhsk->gnhk")
-    # The prompt's arrays have no axis of samples.
-    parts = (prompt, lambda array: array[:, None]), (answer, lambda array: array)
+    subscripts = ("gnhk,ghsk->gnhs", "gnhs,ghsk->gnhk"), ("gnhk,gnhsk->gnhs", "gnhs,gnhsk->gnhk")
+    # The prompt's arrays have no axis of samples, so it is added.
+    parts = (prompt, lambda array: array[:, None]), (output, lambda array: array)
 
-    def score(subscripts: str, past: LayerCache, wide: Callable[[Array], Array]) -> Array:
-        found = jnp.einsum(
-            subscripts,
+    def cache_scores(product: str, cache: LayerCache, expand: Callable[[Array], Array]) -> Array:
+        scores = jnp.einsum(
+            product,
             q,
-            past.keys.values.astype(q.dtype),
+            cache.keys.values.astype(q.dtype),
             preferred_element_type=jnp.float32,
-            out_sharding=scored,
+            out_sharding=sharding,
         )
-        if past.keys.scale is not None:
-            found *= wide(past.keys.scale)
-        return jnp.where(wide(past.valid)[:, :, None], found, _HIDDEN)
+        if cache.keys.scale is not None:
+            scores *= expand(cache.keys.scale)
+        return jnp.where(expand(cache.valid)[:, :, None], scores, _MASKED)
 
-    scores = [score(how, *part) for (how, _), part in zip(letters, parts, strict=True)]
-    own = jnp.sum(q.astype(jnp.float32) * k.astype(jnp.float32), axis=-1)
-    top = functools.reduce(jnp.maximum, [part.max(axis=-1) for part in scores], own)
-    weights, own = [jnp.exp(part - top[..., None]) for part in scores], jnp.exp(own - top)
-    total = sum((part.sum(axis=-1) for part in weights), own)
-    result = (own / total)[..., None].astype(v.dtype) * v
-    for (_, mix), (past, wide), weight in zip(letters, parts, weights, strict=True):
-        share = weight / total[..., None]
-        if past.values.scale is not None:
-            share *= wide(past.values.scale)
-        values = past.values.values.astype(v.dtype)
-        result += jnp.einsum(mix, share.astype(v.dtype), values, out_sharding=mixed)
+    scores = [
+        cache_scores(product, *part) for (product, _), part in zip(subscripts, parts, strict=True)
+    ]
+    self_score = jnp.sum(q.astype(jnp.float32) * k.astype(jnp.float32), axis=-1)
+    top = functools.reduce(jnp.maximum, [part.max(axis=-1) for part in scores], self_score)
+    weights = [jnp.exp(part - top[..., None]) for part in scores]
+    self_weight = jnp.exp(self_score - top)
+    total = sum((part.sum(axis=-1) for part in weights), self_weight)
+    result = (self_weight / total)[..., None].astype(v.dtype) * v
+    for (_, product), (cache, expand), weight in zip(subscripts, parts, weights, strict=True):
+        probabilities = weight / total[..., None]
+        if cache.values.scale is not None:
+            probabilities *= expand(cache.values.scale)
+        values = cache.values.values.astype(v.dtype)
+        result += jnp.einsum(product, probabilities.astype(v.dtype), values, out_sharding=sharding)
     return result
 
 
 def _count(entry: str | tuple[str, ...] | None) -> int:
-    """Into how many parts an axis is split that is laid out like this."""
+    """Returns the number of parts of an axis with this entry in its PartitionSpec."""
     shape = jax.sharding.get_abstract_mesh().shape
     names = () if entry is None else (entry,) if isinstance(entry, str) else entry
     return math.prod(shape[name] for name in names)
 
 
 def _spec(x: Array) -> jax.P:
-    """How `x` is split; one entry an axis."""
+    """Returns the PartitionSpec of `x`, with one entry for each axis."""
     return jax.typeof(x).sharding.spec

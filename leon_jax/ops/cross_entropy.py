@@ -1,15 +1,14 @@
-"""Next-token cross-entropy against a large tied table, without ever holding all logits.
+"""Next-token cross-entropy with a large tied table, without all logits in memory.
 
-The tokens of each device are cut into chunks; a scan computes one chunk's logits, reduces them to
-losses and forgets them. When a gradient is wanted, the same pass over the logits makes it, because
-the gradient of a weighted sum of losses is known as soon as the logits are: nothing is computed
-again, and the backward pass only scales. Memory is chunk x vocabulary instead of tokens x
-vocabulary.
+The tokens of each device are split into chunks. A scan computes the logits of one chunk and reduces
+them to losses. The gradient of a weighted sum of losses depends only on the logits, so the same
+scan computes it if it is needed. The backward pass computes nothing again; it only scales the
+gradient. The memory is chunk x vocabulary instead of tokens x vocabulary.
 
-Sharding (explicit mode): the tokens may be split in any way, the table over its rows (vocabulary)
-and its columns (embedding). The table is gathered over its columns once, *outside* the scan, and
-marked as varying there, so its gradient is summed on every device over all chunks and reduced over
-the mesh once, not once a chunk.
+Sharding (explicit mode): the tokens may be split in any way, and the table over its rows
+(vocabulary) and columns (embedding). The table is gathered over its columns once, *outside* the
+scan, and marked as varying there. So each device sums the gradient of the table over all chunks,
+and the mesh reduces it once, not once for each chunk.
 
 Axes: c chunks, n tokens of a chunk, d embed, v vocab.
 """
@@ -35,19 +34,21 @@ def chunked_cross_entropy(
     The logits are hidden table^T, in float32.
 
     Args:
-      hidden: final hidden states; its dtype is the dtype of the matmuls.
-      table: the tied embedding table; its gradient is accumulated in its own dtype.
-      targets: ids 0..vocab - 1; anything where the weight is 0.
-      weights: 0 leaves a token out. They are constants: no gradient goes to them.
-      chunk: tokens a device handles at a time.
-      z_loss: keeps logits from drifting (PaLM, section 5: 1e-4); 0: plain cross-entropy.
+      hidden: final hidden states. The matmuls use their dtype.
+      table: the tied embedding table. Its gradient is accumulated in the table's dtype.
+      targets: ids 0..vocab - 1; any id where the weight is 0.
+      weights: weight of each token; 0 ignores the token. They have no gradient.
+      chunk: tokens of a device in one step.
+      z_loss: coefficient that prevents drifting logits (PaLM, section 5: 1e-4); 0: plain
+        cross-entropy.
 
     Returns:
-      The sum over all tokens, and its terms, both in float32. Only the sum has a gradient.
+      The sum over all tokens, and the term of each token, both in float32. Only the sum has a
+      gradient.
     """
     batch, length, _ = jax.typeof(hidden).sharding.spec
     rows, columns = jax.typeof(table).sharding.spec
-    tokens, whole = jax.P(batch, length), jax.P(batch, length, None)
+    tokens, states = jax.P(batch, length), jax.P(batch, length, None)
     run = functools.partial(
         _local_loss,
         rows=_axes(rows),
@@ -58,10 +59,10 @@ def chunked_cross_entropy(
     )
     total, losses = jax.shard_map(
         run,
-        in_specs=(whole, jax.P(rows, columns), tokens, tokens),
+        in_specs=(states, jax.P(rows, columns), tokens, tokens),
         out_specs=(jax.P(), tokens),
     )(
-        jax.reshard(hidden, whole),
+        jax.reshard(hidden, states),
         table,
         jax.reshard(targets, tokens),
         jax.reshard(jax.lax.stop_gradient(weights).astype(jnp.float32), tokens),
@@ -70,27 +71,32 @@ def chunked_cross_entropy(
 
 
 def _local_loss(hidden, table, targets, weights, *, rows, columns, batch, chunk, z_loss):
-    """(sum, losses) of one device's tokens; `table` is its part. The sum is of all devices."""
+    """Returns the sum over all devices, and the losses of this device's tokens."""
     if columns:
         table = jax.lax.all_gather(table, columns, axis=1, tiled=True)
-    if others := tuple(axis for axis in batch if axis not in columns):
-        table = jax.lax.pcast(table, others, to="varying")
+    if other_axes := tuple(axis for axis in batch if axis not in columns):
+        table = jax.lax.pcast(table, other_axes, to="varying")
     shape, embed, size = targets.shape, hidden.shape[-1], targets.size
     count = -(-size // min(chunk, size))
     width = -(-size // count)
     padding = count * width - size
 
-    def cut(array, *rest):
-        flat = jnp.pad(array.reshape(size, *rest), ((0, padding), *((0, 0) for _ in rest)))
-        return flat.reshape(count, width, *rest)
+    def split(array, *trailing):
+        flat = array.reshape(size, *trailing)
+        padded = jnp.pad(flat, ((0, padding), *((0, 0) for _ in trailing)))
+        return padded.reshape(count, width, *trailing)
 
-    total, losses = _chunks(rows, z_loss, cut(hidden, embed), table, cut(targets), cut(weights))
+    chunks = split(hidden, embed), table, split(targets), split(weights)
+    total, losses = _chunks(rows, z_loss, *chunks)
     return jax.lax.psum(total, batch), losses.reshape(-1)[:size].reshape(shape)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _chunks(rows, z_loss, hidden, table, targets, weights):
-    """(sum, [c, n] terms) of this device's chunks; the vocabulary is split over the axes `rows`."""
+    """Returns the sum and the [c, n] losses of this device's chunks.
+
+    The vocabulary is split over the mesh axes `rows`.
+    """
 
     def step(total, chunk):
         loss, _ = _losses_and_slopes(rows, z_loss, table, *chunk)
@@ -100,7 +106,7 @@ def _chunks(rows, z_loss, hidden, table, targets, weights):
 
 
 def _chunks_forward(rows, z_loss, hidden, table, targets, weights):
-    """The same, and the gradients of the sum with respect to hidden states and table."""
+    """Runs `_chunks`, and computes the gradients of the sum for the hidden states and the table."""
 
     def step(carry, chunk):
         total, table_gradient = carry
@@ -125,7 +131,7 @@ def _chunks_forward(rows, z_loss, hidden, table, targets, weights):
 
 
 def _chunks_backward(rows, z_loss, saved, cotangents):
-    """Scales; the terms have no gradient (see `chunked_cross_entropy`)."""
+    """Scales the gradients of the sum. The losses have no gradient."""
     del rows, z_loss
     gradients, table_gradient = saved
     scale, _ = cotangents
@@ -141,7 +147,7 @@ _chunks.defvjp(_chunks_forward, _chunks_backward)
 
 
 def _losses_and_slopes(rows, z_loss, table, hidden, targets, weights):
-    """Weighted losses [n] of one chunk, and their slopes d loss / d logits [n, v], in float32."""
+    """Returns the weighted losses [n] of one chunk and d loss / d logits [n, v], in float32."""
     logits = jnp.einsum(
         "nd,vd->nv", hidden, table.astype(hidden.dtype), preferred_element_type=jnp.float32
     )
@@ -149,21 +155,21 @@ def _losses_and_slopes(rows, z_loss, table, hidden, targets, weights):
     if rows:
         top = jax.lax.pmax(top, rows)
     total = jnp.exp(logits - top[:, None]).sum(axis=-1)
-    # A comparison instead of a gather: the target may be a row of another device.
+    # A comparison instead of a gather, because the target may be a row of another device.
     first = jax.lax.axis_index(rows) * table.shape[0] if rows else 0
-    here = first + jnp.arange(table.shape[0]) == targets[:, None]
-    picked = jnp.where(here, logits, 0.0).sum(axis=-1)
+    is_target = first + jnp.arange(table.shape[0]) == targets[:, None]
+    target_logits = jnp.where(is_target, logits, 0.0).sum(axis=-1)
     if rows:
-        total, picked = jax.lax.psum((total, picked), rows)
+        total, target_logits = jax.lax.psum((total, target_logits), rows)
     log_total = jnp.log(total) + top
-    losses = weights * (log_total - picked + z_loss * jnp.square(log_total))
+    losses = weights * (log_total - target_logits + z_loss * jnp.square(log_total))
     probabilities = jnp.exp(logits - log_total[:, None])
-    slopes = probabilities * (1 + 2 * z_loss * log_total[:, None]) - here
+    slopes = probabilities * (1 + 2 * z_loss * log_total[:, None]) - is_target
     return losses, slopes * weights[:, None]
 
 
 def _zero(weights):
-    """A scalar that varies over devices as a sum of weights would."""
+    """Returns a zero that varies over the same mesh axes as a sum of the weights."""
     return weights.sum() * 0
 
 

@@ -1,7 +1,8 @@
-"""Numbers in 8 bits with a scale beside them: a quarter of float32's memory and traffic.
+"""Quantisation to 8 bits with a scale: a quarter of the memory and bandwidth of float32.
 
-Symmetric and linear: x is about `values * scale`, with 255 levels from -127 to 127. The scale is
-shared along the axes that a product sums over, so it is applied after the product, to its result.
+The quantisation is symmetric and linear: x is about `values * scale`, with 255 levels from -127 to
+127. The scale is shared along the axes that a product sums over, so it is applied to the result of
+the product.
 """
 
 import jax
@@ -14,14 +15,14 @@ _LEVELS = 127
 def quantize(
     x: Float[Array, "..."], axes: tuple[int, ...]
 ) -> tuple[Int8[Array, "..."], Float[Array, "..."]]:
-    """int8 values, and float32 scales with `axes` of length 1, whose product is nearest to x.
+    """Quantizes x to int8 values and float32 scales with `axes` of length 1.
 
-    The largest magnitude along `axes` is kept exactly; the others are off by half a scale at most.
+    The largest magnitude along `axes` is exact. The error of the others is at most half a scale.
     """
-    wide = x.astype(jnp.float32)
-    scale = jnp.abs(wide).max(axis=axes, keepdims=True) / _LEVELS
-    # Zeros stay zeros whatever their scale.
-    values = jnp.round(wide / jnp.where(scale > 0, scale, 1))
+    x = x.astype(jnp.float32)
+    scale = jnp.abs(x).max(axis=axes, keepdims=True) / _LEVELS
+    # Zeros stay zeros for any scale.
+    values = jnp.round(x / jnp.where(scale > 0, scale, 1))
     return values.astype(jnp.int8), scale
 
 
@@ -32,14 +33,14 @@ def einsum(
     scale: Float[Array, "..."],
     out_sharding: jax.P,
 ) -> Float[Array, "..."]:
-    """`jnp.einsum(subscripts, x, values * scale)` that reads `values` in 8 bits.
+    """Computes `jnp.einsum(subscripts, x, values * scale)`, reading `values` in 8 bits.
 
     Args:
-      subscripts: x with a leading `...`; every axis of `values` that is missing in the result has
-        length 1 in `scale`, and the others stand last in the result.
-      x: its dtype is what is computed in.
+      subscripts: x has a leading `...`. An axis of `values` that is not in the result has length 1
+        in `scale`. The other axes of `values` are the last axes of the result.
+      x: activations. The product is computed in their dtype.
       values, scale: see `quantize`.
-      out_sharding: of the result.
+      out_sharding: sharding of the result.
     """
     product = jnp.einsum(
         subscripts,
@@ -49,6 +50,6 @@ def einsum(
         out_sharding=out_sharding,
     )
     weight, result = subscripts.split(",")[1].split("->")
-    kept = [size for size, name in zip(scale.shape, weight, strict=True) if name in result]
-    scale = jax.reshard(scale.reshape(kept), jax.P(*out_sharding[-len(kept) :]))
+    shape = [size for size, name in zip(scale.shape, weight, strict=True) if name in result]
+    scale = jax.reshard(scale.reshape(shape), jax.P(*out_sharding[-len(shape) :]))
     return (product * scale).astype(x.dtype)

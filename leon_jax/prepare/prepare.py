@@ -238,7 +238,7 @@ def _mine(
     config: PrepareConfig, prepared: PreparedFolder, parts: pathlib.Path, progress: bool
 ) -> None:
     """Writes the neighbour tables of all splits."""
-    bank, images = prepared.bank(), gather.image_index(parts, prepared.shards(TRAIN))
+    bank, images = prepared.vector_index(), gather.image_index(parts, prepared.shards(TRAIN))
     selection = config.selection
     sources = gather.source_numbers(prepared) if selection.alternate_sources else None
     total = sum(prepared.manifest["splits"].values())
@@ -330,8 +330,8 @@ def neighbour_rows(
                 bank,
                 selection,
                 documents=queries["document"][rows],
-                pictures=(images, queries["image"][rows]),
-                own=None if query_rows is None else query_rows[rows],
+                images=(images, queries["image"][rows]),
+                query_ids=None if query_rows is None else query_rows[rows],
                 sources=sources,
             )
             # The neighbours of a whole document alternate between the two halves of the table.

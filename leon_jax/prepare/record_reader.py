@@ -18,7 +18,7 @@ from leon_jax.data.sources.raw_record import (
 from leon_jax.documents import Document, Image, Part, Provenance, Text, normalise_text
 from leon_jax.prepare import licences
 from leon_jax.prepare.config import PrepareConfig
-from leon_jax.tokenizers.image import fit_picture
+from leon_jax.tokenizers.image import fit_image
 
 Pixels = UInt8[np.ndarray, "h w 3"]
 
@@ -104,8 +104,8 @@ class RecordReader:
                 continue
             image = self._decode(part)
             size = size or image.size
-            parts.append(Image(pixels=fit_picture(image, side)))
-            squares.append(fit_picture(image, self.resolution))
+            parts.append(Image(pixels=fit_image(image, side)))
+            squares.append(fit_image(image, self.resolution))
             encoder_inputs.append(self.preprocess(np.asarray(image)))
         if size is None:
             raise RejectError("no_picture", "the record holds no image")

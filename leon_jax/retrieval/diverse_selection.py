@@ -1,7 +1,7 @@
-"""The greedy choice of `leon_jax.retrieval.selection.diverse` for many queries, on all devices.
+"""`leon_jax.retrieval.selection.select_diverse` for many queries, on all devices.
 
-The queries are split over the devices. Each compares the candidates of its own queries with each
-other, which takes their rows from the bank: every process reads those of its own devices only.
+The queries are split over the devices. Each device compares the candidates of its queries with
+each other. For that every process reads the candidates' rows of its local devices from the index.
 """
 
 import functools
@@ -14,101 +14,104 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Int32
 
 from leon_jax import sharding
-from leon_jax.retrieval.device_blocks import next_power, put
+from leon_jax.retrieval.device_blocks import next_power_of_two, put_padded
 from leon_jax.retrieval.mining import NONE
 from leon_jax.retrieval.vector_index import VectorIndex
 from leon_jax.sharding import current_mesh
 
-# Queries of a device at once: the rows of 128 candidates, 512 wide, are 64 MB in float32.
+# Queries of a device at once. The rows of 128 candidates, 512 wide, are 64 MB in float32.
 QUERIES = 256
 
 
-def choose(
+def select_diverse_batch(
     ids: Int32[np.ndarray, "q c"],
-    bank: VectorIndex,
+    index: VectorIndex,
     k: int,
     near_copy_chosen: float,
-    asking: Sequence[tuple[VectorIndex, Float[np.ndarray, "q d"], float]] = (),
+    comparisons: Sequence[tuple[VectorIndex, Float[np.ndarray, "q d"], float]] = (),
     sources: Int32[np.ndarray, "q c"] | None = None,
 ) -> Int32[np.ndarray, "q k"]:
-    """Positions (into `ids`) of the best k candidates of each query, none of them near copies.
+    """Returns the positions (in `ids`) of the best k candidates of each query without near copies.
 
     Args:
-      ids: candidates of each query, best first; -1 is none.
-      bank: has their unit rows.
-      k: how many to choose at most.
-      near_copy_chosen: a candidate that scores above this against a chosen document is skipped.
-      asking: rows of the candidates in a bank, a row for each query, and a limit: a candidate that
-        scores above it against that row is skipped too.
-      sources: a number for the source of each candidate; sources then take turns.
+      ids: candidates of each query, best first; -1 for none.
+      index: the candidates' unit rows.
+      k: the largest number of candidates to choose.
+      near_copy_chosen: a candidate is skipped if its score against a chosen one is above this.
+      comparisons: an index with rows of the candidates, a row for each query, and a limit. A
+        candidate is skipped if its score against the query's row is above the limit.
+      sources: a number for the source of each candidate; the sources then take turns. None: the
+        sources do not matter.
 
     Returns:
-      Positions in the order of choice; -1 where there are fewer.
+      Positions in the order of choice; -1 where there are fewer than k.
     """
     mesh = current_mesh()
     layout = jax.NamedSharding(mesh, jax.P(mesh.axis_names))
     sources = np.zeros(ids.shape, np.int32) if sources is None else sources
-    size = min(QUERIES, next_power(-(-len(ids) // mesh.size))) * mesh.size
-    places = np.full((len(ids), k), NONE, np.int32)
+    size = min(QUERIES, next_power_of_two(-(-len(ids) // mesh.size))) * mesh.size
+    positions = np.full((len(ids), k), NONE, np.int32)
     with jax.set_mesh(mesh):
         for start in range(0, len(ids), size):
-            some = slice(start, start + size)
-            # Candidates that are added to fill the array up are none.
-            arrays = [put(layout, size, array[some], NONE) for array in (ids, sources)]
-            rows = _rows(bank, layout, size, ids[some])
-            copies = [
+            batch = slice(start, start + size)
+            # The padding has no candidates.
+            arrays = [put_padded(layout, size, array[batch], NONE) for array in (ids, sources)]
+            rows = _candidate_rows(index, layout, size, ids[batch])
+            limits = [
                 (
-                    rows if other is bank else _rows(other, layout, size, ids[some]),
-                    put(layout, size, asked[some].astype(np.float32), 0),
+                    rows if other is index else _candidate_rows(other, layout, size, ids[batch]),
+                    put_padded(layout, size, queries[batch].astype(np.float32), 0),
                     np.float32(limit),
                 )
-                for other, asked, limit in asking
+                for other, queries, limit in comparisons
             ]
-            chosen = _choose(*arrays, rows, np.float32(near_copy_chosen), copies, k=k)
-            places[some] = sharding.fetch(chosen)[: len(ids[some])]
-    return places
+            chosen = _choose(*arrays, rows, np.float32(near_copy_chosen), limits, k=k)
+            positions[batch] = sharding.fetch(chosen)[: len(ids[batch])]
+    return positions
 
 
-def _rows(bank: VectorIndex, layout: jax.NamedSharding, size: int, ids: np.ndarray) -> jax.Array:
-    """The rows of the candidates of each query, zeros where there is none."""
+def _candidate_rows(
+    index: VectorIndex, layout: jax.NamedSharding, size: int, ids: np.ndarray
+) -> jax.Array:
+    """Returns the rows of the candidates of each query, zeros where there is no candidate."""
 
-    def local(index: Any) -> np.ndarray:
-        low, high, _ = index[0].indices(size)
-        rows = np.zeros((high - low, ids.shape[1], bank.dimensions), np.float32)
-        own = ids[low:high]
-        rows[: len(own)] = bank.take(own)
+    def read_shard(slices: Any) -> np.ndarray:
+        low, high, _ = slices[0].indices(size)
+        rows = np.zeros((high - low, ids.shape[1], index.dimensions), np.float32)
+        local_ids = ids[low:high]
+        rows[: len(local_ids)] = index.take(local_ids)
         return rows
 
-    return jax.make_array_from_callback((size, ids.shape[1], bank.dimensions), layout, local)
+    return jax.make_array_from_callback((size, ids.shape[1], index.dimensions), layout, read_shard)
 
 
 @functools.partial(jax.jit, static_argnames="k")
-def _choose(ids, sources, rows, near_chosen, copies, *, k):
+def _choose(ids, sources, rows, near_chosen, limits, *, k):
     split = jax.P(jax.sharding.get_abstract_mesh().axis_names)
     return jax.shard_map(
         functools.partial(_greedy, k=k),
-        in_specs=(split, split, split, jax.P(), [(split, split, jax.P())] * len(copies)),
+        in_specs=(split, split, split, jax.P(), [(split, split, jax.P())] * len(limits)),
         out_specs=split,
-    )(ids, sources, rows, near_chosen, copies)
+    )(ids, sources, rows, near_chosen, limits)
 
 
-def _greedy(ids, sources, rows, near_chosen, copies, *, k):
-    """One device's queries; every step of the scan chooses one candidate of each."""
+def _greedy(ids, sources, rows, near_chosen, limits, *, k):
+    """Chooses for the queries of one device, one candidate of each query in each scan step."""
     compare = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
     alike = compare("qcd,qed->qce", rows, rows) > near_chosen
 
     def step(state: tuple[Bool[Array, "q c"], Int[Array, "q c"]], _):
-        left, taken = state  # candidates; how many were chosen from the source of each
-        fewest = jnp.where(left, taken, k).min(axis=1, keepdims=True)
-        best = (left & (taken == fewest)).argmax(axis=1)
+        remaining, chosen_of_source = state
+        fewest = jnp.where(remaining, chosen_of_source, k).min(axis=1, keepdims=True)
+        best = (remaining & (chosen_of_source == fewest)).argmax(axis=1)
         copies = jnp.take_along_axis(alike, best[:, None, None], axis=1)[:, 0]
-        itself = jnp.arange(ids.shape[1]) == best[:, None]
-        place = jnp.where(left.any(axis=1), best, NONE)
-        taken += sources == jnp.take_along_axis(sources, best[:, None], axis=1)
-        return (left & ~copies & ~itself, taken), place
+        is_best = jnp.arange(ids.shape[1]) == best[:, None]
+        position = jnp.where(remaining.any(axis=1), best, NONE)
+        chosen_of_source += sources == jnp.take_along_axis(sources, best[:, None], axis=1)
+        return (remaining & ~copies & ~is_best, chosen_of_source), position
 
-    left = ids != NONE
-    for candidates, asked, limit in copies:
-        left &= compare("qcd,qd->qc", candidates, asked) <= limit
-    _, places = jax.lax.scan(step, (left, jnp.zeros_like(sources)), length=k)
-    return places.T.astype(jnp.int32)
+    remaining = ids != NONE
+    for candidates, queries, limit in limits:
+        remaining &= compare("qcd,qd->qc", candidates, queries) <= limit
+    _, positions = jax.lax.scan(step, (remaining, jnp.zeros_like(sources)), length=k)
+    return positions.T.astype(jnp.int32)

@@ -1,4 +1,4 @@
-"""The frozen encoder: texts, pictures and whole documents to unit vectors."""
+"""The frozen retrieval encoder: texts, images and whole documents to unit vectors."""
 
 import functools
 import os
@@ -20,12 +20,12 @@ from leon_jax.tokenizers.clip_text import CLIPTextTokenizer
 from leon_jax.tokenizers.text import TextTokenizer
 
 KIND = "encoder"
-# Ids that the encoder adds after the text tokenizer's own: padding, start, end (the last one).
+# Special ids after the text tokenizer's ids: padding, start, end (the last one).
 SPECIALS = 3
 
 
 def frame(ids: Sequence[int], config: TextConfig) -> Int32[np.ndarray, "t"]:
-    """Start, the ids, end, then padding up to the context length; what is too long is cut."""
+    """Adds start, end and padding up to the context length; ids that do not fit are cut off."""
     framed = np.full(config.context_length, config.vocab_size - SPECIALS, np.int32)
     ids = list(ids)[: config.context_length - 2]
     framed[0] = config.start
@@ -35,28 +35,28 @@ def frame(ids: Sequence[int], config: TextConfig) -> Int32[np.ndarray, "t"]:
 
 
 class RetrievalEncoder:
-    """A CLIP with its text tokenizer, on a fixed batch size; call it under `jax.set_mesh`.
+    """A CLIP with its text tokenizer and a fixed batch size. Call it under `jax.set_mesh`.
 
-    Texts and pictures are host values; embeddings are float32[n, d] with rows of length 1.
+    Texts and images are host values. Embeddings are float32[n, d], with rows of length 1.
 
     Args:
       model: both towers.
-      text: text to ids and back; `frame` adds start, end and padding.
-      square: any picture to uint8[size, size, 3], as the model was trained to see it.
-      batch_size: texts or pictures that are embedded at once.
+      text: the text tokenizer; `frame` adds start, end and padding to its ids.
+      preprocess: converts an image of any size to uint8[size, size, 3], as in the model's training.
+      batch_size: texts or images that are embedded at once.
     """
 
     def __init__(
         self,
         model: CLIP,
         text: TextTokenizer | CLIPTextTokenizer,
-        square: Callable[[UInt8[np.ndarray, "h w 3"]], UInt8[np.ndarray, "size size 3"]],
+        preprocess: Callable[[UInt8[np.ndarray, "h w 3"]], UInt8[np.ndarray, "size size 3"]],
         batch_size: int = 64,
     ):
         self.model, self.text, self.batch_size = model, text, batch_size
-        self._square = square
-        self._image = jax.jit(lambda model, squares: model.embed_image(squares / 255))
-        self._text = jax.jit(lambda model, ids: model.embed_text(ids))
+        self._preprocess = preprocess
+        self._embed_image = jax.jit(lambda model, squares: model.embed_image(squares / 255))
+        self._embed_text = jax.jit(lambda model, ids: model.embed_text(ids))
 
     @classmethod
     def load(
@@ -65,16 +65,17 @@ class RetrievalEncoder:
         text_tokenizer: TextTokenizer | None = None,
         batch_size: int = 64,
     ) -> "RetrievalEncoder":
-        """Reads an encoder of ours, or OpenAI's CLIP.
+        """Reads an encoder that leon_jax trained, or OpenAI's CLIP.
 
-        The near-copy thresholds of `SelectionConfig`, 0.9, are those of CLIP ViT-B/32; an encoder
-        of ours has its own (docs/retrieval.md).
+        The near-copy thresholds of `SelectionConfig`, 0.9, fit CLIP ViT-B/32. An encoder that
+        leon_jax trained needs other thresholds (docs/retrieval.md).
 
         Args:
-          path: `encoder.safetensors`; or the folder of a CLIP as transformers writes it, which
-            brings its own text tokenizer (see `leon_jax.retrieval.openai_clip`).
-          text_tokenizer: what our encoder was trained with; None: `text.json` beside it.
-          batch_size: texts or pictures that are embedded at once.
+          path: `encoder.safetensors`, or a CLIP folder in the format of transformers, which
+            includes its text tokenizer (see `leon_jax.retrieval.openai_clip`).
+          text_tokenizer: the tokenizer that `encoder.safetensors` was trained with; None: reads
+            `text.json` beside it.
+          batch_size: texts or images that are embedded at once.
 
         Raises:
           UserError: a file is missing, damaged, of another kind, or made for another tokenizer.
@@ -92,8 +93,8 @@ class RetrievalEncoder:
             )
         abstract = jax.eval_shape(lambda: create(config, jax.random.key(0)))
         model = weight_files.restore(abstract, arrays, str(path))
-        square = functools.partial(plain_square, size=config.vision.image_size)
-        return cls(model, text, square, batch_size)
+        preprocess = functools.partial(plain_square, size=config.vision.image_size)
+        return cls(model, text, preprocess, batch_size)
 
     @property
     def dimensions(self) -> int:
@@ -101,32 +102,32 @@ class RetrievalEncoder:
         return self.model.config.embed_dim
 
     def embed_texts(self, texts: Sequence[str]) -> Float32[np.ndarray, "n d"]:
-        """Embeds each text; what exceeds the context length is cut off."""
+        """Embeds each text. Tokens beyond the context length are cut off."""
         config = self.model.config.text
         ids = [frame(self.text.encode(text), config) for text in texts]
-        return self._run(self._text, ids)
+        return self._run(self._embed_text, ids)
 
     def preprocess(self, pixels: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "size size 3"]:
-        """A picture of any size as the square that `embed_preprocessed` takes.
+        """Converts an image of any size to the square that `embed_preprocessed` takes.
 
-        It needs no mesh, so that pictures can be made small where they are read.
+        It needs no mesh, so that the process that reads images can make them small.
 
         Raises:
-          UserError: the picture is not uint8[h, w, 3], or has no pixels.
+          UserError: the image is not uint8[h, w, 3], or has no pixels.
         """
         if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[-1] != 3 or not pixels.size:
             raise UserError(
-                f"a picture must be uint8[h, w, 3], not {pixels.dtype}{list(pixels.shape)}"
+                f"an image must be uint8[h, w, 3], not {pixels.dtype}{list(pixels.shape)}"
             )
-        return self._square(pixels)
+        return self._preprocess(pixels)
 
     def embed_preprocessed(
         self, squares: Iterable[UInt8[np.ndarray, "size size 3"]]
     ) -> Float32[np.ndarray, "n d"]:
-        """Embeds what `preprocess` returned, taking a batch at a time.
+        """Embeds images that `preprocess` returned. It takes one batch at a time from `squares`.
 
         Raises:
-          UserError: a picture is not such a square.
+          UserError: an image is not uint8[size, size, 3].
         """
         size = self.model.config.vision.image_size
 
@@ -134,42 +135,42 @@ class RetrievalEncoder:
             for square in squares:
                 if square.dtype != np.uint8 or square.shape != (size, size, 3):
                     raise UserError(
-                        f"a preprocessed picture must be uint8[{size}, {size}, 3], "
+                        f"a preprocessed image must be uint8[{size}, {size}, 3], "
                         f"not {square.dtype}{list(square.shape)}"
                     )
                 yield square
 
-        return self._run(self._image, checked())
+        return self._run(self._embed_image, checked())
 
     def embed_images(
         self, images: Iterable[UInt8[np.ndarray, "h w 3"]]
     ) -> Float32[np.ndarray, "n d"]:
-        """Embeds sRGB pictures of any size, as they come; each goes through `preprocess`.
+        """Embeds sRGB images of any size, after `preprocess`. It takes one batch at a time.
 
         Raises:
-          UserError: a picture is not uint8[h, w, 3], or has no pixels.
+          UserError: an image is not uint8[h, w, 3], or has no pixels.
         """
         return self.embed_preprocessed(map(self.preprocess, images))
 
     def embed_documents(self, documents: Sequence[Document]) -> Float32[np.ndarray, "n d"]:
-        """Embeds documents: the mean of the unit vectors of all texts and pictures, renormalised.
+        """Embeds documents: the normalised mean of the unit vectors of all texts and images.
 
         CM3Leon (section 2.1) averages the normalised text and image embeddings of a pair. The mean
-        is brought back to length 1 so that an inner product of two documents is a cosine.
+        is normalised again so that the inner product of two documents is a cosine.
 
         Raises:
-          UserError: a document has neither text nor a picture with pixels.
+          UserError: a document has neither text nor an image with pixels.
         """
         texts: list[tuple[int, str]] = []
         images: list[tuple[int, np.ndarray]] = []
         for number, document in enumerate(documents):
-            before = len(texts) + len(images)
+            count = len(texts) + len(images)
             for part in document.parts:
                 if isinstance(part, Text):
                     texts.append((number, part.text))
                 elif isinstance(part, Image) and part.pixels is not None:
                     images.append((number, part.pixels))
-            if len(texts) + len(images) == before:
+            if len(texts) + len(images) == count:
                 raise UserError(
                     f"document {number} has neither text nor pixels, so it has no embedding"
                 )
@@ -181,16 +182,17 @@ class RetrievalEncoder:
     def _run(self, function, rows) -> Float32[np.ndarray, "n d"]:
         results = [np.zeros((0, self.dimensions), np.float32)]
         for batch in _batches(rows, self.batch_size):
-            # One shape, one compilation: a short last batch repeats its first row.
-            filled = batch + [batch[0]] * (self.batch_size - len(batch))
-            results.append(sharding.fetch(function(self.model, np.stack(filled)))[: len(batch)])
+            # A short last batch repeats its first row, so that one compiled program serves all.
+            padded = batch + [batch[0]] * (self.batch_size - len(batch))
+            results.append(sharding.fetch(function(self.model, np.stack(padded)))[: len(batch)])
         return np.concatenate(results)
 
 
 def plain_square(pixels: UInt8[np.ndarray, "h w 3"], size: int) -> UInt8[np.ndarray, "size size 3"]:
-    """`leon_jax.data.augment.plain`, rounded: what our encoders see of a picture.
+    """Resizes and crops an image for an encoder that leon_jax trained.
 
-    Pictures of eight times the size and more are first averaged over blocks, which costs less.
+    This is `leon_jax.data.augment.plain`, rounded. Images of eight times the size and more are
+    first averaged over blocks of pixels, which is faster.
     """
     factor = min(pixels.shape[:2]) // (4 * size)
     if factor > 1:
@@ -199,7 +201,7 @@ def plain_square(pixels: UInt8[np.ndarray, "h w 3"], size: int) -> UInt8[np.ndar
 
 
 def normalise(rows: Float32[np.ndarray, "n d"]) -> Float32[np.ndarray, "n d"]:
-    """Rows scaled to length 1; a row of zeros stays."""
+    """Scales rows to length 1; a row of zeros stays zero."""
     return rows / np.maximum(np.linalg.norm(rows, axis=-1, keepdims=True), 1e-12)
 
 

@@ -1,7 +1,7 @@
-"""Tables of neighbours: which documents each document of a split may read, best first.
+"""Tables of neighbours: the documents that each document of a split may retrieve, best first.
 
-One `.npy` file a shard of records, row i for record i, is read through a memory map, so a table may
-be far larger than memory and a look-up costs one page.
+Each shard of records has one `.npy` file, with row i for record i. It is read through a memory map,
+so a table may be far larger than memory, and a look-up reads one page.
 """
 
 import bisect
@@ -18,14 +18,14 @@ FIELDS = ("by_text_ids", "by_text_scores", "by_image_ids", "by_image_scores")
 
 
 def row_type(k: int) -> np.dtype:
-    """One row: k ids (int32, train rows, -1 for none) and scores (float32) a modality."""
+    """Returns the dtype of a row: for each modality k ids (train rows, -1: none) and k scores."""
     return np.dtype(
         [(name, np.int32 if name.endswith("ids") else np.float32, (k,)) for name in FIELDS]
     )
 
 
 class Neighbours:
-    """The table of a split, in one or more shards.
+    """The neighbour table of a split, in one or more shards.
 
     Args:
       shards: arrays of `row_type(k)`.
@@ -40,7 +40,7 @@ class Neighbours:
         """Maps files into memory.
 
         Raises:
-          UserError: a file is missing, damaged, or no table of neighbours.
+          UserError: a file is missing or damaged, or is not a table of neighbours.
         """
         shards = []
         for path in paths:
@@ -54,7 +54,7 @@ class Neighbours:
             except (ValueError, EOFError) as error:
                 raise UserError(f"{os.fspath(path)} is damaged; run: leon prepare") from error
             if shard.dtype.names != FIELDS or shard.ndim != 1:
-                raise UserError(f"{os.fspath(path)} is no table of neighbours")
+                raise UserError(f"{os.fspath(path)} is not a table of neighbours")
             shards.append(shard)
         return cls(shards)
 
@@ -62,7 +62,7 @@ class Neighbours:
         return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, row: int) -> np.void:
-        """One row, whose fields are those of `row_type`.
+        """Returns a row with the fields of `row_type`.
 
         Raises:
           IndexError: there is no such row.
@@ -73,5 +73,5 @@ class Neighbours:
         return self.shards[shard][row - (self._ends[shard - 1] if shard else 0)]
 
     def column(self, name: str) -> Any:
-        """All rows of one field, in memory: int32 or float32[n, k]."""
+        """Returns all rows of one field, in memory: int32 or float32[n, k]."""
         return np.concatenate([shard[name] for shard in self.shards])

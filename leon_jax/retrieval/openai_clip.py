@@ -1,7 +1,7 @@
-"""OpenAI's CLIP from a folder as transformers writes it.
+"""Reads OpenAI's CLIP from a folder in the format of transformers.
 
-config.json, model.safetensors (whole or in shards), the text tokenizer and preprocessor_config.json
-become our CLIP module and what prepares its texts and pictures.
+The files are config.json, model.safetensors (one file or shards), the text tokenizer and
+preprocessor_config.json. They give the CLIP module, its tokenizer and its image processor.
 """
 
 import dataclasses
@@ -27,16 +27,16 @@ from leon_jax.retrieval import openai_weights
 from leon_jax.tokenizers.clip_text import CLIPTextTokenizer
 
 CONFIG = "config.json"
-# Older folders have the first file, newer ones the second, where it is one group of several.
-PICTURES, PROCESSOR = "preprocessor_config.json", "processor_config.json"
+# Older folders have the first file. Newer folders have the second, with one group for images.
+IMAGE_PROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 ACTIVATIONS = ("quick_gelu", "gelu")
-# OpenAI's own configs say 2, and mean that a text is read at its largest id.
+# OpenAI's configs say 2. It means that a text is read at its largest id.
 LEGACY_END = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class _Text:
-    """What config.json says of the text tower; keys that are not there take these values."""
+    """The text tower in config.json, with the defaults of missing keys."""
 
     vocab_size: int = 49408
     hidden_size: int = 512
@@ -51,7 +51,7 @@ class _Text:
 
 @dataclasses.dataclass(frozen=True)
 class _Vision:
-    """What config.json says of the vision tower."""
+    """The vision tower in config.json, with the defaults of missing keys."""
 
     hidden_size: int = 768
     intermediate_size: int = 3072
@@ -65,66 +65,67 @@ class _Vision:
 
 
 @dataclasses.dataclass(frozen=True)
-class Square:
-    """How a picture becomes the network's square, exactly as transformers' CLIPImageProcessorPil.
+class ImageProcessor:
+    """Resizes and crops an image, exactly as the CLIPImageProcessorPil of transformers.
 
     Attributes:
-      side: of the square, in pixels.
-      shorter: the picture's shorter side is resized to this many pixels, at least `side`.
-      resample: Pillow's filter.
+      crop_size: side of the square that the network takes, in pixels.
+      shortest_edge: pixels of the shorter side after resizing; at least `crop_size`.
+      resample: the filter of Pillow.
     """
 
-    side: int
-    shorter: int
+    crop_size: int
+    shortest_edge: int
     resample: PIL.Image.Resampling = PIL.Image.Resampling.BICUBIC
 
-    def __call__(self, pixels: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "side side 3"]:
-        """The picture resized with its aspect kept, then its middle."""
+    def __call__(self, pixels: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "size size 3"]:
+        """Resizes the image without changing its aspect ratio, and crops the centre."""
         height, width = pixels.shape[:2]
         short = min(height, width)
-        # Beyond 1000:1 only the middle is resized: the whole would be hundreds of megabytes.
+        # Beyond 1000:1 only the centre is resized: the whole would be hundreds of megabytes.
         if max(height, width) > (longest := 1000 * short):
             top, left = max(0, height - longest) // 2, max(0, width - longest) // 2
             pixels = pixels[top : top + longest, left : left + longest]
             height, width = pixels.shape[:2]
-        size = (self.shorter * width // short, self.shorter * height // short)
+        size = (self.shortest_edge * width // short, self.shortest_edge * height // short)
         resized = PIL.Image.fromarray(pixels).resize(size, self.resample)
-        left, top = ((length - self.side) // 2 for length in size)
-        return np.asarray(resized.crop((left, top, left + self.side, top + self.side)))
+        left, top = ((length - self.crop_size) // 2 for length in size)
+        return np.asarray(resized.crop((left, top, left + self.crop_size, top + self.crop_size)))
 
 
 class OpenAICLIP(NamedTuple):
-    """A CLIP with what prepares its texts and its pictures."""
+    """A CLIP with its text tokenizer and its image processor."""
 
     model: CLIP
     text: CLIPTextTokenizer
-    square: Square
+    image_processor: ImageProcessor
 
 
 def load(folder: str | os.PathLike) -> OpenAICLIP:
-    """Reads the folder; weights become float32. Needs a mesh to be set.
+    """Reads a CLIP folder, with the weights as float32. Needs a mesh to be set.
 
     Raises:
-      UserError: a file is missing or damaged, or describes what the module cannot compute.
+      UserError: a file is missing or damaged, or describes a model that leon_jax cannot compute.
     """
     folder = pathlib.Path(folder)
     config = read_config(folder)
-    square = read_square(folder, config.vision.image_size)
+    image_processor = read_image_processor(folder, config.vision.image_size)
     text = CLIPTextTokenizer.load(folder)
-    last = (config.text.start, config.text.end, config.text.vocab_size)
-    if (text.start, text.end, text.size) != last:
+    needed = (config.text.start, config.text.end, config.text.vocab_size)
+    if (text.start, text.end, text.size) != needed:
         raise UserError(
             f"the tokenizer in {folder} has {text.size} ids, start and end at {text.start} and "
-            f"{text.end}; the model needs {last[2]} ids, of which these are the last two"
+            f"{text.end}; the model needs {config.text.vocab_size} ids, with start and end as the "
+            "last two"
         )
-    return OpenAICLIP(openai_weights.load(folder, config), text, square)
+    return OpenAICLIP(openai_weights.load(folder, config), text, image_processor)
 
 
 def read_config(folder: pathlib.Path) -> CLIPConfig:
-    """The module's configuration, of config.json.
+    """Reads the configuration of the module from config.json.
 
     Raises:
-      UserError: the file is missing, damaged, or describes what the module cannot compute.
+      UserError: the file is missing, damaged, or describes a model that leon_jax cannot compute.
     """
     path = folder / CONFIG
     values = _read_json(path)
@@ -133,7 +134,7 @@ def read_config(folder: pathlib.Path) -> CLIPConfig:
             f"{path} has model_type {values.get('model_type')!r}; a whole CLIP has 'clip'"
         )
     text, vision = _section(_Text, values, "text", path), _section(_Vision, values, "vision", path)
-    for key, given, needed in (
+    for key, value, allowed in (
         ("text_config.layer_norm_eps", text.layer_norm_eps, [LAYER_NORM_EPSILON]),
         ("vision_config.layer_norm_eps", vision.layer_norm_eps, [LAYER_NORM_EPSILON]),
         ("text_config.intermediate_size", text.intermediate_size, [4 * text.hidden_size]),
@@ -143,9 +144,9 @@ def read_config(folder: pathlib.Path) -> CLIPConfig:
         ("vision_config.hidden_act", vision.hidden_act, [text.hidden_act]),
         ("text_config.eos_token_id", text.eos_token_id, [text.vocab_size - 1, LEGACY_END]),
     ):
-        if given not in needed:
-            choices = " or ".join(map(repr, needed))
-            raise UserError(f"{path}: {key} is {given!r}, and leon_jax computes only {choices}")
+        if value not in allowed:
+            choices = " or ".join(map(repr, allowed))
+            raise UserError(f"{path}: {key} is {value!r}, and leon_jax computes only {choices}")
     sizes = {
         "vision": {
             "image_size": vision.image_size,
@@ -167,22 +168,26 @@ def read_config(folder: pathlib.Path) -> CLIPConfig:
     return build(CLIPConfig, sizes, str(path))
 
 
-def read_square(folder: pathlib.Path, side: int) -> Square:
-    """How pictures are prepared, of preprocessor_config.json; OpenAI's way where there is none.
+def read_image_processor(folder: pathlib.Path, image_size: int) -> ImageProcessor:
+    """Reads the image processor from preprocessor_config.json; without the file it is OpenAI's.
+
+    Args:
+      folder: the CLIP folder.
+      image_size: side of the square that the network takes, in pixels.
 
     Raises:
-      UserError: the file is damaged or asks for something else than resizing and cropping.
+      UserError: the file is damaged or asks for something other than resizing and cropping.
     """
-    path = folder / PICTURES
+    path = folder / IMAGE_PROCESSOR
     if path.is_file():
         values = _read_json(path)
     elif (path := folder / PROCESSOR).is_file():
         values = _read_json(path).get("image_processor") or {}
     else:
-        return Square(side, side)
+        return ImageProcessor(image_size, image_size)
     kind = str(values.get("image_processor_type") or values.get("feature_extractor_type", "CLIP"))
     if not kind.startswith("CLIP"):
-        raise UserError(f"{path} is of {kind}; CLIPImageProcessor is the one known here")
+        raise UserError(f"{path} is for {kind}; leon_jax knows only CLIPImageProcessor")
     for key, needed in (
         ("do_resize", True),
         ("do_center_crop", True),
@@ -196,26 +201,26 @@ def read_square(folder: pathlib.Path, side: int) -> Square:
     ):
         if values.get(key) not in (None, needed):
             raise UserError(f"{path}: {key} is {values[key]!r}; leon_jax knows only {needed!r}")
-    crop, size = values.get("crop_size", side), values.get("size", side)
-    if crop not in (side, {"height": side, "width": side}):
-        raise UserError(f"{path}: crop_size is {crop!r}; the network needs {side}")
-    shorter = size.get("shortest_edge") if isinstance(size, dict) and len(size) == 1 else size
-    if not isinstance(shorter, int) or shorter < side:
+    crop, size = values.get("crop_size", image_size), values.get("size", image_size)
+    if crop not in (image_size, {"height": image_size, "width": image_size}):
+        raise UserError(f"{path}: crop_size is {crop!r}; the network needs {image_size}")
+    shortest = size.get("shortest_edge") if isinstance(size, dict) and len(size) == 1 else size
+    if not isinstance(shortest, int) or shortest < image_size:
         raise UserError(
-            f"{path}: size is {size!r}; it must be the shorter side, {side} or more: "
-            f'{{"shortest_edge": {side}}}'
+            f"{path}: size is {size!r}; it must be the shorter side, {image_size} or more: "
+            f'{{"shortest_edge": {image_size}}}'
         )
     try:
         resample = PIL.Image.Resampling(values.get("resample", PIL.Image.Resampling.BICUBIC))
     except ValueError as error:
         raise UserError(
-            f"{path}: resample is {values['resample']!r}, no filter of Pillow"
+            f"{path}: resample is {values['resample']!r}, which is not a filter of Pillow"
         ) from error
-    return Square(side, shorter, resample)
+    return ImageProcessor(image_size, shortest, resample)
 
 
 def _section[T](cls: type[T], values: Mapping[str, Any], name: str, path: pathlib.Path) -> T:
-    # Very early folders have a second group, which then holds.
+    # Very early folders have a second group, which takes precedence.
     group = values.get(f"{name}_config_dict")
     group = values.get(f"{name}_config", {}) if group is None else group
     if not isinstance(group, Mapping):
@@ -230,8 +235,8 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except json.JSONDecodeError as error:
-        place = f"line {error.lineno}, column {error.colno}"
-        raise UserError(f"{path} is not JSON (see {place})") from error
+        position = f"line {error.lineno}, column {error.colno}"
+        raise UserError(f"{path} is not JSON (see {position})") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text") from error
     if not isinstance(values, dict):

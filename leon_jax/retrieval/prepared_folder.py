@@ -1,16 +1,17 @@
-"""A prepared folder, as training and answering read it; `leon_jax.prepare` makes it.
+"""Reads a prepared folder for training and generation; `leon_jax.prepare` makes the folder.
 
-For every shard, SPLIT-NNNNN:
+Each shard, SPLIT-NNNNN, has these files:
 
-    .array_record     documents with stored pictures and image codes
-    .documents.jsonl  key, source, licence, attribution, language and size of each
-    .rejects.jsonl    what was not used, and why
-    .neighbours.npy   for each record, the train documents it may read (`Neighbours`)
-    .vectors.npy      of `train`: the rows that are searched (`VectorIndex`)
-    .variants.npy     of `train`, if asked for: the codes of each picture in several variants
+    .array_record     documents with stored images and image codes
+    .documents.jsonl  key, source, licence, attribution, language and size of each document
+    .rejects.jsonl    rejected documents and the reasons
+    .neighbours.npy   for each record, the train documents that it may retrieve (`Neighbours`)
+    .vectors.npy      `train` only: the rows that are searched (`VectorIndex`)
+    .variants.npy     `train` only, with --variants: the codes of several variants of each image
 
-and for all manifest.json, card.md, card.html, and removed.jsonl (what was removed and stays away: a
-source, or "" for any, and a key a line). Rows are numbered through the shards of a split.
+The folder also has manifest.json, card.md, card.html and removed.jsonl. Each line of removed.jsonl
+has the source (or "" for any source) and the key of a removed document, which later runs leave out.
+Rows are numbered through the shards of a split.
 """
 
 import json
@@ -39,15 +40,16 @@ _KEYS = ("splits", "shards", "config", "sha256", "inputs", "counts")
 
 
 class PreparedFolder:
-    """The files of a prepared folder by what they are.
+    """Opens the files of a prepared folder.
 
     Attributes:
-      folder: where it is.
+      folder: its path.
       manifest: `splits` (documents in each), `shards` (documents in each shard of each split),
-        `sha256` (digests of the models; of weight files, of their contents), `config`, `counts`.
+        `sha256` (digests of the model files; for weight files, of the contents), `config`,
+        `counts`.
 
     Raises:
-      UserError: the folder is not a prepared one, or one of an older version.
+      UserError: the folder is not a prepared folder, or is one of another version.
     """
 
     def __init__(self, folder: str | os.PathLike):
@@ -56,34 +58,34 @@ class PreparedFolder:
 
     @property
     def selection(self) -> SelectionConfig:
-        """How its neighbours were found.
+        """The configuration that its neighbours were selected with.
 
         Raises:
-          UserError: they were not found by leon prepare.
+          UserError: the folder was not made by leon prepare.
         """
         if not self.manifest["config"]:
             raise UserError(f"{self.folder} was not made by leon prepare, so it cannot be searched")
         return build(SelectionConfig, self.manifest["config"]["selection"], "selection")
 
     def shards(self, split: str) -> dict[str, int]:
-        """The shards of a split by name, and how many documents each has.
+        """Returns the shards of a split: the number of documents by shard name.
 
         Raises:
           UserError: there is no such split.
         """
-        found = self.manifest["shards"]
-        if split not in found:
+        splits = self.manifest["shards"]
+        if split not in splits:
             raise UserError(
-                f"{self.folder} has no split {split!r}; its splits are {', '.join(found)}"
+                f"{self.folder} has no split {split!r}; its splits are {', '.join(splits)}"
             )
-        return found[split]
+        return splits[split]
 
     def paths(self, split: str, ending: str) -> list[pathlib.Path]:
-        """The files of one kind of a split, in the order of their rows."""
+        """Returns the paths of one kind of file of a split, in row order."""
         return [self.folder / f"{shard}.{ending}" for shard in self.shards(split)]
 
     def listing(self, split: str = TRAIN) -> Iterator[dict[str, Any]]:
-        """What `.documents.jsonl` says of the documents of a split, in their order."""
+        """Yields the lines of `.documents.jsonl` of a split, one for each document, in order."""
         for path in self.paths(split, "documents.jsonl"):
             try:
                 file = path.open(encoding="utf-8")
@@ -93,16 +95,16 @@ class PreparedFolder:
                 yield from map(json.loads, file)
 
     def records(self, split: str = TRAIN, *, pixels: bool = True) -> RecordSource:
-        """The documents of a split."""
+        """Opens the documents of a split."""
         lengths = self.shards(split).values()
         return RecordSource(self.paths(split, "array_record"), pixels=pixels, lengths=[*lengths])
 
-    def bank(self) -> VectorIndex:
-        """What is searched: row i is record i of `train`."""
+    def vector_index(self) -> VectorIndex:
+        """Opens the vector index; row i belongs to record i of `train`."""
         return VectorIndex.open(self.paths(TRAIN, "vectors.npy"))
 
     def variants(self, source: RecordSource, split: str = TRAIN) -> Variants:
-        """The documents of a split, read from `source`, as their variants show them.
+        """Returns the documents of a split, read from `source`, with variants of their images.
 
         Raises:
           UserError: the folder was prepared without variants.
@@ -115,34 +117,34 @@ class PreparedFolder:
         return Variants([np.load(path, mmap_mode="r") for path in paths], source)
 
     def neighbours(self, split: str = TRAIN) -> Neighbours:
-        """The table of a split."""
+        """Opens the neighbour table of a split."""
         return Neighbours.open(self.paths(split, "neighbours.npy"))
 
 
 def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
-    """The manifest of a prepared folder.
+    """Reads the manifest of a prepared folder.
 
     Raises:
-      UserError: there is none, or it is of another version.
+      UserError: there is no manifest, or it is of another version.
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-        found = manifest["format"]
+        version = manifest["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{folder} is not a prepared folder (it has no {MANIFEST} that can be read); "
             "make one with leon prepare"
         ) from error
-    if found != FORMAT:
+    if version != FORMAT:
         raise UserError(
-            f"{folder} was prepared by another version (its format is {found}, this one reads "
+            f"{folder} was prepared by another version (its format is {version}, this one reads "
             f"{FORMAT}); run leon prepare again"
         )
     return manifest
 
 
 def read_removed(folder: pathlib.Path) -> set[tuple[str, str]]:
-    """What was removed from a prepared folder: sources (or "" for any) and keys."""
+    """Reads the source (or "" for any) and the key of each document that was removed."""
     try:
         lines = (folder / _REMOVED).read_text(encoding="ascii").splitlines()
     except FileNotFoundError:
@@ -151,7 +153,7 @@ def read_removed(folder: pathlib.Path) -> set[tuple[str, str]]:
 
 
 def write_removed(folder: pathlib.Path, removed: Iterable[tuple[str, str]]) -> None:
-    """Writes what `read_removed` reads; no file where there is nothing."""
+    """Writes the file that `read_removed` reads. An empty list writes no file."""
     if lines := [json.dumps(name) + "\n" for name in sorted(removed)]:
         temporary = folder / f"{_REMOVED}.tmp"
         temporary.write_text("".join(lines), encoding="ascii")
@@ -164,17 +166,17 @@ def write_split(
     documents: Iterable[Document],
     ids: Int32[np.ndarray, "2 n k"] | None = None,
 ) -> None:
-    """Adds a split of documents that have codes already to a prepared folder, in one shard.
+    """Adds a split of encoded documents to a prepared folder, in one shard.
 
-    For data that another program made: nothing is checked, embedded or said of it, so it can be
-    trained on, but not retrieved from.
+    This is for data of another program. The documents are not checked, embedded or described, so
+    training can use them, but retrieval cannot.
 
     Args:
-      folder: made if missing.
-      split: its name; one of the same name is replaced.
-      documents: with codes.
-      ids: the train documents that each may read, found by its text and by its picture, best first,
-        -1 for none; None: there is no table of neighbours.
+      folder: created if it is missing.
+      split: name of the split. A split of the same name is replaced.
+      documents: with image codes.
+      ids: the train documents that each document may retrieve, selected by its text and by its
+        image, best first; -1 for none. None: writes no table of neighbours.
     """
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -182,13 +184,13 @@ def write_split(
     temporary = folder / f"{shard}.documents.jsonl.tmp"
     with temporary.open("w", encoding="utf-8") as listing:
 
-        def listed() -> Iterator[Document]:
+        def documents_listed() -> Iterator[Document]:
             for document in documents:
-                said = vars(document.provenance) if document.provenance else {}
-                listing.write(json.dumps(said) + "\n")
+                provenance = vars(document.provenance) if document.provenance else {}
+                listing.write(json.dumps(provenance) + "\n")
                 yield document
 
-        count = records.write(folder / f"{shard}.array_record", listed())
+        count = records.write(folder / f"{shard}.array_record", documents_listed())
     os.replace(temporary, folder / f"{shard}.documents.jsonl")
     if ids is not None:
         table = np.zeros(count, row_type(ids.shape[-1]))

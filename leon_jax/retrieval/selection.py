@@ -1,14 +1,15 @@
-"""Which documents a training example or a prompt is given to read (CM3Leon, section 2.1).
+"""Selects the documents that are retrieved for a training example or a prompt.
 
-Relevance: the score of the encoder decides the order. Modality: documents hold text and a picture,
-and as many are found through each part of the query. Diversity: a near copy of the document that
-asks, or of one already chosen, is skipped; and sources can be made to take turns. Near copies are
-told by comparing whole documents: a part and a whole stay far from 1, however alike they are.
-Query dropout: in training, a fifth of the query's tokens is dropped before it is embedded.
-Of the candidates found, up to three are drawn at random for each training example.
+The rules are those of CM3Leon, section 2.1. Relevance: the encoder's score decides the order.
+Modality: documents have text and an image, and the same number is retrieved for each part of the
+query. Diversity: near copies of the query document or of a chosen document are skipped, and the
+sources can take turns. Near copies are detected by comparing whole documents, because the score of
+a part and a whole document stays far below 1 even if they are alike. Query dropout: in training, a
+fifth of the query's tokens is dropped before the query is embedded. Of the neighbours, up to three
+are sampled at random for each training example.
 
-Offline, `find_neighbours` fills a table; while training, `sample_neighbours` draws from one of its
-rows; while answering, `select` searches the bank.
+Preparation fills a table with `find_neighbours`. Training samples from a row of the table with
+`sample_neighbours`. Generation searches the index with `select`.
 """
 
 import dataclasses
@@ -25,32 +26,32 @@ from leon_jax.retrieval import diverse_selection
 from leon_jax.retrieval.mining import NONE
 from leon_jax.retrieval.vector_index import VectorIndex
 
-# Cosine above which CLIP ViT-B/32 calls two documents copies of each other (CM3Leon, RA-CM3).
+# Two documents are near copies if their cosine by CLIP ViT-B/32 is above this (CM3Leon, RA-CM3).
 CLIP_NEAR_COPY = 0.9
 
 
 @dataclasses.dataclass(frozen=True)
 class SelectionConfig:
-    """How neighbours are found.
+    """Configures how neighbours are selected.
 
     Attributes:
-      per_modality: how many a table of neighbours holds for the query's text, and how many for its
-        picture. Training draws from the first few of them (`data.per_modality`).
-      candidates: how many of the best documents are looked at before giving up.
-      through_parts: whether documents are found through the query's text and through its picture,
-        each by itself; otherwise through the mean of both.
-      near_copy_query: a document that scores above this against the whole document that asks is
-        skipped. Both thresholds depend on the encoder: see docs/retrieval.md.
-      near_copy_document: so is one that scores above this against a document already chosen.
-      near_copy_picture: so is, in `find_neighbours`, one whose picture scores above this against
-        the picture of the document that asks, whatever its text says; None: pictures are not
-        compared.
-      alternate_sources: every document comes from the source (see `Provenance`) that has given the
-        fewest so far, among those that candidates are left of.
-      query_dropout: the fraction of query tokens dropped in training.
-      seed: of the dropout.
-      recall: 1: the candidates of `find_neighbours` are the best of all documents. Below: an
-        approximate search finds this part of them on average (see `VectorIndex.search`).
+      per_modality: number of neighbours in the table for the query's text, and for its image.
+        Training samples from the first few of them (`data.per_modality`).
+      candidates: number of best documents to choose the neighbours from.
+      through_parts: search with the query's text and with its image separately. False: search with
+        the mean of both.
+      near_copy_query: a document is skipped if its score against the whole query document is above
+        this. Both thresholds depend on the encoder: see docs/retrieval.md.
+      near_copy_document: a document is skipped if its score against a chosen document is above
+        this.
+      near_copy_picture: `find_neighbours` skips a document if the score of its image against the
+        query document's image is above this, whatever the texts are. None: images are not compared.
+      alternate_sources: the next document comes from the source (see `Provenance`) with the fewest
+        chosen documents, among the sources with candidates left.
+      query_dropout: fraction of query tokens that is dropped in training, in [0, 1).
+      seed: seed of the dropout.
+      recall: 1: the candidates of `find_neighbours` are the best of all documents. Below 1, an
+        approximate search returns this part of them on average (see `VectorIndex.search`).
     """
 
     per_modality: int = 20
@@ -82,28 +83,28 @@ class SelectionConfig:
 
 
 class Codec(Protocol):
-    """What query dropout needs of a text tokenizer."""
+    """The methods of a text tokenizer that query dropout needs."""
 
     def encode(self, text: str) -> list[int]:
-        """Text to token ids."""
+        """Converts text to token ids."""
         ...
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Token ids to text."""
+        """Converts token ids to text."""
         ...
 
 
 def drop_tokens(text: str, tokenizer: Codec, fraction: float, rng: np.random.Generator) -> str:
-    """The text without `fraction` of its tokens, rounded down, drawn at random; never without all.
+    """Drops a random `fraction` of the tokens of a text, rounded down, but never all of them.
 
-    Rounded down, because captions of a few tokens would often lose what they are about.
+    The number is rounded down because short captions would often lose their subject otherwise.
     """
     ids = np.array(tokenizer.encode(text), np.int64)
     dropped = rng.permutation(len(ids))[: min(int(fraction * len(ids)), max(len(ids) - 1, 0))]
     return tokenizer.decode(np.delete(ids, dropped).tolist())
 
 
-def diverse(
+def select_diverse(
     ids: Int32[np.ndarray, "c"],
     rows: Float32[np.ndarray, "c d"],
     k: int,
@@ -112,44 +113,50 @@ def diverse(
     exclude: Sequence[int] = (),
     source_of: Callable[[int], str] | None = None,
 ) -> list[int]:
-    """Positions (into `ids`) of the best k candidates that are near copies of nothing.
+    """Returns the positions (in `ids`) of the best k candidates without near copies.
 
     Args:
-      ids: candidates, best first; -1 is none.
+      ids: candidates, best first; -1 for none.
       rows: the candidates' unit rows.
-      k: how many to choose at most.
+      k: the largest number of candidates to choose.
       config: thresholds, and whether sources take turns.
-      document: unit row of the whole document that asks; None: what asks is no document.
-      exclude: ids never to choose, for example the query's own.
-      source_of: the source of a document, for `config.alternate_sources`.
+      document: unit row of the whole query document; None: the query is not a document.
+      exclude: ids that are never chosen, for example the id of the query document.
+      source_of: returns the source of a document, for `config.alternate_sources`.
     """
     copies = np.zeros(len(ids), bool)
     if document is not None:
         copies = rows @ document > config.near_copy_query
-    left = [
-        place
-        for place, name in enumerate(ids)
-        if name != NONE and name not in exclude and not copies[place]
+    remaining = [
+        position
+        for position, row_id in enumerate(ids)
+        if row_id != NONE and row_id not in exclude and not copies[position]
     ]
     chosen: list[int] = []
-    taken: Counter[str] = Counter()
-    turns = source_of if config.alternate_sources else None
-    sources = {place: turns(int(ids[place])) if turns else "" for place in left}
-    while left and len(chosen) < k:
-        fewest = min(taken[sources[place]] for place in left)
-        best = next(place for place in left if taken[sources[place]] == fewest)
+    chosen_of_source: Counter[str] = Counter()
+    if config.alternate_sources and source_of is not None:
+        sources = {position: source_of(int(ids[position])) for position in remaining}
+    else:
+        sources = dict.fromkeys(remaining, "")
+    while remaining and len(chosen) < k:
+        fewest = min(chosen_of_source[sources[position]] for position in remaining)
+        best = next(
+            position for position in remaining if chosen_of_source[sources[position]] == fewest
+        )
         chosen.append(best)
-        taken[sources[best]] += 1
-        alike = rows[left] @ rows[best] > config.near_copy_document
-        left = [
-            place for place, copy in zip(left, alike, strict=True) if not copy and place != best
+        chosen_of_source[sources[best]] += 1
+        alike = rows[remaining] @ rows[best] > config.near_copy_document
+        remaining = [
+            position
+            for position, copy in zip(remaining, alike, strict=True)
+            if not copy and position != best
         ]
     return chosen
 
 
 def select(
     query_embedding: Float32[np.ndarray, "d"],
-    bank: VectorIndex,
+    index: VectorIndex,
     k: int,
     config: SelectionConfig | None = None,
     *,
@@ -157,31 +164,33 @@ def select(
     exclude: Sequence[int] = (),
     sources_of: Callable[[Sequence[int]], Mapping[int, str]] | None = None,
 ) -> list[int]:
-    """The k documents to read for a prompt: relevant, and different from it and each other.
+    """Returns the ids of the documents to retrieve for a prompt, best first.
+
+    They are relevant, and no near copies of the prompt or of each other.
 
     Args:
       query_embedding: unit vector of the prompt.
-      bank: the documents.
-      k: how many at most; there may be fewer.
-      config: thresholds; CLIP's by default.
-      document: unit vector of the whole document if the prompt is one with text and picture.
-      exclude: ids never to choose.
-      sources_of: the sources of some documents, for `config.alternate_sources`.
+      index: the documents.
+      k: the largest number of documents.
+      config: thresholds; those of CLIP by default.
+      document: unit vector of the whole document, if the prompt is a document with text and image.
+      exclude: ids that are never chosen.
+      sources_of: returns the source of each document by id, for `config.alternate_sources`.
 
     Raises:
-      UserError: the query does not fit the bank.
+      UserError: the query does not fit the index.
     """
     config = config or SelectionConfig()
     if k < 1:
         return []
-    wide = max(config.candidates, k) + len(exclude)
-    _, ids = bank.search(np.asarray(query_embedding)[None], wide)
-    rows = bank.take(ids[0])
+    candidates = max(config.candidates, k) + len(exclude)
+    _, ids = index.search(np.asarray(query_embedding)[None], candidates)
+    rows = index.take(ids[0])
     source_of = None
     if config.alternate_sources and sources_of is not None:
-        source_of = sources_of([int(name) for name in ids[0] if name != NONE]).__getitem__
-    chosen = diverse(ids[0], rows, k, config, document, exclude, source_of)
-    return [int(name) for name in ids[0][chosen]]
+        source_of = sources_of([int(row_id) for row_id in ids[0] if row_id != NONE]).__getitem__
+    chosen = select_diverse(ids[0], rows, k, config, document, exclude, source_of)
+    return [int(row_id) for row_id in ids[0][chosen]]
 
 
 def sample_neighbours(
@@ -191,97 +200,115 @@ def sample_neighbours(
     max_docs: int,
     per_modality: int | None = None,
 ) -> list[int]:
-    """Up to `max_docs` distinct neighbours of a row of the table, in random order.
+    """Samples up to `max_docs` distinct neighbours from a row of the table, in random order.
 
-    Both lists are joined, each document counted once, shuffled, and the first `max_docs` kept. Only
-    the best `per_modality` of each list take part: the table may hold more, and its first ones are
-    what a table of so many would hold (see `find_neighbours`). None: all take part.
+    The lists are joined without duplicates and shuffled; the first `max_docs` are returned.
+
+    Args:
+      rng: the random generator.
+      by_text_ids: neighbours by text, best first; -1 for none.
+      by_image_ids: neighbours by image, best first; -1 for none.
+      max_docs: the largest number of neighbours.
+      per_modality: use only this many of the best of each list; None: use all. The first entries
+        of a longer list are those of a shorter one (see `find_neighbours`).
     """
     lists = by_text_ids[:per_modality], by_image_ids[:per_modality]
     both = np.unique(np.concatenate(lists))
     both = both[both != NONE]
-    return [int(name) for name in rng.permutation(both)[:max_docs]]
+    return [int(row_id) for row_id in rng.permutation(both)[:max_docs]]
 
 
 def find_neighbours(
     queries: Float32[np.ndarray, "q d"],
-    bank: VectorIndex,
+    index: VectorIndex,
     config: SelectionConfig,
     *,
     documents: Float32[np.ndarray, "q d"] | None = None,
-    pictures: tuple[VectorIndex, Float32[np.ndarray, "q d"]] | None = None,
-    own: Int32[np.ndarray, "q"] | None = None,
+    images: tuple[VectorIndex, Float32[np.ndarray, "q d"]] | None = None,
+    query_ids: Int32[np.ndarray, "q"] | None = None,
     sources: Int[np.ndarray, "n"] | None = None,
     keep: Bool[np.ndarray, "n"] | None = None,
 ) -> tuple[Int32[np.ndarray, "q k"], Float32[np.ndarray, "q k"]]:
-    """The neighbours of many queries: `diverse` for each, on the devices of the mesh that is set.
+    """Selects neighbours for many queries as `select_diverse` does, on the current mesh's devices.
 
-    The choice is greedy, so of `config.per_modality` neighbours the first two are those that would
-    have been found if two had been asked for with as many `candidates`. With several processes all
-    must call it with the same arguments.
+    The choice is greedy: with the same `candidates`, a smaller `config.per_modality` gives the
+    first neighbours of a larger one. With several processes, all must call it with the same
+    arguments.
 
     Args:
-      queries: unit rows; a row of zeros stands for a part that a document lacks and finds nothing.
-      bank: the documents.
-      config: how many, among how many, and the near-copy thresholds.
-      documents: unit rows of the whole documents that the queries are parts of, none of whose near
-        copies are their neighbours; None: the queries are no parts of documents.
-      pictures: the pictures of the bank's documents and, for each query, that of the document it is
-        a part of, unit rows, for `config.near_copy_picture`.
-      own: for each query the document that it is a part of, which is never its neighbour; -1: none.
-      sources: a number for the source of each document, which `config.alternate_sources` needs.
+      queries: unit rows. A row of zeros is a part that a document lacks; it gets no neighbours.
+      index: the documents.
+      config: numbers of neighbours and candidates, and the near-copy thresholds.
+      documents: unit rows of the whole documents that the queries are parts of. Near copies of
+        them are skipped. None: the queries are not parts of documents.
+      images: an index with the images of the documents and, for each query, the unit row of its
+        document's image, for `config.near_copy_picture`.
+      query_ids: for each query the id of its document, which is never its neighbour; -1 for none.
+      sources: a number for the source of each document, for `config.alternate_sources`.
       keep: documents with False are never chosen.
 
     Returns:
-      Ids int32[q, k] and scores float32[q, k], as chosen; -1 and -inf where there are fewer.
+      Ids int32[q, k] and scores float32[q, k] in the order of choice; -1 and -inf where there are
+      fewer than k.
 
     Raises:
-      UserError: the arguments do not fit each other, or a row of the bank is not finite.
+      UserError: the arguments do not fit each other, or a row of the index is not finite.
     """
     queries = np.asarray(queries, np.float32)
-    if own is not None and np.shape(own) != (len(queries),):
-        raise UserError(f"own is {list(np.shape(own))}; {len(queries)} queries need one id each")
-    if config.alternate_sources and (sources is None or len(sources) != len(bank)):
-        given = "no" if sources is None else len(sources)
+    if query_ids is not None and np.shape(query_ids) != (len(queries),):
         raise UserError(
-            f"{given} sources were given for the {len(bank)} documents, and "
+            f"query_ids is {list(np.shape(query_ids))}; {len(queries)} queries need one id each"
+        )
+    if config.alternate_sources and (sources is None or len(sources) != len(index)):
+        count = "no" if sources is None else len(sources)
+        raise UserError(
+            f"{count} sources were given for the {len(index)} documents, and "
             "selection.alternate_sources is set"
         )
     ids = np.full((len(queries), config.per_modality), NONE, np.int32)
     scores = np.full(ids.shape, -np.inf, np.float32)
     rows = np.flatnonzero(queries.any(axis=-1))
-    found, names = bank.search(
+    candidate_scores, candidate_ids = index.search(
         queries[rows],
         config.candidates,
-        exclude=None if own is None else np.asarray(own)[rows],
+        exclude=None if query_ids is None else np.asarray(query_ids)[rows],
         keep=keep,
         approximate=config.recall if config.recall < 1 else False,
     )
-    # That of no candidate, -1, does not matter.
-    origins = np.asarray(sources, np.int32)[names] if config.alternate_sources else None
-    asking = []
+    candidate_sources = None
+    if config.alternate_sources:
+        # The source at id -1, which is no candidate, is never used.
+        candidate_sources = np.asarray(sources, np.int32)[candidate_ids]
+    comparisons = []
     if documents is not None:
-        asking.append((bank, np.asarray(documents)[rows], config.near_copy_query))
-    if pictures is not None and config.near_copy_picture is not None:
-        asking.append((pictures[0], np.asarray(pictures[1])[rows], config.near_copy_picture))
-    places = diverse_selection.choose(
-        names, bank, config.per_modality, config.near_copy_document, asking, origins
+        comparisons.append((index, np.asarray(documents)[rows], config.near_copy_query))
+    if images is not None and config.near_copy_picture is not None:
+        comparisons.append((images[0], np.asarray(images[1])[rows], config.near_copy_picture))
+    positions = diverse_selection.select_diverse_batch(
+        candidate_ids,
+        index,
+        config.per_modality,
+        config.near_copy_document,
+        comparisons,
+        candidate_sources,
     )
-    chosen = places != NONE
-    ids[rows] = np.where(chosen, np.take_along_axis(names, places, axis=1), NONE)
-    scores[rows] = np.where(chosen, np.take_along_axis(found, places, axis=1), -np.inf)
+    chosen = positions != NONE
+    ids[rows] = np.where(chosen, np.take_along_axis(candidate_ids, positions, axis=1), NONE)
+    scores[rows] = np.where(
+        chosen, np.take_along_axis(candidate_scores, positions, axis=1), -np.inf
+    )
     return ids, scores
 
 
-def parts(document: Document) -> tuple[str, np.ndarray]:
-    """A document's texts, joined, and its first picture's pixels.
+def text_and_pixels(document: Document) -> tuple[str, np.ndarray]:
+    """Returns a document's texts, joined, and the pixels of its first image, uint8[h, w, 3].
 
     Raises:
-      UserError: it lacks either.
+      UserError: the document has no text or no image with pixels.
     """
     text = " ".join(part.text for part in document.parts if isinstance(part, Text))
-    pictures = [p.pixels for p in document.parts if isinstance(p, Image) and p.pixels is not None]
-    if not text or not pictures:
+    images = [p.pixels for p in document.parts if isinstance(p, Image) and p.pixels is not None]
+    if not text or not images:
         key = document.provenance.key if document.provenance else "without provenance"
-        raise UserError(f"the document {key} needs both text and a picture with pixels")
-    return text, pictures[0]
+        raise UserError(f"the document {key} needs both text and an image with pixels")
+    return text, images[0]

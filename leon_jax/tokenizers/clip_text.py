@@ -1,7 +1,7 @@
 """The text tokenizer of OpenAI's CLIP: BPE over the bytes of lower-cased text.
 
-Ids are those of transformers' CLIPTokenizer. OpenAI's own program also repairs broken encodings and
-undoes HTML escapes before it; here such text is read as it stands.
+The ids equal those of the CLIPTokenizer of transformers. OpenAI's program first repairs broken
+encodings and undoes HTML escapes; this tokenizer does not change such text.
 """
 
 import os
@@ -17,14 +17,14 @@ from leon_jax.config import UserError
 WHOLE = "tokenizer.json"
 PARTS = ("vocab.json", "merges.txt")
 START, END = "<|startoftext|>", "<|endoftext|>"
-# Marks a word's last token: there are no spaces in this vocabulary.
+# Marks the last token of a word, because this vocabulary has no spaces.
 END_OF_WORD = "</w>"
-# A word is a contraction's ending, a run of letters, one digit, or a run of other signs.
+# A word is the ending of a contraction, a run of letters, one digit, or a run of other characters.
 WORD = r"'(?:s|t|re|ve|m|ll|d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 
 
 class CLIPTextTokenizer:
-    """Strings to CLIP's ids and back, without start and end. Make one with `load`.
+    """Converts text to CLIP's ids and back, without start and end. Create it with `load`.
 
     Text that spells a control token ("<|endoftext|>") becomes that token, as in transformers.
     """
@@ -36,10 +36,10 @@ class CLIPTextTokenizer:
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> Self:
-        """Reads tokenizer.json, or where there is none vocab.json and merges.txt.
+        """Reads tokenizer.json or, if it is missing, vocab.json and merges.txt.
 
         Raises:
-          UserError: the files are missing or damaged, or hold another kind of tokenizer.
+          UserError: the files are missing or damaged, or have another kind of tokenizer.
         """
         folder = pathlib.Path(folder)
         paths = [folder / WHOLE]
@@ -47,7 +47,7 @@ class CLIPTextTokenizer:
             paths = [folder / name for name in PARTS]
         if not all(path.is_file() for path in paths):
             raise UserError(
-                f"{folder} has no text tokenizer; it is {WHOLE}, or {' and '.join(PARTS)}"
+                f"{folder} has no text tokenizer; it needs {WHOLE}, or {' and '.join(PARTS)}"
             )
         try:
             if len(paths) == 1:
@@ -62,16 +62,16 @@ class CLIPTextTokenizer:
         for token in (START, END):
             if tokenizer.token_to_id(token) is None:
                 raise UserError(f"{paths[0]} is not CLIP's tokenizer: it has no token {token}")
-        # A file may bring the settings of the last call before it was saved.
+        # A file may have the truncation and padding that were set when it was saved.
         tokenizer.no_truncation()
         tokenizer.no_padding()
         return cls(tokenizer)
 
     def encode(self, text: str) -> list[int]:
-        """The text as ids, of any length, without start and end; the empty text has none.
+        """Converts text to any number of ids, without start and end. The empty text has no ids.
 
         Raises:
-          UserError: the text holds a lone surrogate, which is not valid unicode.
+          UserError: the text has a lone surrogate, which is not valid unicode.
         """
         try:
             return self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -79,9 +79,10 @@ class CLIPTextTokenizer:
             raise UserError(f"the text is not valid unicode: {text[:40]!r}") from error
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of which `encode` makes these ids again, lower-cased, words parted by one space.
+        """Converts ids to lower-case text with one space between words.
 
-        Bytes that are not UTF-8, which ids of half a character give, become U+FFFD.
+        `encode` converts the text to the same ids. Bytes that are not UTF-8, for example half of a
+        character, become U+FFFD.
 
         Raises:
           UserError: an id is not in 0..size-1.
@@ -95,7 +96,7 @@ class CLIPTextTokenizer:
 
 
 def _build(vocab: dict[str, int], merges: list[tuple[str, str]]) -> tokenizers.Tokenizer:
-    """What tokenizer.json would hold, of the two files that came before it."""
+    """Builds the tokenizer that tokenizer.json describes, from vocab.json and merges.txt."""
     model = models.BPE(
         vocab, merges, unk_token=END, continuing_subword_prefix="", end_of_word_suffix=END_OF_WORD
     )
@@ -109,7 +110,7 @@ def _build(vocab: dict[str, int], merges: list[tuple[str, str]]) -> tokenizers.T
     )
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            # Everything that is no word is thrown away, which are the spaces.
+            # Everything that is not a word is removed. These are the spaces.
             pre_tokenizers.Split(tokenizers.Regex(WORD), behavior="removed", invert=True),
             pre_tokenizers.ByteLevel(add_prefix_space=False),
         ]

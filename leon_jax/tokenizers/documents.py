@@ -1,14 +1,15 @@
-"""Documents to token ids and back: the one place that knows the layout of a sequence.
+"""Converts documents to token ids and back. Only this module knows the layout of a sequence.
 
     document             </s> part <break> part ... </s>
     with retrieval       </s> retrieved parts <break> ... <break> query parts </s>
-    hole at the end      </s> part <break> ... <break>                 -> the part, then </s>
-    holes before it      </s> part <break> <sentinel:0> <break> part </s> <sentinel:0>
-                                                -> the part, <eoss>, then <sentinel:1> ...
+    hole at the end      </s> part <break> ... <break>
+                                                completion: part </s>
+    hole before the end  </s> part <break> <sentinel:0> <break> part </s> <sentinel:0>
+                                                completion: part <eoss> <sentinel:1> ...
 
-The layouts are those of CM3Leon (Yu et al. 2023, figures 8 and 9, and the code it was trained
-with); a hole before the end is what CM3 masking makes of a whole part. Text never becomes a control
-token: it is spelled with ids of the text range only.
+The layouts are those of CM3Leon (Yu et al. 2023, figures 8 and 9, and its training code). A hole
+before the end has the layout of CM3 masking, with the whole part masked. Text never becomes a
+control token, because it is encoded with ids of the text range only.
 """
 
 from collections.abc import Sequence
@@ -25,17 +26,17 @@ Ids = Int32[np.ndarray, "length"]
 
 
 class DocumentTokenizer:
-    """Encodes documents, writes prompts for their holes, and reads what a model answered.
+    """Encodes documents, builds prompts for their holes, and decodes the model's completions.
 
     For every document with holes, and `parts` that fit them:
 
-        training example   concatenate([prompt(document), answer(document, parts)])
-        reading it back    fill(document, answer(document, parts)).parts has the holes filled
+        training example   concatenate([prompt(document), completion(document, parts)])
+        decoding           fill(document, completion(document, parts)) has the holes filled
 
     Args:
       vocabulary: the joint id layout.
-      text: its tokens must fit the vocabulary's text range.
-      image_shape: (rows, cols) of the codes of every picture.
+      text: the text tokenizer. Its tokens must fit the vocabulary's text range.
+      image_shape: (rows, cols) of the codes of every image.
 
     Raises:
       UserError: the text tokenizer is larger than the text range, or the shape is not positive.
@@ -56,24 +57,24 @@ class DocumentTokenizer:
 
     @property
     def image_tokens(self) -> int:
-        """How many ids one picture takes."""
+        """Number of ids of an image."""
         return self.image_shape[0] * self.image_shape[1]
 
     def encode(self, document: Document | Sequence[Document], is_open: bool | None = None) -> Ids:
-        """The source form of a document, or of retrieved documents followed by the query.
+        """Encodes a document, or retrieved documents followed by the query, without infills.
 
-        A hole before the end becomes a sentinel (counted from 0, in order). A hole at the end
-        leaves the sequence open: it stops where the part would start. Otherwise the sequence ends
-        with `</s>`.
+        A hole before the end becomes a sentinel (numbered from 0, in order). A hole at the end
+        leaves the sequence open: it stops where the part would start. Any other sequence ends with
+        `</s>`.
 
         Args:
-          document: one, or several of which the last is the query.
-          is_open: False makes a sentinel of a hole at the end, too. By default a sequence is open
-            if there is one.
+          document: one document, or several with the query last.
+          is_open: False encodes a hole at the end as a sentinel, too. None: the sequence is open
+            if it has a hole at the end.
 
         Raises:
-          UserError: a retrieved document has a hole, there are more holes than sentinels, or a
-            picture has no codes or codes that do not fit.
+          UserError: a retrieved document has a hole, there are more holes than sentinels, or an
+            image has no codes or codes that do not fit.
         """
         retrieved, query = _split(document)
         for index, neighbour in enumerate(retrieved):
@@ -81,7 +82,7 @@ class DocumentTokenizer:
                 raise UserError(f"retrieved document {index} has a hole; only the query may")
         parts = [part for neighbour in retrieved for part in neighbour.parts] + list(query.parts)
         pieces: list[Sequence[int] | Ids] = [[self.vocabulary.eos]]
-        is_open = _open(query) if is_open is None else is_open
+        is_open = _is_open(query) if is_open is None else is_open
         holes = 0
         for index, part in enumerate(parts):
             if index:
@@ -93,49 +94,49 @@ class DocumentTokenizer:
                 holes += 1
         if not is_open:
             pieces.append([self.vocabulary.eos])
-        # Unsafe, because an empty list of ids becomes floats.
+        # Unsafe casting, because an empty list of ids becomes floats.
         return np.concatenate(pieces, dtype=np.int32, casting="unsafe")
 
     def prompt(self, document: Document | Sequence[Document]) -> Ids:
-        """The ids after which a model writes the content of the first hole to be filled.
+        """Returns the prompt after which a model generates the content of a hole.
 
-        That is the hole at the end if there is one (holes before it stay sentinels: `</s>
-        <sentinel:0> <break>` is the prompt of unconditional pictures), else the first one.
+        If the document ends with a hole, it is that hole. The holes before it stay sentinels: `</s>
+        <sentinel:0> <break>` is the prompt of unconditional images. Otherwise it is the first hole.
 
         Raises:
           UserError: the document has no hole, or `encode` cannot encode it.
         """
         _, query = _split(document)
         if not query.holes:
-            raise UserError("the document has no hole to fill; put a Hole where the answer goes")
+            raise UserError("the document has no hole to fill; put a Hole where the content goes")
         ids = self.encode(document)
-        if _open(query):
+        if _is_open(query):
             return ids
         return np.append(ids, np.int32(self._sentinel(0)))
 
-    def answer(self, document: Document | Sequence[Document], parts: Sequence[Part]) -> Ids:
-        """What a perfect model writes after `prompt(document)`: the target of a training example.
+    def completion(self, document: Document | Sequence[Document], parts: Sequence[Part]) -> Ids:
+        """Returns the correct completion of `prompt(document)`: the target of a training example.
 
         Args:
-          document: with holes.
-          parts: the content of every hole, in order; only that of the last hole if the document
-            ends with one (the others stay masked).
+          document: a document with holes, or several with the query last.
+          parts: the content of every hole, in order. If the document ends with a hole, only the
+            content of that hole; the others stay masked.
 
         Raises:
           UserError: `parts` do not fit the holes in number or modality.
         """
         _, query = _split(document)
-        wanted = query.holes[-1:] if _open(query) else query.holes
-        if len(parts) != len(wanted):
-            raise UserError(f"{len(parts)} parts were given for {len(wanted)} holes")
+        positions = query.holes[-1:] if _is_open(query) else query.holes
+        if len(parts) != len(positions):
+            raise UserError(f"there are {len(parts)} parts for {len(positions)} holes")
         ids: list[int] = []
-        for index, (position, part) in enumerate(zip(wanted, parts, strict=True)):
+        for index, (position, part) in enumerate(zip(positions, parts, strict=True)):
             modality = _modality(query, position)
             if not isinstance(part, Image if modality == "image" else Text):
                 raise UserError(
                     f"part {index} is {type(part).__name__}; hole {index} takes {modality}"
                 )
-            if _open(query):
+            if _is_open(query):
                 return np.array([*self._encode_part(part), self.vocabulary.eos], np.int32)
             # The first sentinel belongs to the prompt.
             ids += [self._sentinel(index)] if index else []
@@ -143,27 +144,27 @@ class DocumentTokenizer:
         return np.array(ids, np.int32)
 
     def fill(
-        self, document: Document | Sequence[Document], answer: Int[np.ndarray, "written"]
+        self, document: Document | Sequence[Document], completion: Int[np.ndarray, "length"]
     ) -> Document:
-        """The document with its holes replaced by what a model wrote after `prompt(document)`.
+        """Fills the holes of a document with the completion of `prompt(document)`.
 
-        A hole at the end takes everything up to `</s>`, `<break>` or the end of the answer. Holes
-        before the end are read as `content <eoss> <sentinel:1> content <eoss> ...`; the last
-        `<eoss>` may be missing, and holes that were not reached stay holes. Padding is ignored.
+        A hole at the end takes everything up to `</s>`, `<break>` or the end of the completion.
+        Holes before the end are read as `content <eoss> <sentinel:1> content <eoss> ...`. The last
+        `<eoss>` may be missing. Holes without content stay holes. Padding is ignored.
 
         Args:
-          document: the document that `prompt` was given; of a list, the last is filled.
-          answer: the written ids, without the prompt.
+          document: the argument of `prompt`. The last document of a list is filled.
+          completion: the generated ids, without the prompt.
 
         Raises:
-          UserError: the answer is not well formed.
+          UserError: the completion is malformed.
         """
         _, query = _split(document)
         vocabulary = self.vocabulary
-        ids = self._unpadded(answer)
+        ids = self._unpadded(completion)
         if not query.holes:
             raise UserError("the document has no hole to fill")
-        if _open(query):
+        if _is_open(query):
             position = query.holes[-1]
             stops = np.flatnonzero(np.isin(ids, [vocabulary.eos, vocabulary.break_id]))
             content = ids[: stops[0]] if len(stops) else ids
@@ -171,38 +172,37 @@ class DocumentTokenizer:
         ids = np.append(np.int32(self._sentinel(0)), ids)
         infills = self._infills(ids, complete=False)
         if len(infills) > len(query.holes):
-            raise UserError(f"{len(infills)} infills were written for {len(query.holes)} holes")
+            raise UserError(f"there are {len(infills)} infills for {len(query.holes)} holes")
         for position, content in zip(query.holes, infills, strict=False):
             part = self._decode_part(content, _modality(query, position))
             query = query.replace(position, part)
         return query
 
     def decode(self, ids: Int[np.ndarray, "length"]) -> Document:
-        """The document of a finished sequence.
+        """Decodes a complete sequence to a document.
 
-        Accepts what `encode` makes of documents without holes (borders between retrieved documents
-        are not in the ids: all parts come back in one document), the same after CM3 masking of any
-        spans, and a prompt followed by its answer. Padding at the end is ignored. Pictures come
-        back as codes.
+        The sequence is an encoded document without holes, with or without CM3 masking, or a prompt
+        followed by its completion. The ids do not mark borders between retrieved documents, so all
+        parts are in one document. Padding at the end is ignored. Images have codes, not pixels.
 
         Raises:
-          UserError: the ids are not such a sequence; the message says which id is wrong.
+          UserError: the ids are not such a sequence. The message names the wrong id.
         """
         vocabulary = self.vocabulary
         ids = self._unpadded(ids)
         if len(ids) == 0 or ids[0] != vocabulary.eos:
-            found = vocabulary.name(ids[0]) if len(ids) else "nothing"
-            raise UserError(f"a document starts with </s>, not with {found}")
+            first = vocabulary.name(ids[0]) if len(ids) else "nothing"
+            raise UserError(f"a document starts with </s>, not with {first}")
         ends = np.flatnonzero(ids[1:] == vocabulary.eos)
         if len(ends) != 1:
-            wrong = "has no </s> at its end" if len(ends) == 0 else "holds more than one document"
-            raise UserError(f"the sequence {wrong}; a document ends with one </s>")
+            problem = "has no </s> at its end" if len(ends) == 0 else "has more than one document"
+            raise UserError(f"the sequence {problem}; a document ends with one </s>")
         source, tail = ids[1 : ends[0] + 1], ids[ends[0] + 2 :]
         pieces, start = [], 0
         holes = np.flatnonzero(vocabulary.is_sentinel(source))
         infills = self._infills(tail, complete=True)
         if len(holes) != len(infills):
-            raise UserError(f"{len(infills)} infills are written for {len(holes)} sentinels")
+            raise UserError(f"there are {len(infills)} infills for {len(holes)} sentinels")
         for index, (hole, infill) in enumerate(zip(holes.tolist(), infills, strict=True)):
             self._expect_sentinel(source[hole], index)
             pieces += [source[start:hole], infill]
@@ -222,37 +222,35 @@ class DocumentTokenizer:
             start = self.vocabulary.text_start
             return [start + token for token in self.text.encode(part.text)]
         if not isinstance(part, Image):
-            raise UserError(f"a {type(part).__name__} has no ids of its own")
+            raise UserError(f"a {type(part).__name__} cannot be encoded as a part")
         if part.codes is None:
-            raise UserError(
-                "the picture has no codes yet; encode it with the image tokenizer first"
-            )
+            raise UserError("the image has no codes yet; encode it with the image tokenizer first")
         if part.codes.shape != self.image_shape:
             raise UserError(
-                f"the picture has {list(part.codes.shape)} codes; this tokenizer takes "
+                f"the image has {list(part.codes.shape)} codes; this tokenizer takes "
                 f"{list(self.image_shape)}"
             )
         if part.codes.max() >= self.vocabulary.image_codes:
             raise UserError(
-                f"the picture has code {part.codes.max()}; the vocabulary has "
+                f"the image has code {part.codes.max()}; the vocabulary has "
                 f"{self.vocabulary.image_codes} image codes"
             )
         return self.vocabulary.image_start + part.codes.ravel()
 
     def _decode_part(self, ids: Ids, modality: str | None = None) -> Part:
-        """One part; `modality` is what it must be (None: whatever the ids are)."""
+        """Decodes one part. It must have the given modality; None: either modality."""
         vocabulary = self.vocabulary
         image = vocabulary.is_image(ids)
         if modality is None:
             modality = "image" if image.any() else "text"
-        right = image if modality == "image" else vocabulary.is_text(ids)
-        if not right.all():
-            wrong = vocabulary.name(ids[np.flatnonzero(~right)[0]])
-            raise UserError(f"{wrong} stands inside a part that is {modality}")
+        correct = image if modality == "image" else vocabulary.is_text(ids)
+        if not correct.all():
+            wrong = vocabulary.name(ids[np.flatnonzero(~correct)[0]])
+            raise UserError(f"{wrong} is inside a part that is {modality}")
         if modality == "text":
             return Text(self.text.decode((ids - vocabulary.text_start).tolist()))
         if len(ids) != self.image_tokens:
-            raise UserError(f"a picture has {self.image_tokens} ids, not {len(ids)}")
+            raise UserError(f"an image has {self.image_tokens} ids, not {len(ids)}")
         return Image(codes=(ids - vocabulary.image_start).reshape(self.image_shape))
 
     def _infills(self, ids: Ids, *, complete: bool) -> list[Ids]:
@@ -265,7 +263,7 @@ class DocumentTokenizer:
             if stop == len(ids) and complete:
                 raise UserError("the last infill has no <eoss> at its end")
             if start == stop:
-                raise UserError("an <eoss> stands where a sentinel was expected")
+                raise UserError("an <eoss> is where a sentinel was expected")
             self._expect_sentinel(ids[start], len(contents))
             contents.append(ids[start + 1 : stop])
             start = stop + 1
@@ -274,7 +272,7 @@ class DocumentTokenizer:
     def _expect_sentinel(self, token: int, index: int) -> None:
         if token != self._sentinel(index):
             name = self.vocabulary.name(token)
-            raise UserError(f"{name} stands where <sentinel:{index}> was expected")
+            raise UserError(f"{name} is where <sentinel:{index}> was expected")
 
     def _sentinel(self, index: int) -> int:
         if index >= self.vocabulary.sentinels:
@@ -294,7 +292,7 @@ class DocumentTokenizer:
 
 
 def _split(document: Document | Sequence[Document]) -> tuple[list[Document], Document]:
-    """(retrieved documents, query)."""
+    """Returns the retrieved documents, and the query, which is the last document."""
     documents = [document] if isinstance(document, Document) else list(document)
     if not documents:
         raise UserError("there is no document to encode: the list is empty")
@@ -302,12 +300,12 @@ def _split(document: Document | Sequence[Document]) -> tuple[list[Document], Doc
 
 
 def _modality(document: Document, position: int) -> Modality:
-    """What the hole at this position takes."""
+    """Returns the modality of the hole at `position`."""
     hole = document.parts[position]
     assert isinstance(hole, Hole)
     return hole.modality
 
 
-def _open(document: Document) -> bool:
-    """Whether the document ends with a hole, to be continued causally."""
+def _is_open(document: Document) -> bool:
+    """Returns whether the document ends with a hole, which is filled by causal generation."""
     return isinstance(document.parts[-1], Hole)

@@ -1,4 +1,4 @@
-"""The image tokenizer as its users see it: pictures in, a grid of codes out, and back."""
+"""The image tokenizer: converts images to grids of codes and back."""
 
 import os
 
@@ -14,12 +14,12 @@ from leon_jax.models.vqgan import VQGAN, VQGANConfig
 
 
 class ImageTokenizer:
-    """A trained VQ-GAN with its picture preprocessing.
+    """A trained VQ-GAN with its image preprocessing.
 
     Args:
       model: the network.
-      batch_size: pictures a compiled call; other counts are cut into calls of this size, the last
-        one padded, so that one program serves them all.
+      batch_size: images of a compiled call. The input is split into batches of this size and the
+        last batch is padded, so that one compiled program serves all sizes.
     """
 
     def __init__(self, model: VQGAN, batch_size: int = 64) -> None:
@@ -42,7 +42,7 @@ class ImageTokenizer:
 
     @property
     def resolution(self) -> int:
-        """Height and width of a picture, in pixels."""
+        """Height and width of an image, in pixels."""
         return self.model.config.resolution
 
     @property
@@ -56,17 +56,17 @@ class ImageTokenizer:
         return self.model.config.codes
 
     def preprocess(
-        self, picture: PIL.Image.Image | UInt8[np.ndarray, "h w 3"]
+        self, image: PIL.Image.Image | UInt8[np.ndarray, "h w 3"]
     ) -> Float[np.ndarray, "r r 3"]:
-        """A picture at the tokenizer's resolution, float32 in [-1, 1] (see `fit_picture`)."""
-        return normalize(fit_picture(picture, self.resolution))
+        """Converts an image to the tokenizer's resolution (see `fit_image`), float32 in [-1, 1]."""
+        return normalize(fit_image(image, self.resolution))
 
     def encode(self, images: Float[np.ndarray, "b r r 3"]) -> Int[np.ndarray, "b i j"]:
-        """The codes of pictures in [-1, 1]."""
+        """Encodes images in [-1, 1] to codes."""
         return self._batched(self._encode, np.asarray(images, np.float32))
 
     def decode(self, codes: Int[np.ndarray, "b i j"]) -> Float[np.ndarray, "b r r 3"]:
-        """The pictures of codes, float32, clipped to [-1, 1].
+        """Decodes codes to images, float32, clipped to [-1, 1].
 
         Raises:
           ValueError: a code is outside the codebook.
@@ -86,30 +86,34 @@ class ImageTokenizer:
         return np.concatenate(outputs)
 
 
-def fit_picture(
-    picture: PIL.Image.Image | UInt8[np.ndarray, "h w 3"], resolution: int
+def fit_image(
+    image: PIL.Image.Image | UInt8[np.ndarray, "h w 3"], resolution: int
 ) -> UInt8[np.ndarray, "r r 3"]:
-    """Transparency on white, shorter side to `resolution` (Lanczos), centre crop, RGB."""
-    if not isinstance(picture, PIL.Image.Image):
-        picture = PIL.Image.fromarray(picture)
-    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        white = PIL.Image.new("RGBA", picture.size, "white")
-        picture = PIL.Image.alpha_composite(white, picture)
-    picture = picture.convert("RGB")
-    scale = resolution / min(picture.size)
-    width, height = (max(resolution, round(side * scale)) for side in picture.size)
-    if (width, height) != picture.size:
-        picture = picture.resize((width, height), PIL.Image.Resampling.LANCZOS)
+    """Converts an image to an RGB square of `resolution` pixels a side.
+
+    Transparent pixels are blended with white. The shorter side is resized to `resolution` with the
+    Lanczos filter, and the centre is cropped.
+    """
+    if not isinstance(image, PIL.Image.Image):
+        image = PIL.Image.fromarray(image)
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = PIL.Image.new("RGBA", image.size, "white")
+        image = PIL.Image.alpha_composite(white, image)
+    image = image.convert("RGB")
+    scale = resolution / min(image.size)
+    width, height = (max(resolution, round(side * scale)) for side in image.size)
+    if (width, height) != image.size:
+        image = image.resize((width, height), PIL.Image.Resampling.LANCZOS)
     left, top = (width - resolution) // 2, (height - resolution) // 2
-    return np.asarray(picture.crop((left, top, left + resolution, top + resolution)))
+    return np.asarray(image.crop((left, top, left + resolution, top + resolution)))
 
 
 def normalize(pixels: UInt8[np.ndarray, "*b h w 3"]) -> Float[np.ndarray, "*b h w 3"]:
-    """uint8 pixels to float32 in [-1, 1]."""
+    """Converts uint8 pixels to float32 in [-1, 1]."""
     return pixels.astype(np.float32) / 127.5 - 1.0
 
 
 def to_pixels(images: Float[np.ndarray, "*b h w 3"]) -> UInt8[np.ndarray, "*b h w 3"]:
-    """Pictures in [-1, 1] to uint8 pixels."""
+    """Converts images in [-1, 1] to uint8 pixels. Other values are clipped."""
     return np.round((np.clip(np.asarray(images), -1.0, 1.0) + 1.0) * 127.5).astype(np.uint8)

@@ -1,7 +1,7 @@
-"""Byte-level BPE: any string to ids 0..n-1 and back, exactly.
+"""Byte-level BPE: converts any string to ids 0..n-1 and back, without loss.
 
-There are no special tokens inside: text that looks like a control token ("<break>", "</s>") is
-spelled with ordinary ids. The joint vocabulary adds its own offset to these ids.
+It has no special tokens. Text that looks like a control token ("<break>", "</s>") is encoded with
+ordinary ids. The joint vocabulary adds an offset to these ids.
 """
 
 import os
@@ -15,14 +15,14 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from leon_jax.config import UserError
 
-SMALLEST = 256  # one token a byte
+SMALLEST = 256  # one token for each byte
 LARGEST = 56_320  # CM3Leon's text vocabulary
 
 
 class TextTokenizer:
-    """Strings to local ids and back.
+    """Converts strings to ids 0..n-1 and back.
 
-    Make one with `TextTokenizer.train` or `TextTokenizer.load`. It can be pickled.
+    Create it with `TextTokenizer.train` or `TextTokenizer.load`. It can be pickled.
     """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer):
@@ -31,12 +31,12 @@ class TextTokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], size: int) -> Self:
-        """Learns the merges from `texts`; the same texts always give the same tokenizer.
+        """Learns the merges from `texts`. The same texts always give the same tokenizer.
 
         Args:
-          texts: what to learn from, in any order.
-          size: wanted number of tokens, 256 to 56,320. It is smaller in the end when the texts
-            hold too little to merge; read `.size`.
+          texts: training texts, in any order.
+          size: the largest number of tokens, 256 to 56,320. Few texts give fewer tokens; `.size`
+            is the actual number.
 
         Raises:
           UserError: `size` is out of range.
@@ -57,7 +57,7 @@ class TextTokenizer:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Self:
-        """Reads what `save` wrote.
+        """Reads a file that `save` wrote.
 
         Raises:
           UserError: the file is missing, or is not a byte-level BPE without special tokens.
@@ -92,21 +92,21 @@ class TextTokenizer:
             handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
             with os.fdopen(handle, "w", encoding="utf-8") as file:
                 file.write(self._tokenizer.to_str(pretty=True))
-            os.chmod(temporary, 0o644)  # mkstemp makes a file that only its owner can read
+            os.chmod(temporary, 0o644)  # mkstemp creates a file that only its owner can read
             os.replace(temporary, path)
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}") from error
 
     @property
     def size(self) -> int:
-        """How many tokens there are."""
+        """Number of tokens."""
         return self._size
 
     def encode(self, text: str) -> list[int]:
-        """The text as ids in 0..size-1; the empty text has none.
+        """Converts text to ids in 0..size-1. The empty text has no ids.
 
         Raises:
-          UserError: the text holds a lone surrogate, which is not valid unicode.
+          UserError: the text has a lone surrogate, which is not valid unicode.
         """
         try:
             return self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -114,7 +114,7 @@ class TextTokenizer:
             raise UserError(f"the text is not valid unicode: {text[:40]!r}") from error
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of the ids; bytes that are not UTF-8 become U+FFFD.
+        """Converts ids to text. Bytes that are not UTF-8 become U+FFFD.
 
         Raises:
           UserError: an id is not in 0..size-1.

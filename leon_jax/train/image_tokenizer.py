@@ -23,7 +23,7 @@ from leon_jax.datasets import demo
 from leon_jax.models.discriminator import PatchDiscriminator, hinge_loss
 from leon_jax.models.perceptual import Network, lpips
 from leon_jax.models.vqgan import VQGAN, VQGANConfig, conv, quantize
-from leon_jax.tokenizers.image import fit_picture, normalize, to_pixels
+from leon_jax.tokenizers.image import fit_image, normalize, to_pixels
 from leon_jax.train import optimizer, perceptual_weights
 from leon_jax.train.state import TrainState, rows_of_shard
 
@@ -294,12 +294,12 @@ class Augment(grain.transforms.RandomMap):
         pixels = pixels[top : top + side, left : left + side]
         if rng.random() < 0.5:
             pixels = pixels[:, ::-1]
-        pixels = fit_picture(np.ascontiguousarray(pixels), self.resolution)
+        pixels = fit_image(np.ascontiguousarray(pixels), self.resolution)
         return {"images": normalize(pixels)}
 
 
 def _fitted_pixels(document, resolution: int) -> np.ndarray:
-    return fit_picture(document.parts[1].pixels, resolution)
+    return fit_image(document.parts[1].pixels, resolution)
 
 
 @jax.jit

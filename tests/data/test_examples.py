@@ -111,7 +111,7 @@ def test_an_error_of_encoding_names_the_query_or_the_neighbour(tokenizer):
     documents[5] = Document((Text("no codes"), Image(pixels=np.zeros((4, 4, 3), np.uint8))))
     for index, retrieved in ((5, (1.0,)), (4, (0.0, 1.0))):
         broken = component(documents, retrieved=retrieved, folder="data/web")
-        with pytest.raises(UserError, match=r"^document 5 of data/web \(train\): the picture has"):
+        with pytest.raises(UserError, match=r"^document 5 of data/web \(train\): the image has"):
             example(tokenizer, broken, index)
 
 
@@ -119,9 +119,7 @@ def test_an_error_names_the_key_of_a_document(tokenizer):
     documents = list(DOCUMENTS)
     origin = Provenance("cats/5", "web", "CC0-1.0", "me")
     documents[5] = Document((Text("no codes"), Image(pixels=np.zeros((4, 4, 3), np.uint8))), origin)
-    with pytest.raises(
-        UserError, match=r"^document 5 \(cats/5\) of web \(train\): the picture has"
-    ):
+    with pytest.raises(UserError, match=r"^document 5 \(cats/5\) of web \(train\): the image has"):
         example(tokenizer, component(documents, folder="web"), 5)
 
 

@@ -162,7 +162,7 @@ def test_holes_are_infilled_from_left_to_right_each_seeing_the_ones_before():
     document, holes = Document(parts), (0, 2, 3)
     (done,) = filled(engine(), [Request(document, samples=(Sample(0, greedy),))])
     prompt = TOKENIZER.prompt(document)
-    answer = TOKENIZER.answer(document, [done.parts[place] for place in holes])
+    answer = TOKENIZER.completion(document, [done.parts[place] for place in holes])
     ids = np.concatenate([prompt, answer])
     positions = jnp.asarray(VOCABULARY.positions(ids, 4))[None]
     model = engine().decoder

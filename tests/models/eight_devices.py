@@ -1,4 +1,4 @@
-"""Run by test_decoder.py in a process of its own: one decoder on meshes of eight devices."""
+"""One decoder on meshes of eight devices; test_decoder.py runs this in a separate process."""
 
 import os
 
@@ -19,7 +19,7 @@ MESHES = [(1, 8, 1, 1), (2, 2, 1, 2), (1, 2, 2, 2)]
 
 
 def randomise(model):
-    """Every weight drawn anew: blocks that start as the identity would hide mistakes."""
+    """Replaces all weights by random ones, because identity blocks would hide errors."""
     rng = np.random.default_rng(0)
     return jax.tree.map(
         lambda leaf: jax.device_put(
@@ -53,9 +53,9 @@ def compute(shape):
             cache = KVCache.empty(CONFIG, 8, 2, 9, 4)
             cache = cache.insert(np.arange(8), keys, values, np.full(8, 8, np.int32))
             valid = valid_slots(4, np.int32(0), np.zeros((8, 2), np.int32))
-            new = np.stack([ids[:, 8], ids[:, 0]], axis=-1)[None]
-            positions = np.full(new.shape, 8, np.int32)
-            return model.decode_step(new, positions, [cache.prompt()], [cache.output(valid)])
+            tokens = np.stack([ids[:, 8], ids[:, 0]], axis=-1)[None]
+            positions = np.full(tokens.shape, 8, np.int32)
+            return model.decode_step(tokens, positions, [cache.prompt()], [cache.output(valid)])
 
         results = jax.jit(lambda m: (jax.grad(loss, has_aux=True)(m), decode(m)))(model)
         gradients = results[0][0]
@@ -66,6 +66,7 @@ def compute(shape):
 
 reference = compute((1, 1, 1, 1))
 for shape in MESHES:
-    for one, other in zip(reference, compute(shape), strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4 * np.abs(one).max())
+    for expected, result in zip(reference, compute(shape), strict=True):
+        atol = 1e-4 * np.abs(expected).max()
+        np.testing.assert_allclose(expected, result, rtol=1e-4, atol=atol)
     print(shape, "equal")

@@ -1,6 +1,6 @@
-"""For the peers' environment: OPT of transformers, shaped as CM3Leon, with weights given to it.
+"""Runs the OPT of transformers with the sizes of CM3Leon and given weights, for the peers.
 
-Not a test by itself; `test_decoder_parity.py` runs it through `tests/peers.py`.
+This is not a test; `test_decoder_parity.py` runs it through `tests/peers.py`.
 """
 
 import numpy as np
@@ -14,14 +14,14 @@ OFFSET = 2
 def build(
     weights: dict[str, np.ndarray], heads: int, attention: str = "eager", biases: bool = False
 ) -> OPTForCausalLM:
-    """OPT with the given weights, in float32.
+    """Builds an OPT with the weights, in float32.
 
     Args:
-      weights: by OPT's own names, without its prefix `model.decoder.`; see `opt_weights.py`.
+      weights: weights by OPT's names without the prefix `model.decoder.`; see `opt_weights.py`.
       heads: attention heads.
-      attention: transformers' `attn_implementation`.
-      biases: with the biases and the scales and shifts of norms that CM3Leon leaves out, so that
-        they change nothing: zeros and ones.
+      attention: the `attn_implementation` of transformers.
+      biases: add the biases, and the scales and shifts of norms, that CM3Leon does not have. They
+        are zeros and ones, so they do not change the result.
     """
     vocab, embed = weights["embed_tokens.weight"].shape
     layers = sum(name.endswith(".fc1.weight") for name in weights)
@@ -45,24 +45,24 @@ def build(
         )
     )
     decoder = model.model.decoder
-    given = {name: torch.from_numpy(array) for name, array in weights.items()}
+    state = {name: torch.from_numpy(array) for name, array in weights.items()}
     if biases:
         neutral = {"bias": torch.zeros_like, "weight": torch.ones_like}
-        given |= {
+        state |= {
             name: neutral[name.rpartition(".")[2]](parameter)
             for name, parameter in decoder.named_parameters()
-            if name not in given
+            if name not in state
         }
-    # strict: every weight OPT has is given, and every weight given is one OPT has.
-    decoder.load_state_dict(given, strict=True)
+    # strict: the state must have exactly the weights of OPT.
+    decoder.load_state_dict(state, strict=True)
     model.tie_weights()
     return model
 
 
 def main(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Logits of `ids`, and the gradient of the mean next-token loss for every weight.
+    """Returns the logits of `ids`, and the gradients of the mean next-token loss.
 
-    `heads` is how many there are; all other arrays are weights, see `build`.
+    `heads` is the number of attention heads. All other arrays are weights, see `build`.
     """
     ids, heads = torch.from_numpy(arrays.pop("ids")), arrays.pop("heads").item()
     model = build(arrays, heads)

@@ -1,4 +1,4 @@
-"""The decoder's weights as transformers' OPT names and lays them out."""
+"""Converts the decoder's weights to the names and layouts of OPT in transformers."""
 
 import numpy as np
 
@@ -8,7 +8,7 @@ OFFSET = 2  # rows of OPT's position table before the first position
 
 
 def to_opt(model: Decoder) -> dict[str, np.ndarray]:
-    """The decoder's weights (or their gradients) under OPT's names, without `model.decoder.`.
+    """Returns the decoder's weights (or gradients) by OPT's names without `model.decoder.`.
 
     Matrices are in PyTorch's layout, float32[out, in].
     """
@@ -20,7 +20,7 @@ def to_opt(model: Decoder) -> dict[str, np.ndarray]:
     weights["embed_positions.weight"] = positions
     blocks = model.blocks
     for layer in range(config.layers):
-        # PyTorch keeps [out, in]; the decoder keeps [in, heads, head_dim] and [in, out].
+        # PyTorch has [out, in]. The decoder has [in, heads, head_dim] and [in, out].
         for name, weight, shape in (
             ("self_attn.q_proj", blocks.query, (embed, embed)),
             ("self_attn.k_proj", blocks.key, (embed, embed)),

@@ -1,4 +1,4 @@
-"""CLIP: its arithmetic against a float64 run by hand, and its behaviour under masks and meshes."""
+"""CLIP: its arithmetic against a reference in float64, padding, remat and configurations."""
 
 import math
 
@@ -27,15 +27,15 @@ CONFIG = CLIPConfig(
 
 @pytest.fixture
 def model():
-    """A model whose every parameter is random, so that no zero hides a missing term."""
+    """A model with only random parameters, so that no zero hides a missing term."""
     module = create(CONFIG, jax.random.key(0))
     leaves, structure = jax.tree.flatten(module)
     rng = np.random.default_rng(0)
-    drawn = [
+    arrays = [
         jax.device_put(leaf + rng.normal(0, 0.2, leaf.shape).astype(np.float32), leaf.sharding)
         for leaf in leaves
     ]
-    return jax.tree.unflatten(structure, drawn)
+    return jax.tree.unflatten(structure, arrays)
 
 
 def double(parameter) -> np.ndarray:
@@ -50,7 +50,7 @@ def layer_norm(x, scale, bias):
 def transformer(x, blocks, layers, causal):
     """The residual blocks of OpenAI's model, one position and one head at a time."""
     for layer in range(layers):
-        part = {
+        weights = {
             name: double(getattr(blocks, name))[layer]
             for name in ("qkv", "qkv_bias", "out", "out_bias", "fc1", "fc1_bias", "fc2", "fc2_bias")
         }
@@ -59,23 +59,25 @@ def transformer(x, blocks, layers, causal):
             for norm in (blocks.norm1, blocks.norm2)
         ]
         y = layer_norm(x, *norms[0])
-        heads = part["qkv"].shape[2]
-        update = np.zeros_like(x) + part["out_bias"]
+        heads = weights["qkv"].shape[2]
+        update = np.zeros_like(x) + weights["out_bias"]
         for head in range(heads):
-            q, k, v = (y @ part["qkv"][:, c, head] + part["qkv_bias"][c, head] for c in range(3))
+            q, k, v = (
+                y @ weights["qkv"][:, c, head] + weights["qkv_bias"][c, head] for c in range(3)
+            )
             for t in range(len(x)):
                 last = t + 1 if causal else len(x)
                 scores = k[:last] @ q[t] / np.sqrt(q.shape[-1])
-                weights = np.exp(scores - scores.max())
-                update[t] += (weights / weights.sum()) @ v[:last] @ part["out"][head]
+                attention = np.exp(scores - scores.max())
+                update[t] += (attention / attention.sum()) @ v[:last] @ weights["out"][head]
         x = x + update
-        hidden = layer_norm(x, *norms[1]) @ part["fc1"] + part["fc1_bias"]
+        hidden = layer_norm(x, *norms[1]) @ weights["fc1"] + weights["fc1_bias"]
         hidden = hidden / (1 + np.exp(-1.702 * hidden))
-        x = x + hidden @ part["fc2"] + part["fc2_bias"]
+        x = x + hidden @ weights["fc2"] + weights["fc2_bias"]
     return x
 
 
-def test_image_embeddings_equal_a_float64_run(model):
+def test_image_embeddings_equal_a_float64_reference(model):
     images = np.random.default_rng(1).random((2, 8, 8, 3)).astype(np.float32)
     rows = []
     for image in images:
@@ -96,7 +98,7 @@ def test_image_embeddings_equal_a_float64_run(model):
     np.testing.assert_allclose(model.embed_image(images), rows, atol=2e-5)
 
 
-def test_text_embeddings_equal_a_float64_run(model):
+def test_text_embeddings_equal_a_float64_reference(model):
     ids = np.array([[18, 3, 5, 7, 19, 17, 17], [18, 1, 19, 17, 17, 17, 17]], np.int32)
     rows = []
     for row in ids:
@@ -109,7 +111,7 @@ def test_text_embeddings_equal_a_float64_run(model):
     np.testing.assert_allclose(model.embed_text(ids), rows, atol=2e-5)
 
 
-def test_what_follows_the_end_token_does_not_matter_and_what_precedes_it_does(model):
+def test_ids_after_the_end_token_do_not_matter_and_ids_before_it_do(model):
     base = np.array([[18, 3, 5, 19, 17, 17, 17]], np.int32)
     padded, shorter, other = base.copy(), base[:, :5], base.copy()
     padded[0, 4:] = (2, 19, 9)
@@ -121,7 +123,7 @@ def test_what_follows_the_end_token_does_not_matter_and_what_precedes_it_does(mo
 
 
 @pytest.mark.parametrize("stem", ["patch", "convolution"])
-def test_embeddings_are_unit_vectors_and_remat_changes_nothing(stem):
+def test_embeddings_are_unit_vectors_and_remat_does_not_change_gradients(stem):
     vision = VisionConfig(8, 4, 12, 2, 3, stem)
     plain = create(CLIPConfig(vision, CONFIG.text, 6), jax.random.key(0))
     remat = create(CLIPConfig(vision, CONFIG.text, 6, remat=True), jax.random.key(0))
@@ -146,7 +148,7 @@ def test_the_scale_starts_at_one_over_007_and_never_exceeds_100():
     assert float(huge.scale()) == 100
 
 
-def test_a_configuration_of_an_older_version_is_read():
+def test_a_configuration_of_an_older_version_can_be_read():
     assert build(CLIPConfig, to_dict(CONFIG) | {"max_scale": 100.0}) == CONFIG
     with pytest.raises(UserError, match=r"config\.max_scale is 50\.0; it can only be 100\.0 now"):
         build(CLIPConfig, to_dict(CONFIG) | {"max_scale": 50.0})
@@ -156,7 +158,7 @@ def test_vit_b32_has_the_published_number_of_parameters():
     with jax.set_mesh(sharding.make_mesh((1, 1, 1, 1), jax.devices()[:1])):
         model = jax.eval_shape(lambda: create(CLIPConfig(), jax.random.key(0)))
     total = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(model))
-    assert total == 151_277_313  # openai/CLIP ViT-B/32, the logit scale included
+    assert total == 151_277_313  # openai/CLIP ViT-B/32, including the logit scale
 
 
 @pytest.mark.parametrize(
@@ -170,6 +172,6 @@ def test_vit_b32_has_the_published_number_of_parameters():
         ),
     ],
 )
-def test_sizes_that_do_not_fit_are_refused(arguments, message):
+def test_sizes_that_do_not_fit_are_rejected(arguments, message):
     with pytest.raises(ValueError, match=message):
         VisionConfig(**arguments)

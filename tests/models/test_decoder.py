@@ -1,4 +1,4 @@
-"""The decoder's shape, start, masking, decoding and sharding."""
+"""The decoder's sizes, initialisation, masking, decoding and sharding."""
 
 import os
 import subprocess
@@ -22,14 +22,14 @@ from tests.tiny import random_decoder, randomise
 
 CONFIG = DecoderConfig(vocab_size=48, max_length=16, layers=3, embed=32, heads=4, mlp=64)
 PAD = Vocabulary().pad
-PAPER = {  # layers, embed, heads, and the parameters of Table 3's names in millions
+PAPER = {  # layers, embed, heads, and millions of parameters, by the names of Table 3
     "350M": (24, 1024, 16, 373),
     "760M": (24, 1536, 16, 786),
     "7B": (32, 4096, 32, 6728),
 }
 
 
-def draw_ids(rows=2, length=12, seed=0):
+def random_ids(rows=2, length=12, seed=0):
     return np.random.default_rng(seed).integers(0, 48, (rows, length)).astype(np.int32)
 
 
@@ -44,9 +44,9 @@ def test_parameter_counts_of_the_paper(name):
     layers, embed, heads, millions = PAPER[name]
     config = DecoderConfig(65536, 4096, layers, embed, heads, 4 * embed)
     abstract = jax.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
-    counted = sum(leaf.size for leaf in jax.tree.leaves(abstract))
-    assert counted == config.parameter_count()
-    assert round(counted / 1e6) == millions
+    count = sum(leaf.size for leaf in jax.tree.leaves(abstract))
+    assert count == config.parameter_count()
+    assert round(count / 1e6) == millions
 
 
 def test_flops_of_7b_are_six_per_weight_and_token_plus_attention():
@@ -57,14 +57,14 @@ def test_flops_of_7b_are_six_per_weight_and_token_plus_attention():
 
 
 def test_at_step_zero_every_block_is_the_identity():
-    model, ids = Decoder(CONFIG, rngs=nnx.Rngs(0)), draw_ids()
+    model, ids = Decoder(CONFIG, rngs=nnx.Rngs(0)), random_ids()
     x = np.asarray(model.table[...])[ids] + np.asarray(model.positions[...])[:12]
     x = x.astype(np.float64) - x.mean(-1, keepdims=True)
     x /= np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5)
     np.testing.assert_allclose(model(ids), x, atol=1e-5)
 
 
-def test_initial_weights_are_cut_normals_and_the_pad_row_is_zero():
+def test_initial_weights_are_truncated_normals_and_the_pad_row_is_zero():
     config = DecoderConfig(2000, 512, 2, 64, 4, 256)
     model = Decoder(config, rngs=nnx.Rngs(0))
     table, positions = np.asarray(model.table[...]), np.asarray(model.positions[...])
@@ -82,19 +82,19 @@ def test_initial_weights_are_cut_normals_and_the_pad_row_is_zero():
         assert stats.kstest(sample, stats.truncnorm(-3, 3).cdf).pvalue > 1e-3
 
 
-def test_positions_that_start_as_sinusoids_have_the_wanted_sd_and_shift_by_rotation():
+def test_initial_sinusoids_have_the_configured_sd_and_shift_by_rotation():
     config = DecoderConfig(48, 64, 1, 32, 4, 64, position_std=0.02, position_init="sinusoids")
     table = np.asarray(Decoder(config, rngs=nnx.Rngs(0)).positions[...])
     assert np.sqrt(np.square(table).mean()) == pytest.approx(0.02, rel=1e-5)
-    # One matrix takes every position to the one 8 later.
+    # One matrix maps every position to the one 8 later.
     shift, *_ = np.linalg.lstsq(table[:-8], table[8:])
     np.testing.assert_allclose(table[:-8] @ shift, table[8:], atol=1e-5)
-    assert np.linalg.matrix_rank(table, tol=1e-4) > 16  # and no two positions look alike
+    assert np.linalg.matrix_rank(table, tol=1e-4) > 16  # so all positions differ
     with pytest.raises(UserError, match="33"):
         DecoderConfig(48, 64, 1, 33, 3, 64, position_init="sinusoids")
 
 
-def test_a_model_made_under_jit_is_the_model_made_eagerly():
+def test_a_model_created_under_jit_equals_the_model_created_eagerly():
     eager = Decoder(CONFIG, rngs=nnx.Rngs(3))
     jitted = jax.jit(lambda: Decoder(CONFIG, rngs=nnx.Rngs(3)))()
     for one, other in zip(jax.tree.leaves(eager), jax.tree.leaves(jitted), strict=True):
@@ -102,8 +102,8 @@ def test_a_model_made_under_jit_is_the_model_made_eagerly():
         assert one.sharding == other.sharding
 
 
-def test_a_token_does_not_change_what_comes_before_it(model):
-    ids = draw_ids()
+def test_a_token_does_not_change_earlier_hidden_states(model):
+    ids = random_ids()
     changed = ids.copy()
     changed[:, 7] = (changed[:, 7] + 1) % 48
     before, after = np.asarray(model(ids)), np.asarray(model(changed))
@@ -111,8 +111,8 @@ def test_a_token_does_not_change_what_comes_before_it(model):
     assert (np.abs(before[:, 7:] - after[:, 7:]).max(axis=-1) > 1e-4).all()
 
 
-def test_packed_documents_are_computed_as_if_alone(model):
-    first, second = draw_ids(1, 5, seed=1), draw_ids(1, 7, seed=2)
+def test_packed_documents_equal_separate_documents(model):
+    first, second = random_ids(1, 5, seed=1), random_ids(1, 7, seed=2)
     ids = np.concatenate([first, second], axis=1)
     segments = np.array([[1] * 5 + [2] * 7], np.int32)
     positions = np.array([[*range(5), *range(7)]], np.int32)
@@ -121,8 +121,8 @@ def test_packed_documents_are_computed_as_if_alone(model):
     np.testing.assert_allclose(packed[:, 5:], model(second), atol=1e-5)
 
 
-def test_a_part_of_the_logits_is_the_slice_of_all(model):
-    hidden = model(draw_ids())
+def test_a_part_of_the_logits_equals_the_slice_of_all(model):
+    hidden = model(random_ids())
     whole = model.logits(hidden)
     assert whole.dtype == jnp.float32 and whole.shape == (2, 12, 48)
     np.testing.assert_allclose(model.logits(hidden, model.head(4, 15)), whole[..., 4:15], atol=1e-5)
@@ -131,9 +131,9 @@ def test_a_part_of_the_logits_is_the_slice_of_all(model):
     )
 
 
-def test_decoding_step_by_step_equals_the_whole_sequence(model):
-    """From every prompt length, with rows of different lengths in one right-padded batch."""
-    ids = draw_ids(rows=3)
+def test_decode_steps_equal_the_whole_sequence(model):
+    """Decodes rows of different prompt lengths in one right-padded batch."""
+    ids = random_ids(rows=3)
     whole = np.asarray(model(ids))
     lengths = np.array([2, 5, 3])
     padded = np.where(np.arange(5) < lengths[:, None], ids[:, :5], 1)
@@ -142,27 +142,29 @@ def test_decoding_step_by_step_equals_the_whole_sequence(model):
         np.testing.assert_allclose(hidden[row, :length], whole[row, :length], atol=1e-4)
     (keys,), (values,) = keys, values
     prompt = LayerCache([CachedArray(keys)], [CachedArray(values)], np.arange(5) < lengths[:, None])
-    room = np.zeros((keys.shape[0], 3, 1, keys.shape[2], 10, keys.shape[4]), np.float32)
-    keys, values, rows, written = room, room.copy(), np.arange(3), 0
+    empty = np.zeros((keys.shape[0], 3, 1, keys.shape[2], 10, keys.shape[4]), np.float32)
+    keys, values, rows, count = empty, empty.copy(), np.arange(3), 0
     step = jax.jit(Decoder.decode_step)
     while (lengths < 12).all():
-        answer = LayerCache(
+        output = LayerCache(
             [CachedArray(keys)],
             [CachedArray(values)],
-            np.broadcast_to(np.arange(10) < written, (3, 1, 10)),
+            np.broadcast_to(np.arange(10) < count, (3, 1, 10)),
         )
-        # One stream, three groups of one sample.
-        new, place = ids[rows, lengths][None, :, None], lengths.astype(np.int32)[None, :, None]
-        found, (k,), (v,) = step(model, new, place, [prompt], [answer])
-        np.testing.assert_allclose(found[0, :, 0], whole[rows, lengths], atol=1e-4)
-        keys[..., written, :], values[..., written, :] = k[:, 0], v[:, 0]
-        lengths, written = lengths + 1, written + 1
+        # One stream with three groups of one sample.
+        tokens, positions = (
+            array.astype(np.int32)[None, :, None] for array in (ids[rows, lengths], lengths)
+        )
+        hidden, (k,), (v,) = step(model, tokens, positions, [prompt], [output])
+        np.testing.assert_allclose(hidden[0, :, 0], whole[rows, lengths], atol=1e-4)
+        keys[..., count, :], values[..., count, :] = k[:, 0], v[:, 0]
+        lengths, count = lengths + 1, count + 1
     assert lengths.max() == 12
 
 
 @pytest.mark.parametrize("remat", ["dots", "full"])
-def test_remat_changes_no_gradient(model, remat):
-    ids = draw_ids()
+def test_remat_does_not_change_the_gradients(model, remat):
+    ids = random_ids()
     config = DecoderConfig(48, 16, layers=2, embed=32, heads=4, mlp=64, remat=remat)
     other = randomise(Decoder(config, rngs=nnx.Rngs(0)))
     loss = lambda model: jnp.square(model.logits(model(ids))).mean()  # noqa: E731
@@ -175,15 +177,15 @@ def test_remat_changes_no_gradient(model, remat):
 def test_bfloat16_compute_keeps_float32_weights_and_logits():
     config = DecoderConfig(48, 16, layers=2, embed=32, heads=4, mlp=64, dtype="bfloat16")
     model, reference = randomise(Decoder(config, rngs=nnx.Rngs(0)), 0.1), random_decoder(48, 16)
-    hidden = model(draw_ids())
+    hidden = model(random_ids())
     assert hidden.dtype == jnp.bfloat16 and model.logits(hidden).dtype == jnp.float32
     assert {leaf.dtype for leaf in jax.tree.leaves(model)} == {jnp.dtype("float32")}
     reference = randomise(reference, 0.1)
-    np.testing.assert_allclose(hidden.astype(jnp.float32), reference(draw_ids()), atol=0.15)
+    np.testing.assert_allclose(hidden.astype(jnp.float32), reference(random_ids()), atol=0.15)
 
 
 def test_a_layer_adds_attention_and_then_the_mlp(model):
-    """By hand, with an attention that lets every position see only itself: its own value."""
+    """The attention lets every position attend only to itself, so it returns the values."""
     layer = jax.tree.map(lambda x: x[0], model.blocks)
     x = np.random.default_rng(0).normal(size=(2, 3, 32)).astype(np.float32)
 
@@ -199,45 +201,45 @@ def test_a_layer_adds_attention_and_then_the_mlp(model):
     np.testing.assert_allclose(after, x, atol=1e-4)
 
 
-def test_unstacked_layers_compute_the_very_same(model):
+def test_unstacked_layers_compute_exactly_the_same(model):
     run = jax.jit(lambda model, ids: (model.logits(model(ids)), model.prefill(ids)))
     unstacked = unstack(model)
     assert [stack.query.shape[0] for stack in unstacked.stacks] == [1, 1]
-    ours, (_, keys, _) = run(unstacked, draw_ids())
-    whole, (_, (stacked_keys,), _) = run(model, draw_ids())
-    np.testing.assert_array_equal(ours, whole)
+    logits, (_, keys, _) = run(unstacked, random_ids())
+    expected, (_, (stacked_keys,), _) = run(model, random_ids())
+    np.testing.assert_array_equal(logits, expected)
     np.testing.assert_array_equal(np.concatenate(keys), stacked_keys)
     assert weight_dtype(convert_weights(unstacked, "int8")) == "int8"
     assert weight_dtype(model) == "float32"
 
 
-def test_a_configuration_of_an_older_version_is_read():
+def test_a_configuration_of_an_older_version_can_be_read():
     values = to_dict(CONFIG)
     assert build(DecoderConfig, values | {"pad_id": 1}) == CONFIG
     with pytest.raises(UserError, match=r"config\.pad_id is 0; it can only be 1 now"):
         build(DecoderConfig, values | {"pad_id": 0})
 
 
-def test_impossible_shapes_are_refused():
+def test_impossible_sizes_are_rejected():
     with pytest.raises(UserError, match="embed 30 must be a multiple of heads 4"):
         DecoderConfig(48, 16, 2, 30, 4, 64)
     with pytest.raises(UserError, match="layers is 0"):
         DecoderConfig(48, 16, 0, 32, 4, 64)
     with pytest.raises(ValueError, match="17 tokens in a row, but max_length is 16"):
-        random_decoder(48, 16)(draw_ids(1, 17))
+        random_decoder(48, 16)(random_ids(1, 17))
 
 
 @pytest.mark.slow
-def test_every_mesh_of_eight_devices_computes_what_one_device_does():
-    """Logits, loss gradients, their layout, and decoding; in a process with simulated devices."""
+def test_every_mesh_of_eight_devices_equals_one_device():
+    """Logits, gradients, shardings and decoding, in a process with simulated devices."""
     program = Path(__file__).with_name("eight_devices.py")
     root = str(Path(__file__).parents[2])
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, program],
         capture_output=True,
         text=True,
         timeout=900,
         env={**os.environ, "PYTHONPATH": root},
     )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("equal") == 3, done.stdout
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count("equal") == 3, process.stdout

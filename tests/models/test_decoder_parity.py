@@ -1,4 +1,4 @@
-"""The decoder computes what OPT of transformers computes, forwards and backwards."""
+"""The decoder equals the OPT of transformers, in logits and gradients."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ CONFIG = DecoderConfig(vocab_size=96, max_length=24, layers=3, embed=32, heads=4
 
 
 def random_decoder() -> Decoder:
-    """A decoder with every weight drawn anew: at initialisation its layers are the identity."""
+    """Returns a decoder with random weights, because its initial layers are the identity."""
     rng = np.random.default_rng(0)
     model = Decoder(CONFIG, rngs=nnx.Rngs(0))
     return jax.tree.map(
@@ -26,7 +26,7 @@ def random_decoder() -> Decoder:
 
 
 def next_token_loss(model: Decoder, ids: jax.Array) -> jax.Array:
-    """Mean over all but the last position of -log p(next token)."""
+    """Returns the mean of -log p(next token) over all positions except the last."""
     scores = jax.nn.log_softmax(model.logits(model(ids))[:, :-1])
     return -(scores * jax.nn.one_hot(ids[:, 1:], CONFIG.vocab_size)).sum(axis=-1).mean()
 
@@ -35,20 +35,20 @@ def next_token_loss(model: Decoder, ids: jax.Array) -> jax.Array:
 def test_decoder_equals_opt():
     """Same weights, same ids: logits within 1e-4 and gradients within 1e-5, in float32."""
     model = random_decoder()
-    # Ids from 2: row 1 is OPT's padding row, which its embedding treats specially.
+    # Ids start at 2, because OPT treats id 1, its padding, differently.
     ids = np.random.default_rng(1).integers(2, CONFIG.vocab_size, (2, CONFIG.max_length))
-    theirs = peers.run_peer(
+    expected = peers.run_peer(
         Path(__file__).with_name("opt_in_torch.py"),
         {**to_opt(model), "ids": ids, "heads": np.array(CONFIG.heads)},
     )
-    ours = jax.jit(lambda model, ids: model.logits(model(ids)))(model, jnp.asarray(ids))
-    np.testing.assert_allclose(ours, theirs["logits"], atol=1e-4, rtol=0)
-    # The comparison means something only if the scores are not all near zero.
-    assert np.std(theirs["logits"]) > 0.5
+    logits = jax.jit(lambda model, ids: model.logits(model(ids)))(model, jnp.asarray(ids))
+    np.testing.assert_allclose(logits, expected["logits"], atol=1e-4, rtol=0)
+    # The comparison is only meaningful if the logits are not all near zero.
+    assert np.std(expected["logits"]) > 0.5
 
     gradients = to_opt(jax.jit(jax.grad(next_token_loss))(model, jnp.asarray(ids)))
-    assert {f"gradient.{name}" for name in gradients} == set(theirs) - {"logits"}
+    assert {f"gradient.{name}" for name in gradients} == set(expected) - {"logits"}
     for name, gradient in gradients.items():
         np.testing.assert_allclose(
-            gradient, theirs[f"gradient.{name}"], atol=1e-5, rtol=1e-4, err_msg=name
+            gradient, expected[f"gradient.{name}"], atol=1e-5, rtol=1e-4, err_msg=name
         )

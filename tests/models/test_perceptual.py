@@ -1,4 +1,4 @@
-"""LPIPS with its real pretrained weights."""
+"""LPIPS with its pretrained weights."""
 
 import io
 import pickle
@@ -22,14 +22,14 @@ def network(request):
 
 
 @pytest.fixture(scope="module")
-def pictures():
-    """Four discs of different colours and places on white, 64 px, in [-1, 1]."""
+def images():
+    """Four discs of different colours and positions on white, 64 px, in [-1, 1]."""
     y, x = np.mgrid[:64, :64]
-    drawn = []
+    images = []
     for number, colour in enumerate([(-1, 1, -1), (1, -1, -1), (-1, -1, 1), (0, 0, -1)]):
         inside = (y - 20 - 8 * number) ** 2 + (x - 44 + 8 * number) ** 2 < 200
-        drawn.append(np.where(inside[..., None], colour, 1))
-    return jnp.asarray(np.stack(drawn), jnp.float32)
+        images.append(np.where(inside[..., None], colour, 1))
+    return jnp.asarray(np.stack(images), jnp.float32)
 
 
 def test_the_weights_are_the_published_ones(network):
@@ -37,30 +37,30 @@ def test_the_weights_are_the_published_ones(network):
     kernel = np.asarray(weights["Conv_0"]["kernel"])
     assert kernel.shape == ((11, 11, 3, 64) if name == "alexnet" else (3, 3, 3, 64))
     heads = [np.asarray(weights[f"NetLinLayer_{i}"]["kernel"]) for i in range(5)]
-    # The official heads were trained under the constraint that no weight is negative.
+    # The official heads were trained with non-negative weights.
     assert all((head >= 0).all() and head.max() > 0 for head in heads)
     if name == "vgg16":
-        # The first filter of torchvision's VGG16, as it is printed in many places.
+        # The first filter of torchvision's VGG16.
         first = [[-0.5537, 0.1427, 0.5290], [-0.5831, 0.3566, 0.7657], [-0.6902, -0.0480, 0.4841]]
         np.testing.assert_allclose(kernel[:, :, 0, 0], first, atol=1e-4)
 
 
-def test_equal_pictures_are_at_0_and_damage_costs_in_order(network, pictures):
+def test_equal_images_have_distance_0_and_more_noise_has_a_larger_distance(network, images):
     name, weights = network
-    noise = jnp.asarray(np.random.default_rng(0).normal(size=pictures.shape), jnp.float32)
-    others = jnp.roll(pictures, 1, axis=0)
+    noise = jnp.asarray(np.random.default_rng(0).normal(size=images.shape), jnp.float32)
+    others = jnp.roll(images, 1, axis=0)
 
     def distance(a, b):
         return float(lpips(a, b, weights, name).mean())
 
-    assert distance(pictures, pictures) == pytest.approx(0, abs=1e-6)
-    little = distance(pictures, pictures + 0.02 * noise)
-    much = distance(pictures, pictures + 0.2 * noise)
-    assert 0 < little < much
-    assert distance(pictures, others) > 0.2
+    assert distance(images, images) == pytest.approx(0, abs=1e-6)
+    weak = distance(images, images + 0.02 * noise)
+    strong = distance(images, images + 0.2 * noise)
+    assert 0 < weak < strong
+    assert distance(images, others) > 0.2
 
 
-def test_a_pickle_that_would_run_code_is_refused(monkeypatch, tmp_path):
+def test_a_pickle_that_would_run_code_is_rejected(monkeypatch, tmp_path):
     class Trap:
         def __reduce__(self):
             return (eval, ("1 + 1",))
@@ -70,7 +70,7 @@ def test_a_pickle_that_would_run_code_is_refused(monkeypatch, tmp_path):
         perceptual_weights._ArrayUnpickler(file).load()
 
 
-def test_a_damaged_file_is_named(monkeypatch, tmp_path):
+def test_a_damaged_file_is_an_error_with_its_name(monkeypatch, tmp_path):
     class Spec:
         origin = str(tmp_path / "__init__.py")
 

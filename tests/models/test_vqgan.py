@@ -1,4 +1,4 @@
-"""The VQ-GAN: shapes, quantisation, and the gradients its training depends on."""
+"""The VQ-GAN: shapes, quantisation, and the gradients that its training needs."""
 
 import dataclasses
 
@@ -23,7 +23,7 @@ def images():
     return jax.random.uniform(jax.random.key(1), (2, 16, 16, 3), minval=-1, maxval=1)
 
 
-def test_pictures_become_a_grid_of_codes_and_pictures_again(images):
+def test_images_are_encoded_to_a_grid_of_codes_and_decoded(images):
     model = VQGAN(TINY, rngs=nnx.Rngs(0))
     codes = model.encode(images)
     assert codes.shape == (2, 8, 8) and codes.dtype == jnp.int32
@@ -31,7 +31,7 @@ def test_pictures_become_a_grid_of_codes_and_pictures_again(images):
     assert model.decode(codes).shape == images.shape
 
 
-def test_the_paper_config_has_cm3leons_geometry():
+def test_the_default_configuration_has_the_grid_of_cm3leon():
     config = VQGANConfig()
     assert (config.grid, config.codes) == (32, 8192)
     model = jax.eval_shape(lambda: VQGAN(config, rngs=nnx.Rngs(0)))
@@ -40,28 +40,27 @@ def test_the_paper_config_has_cm3leons_geometry():
 
 
 @pytest.mark.parametrize("halo", [0, 2])
-def test_with_a_halo_a_latent_sees_its_patch_and_the_halo_alone(images, halo):
+def test_with_a_halo_a_latent_depends_only_on_its_patch_and_the_halo(images, halo):
     model = VQGAN(dataclasses.replace(TINY, halo=halo), rngs=nnx.Rngs(0))
     assert model.encode(images).shape == (2, 8, 8)
-    # The latent at (3, 4) stands for the pixels of rows 6 and 7, columns 8 and 9.
-    seen = np.asarray(jax.grad(lambda x: jnp.abs(model.latents(x)[0, 3, 4]).sum())(images)[0]).any(
-        -1
-    )
+    # The patch of the latent at (3, 4) has rows 6 and 7, and columns 8 and 9.
+    gradient = jax.grad(lambda x: jnp.abs(model.latents(x)[0, 3, 4]).sum())(images)[0]
+    depends = np.asarray(gradient).any(-1)
     expected = np.zeros((16, 16), bool)
     expected[6 - halo : 8 + halo, 8 - halo : 10 + halo] = True
-    np.testing.assert_array_equal(seen, expected)
+    np.testing.assert_array_equal(depends, expected)
     white = model.latents(jnp.ones((1, 16, 16, 3)))
     np.testing.assert_allclose(white, jnp.broadcast_to(white[:, :1, :1], white.shape), atol=1e-6)
     with pytest.raises(ConfigError, match="halo is -1"):
         build(VQGANConfig, {"halo": -1})
 
 
-def test_nearest_code_is_the_euclidean_one():
+def test_the_nearest_code_has_the_smallest_euclidean_distance():
     rng = np.random.default_rng(0)
     latents, codebook = rng.normal(size=(2, 3, 5, 4)), rng.normal(size=(32, 4))
     distances = np.square(latents[..., None, :] - codebook).sum(-1)
-    found = nearest_code(jnp.float32(latents), jnp.float32(codebook))
-    np.testing.assert_array_equal(found, distances.argmin(-1))
+    codes = nearest_code(jnp.float32(latents), jnp.float32(codebook))
+    np.testing.assert_array_equal(codes, distances.argmin(-1))
 
 
 def test_quantisation_passes_gradients_straight_through():
@@ -73,7 +72,7 @@ def test_quantisation_passes_gradients_straight_through():
     np.testing.assert_allclose(gradient, weights, rtol=1e-6)
 
 
-def test_commitment_weighs_the_encoders_term_and_not_the_codebooks():
+def test_commitment_scales_the_term_of_the_encoder_and_not_of_the_codebook():
     rng = np.random.default_rng(0)
     latents = jnp.float32(rng.normal(size=(1, 2, 2, 4)))
     codebook = jnp.float32(rng.normal(size=(8, 4)))
@@ -96,7 +95,7 @@ def test_group_normalisation_equals_flax():
     np.testing.assert_allclose(GroupNorm(12, 4)(x), peer(x), atol=1e-5)
 
 
-def test_the_discriminator_scores_patches_and_the_hinge_has_its_closed_form(images):
+def test_the_discriminator_scores_patches_and_the_hinge_loss_equals_its_formula(images):
     scores = PatchDiscriminator(4, 2, rngs=nnx.Rngs(0))(images)
     assert scores.ndim == 3 and scores.shape[0] == 2
     real, fake = jnp.array([2.0, 0.0]), jnp.array([-2.0, 0.5])
@@ -107,6 +106,6 @@ def test_the_discriminator_scores_patches_and_the_hinge_has_its_closed_form(imag
     ("key", "value", "words"),
     [("resolution", 50, "multiple of 8"), ("groups", 24, "groups"), ("chanels", 8, "channels")],
 )
-def test_a_wrong_shape_is_refused_with_its_key(key, value, words):
+def test_a_wrong_size_is_rejected_with_its_key(key, value, words):
     with pytest.raises(ConfigError, match=words):
         build(VQGANConfig, {key: value})

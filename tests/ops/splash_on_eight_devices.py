@@ -1,4 +1,4 @@
-"""Run by test_attention.py in a process of its own: splash attention, interpreted, on meshes."""
+"""Splash attention, interpreted, on meshes; test_attention.py runs this in a separate process."""
 
 import functools
 import os
@@ -21,18 +21,18 @@ segments = np.repeat([[1] * 200 + [2] * 300 + [0] * 12], 2, axis=0).astype(np.in
 
 
 def compute(implementation, shape):
-    """(attention, its gradients) of the same arrays, laid out over a mesh."""
+    """Returns the attention of the same arrays on a mesh, and its gradients."""
     with jax.set_mesh(sharding.make_mesh(shape, jax.devices()[: np.prod(shape)])):
-        *arrays, pull = (
+        *arrays, cotangent = (
             jax.device_put(x, spec("batch", "length", "heads", "head_dim")) for x in inputs
         )
-        own = jax.device_put(segments, spec("batch", "length"))
+        segment_ids = jax.device_put(segments, spec("batch", "length"))
 
-        def pulled(q, k, v):
-            attended = implementation(q, k, v, segment_ids=own)
-            return (attended * pull).sum(), attended
+        def loss(q, k, v):
+            attended = implementation(q, k, v, segment_ids=segment_ids)
+            return (attended * cotangent).sum(), attended
 
-        (_, attended), gradients = jax.jit(jax.value_and_grad(pulled, (0, 1, 2), has_aux=True))(
+        (_, attended), gradients = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(
             *arrays
         )
         assert attended.sharding == arrays[0].sharding, attended.sharding
@@ -41,7 +41,7 @@ def compute(implementation, shape):
 
 reference = compute(xla, (1, 1, 1, 1))
 for shape in MESHES:
-    found = compute(functools.partial(splash, interpret=True), shape)
-    for one, other in zip(reference, found, strict=True):
-        np.testing.assert_allclose(one, other, atol=2e-4)
+    results = compute(functools.partial(splash, interpret=True), shape)
+    for expected, result in zip(reference, results, strict=True):
+        np.testing.assert_allclose(expected, result, atol=2e-4)
     print(shape, "equal")

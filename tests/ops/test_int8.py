@@ -1,4 +1,4 @@
-"""Eight bits: off by half a step at most, and a product that reads them is the float one."""
+"""Quantisation to 8 bits: the largest error, and products with quantized weights."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from leon_jax.ops import int8
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10_000), st.sampled_from([(0,), (1,), (0, 2), (-1,)]))
-def test_every_number_is_off_by_half_a_step_at_most(seed, axes):
+def test_the_error_of_every_number_is_at_most_half_a_step(seed, axes):
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(3, 4, 5)) * 10.0 ** rng.integers(-5, 5, (3, 1, 1))
     x[0] = 0
@@ -33,20 +33,19 @@ def test_every_number_is_off_by_half_a_step_at_most(seed, axes):
         ("...d,df->...f", (6, 7), (0,)),
     ],
 )
-def test_a_product_is_that_of_the_numbers_that_are_kept(subscripts, shape, summed):
+def test_a_product_equals_that_of_the_dequantized_weights(subscripts, shape, summed):
     rng = np.random.default_rng(0)
     weight = rng.normal(size=shape).astype(np.float32) * rng.uniform(0.1, 3, shape[-1])
     lead = [shape[axis] for axis in summed]
     x = rng.normal(size=(4, 5, *lead)).astype(np.float32)
     values, scale = int8.quantize(jnp.asarray(weight, jnp.float32), summed)
     expected = np.einsum(subscripts, x.astype(np.float64), np.asarray(values) * np.asarray(scale))
-    found = int8.einsum(subscripts, jnp.asarray(x), values, scale, jax.P(*[None] * expected.ndim))
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
-    half = int8.einsum(
-        subscripts, jnp.asarray(x, jnp.bfloat16), values, scale, jax.P(*[None] * expected.ndim)
-    )
+    sharding = jax.P(*[None] * expected.ndim)
+    product = int8.einsum(subscripts, jnp.asarray(x), values, scale, sharding)
+    np.testing.assert_allclose(product, expected, rtol=1e-5, atol=1e-5)
+    half = int8.einsum(subscripts, jnp.asarray(x, jnp.bfloat16), values, scale, sharding)
     assert half.dtype == jnp.bfloat16
-    # Rounded once, in the end.
+    # The result is rounded once, at the end.
     rounded = np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64)
     expected = np.einsum(subscripts, rounded, np.asarray(values) * np.asarray(scale))
     np.testing.assert_allclose(np.asarray(half, np.float64), expected, rtol=2**-8, atol=1e-5)

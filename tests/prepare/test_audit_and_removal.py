@@ -33,7 +33,7 @@ def content(folder):
     """Everything that a folder records about its documents, with neighbours by key."""
     prepared = PreparedFolder(folder)
     keys = [document["key"] for document in prepared.listing()]
-    vectors = prepared.bank().rows(0, len(keys))
+    vectors = prepared.vector_index().rows(0, len(keys))
     documents = {}
     for split in prepared.manifest["splits"]:
         table, records = prepared.neighbours(split), prepared.records(split)
@@ -147,7 +147,7 @@ def test_all_documents_of_a_shard_can_be_removed(folder):
     keys = {("", f"twemoji/{number}") for number in range(4)}
     assert audit_and_removal.remove(folder, keys) == (4, [])
     assert list(PreparedFolder(folder).shards("train")) == ["train-00001", "train-00002"]
-    assert len(PreparedFolder(folder).records()) == len(PreparedFolder(folder).bank()) == 8
+    assert len(PreparedFolder(folder).records()) == len(PreparedFolder(folder).vector_index()) == 8
     assert audit_and_removal.remove(folder, {("", "twemoji/4")}) == (1, [])
 
 

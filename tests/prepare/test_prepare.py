@@ -22,7 +22,7 @@ from leon_jax.prepare import folder_lock
 from leon_jax.prepare import prepare as preparing
 from leon_jax.retrieval.encoder import RetrievalEncoder
 from leon_jax.retrieval.prepared_folder import PreparedFolder
-from leon_jax.tokenizers.image import ImageTokenizer, fit_picture, normalize
+from leon_jax.tokenizers.image import ImageTokenizer, fit_image, normalize
 from leon_jax.tokenizers.text import TextTokenizer
 from tests import tiny
 from tests.listed import Listed
@@ -37,7 +37,7 @@ def test_records_keep_their_order_and_gain_codes(checkpoint, out):
         for split, documents in splits().items():
             records = prepared.records(split)
             assert len(records) == len(documents) == prepared.manifest["splits"][split]
-            images = np.stack([fit_picture(d.pixels, tiny.RESOLUTION) for d in documents])
+            images = np.stack([fit_image(d.pixels, tiny.RESOLUTION) for d in documents])
             codes = tokenizer.encode(normalize(images))
             for record, document, expected in zip(records, documents, codes, strict=True):
                 assert record.parts[0] == document.parts[0]
@@ -57,7 +57,7 @@ def test_listings_hold_the_provenance_of_every_record(checkpoint, out):
 def test_held_out_documents_are_neither_in_the_index_nor_neighbours(checkpoint, out):
     make(checkpoint, out)
     prepared, train = PreparedFolder(out), splits()["train"]
-    assert len(prepared.bank()) == len(train)
+    assert len(prepared.vector_index()) == len(train)
     seen = set()
     for split, documents in splits().items():
         table = prepared.neighbours(split)
@@ -68,9 +68,9 @@ def test_held_out_documents_are_neither_in_the_index_nor_neighbours(checkpoint, 
             seen |= set(ids.ravel().tolist())
     assert len(seen - {-1}) > 1
     # Other held-out documents do not change the index.
-    before = prepared.bank().rows(0, len(train))
+    before = prepared.vector_index().rows(0, len(train))
     make(checkpoint, out, {**splits(), "unseen": tiny.documents()[9:]})
-    np.testing.assert_array_equal(before, PreparedFolder(out).bank().rows(0, len(train)))
+    np.testing.assert_array_equal(before, PreparedFolder(out).vector_index().rows(0, len(train)))
 
 
 def test_rows_of_the_index_match_the_records_and_no_record_neighbours_itself(checkpoint, out):
@@ -80,7 +80,7 @@ def test_rows_of_the_index_match_the_records_and_no_record_neighbours_itself(che
         text = TextTokenizer.load(checkpoint / "text.json")
         encoder = RetrievalEncoder.load(checkpoint / "encoder.safetensors", text)
         expected = encoder.embed_documents(list(prepared.records()))
-    rows = prepared.bank().rows(0, 8)
+    rows = prepared.vector_index().rows(0, 8)
     np.testing.assert_allclose(rows.astype(np.float32), expected, atol=1e-3)
     table = prepared.neighbours()
     for row in range(8):
@@ -331,5 +331,5 @@ def test_a_large_image_is_cropped_to_the_stored_side(checkpoint, out):
     ]
     make(checkpoint, out, {"train": documents}, picture_side=20)
     for record, document in zip(PreparedFolder(out).records(), documents, strict=True):
-        np.testing.assert_array_equal(record.pixels, fit_picture(document.pixels, 20))
+        np.testing.assert_array_equal(record.pixels, fit_image(document.pixels, 20))
     assert next(PreparedFolder(out).listing())["size"] == [60, 40]

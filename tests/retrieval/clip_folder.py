@@ -1,4 +1,4 @@
-"""Folders of a tiny CLIP in transformers' layout, with random weights and a trained vocabulary."""
+"""Writes folders of a tiny CLIP in the format of transformers, with random weights."""
 
 import json
 from pathlib import Path
@@ -8,13 +8,13 @@ import tokenizers
 from safetensors.numpy import save_file
 from tokenizers import models, normalizers, pre_tokenizers, trainers
 
-SIZE, PATCH, EMBED = 16, 8, 12  # pixels of the square, of a patch; length of an embedding
+SIZE, PATCH, EMBED = 16, 8, 12  # side of the image and of a patch in pixels, and embedding length
 TEXTS = (
     "a photo of a cat and another photo of a dog",
     "the red heart, the blue car and the green tree; it's 2026 and we'll see",
     "un café à Paris, 日本語 and a smiling face 😀 next to <b>bold</b> text",
 )
-# What tokenizers disagree about.
+# Texts that tokenizers often encode differently.
 HARD = (
     *TEXTS,
     "",
@@ -38,9 +38,9 @@ HARD = (
 
 
 def write_vocabulary(folder: Path, size: int = 700) -> int:
-    """Trains CLIP's kind of BPE on `TEXTS`; writes vocab.json and merges.txt, returns the size.
+    """Trains a BPE like CLIP's on `TEXTS`, writes vocab.json and merges.txt, and returns its size.
 
-    As in OpenAI's vocabulary the ids are: bytes, bytes that end a word, merges, start, end.
+    The ids have the order of OpenAI's: bytes, bytes that end a word, merges, start, end.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = tokenizers.Tokenizer(models.BPE(end_of_word_suffix="</w>"))
@@ -70,7 +70,7 @@ def write_vocabulary(folder: Path, size: int = 700) -> int:
 
 
 def configuration(vocabulary: int) -> dict:
-    """config.json of two layers a tower, whose two widths and head counts differ."""
+    """Returns config.json for towers of two layers with different widths and head counts."""
     shared = {"num_hidden_layers": 2, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
     return {
         "model_type": "clip",
@@ -97,35 +97,35 @@ def configuration(vocabulary: int) -> dict:
 
 
 def random_tensors(config: dict, seed: int = 0) -> dict[str, np.ndarray]:
-    """Every tensor that transformers' CLIPModel has, float32, none of them constant."""
+    """Returns every tensor of the CLIPModel of transformers, float32, none of them constant."""
     text, vision = config["text_config"], config["vision_config"]
     rng = np.random.default_rng(seed)
     tensors = {"logit_scale": np.array(rng.normal(2.6), np.float32)}
 
-    def draw(name: str, *shape: int, mean: float = 0.0) -> None:
+    def add(name: str, *shape: int, mean: float = 0.0) -> None:
         tensors[name] = rng.normal(mean, 0.3, shape).astype(np.float32)
 
     def norm(name: str, width: int) -> None:
-        draw(f"{name}.weight", width, mean=1.0)
-        draw(f"{name}.bias", width)
+        add(f"{name}.weight", width, mean=1.0)
+        add(f"{name}.bias", width)
 
     towers = (("text", "text_model", text), ("visual", "vision_model", vision))
     for short, tower, sizes in towers:
         width, hidden = sizes["hidden_size"], sizes["intermediate_size"]
-        draw(f"{short}_projection.weight", config["projection_dim"], width)
+        add(f"{short}_projection.weight", config["projection_dim"], width)
         for layer in range(sizes["num_hidden_layers"]):
-            at = f"{tower}.encoder.layers.{layer}"
-            norm(f"{at}.layer_norm1", width)
-            norm(f"{at}.layer_norm2", width)
+            prefix = f"{tower}.encoder.layers.{layer}"
+            norm(f"{prefix}.layer_norm1", width)
+            norm(f"{prefix}.layer_norm2", width)
             for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-                draw(f"{at}.self_attn.{name}.weight", width, width)
-                draw(f"{at}.self_attn.{name}.bias", width)
-            draw(f"{at}.mlp.fc1.weight", hidden, width)
-            draw(f"{at}.mlp.fc1.bias", hidden)
-            draw(f"{at}.mlp.fc2.weight", width, hidden)
-            draw(f"{at}.mlp.fc2.bias", width)
-    draw("text_model.embeddings.token_embedding.weight", text["vocab_size"], text["hidden_size"])
-    draw(
+                add(f"{prefix}.self_attn.{name}.weight", width, width)
+                add(f"{prefix}.self_attn.{name}.bias", width)
+            add(f"{prefix}.mlp.fc1.weight", hidden, width)
+            add(f"{prefix}.mlp.fc1.bias", hidden)
+            add(f"{prefix}.mlp.fc2.weight", width, hidden)
+            add(f"{prefix}.mlp.fc2.bias", width)
+    add("text_model.embeddings.token_embedding.weight", text["vocab_size"], text["hidden_size"])
+    add(
         "text_model.embeddings.position_embedding.weight",
         text["max_position_embeddings"],
         text["hidden_size"],
@@ -133,24 +133,24 @@ def random_tensors(config: dict, seed: int = 0) -> dict[str, np.ndarray]:
     norm("text_model.final_layer_norm", text["hidden_size"])
     width, patch = vision["hidden_size"], vision["patch_size"]
     positions = (vision["image_size"] // patch) ** 2 + 1
-    draw("vision_model.embeddings.class_embedding", width)
-    draw("vision_model.embeddings.patch_embedding.weight", width, 3, patch, patch)
-    draw("vision_model.embeddings.position_embedding.weight", positions, width)
+    add("vision_model.embeddings.class_embedding", width)
+    add("vision_model.embeddings.patch_embedding.weight", width, 3, patch, patch)
+    add("vision_model.embeddings.position_embedding.weight", positions, width)
     norm("vision_model.pre_layrnorm", width)
     norm("vision_model.post_layernorm", width)
     return tensors
 
 
 def write(folder: Path) -> Path:
-    """A whole folder: config.json, model.safetensors, vocab.json, merges.txt, picture settings."""
+    """Writes the files of a CLIP, with vocab.json, merges.txt and preprocessor_config.json."""
     folder.mkdir(parents=True, exist_ok=True)
     config = configuration(write_vocabulary(folder))
     (folder / "config.json").write_text(json.dumps(config))
     save_file(random_tensors(config), folder / "model.safetensors")
-    pictures = {
+    preprocessor = {
         "image_processor_type": "CLIPImageProcessor",
         "size": {"shortest_edge": SIZE},
         "crop_size": {"height": SIZE, "width": SIZE},
     }
-    (folder / "preprocessor_config.json").write_text(json.dumps(pictures))
+    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
     return folder

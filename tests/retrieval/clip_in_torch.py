@@ -1,6 +1,6 @@
-"""For the peers' environment: CLIP of transformers on folders, on texts and on pictures.
+"""Runs the CLIP of transformers on folders, texts and images, in the peers' environment.
 
-Not a test by itself; `test_openai_clip.py` and others run it through `tests/peers.py`.
+This is not a test; `test_openai_clip.py` and others run it through `tests/peers.py`.
 """
 
 import json
@@ -12,7 +12,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 
 def main(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Runs the task that the JSON text `task` describes, whose keys are the arguments."""
+    """Runs the task in the JSON text `task`: `do` is its name, the other keys are arguments."""
     task = json.loads(arrays.pop("task").tobytes())
     return {"embed": embed, "tokenize": tokenize, "square": square, "save": save}[task.pop("do")](
         arrays, **task
@@ -22,7 +22,7 @@ def main(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 def embed(
     arrays: dict[str, np.ndarray], folders: list[str], texts: list[str]
 ) -> dict[str, np.ndarray]:
-    """Unit vectors of the texts and of the pictures (uint8[h, w, 3]) by every folder's model."""
+    """Embeds the texts and the images (uint8[h, w, 3]) with each folder's model."""
     return {
         f"{folder}.{kind}": rows
         for folder in folders
@@ -38,14 +38,14 @@ def _embed(arrays: dict[str, np.ndarray], folder: str, texts: list[str]) -> dict
         texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
     )
     processor = CLIPImageProcessorPil.from_pretrained(folder)
-    pictures = processor(
+    images = processor(
         [arrays[name] for name in sorted(arrays)],
         input_data_format="channels_last",
         return_tensors="pt",
     )
     with torch.inference_mode():
         text = model.get_text_features(**tokens).pooler_output
-        image = model.get_image_features(**pictures).pooler_output
+        image = model.get_image_features(**images).pooler_output
     return {
         name: torch.nn.functional.normalize(rows, dim=-1).numpy()
         for name, rows in (("text", text), ("image", image))
@@ -55,7 +55,7 @@ def _embed(arrays: dict[str, np.ndarray], folder: str, texts: list[str]) -> dict
 def tokenize(
     arrays: dict[str, np.ndarray], folder: str, texts: list[str], length: int, out: str
 ) -> dict[str, np.ndarray]:
-    """Ids of each text, cut to `length`; the tokenizer is then saved into the folder `out`."""
+    """Returns the ids of each text, cut to `length`, and saves the tokenizer to `out`."""
     tokenizer = CLIPTokenizer.from_pretrained(folder)
     ids = {
         str(number): np.array(tokenizer(text, truncation=True, max_length=length)["input_ids"])
@@ -66,26 +66,26 @@ def tokenize(
 
 
 def square(arrays: dict[str, np.ndarray], settings: list[dict]) -> dict[str, np.ndarray]:
-    """Each picture (uint8[h, w, 3]) resized and cropped by each settings, uint8[3, side, side]."""
+    """Preprocesses each image (uint8[h, w, 3]) with each settings to uint8[3, side, side]."""
     squares = {}
-    for number, each in enumerate(settings):
-        processor = CLIPImageProcessorPil(**each, do_rescale=False, do_normalize=False)
+    for number, arguments in enumerate(settings):
+        processor = CLIPImageProcessorPil(**arguments, do_rescale=False, do_normalize=False)
         for name, pixels in arrays.items():
-            done = processor([pixels], input_data_format="channels_last")
-            squares[f"{number}.{name}"] = np.ascontiguousarray(done["pixel_values"][0])
+            batch = processor([pixels], input_data_format="channels_last")
+            squares[f"{number}.{name}"] = np.ascontiguousarray(batch["pixel_values"][0])
     return squares
 
 
 def save(
     arrays: dict[str, np.ndarray], folder: str, sizes: dict, shard: str = "50GB"
 ) -> dict[str, np.ndarray]:
-    """Saves a CLIP of random weights into the folder and embeds `ids` and `pixels` with it.
+    """Saves a CLIP with random weights to the folder and embeds `ids` and `squares` with it.
 
-    Every tensor is random, so that no zero and no one hides a missing term.
+    Every tensor is random, so that no tensor of zeros or ones hides a missing term.
 
     Args:
       arrays: ids int64[n, t] and squares uint8[n, size, size, 3].
-      folder: where to save.
+      folder: the folder to write.
       sizes: arguments of CLIPConfig.
       shard: the largest size of a file.
     """

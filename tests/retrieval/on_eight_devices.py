@@ -1,7 +1,7 @@
-"""Run by test_mining.py in processes of their own: a bank on meshes of eight devices.
+"""Searches an index on meshes of eight devices; test_mining.py runs this in separate processes.
 
-One process has all eight, or each of several has some (`launch/local.py` says which flags they are
-given).
+One process has all eight devices, or several processes share them (`launch/local.py` passes the
+flags).
 """
 
 import argparse
@@ -15,7 +15,7 @@ import numpy as np
 
 from leon_jax import sharding
 from leon_jax.retrieval import device_blocks
-from leon_jax.retrieval.selection import SelectionConfig, diverse, find_neighbours
+from leon_jax.retrieval.selection import SelectionConfig, find_neighbours, select_diverse
 from leon_jax.retrieval.vector_index import VectorIndex
 
 parser = argparse.ArgumentParser()
@@ -27,7 +27,9 @@ arguments = parser.parse_args()
 if arguments.distributed:
     jax.distributed.initialize(arguments.coordinator, arguments.processes, arguments.process_id)
 
-device_blocks.CPU = device_blocks.Sizes(tile=128, queries=16, queries_exact=16, block=256 * 8 * 2)
+device_blocks.CPU = device_blocks.BlockSizes(
+    tile=128, queries=16, queries_exact=16, block=256 * 8 * 2
+)
 MESHES = [(8, 1, 1, 1), (2, 2, 1, 2)]
 
 rng = np.random.default_rng(0)
@@ -40,9 +42,9 @@ exact[:, ~keep] = -np.inf
 exact[exclude >= 0, exclude[exclude >= 0]] = -np.inf
 best = np.argsort(-exact, axis=1, kind="stable")[:, :30]
 
-unit = rng.normal(size=(900, 8)) * [4, 4, 1, 1, 1, 1, 1, 1]  # so that near copies are found
+unit = rng.normal(size=(900, 8)) * [4, 4, 1, 1, 1, 1, 1, 1]  # so that there are near copies
 unit = (unit / np.linalg.norm(unit, axis=1, keepdims=True)).astype(np.float16)
-asked = unit[:37].astype(np.float32)
+unit_queries = unit[:37].astype(np.float32)
 config = SelectionConfig(
     5, 40, near_copy_query=0.98, near_copy_document=0.9, alternate_sources=True
 )
@@ -52,29 +54,31 @@ for shape in MESHES:
     with jax.set_mesh(sharding.make_mesh(shape)):
         read = []
 
-        class Watched(VectorIndex):
+        class CountingIndex(VectorIndex):
             def rows(self, start, stop, read=read):
                 read.append(stop - start)
                 return super().rows(start, stop)
 
-        scores, ids = Watched([rows[:1000], rows[1000:]]).search(
+        scores, ids = CountingIndex([rows[:1000], rows[1000:]]).search(
             queries, 30, exclude=exclude, keep=keep
         )
         np.testing.assert_array_equal(ids, best)
         np.testing.assert_array_equal(scores, np.take_along_axis(exact, best, axis=1))
-        # The processes share the reading.
+        # Each process reads its part of the rows.
         assert sum(read) * jax.process_count() <= 5000 + 2 * 8 * 256, sum(read)
-        assert len(read) > jax.local_device_count(), "one block is no test"
+        assert len(read) > jax.local_device_count(), "the index must have several blocks"
 
-        own, bank = np.arange(37), VectorIndex([unit])
-        found, _ = find_neighbours(asked, bank, config, documents=asked, own=own, sources=sources)
-        _, names = bank.search(asked, 40, exclude=own)
-        for row in range(37):
-            chosen = diverse(
-                names[row], bank.take(names[row]), 5, config, asked[row],
-                source_of=sources.__getitem__,
-            )  # fmt: skip
-            expected = [*names[row][chosen], -1, -1, -1, -1, -1][:5]
-            assert found[row].tolist() == expected, (row, found[row], expected)
+        query_ids, index = np.arange(37), VectorIndex([unit])
+        neighbours, _ = find_neighbours(
+            unit_queries, index, config,
+            documents=unit_queries, query_ids=query_ids, sources=sources,
+        )  # fmt: skip
+        _, candidates = index.search(unit_queries, 40, exclude=query_ids)
+        for row, ids in enumerate(candidates):
+            chosen = select_diverse(
+                ids, index.take(ids), 5, config, unit_queries[row], source_of=sources.__getitem__
+            )
+            expected = [*ids[chosen], -1, -1, -1, -1, -1][:5]
+            assert neighbours[row].tolist() == expected, (row, neighbours[row], expected)
     if arguments.process_id == 0:
         print(shape, "equal", flush=True)

@@ -1,4 +1,4 @@
-"""The encoder of either kind: what is told apart, what is refused, what does not matter."""
+"""Both kinds of encoders: embeddings, preprocessing, dropout and errors."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ from tests.retrieval import clip_folder
 
 @pytest.fixture(scope="module", params=["ours", "OpenAI's"])
 def path(request, tmp_path_factory):
-    """What `RetrievalEncoder.load` takes: our file, or the folder of a CLIP."""
+    """A path for `RetrievalEncoder.load`: our file, or a CLIP folder."""
     if request.param == "ours":
         return tiny.folders()[0] / "encoder.safetensors"
     return clip_folder.write(tmp_path_factory.mktemp("clip"))
@@ -25,8 +25,8 @@ def encoder(path):
     return RetrievalEncoder.load(path, batch_size=4)
 
 
-def pictures(count: int = 6) -> list[np.ndarray]:
-    """Of many sizes, none of them the network's."""
+def images(count: int = 6) -> list[np.ndarray]:
+    """Images of several sizes, none of them the size of the network."""
     rng = np.random.default_rng(0)
     return [
         np.full((20 + 9 * i, 50 - 5 * i, 3), rng.integers(0, 256, 3), np.uint8)
@@ -34,11 +34,11 @@ def pictures(count: int = 6) -> list[np.ndarray]:
     ]
 
 
-def test_embeddings_are_unit_vectors_in_the_order_given(encoder):
+def test_embeddings_are_unit_vectors_in_the_order_of_the_inputs(encoder):
     texts = ["a cat", "a red heart", "", "a cat", "the word " * 100]
     for rows, single in (
         (encoder.embed_texts(texts), encoder.embed_texts(texts[1:2])),
-        (encoder.embed_images(pictures()), encoder.embed_images(pictures()[1:2])),
+        (encoder.embed_images(images()), encoder.embed_images(images()[1:2])),
     ):
         assert rows.shape[1] == encoder.dimensions and rows.dtype == np.float32
         np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-5)
@@ -48,13 +48,13 @@ def test_embeddings_are_unit_vectors_in_the_order_given(encoder):
     assert encoder.embed_images([]).shape == (0, encoder.dimensions)
 
 
-def test_pictures_may_be_preprocessed_first_and_come_one_by_one(encoder):
-    squares = [encoder.preprocess(pixels) for pixels in pictures()]
+def test_images_may_be_preprocessed_first_and_may_be_an_iterator(encoder):
+    squares = [encoder.preprocess(pixels) for pixels in images()]
     assert {(square.shape, square.dtype.name) for square in squares} == {((16, 16, 3), "uint8")}
-    expected = encoder.embed_images(pictures())
+    expected = encoder.embed_images(images())
     np.testing.assert_array_equal(encoder.embed_preprocessed(squares), expected)
     np.testing.assert_array_equal(encoder.embed_preprocessed(iter(squares)), expected)
-    np.testing.assert_array_equal(encoder.embed_images(iter(pictures())), expected)
+    np.testing.assert_array_equal(encoder.embed_images(iter(images())), expected)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_pictures_may_be_preprocessed_first_and_come_one_by_one(encoder):
     ],
     ids=lambda pixels: f"{pixels.dtype}{pixels.shape}",
 )
-def test_what_is_no_picture_is_refused(encoder, pixels):
+def test_arrays_that_are_not_images_are_rejected(encoder, pixels):
     with pytest.raises(UserError, match=r"must be uint8\[h, w, 3\], not "):
         encoder.embed_images([pixels])
     with pytest.raises(UserError, match=r"must be uint8\[16, 16, 3\], not "):
@@ -82,7 +82,7 @@ def test_query_dropout_works_with_either_tokenizer(encoder):
     assert drop_tokens(text, encoder.text, 0.0, rng) == text
 
 
-def test_our_encoder_sees_the_plain_picture_to_the_nearest_level():
+def test_our_encoder_preprocesses_like_the_plain_augmentation_rounded():
     encoder = RetrievalEncoder.load(tiny.folders()[0] / "encoder.safetensors")
     pixels = np.random.default_rng(0).integers(0, 256, (40, 23, 3)).astype(np.uint8)
     np.testing.assert_allclose(
@@ -92,9 +92,9 @@ def test_our_encoder_sees_the_plain_picture_to_the_nearest_level():
 
 def test_our_encoder_needs_the_text_tokenizer_it_was_trained_with(tmp_path):
     path = tiny.folders()[0] / "encoder.safetensors"
-    given = RetrievalEncoder.load(path, TextTokenizer.load(path.with_name("text.json")))
-    found = RetrievalEncoder.load(path)
-    np.testing.assert_array_equal(given.embed_texts(["cat"]), found.embed_texts(["cat"]))
+    explicit = RetrievalEncoder.load(path, TextTokenizer.load(path.with_name("text.json")))
+    default = RetrievalEncoder.load(path)
+    np.testing.assert_array_equal(explicit.embed_texts(["cat"]), default.embed_texts(["cat"]))
     other = TextTokenizer.train(["another text"], 256)
     with pytest.raises(UserError, match=r"with a text tokenizer of \d+ entries, not 256"):
         RetrievalEncoder.load(path, other)
@@ -103,6 +103,6 @@ def test_our_encoder_needs_the_text_tokenizer_it_was_trained_with(tmp_path):
         RetrievalEncoder.load(tmp_path / "encoder.safetensors")
 
 
-def test_a_folder_without_a_clip_is_named(tmp_path):
+def test_a_folder_without_a_clip_is_an_error(tmp_path):
     with pytest.raises(UserError, match=r"cannot read .*config\.json: No such file"):
         RetrievalEncoder.load(tmp_path)

@@ -1,4 +1,4 @@
-"""The miner's parts, on one device, on eight, on two processes, and compiled for TPUs."""
+"""The parts of a search, on one device, on eight, on two processes, and compiled for TPUs."""
 
 import functools
 import json
@@ -26,37 +26,39 @@ ROOT = Path(__file__).resolve().parents[2]
     st.sampled_from([1, 32]),
     st.sampled_from([2, 40, 100_000]),
 )
-def test_two_stages_choose_what_a_stable_sort_does(seed, shape, smallest, values):
+def test_top_k_equals_a_stable_sort(seed, shape, smallest, values):
     width, k = shape
     scores = np.random.default_rng(seed).integers(0, values, (3, width)).astype(np.float32)
     scores[scores == 1] = -np.inf
-    found, places = jax.jit(mining.top_k, static_argnums=(1, 2))(scores, k, smallest)
+    values, positions = jax.jit(mining.top_k, static_argnums=(1, 2))(scores, k, smallest)
     expected = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-    np.testing.assert_array_equal(places, expected)
-    np.testing.assert_array_equal(found, np.take_along_axis(scores, expected, axis=1))
+    np.testing.assert_array_equal(positions, expected)
+    np.testing.assert_array_equal(values, np.take_along_axis(scores, expected, axis=1))
 
 
 @given(st.integers(0, 2**31 - 1), st.integers(1, 512), st.integers(4, 4096))
-def test_blocks_fit_and_are_hardly_larger_than_what_they_hold(count, devices, row_bytes):
-    sizes = device_blocks.Sizes(tile=1024, queries=1, queries_exact=1, block=2**22)
+def test_blocks_fit_in_memory_with_little_padding(count, devices, row_bytes):
+    sizes = device_blocks.BlockSizes(tile=1024, queries=1, queries_exact=1, block=2**22)
     size, tile = device_blocks.block_size(count, devices, row_bytes, sizes)
-    each, odd = divmod(size, devices)
-    assert odd == 0 and each % tile == 0 and tile % device_blocks.LANES == 0 and tile <= sizes.tile
-    assert each == tile or each * row_bytes <= sizes.block
+    device_rows, remainder = divmod(size, devices)
+    assert remainder == 0 and device_rows % tile == 0
+    assert tile % device_blocks.LANES == 0 and tile <= sizes.tile
+    assert device_rows == tile or device_rows * row_bytes <= sizes.block
     number = -(-count // size)
-    # Not a row of the lanes more than needed in any tile, and a row for each device.
-    assert number * size - count < (number * each // tile * device_blocks.LANES + 1) * devices
+    # The padding is below one group of lanes in each tile, and one row for each device.
+    tiles = number * device_rows // tile
+    assert number * size - count < (tiles * device_blocks.LANES + 1) * devices
 
 
-def test_the_branch_for_tpus_finds_the_best_of_bins():
-    """Run on a CPU, where `approx_max_k` leaves nothing out."""
+def test_the_branch_for_tpus_returns_the_best_rows():
+    """Runs on a CPU, where `approx_max_k` is exact."""
     rng = np.random.default_rng(0)
     rows = rng.integers(-2, 3, (512, 8)).astype(np.float16)
     queries, allowed = rows[:4].astype(np.float32), rng.random(512) < 0.5
     empty = np.full((4, 5), -np.inf, np.float32), np.full((4, 5), -1, np.int32)
     mesh = jax.sharding.get_mesh()
     local = functools.partial(
-        mining._local, axes=mesh.axis_names, on_tpu=True, tile=128, recall=0.9
+        mining._local_step, axes=mesh.axis_names, on_tpu=True, tile=128, recall=0.9
     )
     split = jax.P(mesh.axis_names)
     run = jax.shard_map(local, in_specs=(*[split] * 5, jax.P()), out_specs=(split, split))
@@ -74,37 +76,37 @@ def run(*command):
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_every_mesh_of_eight_devices_finds_what_a_sort_finds(processes):
+def test_every_mesh_of_eight_devices_returns_what_a_sort_returns(processes):
     program = [sys.executable, str(Path(__file__).with_name("on_eight_devices.py"))]
     if processes > 1:
         launcher = [sys.executable, str(ROOT / "launch" / "local.py")]
         program = [*launcher, f"--processes={processes}", "--devices=4", "--", *program]
-    done = run(*program)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("equal") == 2, done.stdout
+    process = run(*program)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count("equal") == 2, process.stdout
 
 
 @pytest.mark.parametrize("recall", [1.0, 0.99])
-def test_on_tpus_no_score_is_in_device_memory_and_devices_exchange_no_rows(recall):
+def test_on_tpus_device_memory_has_no_scores_and_devices_exchange_no_rows(recall):
     documents, k, devices = 2_000_000, 128, 8
-    done = subprocess.run(
+    process = subprocess.run(
         [
             sys.executable, "-m", "benchmarks.mining_plan", "--topology=v5e:2x4",
             f"--documents={documents}", f"--k={k}", f"--recall={recall}",
         ],
         env=tpu.environment(), cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    queries = found["queries"]
-    assert found["devices"] * found["rows"] >= documents
-    # The bank in float16 and a byte of the mask, lists and queries.
-    held = found["rows"] * (2 * 512 + 1) + queries / devices * (2 * 4 * k + 4 * 512)
-    assert found["held"] == pytest.approx(held, rel=0.01)
-    assert found["working"] < 4 * queries * found["tile"] / 4
-    # A list of scores and one of ids for each query, and the queries themselves.
-    sent = {kind: each["bytes_sent"] for kind, each in found["collectives"].items()}
-    others = (devices - 1) / devices
-    assert sent.pop("all-to-all") == 2 * 4 * k * queries * others
-    assert sent.pop("all-gather") == (4 if recall == 1 else 2) * 512 * queries * others
+    assert process.returncode == 0, process.stderr
+    plan = json.loads(process.stdout)
+    queries = plan["queries"]
+    assert plan["devices"] * plan["rows"] >= documents
+    # The rows in float16 with a byte of the mask each; the lists and the queries.
+    resident = plan["rows"] * (2 * 512 + 1) + queries / devices * (2 * 4 * k + 4 * 512)
+    assert plan["held"] == pytest.approx(resident, rel=0.01)
+    assert plan["working"] < 4 * queries * plan["tile"] / 4
+    # A list of scores and a list of ids for each query, and the queries.
+    sent = {kind: counts["bytes_sent"] for kind, counts in plan["collectives"].items()}
+    fraction = (devices - 1) / devices
+    assert sent.pop("all-to-all") == 2 * 4 * k * queries * fraction
+    assert sent.pop("all-gather") == (4 if recall == 1 else 2) * 512 * queries * fraction
     assert not any(sent.values())

@@ -1,4 +1,4 @@
-"""OpenAI's CLIP from transformers' folders, against transformers itself."""
+"""OpenAI's CLIP, read from folders in the format of transformers, against transformers."""
 
 import json
 import tempfile
@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from leon_jax.config import UserError
 from leon_jax.retrieval import openai_clip, openai_weights
 from leon_jax.retrieval.encoder import RetrievalEncoder
-from leon_jax.retrieval.openai_clip import Square, read_square
+from leon_jax.retrieval.openai_clip import ImageProcessor, read_image_processor
 from tests import peers
 from tests.retrieval import clip_folder
 
@@ -27,8 +27,8 @@ def run_peer(arrays: dict[str, np.ndarray], **task) -> dict[str, np.ndarray]:
     return peers.run_peer(SCRIPT, {**arrays, "task": encoded})
 
 
-def picture(height: int, width: int, seed: int = 0) -> np.ndarray:
-    """Noise on a slope of a colour: every filter and every pixel of a shift shows."""
+def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
+    """Noise on a colour gradient, so that a wrong filter or a shift of a pixel is visible."""
     rng = np.random.default_rng(seed)
     slope = np.linspace(0, 1, height)[:, None, None] * rng.uniform(0, 127, 3)
     return (rng.integers(0, 128, (height, width, 3)) + slope).astype(np.uint8)
@@ -39,15 +39,15 @@ def edit(folder: Path, name: str = "config.json", **changes) -> None:
     values = json.loads((folder / name).read_text())
     for key, value in changes.items():
         *groups, last = key.split("__")
-        place = values
+        target = values
         for group in groups:
-            place = place[group]
-        place[last] = value
+            target = target[group]
+        target[last] = value
     (folder / name).write_text(json.dumps(values))
 
 
 def rewrite(folder: Path, change) -> None:
-    """Writes model.safetensors anew with what `change` makes of its tensors, by name."""
+    """Applies `change` to the tensors of model.safetensors, by name, and writes the file again."""
     save_file(change(load_file(folder / "model.safetensors")), folder / "model.safetensors")
 
 
@@ -58,21 +58,21 @@ def half(dtype):
 def make_sharded(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
-    places = {name: f"model-0000{i % 3 + 1}.safetensors" for i, name in enumerate(sorted(tensors))}
-    for place in set(places.values()):
-        some = {name: array for name, array in tensors.items() if places[name] == place}
-        save_file(some, folder / place, {"format": "pt"})
-    index = {"metadata": {}, "weight_map": places}
+    shards = {name: f"model-0000{i % 3 + 1}.safetensors" for i, name in enumerate(sorted(tensors))}
+    for shard in set(shards.values()):
+        arrays = {name: array for name, array in tensors.items() if shards[name] == shard}
+        save_file(arrays, folder / shard, {"format": "pt"})
+    index = {"metadata": {}, "weight_map": shards}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def make_legacy(folder: Path) -> None:
-    """As OpenAI's first folders: wrong ids, groups told twice, positions stored, older settings."""
+    """Like OpenAI's first folders: wrong ids, duplicate groups, position ids and older settings."""
     values = json.loads((folder / "config.json").read_text())
     for tower in ("text", "vision"):
-        right = values[f"{tower}_config"]
-        values[f"{tower}_config_dict"] = right
-        values[f"{tower}_config"] = right | {"num_hidden_layers": 7}
+        correct = values[f"{tower}_config"]
+        values[f"{tower}_config_dict"] = correct
+        values[f"{tower}_config"] = correct | {"num_hidden_layers": 7}
     values["text_config_dict"] |= {"bos_token_id": 0, "eos_token_id": 2}
     (folder / "config.json").write_text(json.dumps(values))
 
@@ -102,33 +102,33 @@ VARIANTS = {
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Every variant's folder, and what transformers makes of it."""
+    """The folder of every variant, the images, and the embeddings of transformers."""
     root = tmp_path_factory.mktemp("clip")
-    made = {}
+    paths = {}
     for name, change in VARIANTS.items():
-        made[name] = clip_folder.write(root / name)
-        change(made[name])
-    pictures = {f"{i}": picture(*size, seed=i) for i, size in enumerate(SIZES)}
-    theirs = run_peer(
-        pictures,
+        paths[name] = clip_folder.write(root / name)
+        change(paths[name])
+    images = {f"{i}": noise(*size, seed=i) for i, size in enumerate(SIZES)}
+    expected = run_peer(
+        images,
         do="embed",
-        folders=[str(folder) for folder in made.values()],
+        folders=[str(folder) for folder in paths.values()],
         texts=clip_folder.HARD,
     )
-    return made, list(pictures.values()), theirs
+    return paths, list(images.values()), expected
 
 
 @pytest.mark.peers
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_embeddings_equal_transformers(folders, variant):
-    """From strings and pictures to unit vectors, in float32, within 1e-5."""
-    made, pictures, theirs = folders
-    encoder = RetrievalEncoder.load(made[variant], batch_size=8)
-    expected = theirs[f"{made[variant]}.text"], theirs[f"{made[variant]}.image"]
-    np.testing.assert_allclose(encoder.embed_texts(clip_folder.HARD), expected[0], atol=1e-5)
-    np.testing.assert_allclose(encoder.embed_images(pictures), expected[1], atol=1e-5)
-    # The comparison means something only if inputs are told apart.
-    for rows in expected:
+    """From strings and images to unit vectors, in float32, within 1e-5."""
+    paths, images, expected = folders
+    encoder = RetrievalEncoder.load(paths[variant], batch_size=8)
+    text_rows, image_rows = (expected[f"{paths[variant]}.{kind}"] for kind in ("text", "image"))
+    np.testing.assert_allclose(encoder.embed_texts(clip_folder.HARD), text_rows, atol=1e-5)
+    np.testing.assert_allclose(encoder.embed_images(images), image_rows, atol=1e-5)
+    # The comparison is only meaningful if different inputs have different embeddings.
+    for rows in (text_rows, image_rows):
         assert np.mean(rows @ rows.T) < 0.9
 
 
@@ -162,22 +162,22 @@ def test_real_sizes_equal_transformers(sizes, side, width):
     ids[:, 0] = 49_406
     for row, end in enumerate((1, 20, 76)):
         ids[row, end:] = 49_407
-    squares = np.stack([picture(side, side), 255 - picture(side, side, seed=1)])
-    # Not a folder of pytest's, which it would keep: this one has up to 1.7 GB.
+    squares = np.stack([noise(side, side), 255 - noise(side, side, seed=1)])
+    # Pytest would not delete its temporary folder, and this one has up to 1.7 GB.
     with tempfile.TemporaryDirectory() as folder:
-        theirs = run_peer({"ids": ids, "squares": squares}, do="save", folder=folder, sizes=sizes)
+        expected = run_peer({"ids": ids, "squares": squares}, do="save", folder=folder, sizes=sizes)
         model = openai_weights.load(Path(folder), openai_clip.read_config(Path(folder)))
     for name, rows in (
         ("text", jax.jit(lambda m, x: m.embed_text(x))(model, ids.astype(np.int32))),
         ("image", jax.jit(lambda m, x: m.embed_image(x / 255))(model, squares)),
     ):
-        assert rows.shape == (len(theirs[name]), width)
-        np.testing.assert_allclose(rows, theirs[name], atol=1e-5)
+        assert rows.shape == (len(expected[name]), width)
+        np.testing.assert_allclose(rows, expected[name], atol=1e-5)
         assert np.abs(rows[0] - rows[1]).max() > 0.02
 
 
 @pytest.mark.peers
-def test_squares_equal_transformers_bit_for_bit():
+def test_preprocessed_images_equal_transformers_bit_for_bit():
     settings = [
         {},
         {"size": {"shortest_edge": 336}, "crop_size": {"height": 336, "width": 336}},
@@ -187,25 +187,28 @@ def test_squares_equal_transformers_bit_for_bit():
         *SIZES, (224, 224), (225, 224), (224, 227), (480, 640), (641, 479), (1000, 33), (17, 900),
         (223, 222), (1, 300), (300, 2), (448, 449),
     ]  # fmt: skip
-    pictures = {f"{height}x{width}": picture(height, width) for height, width in sizes}
-    theirs = run_peer(pictures, do="square", settings=settings)
-    for number, square in enumerate(
-        (Square(224, 224), Square(336, 336), Square(64, 73, PIL.Image.Resampling.BILINEAR))
-    ):
-        for name, pixels in pictures.items():
-            ours = square(pixels)
-            assert ours.dtype == np.uint8
+    images = {f"{height}x{width}": noise(height, width) for height, width in sizes}
+    expected = run_peer(images, do="square", settings=settings)
+    processors = (
+        ImageProcessor(224, 224),
+        ImageProcessor(336, 336),
+        ImageProcessor(64, 73, PIL.Image.Resampling.BILINEAR),
+    )
+    for number, processor in enumerate(processors):
+        for name, pixels in images.items():
+            square = processor(pixels)
+            assert square.dtype == np.uint8
             np.testing.assert_array_equal(
-                ours, theirs[f"{number}.{name}"].transpose(1, 2, 0), err_msg=f"{number}.{name}"
+                square, expected[f"{number}.{name}"].transpose(1, 2, 0), err_msg=f"{number}.{name}"
             )
 
 
-def test_of_a_sliver_only_the_middle_is_resized():
-    """One pixel by 16,384 would become a picture of 2.5 GB."""
-    sliver = picture(1, 16_384)
-    np.testing.assert_array_equal(Square(224, 224)(sliver), Square(224, 224)(sliver[:, 7692:8692]))
-    upright = np.swapaxes(sliver, 0, 1)
-    assert Square(224, 224)(upright).shape == (224, 224, 3)
+def test_of_a_very_long_image_only_the_centre_is_resized():
+    """One pixel by 16,384 would become an image of 2.5 GB."""
+    long, processor = noise(1, 16_384), ImageProcessor(224, 224)
+    np.testing.assert_array_equal(processor(long), processor(long[:, 7692:8692]))
+    upright = np.swapaxes(long, 0, 1)
+    assert processor(upright).shape == (224, 224, 3)
 
 
 @pytest.fixture
@@ -217,17 +220,18 @@ def settings(**changes):
     return lambda folder: edit(folder, "preprocessor_config.json", **changes)
 
 
-def test_picture_settings_are_read_from_either_file_or_are_openais(folder):
-    side = clip_folder.SIZE
+def test_the_image_processor_is_read_from_either_file_or_is_openais(folder):
+    size = clip_folder.SIZE
     edit(folder, "preprocessor_config.json", size={"shortest_edge": 20}, resample=2)
-    expected = Square(side, 20, PIL.Image.Resampling.BILINEAR)
-    assert read_square(folder, side) == expected
+    expected = ImageProcessor(size, 20, PIL.Image.Resampling.BILINEAR)
+    assert read_image_processor(folder, size) == expected
     values = json.loads((folder / "preprocessor_config.json").read_text())
     (folder / "preprocessor_config.json").unlink()
     (folder / "processor_config.json").write_text(json.dumps({"image_processor": values}))
-    assert read_square(folder, side) == expected
+    assert read_image_processor(folder, size) == expected
     (folder / "processor_config.json").unlink()
-    assert read_square(folder, side) == Square(side, side, PIL.Image.Resampling.BICUBIC)
+    default = ImageProcessor(size, size, PIL.Image.Resampling.BICUBIC)
+    assert read_image_processor(folder, size) == default
 
 
 def drop(name):
@@ -262,7 +266,10 @@ def replace(name, make):
         ),
         (config(text_config=[]), r"text_config is \[\]"),
         (config(vision_config__num_attention_heads=5), "width 24 is not a multiple of heads 5"),
-        (config(projection_dim=13), r"projection.weight in .* \[12, \d+\], .* it is \[13"),
+        (
+            config(projection_dim=13),
+            r"projection.weight in .* \[12, \d+\], but config\.json requires \[13",
+        ),
         (drop("text_projection.weight"), r"lacks the tensor text_projection\.weight$"),
         (config(vision_config__num_hidden_layers=3), r"lacks the tensor .* and 15 more"),
         (
@@ -271,7 +278,7 @@ def replace(name, make):
         ),
         (
             replace("logit_scale", lambda old: old[None]),
-            r"logit_scale in .* has the shape \[1\], but by config\.json it is \[\]",
+            r"logit_scale in .* has the shape \[1\], but config\.json requires \[\]",
         ),
         (
             replace("visual_projection.weight", lambda old: old.astype(np.int8)),
@@ -279,11 +286,11 @@ def replace(name, make):
         ),
         (
             replace("visual_projection.weight", lambda old: old * np.inf),
-            r"clip holds NaN or infinite numbers in 'visual_projection\.weight'",
+            r"clip has NaN or infinite numbers in 'visual_projection\.weight'",
         ),
         (
             lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
-            r"has no model\.safetensors, the only format",
+            r"has no model\.safetensors, the only weight format",
         ),
         (
             lambda folder: (folder / "model.safetensors").write_bytes(b"damaged"),
@@ -298,23 +305,23 @@ def replace(name, make):
                 make_sharded(folder),
                 (folder / "model.safetensors.index.json").write_text("[]"),
             ),
-            r"index\.json does not say which files there are",
+            r"index\.json does not list the files of the weights",
         ),
         (lambda folder: (folder / "vocab.json").unlink(), "has no text tokenizer"),
         (
             lambda folder: edit(folder, "vocab.json", **{"more": 9999}),
             r"start and end at \d+ and \d+; the model needs",
         ),
-        (settings(image_processor_type="ViTImageProcessor"), "is of ViTImageProcessor"),
+        (settings(image_processor_type="ViTImageProcessor"), "is for ViTImageProcessor"),
         (settings(do_center_crop=False), "do_center_crop is False"),
         (settings(image_mean=[0.5, 0.5, 0.5]), r"image_mean is \[0\.5, 0\.5, 0\.5\]"),
         (settings(crop_size=32), "crop_size is 32; the network needs 16"),
         (settings(size={"height": 16, "width": 16}), "it must be the shorter side, 16 or more"),
         (settings(size={"shortest_edge": 8}), "it must be the shorter side, 16 or more"),
-        (settings(resample=9), "resample is 9, no filter of Pillow"),
+        (settings(resample=9), "resample is 9, which is not a filter of Pillow"),
     ],
 )
-def test_what_cannot_be_read_is_named(folder, change, message):
+def test_a_folder_that_cannot_be_read_is_an_error(folder, change, message):
     change(folder)
     with pytest.raises(UserError, match=message):
         openai_clip.load(folder)

@@ -1,4 +1,4 @@
-"""A prepared folder as it is read: rows through shards, and files that are none of it."""
+"""Reading a prepared folder: rows through all shards, and errors."""
 
 import numpy as np
 import pytest
@@ -37,11 +37,11 @@ def test_rows_are_numbered_through_all_files(tmp_path):
             opened[row]
 
 
-def test_a_file_that_is_no_table_is_named(tmp_path):
+def test_a_file_that_is_not_a_table_is_an_error(tmp_path):
     with pytest.raises(UserError, match=r"there is no file .*none\.npy"):
         Neighbours.open([tmp_path / "none.npy"])
     save_rows(tmp_path / "other.npy", np.zeros((2, 3), np.float32))
-    with pytest.raises(UserError, match=r"other\.npy is no table of neighbours"):
+    with pytest.raises(UserError, match=r"other\.npy is not a table of neighbours"):
         Neighbours.open([tmp_path / "other.npy"])
     save_rows(tmp_path / "cut.npy", table(9))
     (tmp_path / "cut.npy").write_bytes((tmp_path / "cut.npy").read_bytes()[:-5])
@@ -49,7 +49,7 @@ def test_a_file_that_is_no_table_is_named(tmp_path):
         Neighbours.open([tmp_path / "cut.npy"])
 
 
-def test_what_a_folder_does_not_have_is_named():
+def test_a_missing_split_or_missing_variants_are_errors():
     prepared = PreparedFolder(tiny.folders()[1])
     with pytest.raises(UserError, match="no split 'exam'; its splits are train, unseen_design"):
         prepared.records("exam")
@@ -57,7 +57,7 @@ def test_what_a_folder_does_not_have_is_named():
         prepared.variants(prepared.records())
 
 
-def test_a_folder_of_another_program_can_be_trained_on_but_not_searched(tmp_path):
+def test_a_folder_of_another_program_can_be_used_for_training_but_not_searched(tmp_path):
     document = Document((Text("a"), Image(codes=np.zeros((2, 2), np.int32))))
     write_split(tmp_path, "train", [document])
     prepared = PreparedFolder(tmp_path)

@@ -1,4 +1,4 @@
-"""The bank against numpy in float64, and its files."""
+"""The vector index restoredst numpy in float64, and its files."""
 
 import pickle
 
@@ -11,8 +11,8 @@ from leon_jax.config import UserError
 from leon_jax.retrieval import device_blocks
 from leon_jax.retrieval.vector_index import VectorIndex, save_rows
 
-# So small that a few hundred rows are several tiles and blocks.
-SMALL = device_blocks.Sizes(tile=128, queries=8, queries_exact=4, block=256 * 4 * 2)
+# Small, so that a few hundred rows are several tiles and blocks.
+SMALL = device_blocks.BlockSizes(tile=128, queries=8, queries_exact=4, block=256 * 4 * 2)
 
 
 def small_integers(rng, count, width=4):
@@ -21,11 +21,11 @@ def small_integers(rng, count, width=4):
 
 
 def brute(rows, queries, k, exclude=None, keep=None):
-    """What a search must find: scores in float64, ids in the order of a stable sort."""
+    """The expected result of a search: scores in float64, ids in the order of a stable sort."""
     scores = queries.astype(np.float64) @ rows.astype(np.float64).T
     if exclude is not None:
-        for row, banned in enumerate(exclude):
-            scores[row, [i for i in np.atleast_1d(banned) if i >= 0]] = -np.inf
+        for row, excluded in enumerate(exclude):
+            scores[row, [i for i in np.atleast_1d(excluded) if i >= 0]] = -np.inf
     if keep is not None:
         scores[:, ~keep] = -np.inf
     scores = np.pad(scores, ((0, 0), (0, k)), constant_values=-np.inf)
@@ -43,9 +43,9 @@ def small_pieces():
 
 @st.composite
 def searches(draw):
-    """Files of a bank, and the arguments of a search."""
+    """Arrays of an index, and the arguments of a search."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
-    # Few sizes, because each is compiled.
+    # Few sizes, because each one is compiled.
     count = draw(st.sampled_from([0, 1, 100, 129, 256, 300, 700]))
     rows = small_integers(rng, count)
     cuts = sorted(draw(st.lists(st.integers(0, count), max_size=3)))
@@ -69,7 +69,7 @@ def test_search_equals_a_float64_sort(case):
     np.testing.assert_array_equal(scores, expected_scores)
 
 
-def test_products_are_made_in_float32():
+def test_products_are_computed_in_float32():
     rng = np.random.default_rng(0)
     rows, queries = rng.normal(size=(300, 512)), rng.normal(size=(5, 512)).astype(np.float32)
     for dtype in (np.float16, np.float32):
@@ -80,26 +80,26 @@ def test_products_are_made_in_float32():
         np.testing.assert_allclose(scores, expected, atol=5e-6)
 
 
-def test_an_approximate_search_finds_most_of_the_best():
+def test_an_approximate_search_returns_most_of_the_best():
     rng = np.random.default_rng(0)
     rows, queries = rng.normal(size=(2000, 64)).astype(np.float16), rng.normal(size=(40, 64))
-    bank, keep = VectorIndex([rows]), rng.random(2000) < 0.5
+    index, keep = VectorIndex([rows]), rng.random(2000) < 0.5
     _, best = brute(rows, queries, 20, keep=keep)
     for approximate in (True, 0.95):
-        _, ids = bank.search(queries, 20, exclude=best[:, 0], keep=keep, approximate=approximate)
-        found = np.mean([len(set(a) & set(b)) / 19 for a, b in zip(ids, best[:, 1:], strict=True)])
-        assert found > 0.95
+        _, ids = index.search(queries, 20, exclude=best[:, 0], keep=keep, approximate=approximate)
+        recall = np.mean([len(set(a) & set(b)) / 19 for a, b in zip(ids, best[:, 1:], strict=True)])
+        assert recall > 0.95
         assert keep[ids].all() and (ids != best[:, :1]).all()
 
 
-def test_one_excluded_id_a_query_may_be_given_flat():
-    bank = VectorIndex([np.eye(4, dtype=np.float32)])
-    _, ids = bank.search(np.eye(4), 1, exclude=[-1, 1, 2, -1])
+def test_exclude_may_be_one_id_for_each_query():
+    index = VectorIndex([np.eye(4, dtype=np.float32)])
+    _, ids = index.search(np.eye(4), 1, exclude=[-1, 1, 2, -1])
     assert ids[0, 0] == 0 and ids[3, 0] == 3
     assert ids[1, 0] != 1 and ids[2, 0] != 2
 
 
-def test_no_queries_give_no_rows():
+def test_a_search_without_queries_returns_no_rows():
     scores, ids = VectorIndex([np.eye(3, dtype=np.float16)]).search(np.zeros((0, 3)), 2)
     assert scores.shape == ids.shape == (0, 2)
 
@@ -107,11 +107,11 @@ def test_no_queries_give_no_rows():
 def test_a_second_prompt_compiles_nothing():
     from leon_jax.retrieval import mining
 
-    bank = VectorIndex([small_integers(np.random.default_rng(0), 300)])
-    bank.search(np.ones((1, 4)), 5)
+    index = VectorIndex([small_integers(np.random.default_rng(0), 300)])
+    index.search(np.ones((1, 4)), 5)
     programs = mining.step._cache_size()
     for seed in range(3):
-        bank.search(small_integers(np.random.default_rng(seed), 1), 5)
+        index.search(small_integers(np.random.default_rng(seed), 1), 5)
     assert mining.step._cache_size() == programs
 
 
@@ -121,41 +121,41 @@ def test_rows_are_numbered_through_all_files(tmp_path):
     paths = [tmp_path / f"{number}.npy" for number in range(4)]
     for path, part in zip(paths, parts, strict=True):
         save_rows(path, part)
-    assert sorted(tmp_path.iterdir()) == paths  # no temporary file is left
-    bank, whole = VectorIndex.open(paths), np.concatenate(parts)
-    assert len(bank) == 9 and bank.dimensions == 4
+    assert sorted(tmp_path.iterdir()) == paths  # no temporary file remains
+    index, whole = VectorIndex.open(paths), np.concatenate(parts)
+    assert len(index) == 9 and index.dimensions == 4
     for start in range(10):
         for stop in range(start, 10):
-            rows = bank.rows(start, stop)
+            rows = index.rows(start, stop)
             assert rows.dtype == np.float16
             np.testing.assert_array_equal(rows, whole[start:stop])
     ids = rng.integers(-1, 9, (4, 7))
-    taken = bank.take(ids)
+    taken = index.take(ids)
     assert taken.dtype == np.float32
     np.testing.assert_array_equal(taken, np.where(ids[..., None] < 0, 0, whole[ids]))
 
 
-def test_a_bank_is_pickled_by_its_files(tmp_path):
+def test_an_index_is_pickled_by_the_paths_of_its_files(tmp_path):
     rows = small_integers(np.random.default_rng(0), 300)
     save_rows(tmp_path / "rows.npy", rows)
-    bank = VectorIndex.open([tmp_path / "rows.npy"])
-    bank.search(np.ones((1, 4)), 1)
-    sent = pickle.dumps(bank)
-    assert len(sent) < 300
-    for again in (pickle.loads(sent), pickle.loads(pickle.dumps(VectorIndex([rows])))):
-        np.testing.assert_array_equal(again.rows(0, 300), rows)
+    index = VectorIndex.open([tmp_path / "rows.npy"])
+    index.search(np.ones((1, 4)), 1)
+    pickled = pickle.dumps(index)
+    assert len(pickled) < 300
+    for restored in (pickle.loads(pickled), pickle.loads(pickle.dumps(VectorIndex([rows])))):
+        np.testing.assert_array_equal(restored.rows(0, 300), rows)
 
 
-def test_numbers_that_are_not_finite_are_found_when_they_are_read(tmp_path):
+def test_a_search_reports_rows_that_are_not_finite(tmp_path):
     rows = small_integers(np.random.default_rng(0), 700)
     save_rows(tmp_path / "good.npy", rows)
     rows[600, 2] = np.nan
     save_rows(tmp_path / "bad.npy", rows)
-    bank = VectorIndex.open([tmp_path / "good.npy", tmp_path / "bad.npy"])
+    index = VectorIndex.open([tmp_path / "good.npy", tmp_path / "bad.npy"])
     keep = np.arange(1400) < 700
-    assert bank.search(np.ones((1, 4)), 1, keep=keep)[1].shape == (1, 1)
-    with pytest.raises(UserError, match=r"row 600 of .*bad\.npy holds numbers that are not finite"):
-        bank.search(np.ones((1, 4)), 1)
+    assert index.search(np.ones((1, 4)), 1, keep=keep)[1].shape == (1, 1)
+    with pytest.raises(UserError, match=r"row 600 of .*bad\.npy has numbers that are not finite"):
+        index.search(np.ones((1, 4)), 1)
 
 
 EYE = np.eye(3, dtype=np.float32)
@@ -165,28 +165,28 @@ EYE = np.eye(3, dtype=np.float32)
     ("action", "message"),
     [
         (lambda: VectorIndex([]), "at least one file or array"),
-        (lambda: VectorIndex([np.zeros(3, np.float32)]), r"array 0 holds float32\[3\].*\[n, d\]"),
+        (lambda: VectorIndex([np.zeros(3, np.float32)]), r"array 0 has float32\[3\].*\[n, d\]"),
         (
             lambda: VectorIndex([np.eye(3)]),
-            r"array 0 holds float64\[3, 3\]; a bank needs float16 or",
+            r"array 0 has float64\[3, 3\]; a vector index needs float16 or",
         ),
-        (lambda: VectorIndex([EYE, EYE[:, :2]]), r"array 1 holds float32\[3, 2\], but array 0"),
+        (lambda: VectorIndex([EYE, EYE[:, :2]]), r"array 1 has float32\[3, 2\], but array 0"),
         (lambda: VectorIndex([EYE, EYE.astype(np.float16)]), "of one type and width"),
         (lambda: VectorIndex([EYE]).search(EYE, 0), "k is 0"),
         (lambda: VectorIndex([EYE]).search(np.eye(4), 1), r"needs \[q, 3\]"),
         (
             lambda: VectorIndex([EYE]).search(EYE * np.nan, 1),
-            "queries hold numbers that are not finite",
+            "queries have numbers that are not finite",
         ),
         (lambda: VectorIndex([EYE]).search(EYE, 1, keep=np.ones(2, bool)), r"needs bool\[3\]"),
         (lambda: VectorIndex([EYE]).search(EYE, 1, keep=np.ones(3)), "keep is float64"),
         (lambda: VectorIndex([EYE]).search(EYE, 1, exclude=[1]), r"exclude is \[1, 1\]; 3 queries"),
         (lambda: VectorIndex([EYE]).search(EYE, 1, approximate=1.5), r"approximate is 1\.5"),
-        (lambda: VectorIndex([EYE]).rows(1, 4), "rows 1 to 4 are not within a bank of 3"),
+        (lambda: VectorIndex([EYE]).rows(1, 4), "rows 1 to 4 are not within an index of 3"),
         (lambda: VectorIndex([EYE]).take(np.array([3])), "rows 3 to 3 are not within"),
     ],
 )
-def test_what_does_not_fit_is_refused(action, message):
+def test_arguments_that_do_not_fit_are_rejected(action, message):
     with pytest.raises(UserError, match=message):
         action()
 
@@ -205,5 +205,5 @@ def test_a_missing_or_damaged_file_is_named(tmp_path):
     with pytest.raises(UserError, match=r"rows\.npy is not a whole \.npy file$"):
         VectorIndex.open([path])
     save_rows(path, np.arange(3))
-    with pytest.raises(UserError, match=r"rows\.npy holds int64\[3\]; a bank needs float16"):
+    with pytest.raises(UserError, match=r"rows\.npy has int64\[3\]; a vector index needs float16"):
         VectorIndex.open([path])

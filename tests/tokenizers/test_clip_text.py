@@ -1,4 +1,4 @@
-"""CLIP's text tokenizer against transformers'."""
+"""CLIP's text tokenizer against the one of transformers."""
 
 import json
 from pathlib import Path
@@ -18,26 +18,26 @@ SPELLS_CONTROL = [text for text in clip_folder.HARD if "<|" in text]
 
 @pytest.fixture
 def folder(tmp_path):
-    """Holds vocab.json and merges.txt."""
+    """A folder with vocab.json and merges.txt."""
     clip_folder.write_vocabulary(tmp_path)
     return tmp_path
 
 
 @pytest.mark.peers
-def test_ids_are_those_of_transformers_from_either_kind_of_file(folder, tmp_path):
+def test_ids_from_either_kind_of_file_equal_transformers(folder, tmp_path):
     out = tmp_path / "saved"
     task = {
         "do": "tokenize", "folder": str(folder), "texts": clip_folder.HARD, "length": LENGTH,
         "out": str(out),
     }  # fmt: skip
     script = Path(__file__).parents[1] / "retrieval" / "clip_in_torch.py"
-    theirs = peers.run_peer(script, {"task": np.frombuffer(json.dumps(task).encode(), np.uint8)})
+    expected = peers.run_peer(script, {"task": np.frombuffer(json.dumps(task).encode(), np.uint8)})
     assert not (folder / "tokenizer.json").exists() and (out / "tokenizer.json").exists()
     assert not (out / "vocab.json").exists()
-    for ours in (CLIPTextTokenizer.load(folder), CLIPTextTokenizer.load(out)):
+    for tokenizer in (CLIPTextTokenizer.load(folder), CLIPTextTokenizer.load(out)):
         for number, text in enumerate(clip_folder.HARD):
-            ids = [ours.start, *ours.encode(text)[: LENGTH - 2], ours.end]
-            assert ids == theirs[str(number)].tolist(), text
+            ids = [tokenizer.start, *tokenizer.encode(text)[: LENGTH - 2], tokenizer.end]
+            assert ids == expected[str(number)].tolist(), text
 
 
 def test_decoded_text_has_the_same_ids(folder):
@@ -53,12 +53,12 @@ def test_decoded_text_has_the_same_ids(folder):
 def test_half_a_character_becomes_the_replacement_character(folder):
     tokenizer = CLIPTextTokenizer.load(folder)
     ids = tokenizer.encode("a ☃")
-    assert len(ids) == 4  # the snowman has three bytes, and was in no training text
+    assert len(ids) == 4  # the snowman has three bytes, and no training text has it
     assert tokenizer.decode(ids[:-1]) == "a \ufffd"
 
 
-def test_a_text_is_not_cut_even_if_the_file_says_so(folder):
-    """A tokenizer.json keeps the truncation and the padding of its last use."""
+def test_a_text_is_not_truncated_even_if_the_file_says_so(folder):
+    """A tokenizer.json stores the truncation and the padding of its last use."""
     long = "word " * 100
     whole = tokenizers.Tokenizer.from_str(CLIPTextTokenizer.load(folder)._tokenizer.to_str())
     whole.enable_truncation(7)
@@ -78,7 +78,7 @@ def test_start_and_end_are_the_last_two_ids_and_are_not_added(folder):
     assert tokenizer.encode("") == []
 
 
-def test_what_cannot_be_encoded_or_decoded_is_refused(folder):
+def test_texts_and_ids_that_are_not_valid_are_rejected(folder):
     tokenizer = CLIPTextTokenizer.load(folder)
     with pytest.raises(UserError, match="not valid unicode"):
         tokenizer.encode("a\ud800b")
@@ -89,7 +89,10 @@ def test_what_cannot_be_encoded_or_decoded_is_refused(folder):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda folder: (folder / "merges.txt").unlink(), r"it is tokenizer\.json, or vocab\.json"),
+        (
+            lambda folder: (folder / "merges.txt").unlink(),
+            r"it needs tokenizer\.json, or vocab\.json",
+        ),
         (lambda folder: (folder / "vocab.json").write_text("{"), "is damaged"),
         (lambda folder: (folder / "tokenizer.json").write_text("{}"), "is damaged"),
         (
@@ -107,7 +110,7 @@ def test_what_cannot_be_encoded_or_decoded_is_refused(folder):
     ],
     ids=["no merges", "no json", "no tokenizer", "no start", "words"],
 )
-def test_files_that_are_not_clips_are_refused(folder, change, message):
+def test_files_of_another_tokenizer_are_rejected(folder, change, message):
     change(folder)
     with pytest.raises(UserError, match=message):
         CLIPTextTokenizer.load(folder)

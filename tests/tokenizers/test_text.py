@@ -56,18 +56,18 @@ def test_odd_strings_round_trip(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_it_learns_what_is_frequent(tokenizer):
+def test_frequent_strings_become_single_tokens(tokenizer):
     assert tokenizer.size == 300
     assert len(tokenizer.encode("red cat face, A")) < len("red cat face, A")
 
 
-def test_the_alphabet_alone_spells_everything():
+def test_the_byte_alphabet_alone_encodes_any_text():
     tokenizer = TextTokenizer.train([], 256)
     assert tokenizer.size == 256
     assert len(tokenizer.encode("é<break>")) == len("é<break>".encode())
 
 
-def test_the_size_is_smaller_when_there_is_too_little_to_learn():
+def test_the_size_is_smaller_if_the_texts_have_too_few_merges():
     assert TextTokenizer.train(["ab"], 1000).size == 257
 
 
@@ -90,7 +90,7 @@ def test_training_does_not_depend_on_the_process(tokenizer, tmp_path):
     assert (tmp_path / "other").read_bytes() == (tmp_path / "trained").read_bytes()
 
 
-def test_a_saved_tokenizer_is_the_same(tokenizer, tmp_path):
+def test_a_saved_or_pickled_tokenizer_gives_the_same_ids(tokenizer, tmp_path):
     tokenizer.save(tmp_path / "text.json")
     loaded = TextTokenizer.load(tmp_path / "text.json")
     copied = pickle.loads(pickle.dumps(tokenizer))
@@ -106,18 +106,18 @@ def test_ids_that_are_not_utf8_still_decode(tokenizer):
 
 
 @pytest.mark.parametrize("ids", [[300], [-1], [0, 10**9]])
-def test_foreign_ids_are_refused(tokenizer, ids):
+def test_unknown_ids_are_rejected(tokenizer, ids):
     with pytest.raises(UserError, match=r"is not in 0\.\.299"):
         tokenizer.decode(ids)
 
 
 @pytest.mark.parametrize("size", [255, 56_321])
-def test_impossible_sizes_are_refused(size):
+def test_sizes_out_of_range_are_rejected(size):
     with pytest.raises(UserError, match="256 to 56320 tokens"):
         TextTokenizer.train(TEXTS, size)
 
 
-def test_a_lone_surrogate_is_refused(tokenizer):
+def test_a_lone_surrogate_is_rejected(tokenizer):
     with pytest.raises(UserError, match="not valid unicode"):
         tokenizer.encode("a\ud800")
 
@@ -130,15 +130,15 @@ def test_a_lone_surrogate_is_refused(tokenizer):
         (None, "cannot read the text tokenizer .*: No such file"),
     ],
 )
-def test_other_files_are_refused(tmp_path, content, message):
+def test_other_files_are_rejected(tmp_path, content, message):
     if content is not None:
         (tmp_path / "text.json").write_bytes(content)
     with pytest.raises(UserError, match=message):
         TextTokenizer.load(tmp_path / "text.json")
 
 
-def test_a_tokenizer_with_special_tokens_is_refused(tokenizer, tmp_path):
-    """Its special tokens would turn text into control tokens."""
+def test_a_tokenizer_with_special_tokens_is_rejected(tokenizer, tmp_path):
+    """Its special tokens would change text to control tokens."""
     import tokenizers
 
     tokenizer.save(tmp_path / "text.json")
@@ -149,6 +149,6 @@ def test_a_tokenizer_with_special_tokens_is_refused(tokenizer, tmp_path):
         TextTokenizer.load(tmp_path / "text.json")
 
 
-def test_saving_needs_a_folder(tokenizer, tmp_path):
+def test_saving_to_a_missing_folder_is_an_error(tokenizer, tmp_path):
     with pytest.raises(UserError, match=r"cannot write .*No such file"):
         tokenizer.save(tmp_path / "missing" / "text.json")
