@@ -85,8 +85,7 @@ def perplexity(
             for document in documents[start : start + ROWS]:
                 hole = Hole("text" if part == 0 else "image")
                 prompt = tokenizer.prompt(document.replace(part, hole))
-                document_answer = [document.parts[part]]
-                answer = tokenizer.completion(document.replace(part, hole), document_answer)
+                completion = tokenizer.completion(
                     document.replace(part, hole), [document.parts[part]]
                 )
                 ids.append(np.concatenate([prompt, completion]))
