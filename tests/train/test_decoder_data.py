@@ -174,7 +174,7 @@ def test_mistakes_are_named_by_their_config_key(folder, data, message):
 
 
 def test_contradictory_settings_are_refused_when_the_configuration_is_built():
-    with pytest.raises(ConfigError, match=r"config: folder is 'a', but there is a mixture too"):
+    with pytest.raises(ConfigError, match=r"config: folder is 'a' and mixture is not empty"):
         build(DataConfig, {"folder": "a", "mixture": [{"folder": "b"}]})
     with pytest.raises(ConfigError, match=r"config\.mixture\[0\]\.folder is missing"):
         build(DataConfig, {"mixture": [{"weight": 2.0}]})
