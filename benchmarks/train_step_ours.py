@@ -17,9 +17,9 @@ from leon_jax.models.decoder import DecoderConfig
 from leon_jax.train import peak_flops
 from leon_jax.train.decoder import DecoderProgram
 from leon_jax.train.decoder_config import DecoderTraining
-from leon_jax.train.loop import skip_nonfinite
 from leon_jax.train.optimizer import OptimizerConfig
 from leon_jax.train.state import TrainState
+from leon_jax.train.training_loop import skip_nonfinite
 from leon_jax.vocabulary import Vocabulary
 from tests.models.opt_weights import to_opt
 

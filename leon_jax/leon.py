@@ -20,7 +20,7 @@ from leon_jax.engine.guidance import ClassifierFree, TwoConditions
 from leon_jax.engine.kv_cache import CacheDtype
 from leon_jax.engine.sampling_params import MAX_TOKENS, SamplingParams
 from leon_jax.generate import completion, ranking
-from leon_jax.generate.edits import edit_document, extend_document
+from leon_jax.generate.edit_prompts import edit_document, extend_document
 from leon_jax.generate.images import finished_images, image_request, warm_up
 from leon_jax.generate.inputs import ImageInput, image_part, text_part
 from leon_jax.generate.model import Model
@@ -28,7 +28,7 @@ from leon_jax.generate.prompt_builder import Draft, Request
 from leon_jax.generate.results import Caption, GeneratedImage, ImageSettings, check_seed, credit
 from leon_jax.generate.retriever import Retriever, find_index
 from leon_jax.model_folder import ModelFolder
-from leon_jax.models.inference_weights import WeightType
+from leon_jax.models.weight_dtypes import WeightType
 
 __all__ = ["Caption", "GeneratedImage", "ImageSettings", "Leon", "SamplingParams", "credit"]
 

@@ -25,7 +25,7 @@ import numpy as np
 from flax import nnx
 
 import leon_jax.models  # noqa: F401  # sets flax's mode before any module is created
-from leon_jax import sharding, tensor_files
+from leon_jax import safetensors_format, sharding
 from leon_jax.config import UserError
 
 FORMAT = "leon_jax/2"
@@ -84,7 +84,7 @@ def save(
     if jax.process_index() != 0:
         return
     metadata = {"format": FORMAT, "kind": kind, "config": json.dumps(config)}
-    tensor_files.write(pathlib.Path(path), arrays, metadata)
+    safetensors_format.write(pathlib.Path(path), arrays, metadata)
 
 
 def load(path: str | os.PathLike, kind: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -171,7 +171,7 @@ def check_finite(array: np.ndarray, name: str, source: str) -> None:
 def is_weight_file(path: str | os.PathLike) -> bool:
     """Returns whether this is a complete weight file of either format, of any kind."""
     try:
-        metadata = tensor_files.read_metadata(pathlib.Path(path))
+        metadata = safetensors_format.read_metadata(pathlib.Path(path))
     except UserError:
         return False
     return metadata.get("format") in (FORMAT, _FORMER_FORMAT)
@@ -192,7 +192,7 @@ def content_digest(path: str | os.PathLike) -> str:
     digest.update(f"{metadata['kind']}\n{config}\n".encode())
     for line, array in _described(arrays):
         digest.update(line)
-        digest.update(tensor_files.content(array).data)
+        digest.update(safetensors_format.content(array).data)
     return digest.hexdigest()
 
 
@@ -224,7 +224,7 @@ def sampled_digest(path: str | os.PathLike) -> str:
     digest, contents = hashlib.sha256(), []
     for line, array in _described(arrays):
         digest.update(line)
-        contents.append(tensor_files.content(array))
+        contents.append(safetensors_format.content(array))
     # The samples are taken from the concatenated contents.
     ends = np.cumsum([len(content) for content in contents], dtype=np.int64)
     total = int(ends[-1]) if contents else 0
@@ -264,7 +264,7 @@ def upgrade(path: str | os.PathLike) -> bool:
         return False
     replaces = [_byte_digest(path), _sampled_bytes_digest(path)]
     metadata = metadata | {"format": FORMAT, "replaces": json.dumps(replaces)}
-    tensor_files.write(pathlib.Path(path), arrays, metadata)
+    safetensors_format.write(pathlib.Path(path), arrays, metadata)
     return True
 
 
@@ -275,7 +275,7 @@ def _open(
     path, expected = pathlib.Path(path), kind or "model"
     if not path.is_file():
         raise UserError(f"there is no {expected} file at {path}")
-    metadata, arrays = tensor_files.read(path)
+    metadata, arrays = safetensors_format.read(path)
     known = metadata.get("format") in (FORMAT, _FORMER_FORMAT)
     if not known or metadata.get("kind") != (kind or metadata.get("kind")):
         actual = metadata.get("kind", "no leon_jax model")

@@ -18,7 +18,7 @@ ALL_SOURCES = sorted(
 )
 
 FOUNDATION = {"config", "documents", "vocabulary", "sharding", "ops", "compilation_cache"}
-BELOW_DATA = FOUNDATION | {"models", "tensor_files", "weight_files", "tokenizers"}
+BELOW_DATA = FOUNDATION | {"models", "safetensors_format", "weight_files", "tokenizers"}
 BELOW_TRAINING = BELOW_DATA | {"retrieval", "data"}
 
 # A room is a folder or a file of leon_jax. Each may import itself and what stands here.
@@ -31,8 +31,8 @@ MAY_IMPORT = {
     "ops": set(),
     "compilation_cache": {"config"},
     "models": {"ops", "sharding", "config", "vocabulary"},
-    "tensor_files": {"config"},
-    "weight_files": {"config", "sharding", "tensor_files", "models"},
+    "safetensors_format": {"config"},
+    "weight_files": {"config", "sharding", "safetensors_format", "models"},
     "tokenizers": FOUNDATION | {"models", "weight_files"},
     "data": BELOW_DATA,
     # What is retrieved are records.

@@ -16,7 +16,7 @@ import safetensors
 import safetensors.numpy
 from flax import nnx
 
-from leon_jax import tensor_files, weight_files
+from leon_jax import safetensors_format, weight_files
 from leon_jax.config import UserError
 from leon_jax.models.decoder import Decoder, DecoderConfig
 
@@ -105,12 +105,12 @@ def test_the_safetensors_library_reads_the_file(tmp_path):
         "small": rng.integers(-9, 9, 5).astype(np.int8),
         "flags": np.array([True, False, True]),
     }
-    tensor_files.write(tmp_path / "deep" / "t.safetensors", arrays, {"é": "ü", "a": "b"})
+    safetensors_format.write(tmp_path / "deep" / "t.safetensors", arrays, {"é": "ü", "a": "b"})
     data = (tmp_path / "deep" / "t.safetensors").read_bytes()
     assert int.from_bytes(data[:8], "little") % 8 == 0
     with safetensors.safe_open(tmp_path / "deep" / "t.safetensors", framework="numpy") as file:
         expected = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    metadata, tensors = tensor_files.read(tmp_path / "deep" / "t.safetensors")
+    metadata, tensors = safetensors_format.read(tmp_path / "deep" / "t.safetensors")
     assert metadata == {"é": "ü", "a": "b"} and set(tensors) == set(expected) == set(arrays)
     for name, array in arrays.items():
         np.testing.assert_array_equal(expected[name], array)
@@ -124,7 +124,7 @@ def test_the_safetensors_library_reads_the_file(tmp_path):
 def test_processes_with_different_hash_seeds_write_equal_bytes(tmp_path):
     program = (
         "import sys, pathlib, numpy as np\n"
-        "from leon_jax import tensor_files\n"
+        "from leon_jax import safetensors_format\n"
         "names = {'kernel', 'bias', 'table', 'value', 'query'}\n"
         "tensor_files.write(pathlib.Path(sys.argv[1]),\n"
         "    {name: np.arange(len(name), dtype=np.float32) for name in names},\n"
@@ -247,7 +247,7 @@ def test_a_digest_never_changes(tmp_path):
     """Folders record it, so its definition is fixed."""
     arrays = {"b": np.arange(3, dtype=np.int8), "a": np.array([[1.5]], np.float32)}
     metadata = {"format": "leon_jax/2", "kind": "k", "config": '{"y": 1, "x": [2]}'}
-    tensor_files.write(tmp_path / "d.safetensors", arrays, metadata)
+    safetensors_format.write(tmp_path / "d.safetensors", arrays, metadata)
     content = b'k\n{"x": [2], "y": 1}\n' + b"a float32 [1, 1]\n" + arrays["a"].tobytes()
     content += b"b int8 [3]\n" + arrays["b"].tobytes()
     expected = hashlib.sha256(content).hexdigest()
@@ -260,7 +260,7 @@ def test_a_sampled_digest_reads_64_samples_across_tensors(tmp_path):
               (("a", 200_000), ("b", 3), ("c", 150_000))}  # fmt: skip
     metadata = {"format": "leon_jax/2", "kind": "k", "config": "{}"}
     path = tmp_path / "d.safetensors"
-    tensor_files.write(path, arrays, metadata)
+    safetensors_format.write(path, arrays, metadata)
     data = b"".join(array.tobytes() for array in arrays.values())
     content = "".join(f"{name} uint8 [{len(array)}]\n" for name, array in arrays.items()).encode()
     for sample in range(64):

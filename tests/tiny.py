@@ -20,7 +20,7 @@ from leon_jax.models.decoder import Decoder, DecoderConfig
 from leon_jax.models.vqgan import VQGAN, VQGANConfig
 from leon_jax.prepare import prepare
 from leon_jax.prepare.config import DuplicatesConfig, PrepareConfig
-from leon_jax.retrieval.selection import SelectionConfig
+from leon_jax.retrieval.neighbour_selection import SelectionConfig
 from leon_jax.tokenizers.text import TextTokenizer
 from leon_jax.vocabulary import Vocabulary
 from tests.listed import Listed

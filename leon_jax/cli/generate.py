@@ -135,12 +135,18 @@ def _settings(is_caption: bool) -> "ImageSettings":
     temperature = _TEMPERATURE.value
     if temperature is None:
         temperature = 0.0 if is_caption else 1.0
-    params = SamplingParams.of(
-        guidance=_GUIDANCE.value, temperature=temperature, top_p=_TOP_P.value, top_k=_TOP_K.value
-    )
     num_images, best_of = (1, None) if is_caption else (_NUM_IMAGES.value, _BEST_OF.value)
     rank_by: Any = _RANK_BY.value
-    return ImageSettings((params,), num_images, _NUM_DOCS.value, _SEED.value, best_of, rank_by)
+    try:
+        params = SamplingParams.of(
+            guidance=_GUIDANCE.value,
+            temperature=temperature,
+            top_p=_TOP_P.value,
+            top_k=_TOP_K.value,
+        )
+        return ImageSettings((params,), num_images, _NUM_DOCS.value, _SEED.value, best_of, rank_by)
+    except UserError as error:  # it begins with the argument, which is the flag
+        raise UserError(f"--{error}") from error
 
 
 def _load(folder: "ModelFolder") -> "Leon":

@@ -97,7 +97,7 @@ def main(argv: list[str]) -> None:
     from leon_jax.plan import plan_page, topology
     from leon_jax.plan.plan import DoesNotFit
     from leon_jax.train.decoder_config import DecoderTraining
-    from leon_jax.train.loop import LoopConfig
+    from leon_jax.train.training_loop import LoopConfig
 
     loop = configs.build(LoopConfig, values.pop("loop", {}), "config.loop")
     config = configs.build(DecoderTraining, values)

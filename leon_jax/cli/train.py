@@ -106,19 +106,19 @@ def _train(kind: str, values: dict[str, Any], workdir: pathlib.Path) -> None:
     import jax
 
     from leon_jax import compilation_cache, sharding
-    from leon_jax.train import loop
+    from leon_jax.train import training_loop
 
     if _DISTRIBUTED.value:
         _join_processes()
     # In the workdir, so that a restart on any host compiles nothing again.
     compilation_cache.use_compilation_cache(workdir / compilation_cache.RUN_FOLDER)
-    settings = configs.build(loop.LoopConfig, values.pop("loop", {}), "config.loop")
+    settings = configs.build(training_loop.LoopConfig, values.pop("loop", {}), "config.loop")
     try:
         mesh = sharding.make_mesh(settings.mesh, slices=settings.slices)
     except ValueError as error:
         raise UserError(f"config.loop.mesh: {error}") from error
     with jax.set_mesh(mesh):
-        loop.run(_make_program(kind, values), settings, workdir)
+        training_loop.run(_make_program(kind, values), settings, workdir)
 
 
 def _check_process_flags() -> None:
@@ -152,8 +152,8 @@ def _join_processes() -> None:
             _PROCESS_ID.value,
             initialization_timeout=_JOIN_SECONDS,
             heartbeat_timeout_seconds=_HEARTBEAT_SECONDS.value,
-            # Seconds that a finished process waits for the others. `loop.run` returns at the same
-            # time in all of them.
+            # Seconds that a finished process waits for the others. `training_loop.run` returns at the
+            # same time in all of them.
             shutdown_timeout_seconds=_HEARTBEAT_SECONDS.value,
         )
     except ValueError as error:

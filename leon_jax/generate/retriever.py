@@ -20,8 +20,8 @@ from leon_jax.documents import Document, Image, Text
 from leon_jax.model_folder import encoder_path
 from leon_jax.prepare.encoding_models import digest, matches
 from leon_jax.retrieval.encoder import RetrievalEncoder, normalise
+from leon_jax.retrieval.neighbour_selection import SelectionConfig, select
 from leon_jax.retrieval.prepared_folder import MANIFEST, PreparedFolder, read_manifest
-from leon_jax.retrieval.selection import SelectionConfig, select
 
 # Where `leon prepare` puts its folder by default.
 DEFAULT_FOLDER = pathlib.Path("data/emoji_prepared")

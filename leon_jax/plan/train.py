@@ -16,7 +16,7 @@ from leon_jax.plan.topology import Topology
 from leon_jax.train.decoder import DecoderProgram, check_divisible
 from leon_jax.train.decoder_config import DecoderTraining
 from leon_jax.train.decoder_loss import BATCH_DTYPES
-from leon_jax.train.loop import skip_nonfinite
+from leon_jax.train.training_loop import skip_nonfinite
 
 # Remat policies, from the one that recomputes nothing to the one that stores least.
 REMAT = ("none", "dots", "attention", "full")

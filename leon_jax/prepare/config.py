@@ -4,7 +4,7 @@ import dataclasses
 
 from leon_jax.config import UserError
 from leon_jax.data.sources.raw_record import SourceConfig
-from leon_jax.retrieval.selection import SelectionConfig
+from leon_jax.retrieval.neighbour_selection import SelectionConfig
 
 TRAIN = "train"
 

@@ -35,7 +35,7 @@ from leon_jax.prepare.config import TRAIN, PrepareConfig
 from leon_jax.prepare.encoding_models import load_models
 from leon_jax.prepare.record_reader import PreprocessedDocument, RecordReader
 from leon_jax.retrieval.encoder import normalise
-from leon_jax.retrieval.selection import drop_tokens
+from leon_jax.retrieval.neighbour_selection import drop_tokens
 from leon_jax.retrieval.vector_index import save_rows
 from leon_jax.tokenizers.image import normalize
 

@@ -15,7 +15,7 @@ from leon_jax.config import UserError, build
 from leon_jax.data.augment import plain
 from leon_jax.documents import Document, Image, Text
 from leon_jax.models.clip import CLIP, CLIPConfig, TextConfig, create
-from leon_jax.retrieval import openai_clip
+from leon_jax.retrieval import openai_clip_folder
 from leon_jax.tokenizers.clip_text import CLIPTextTokenizer
 from leon_jax.tokenizers.text import TextTokenizer
 
@@ -72,7 +72,7 @@ class RetrievalEncoder:
 
         Args:
           path: `encoder.safetensors`, or a CLIP folder in the format of transformers, which
-            includes its text tokenizer (see `leon_jax.retrieval.openai_clip`).
+            includes its text tokenizer (see `leon_jax.retrieval.openai_clip_folder`).
           text_tokenizer: the tokenizer that `encoder.safetensors` was trained with; None: reads
             `text.json` beside it.
           batch_size: texts or images that are embedded at once.
@@ -82,7 +82,7 @@ class RetrievalEncoder:
         """
         path = pathlib.Path(path)
         if path.is_dir():
-            return cls(*openai_clip.load(path), batch_size)
+            return cls(*openai_clip_folder.load(path), batch_size)
         arrays, values = weight_files.load(path, KIND)
         text = text_tokenizer or TextTokenizer.load(path.with_name("text.json"))
         config = build(CLIPConfig, values)

@@ -25,7 +25,7 @@ from leon_jax.config import UserError
 from leon_jax.datasets import demo
 from leon_jax.documents import Document
 from leon_jax.retrieval.encoder import RetrievalEncoder, normalise
-from leon_jax.retrieval.selection import text_and_pixels
+from leon_jax.retrieval.neighbour_selection import text_and_pixels
 
 _ENCODER = flags.DEFINE_string(
     "encoder", None, "encoder.safetensors, with text.json beside it; or a CLIP folder."

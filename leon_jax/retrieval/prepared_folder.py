@@ -28,8 +28,8 @@ from leon_jax.data import records
 from leon_jax.data.image_variants import Variants
 from leon_jax.data.records import RecordSource
 from leon_jax.documents import Document
+from leon_jax.retrieval.neighbour_selection import SelectionConfig
 from leon_jax.retrieval.neighbour_table import Neighbours, row_type
-from leon_jax.retrieval.selection import SelectionConfig
 from leon_jax.retrieval.vector_index import VectorIndex, save_rows
 
 FORMAT = 3

@@ -326,7 +326,7 @@ def test_the_best_of_several_are_written(run, tmp_path):
     code, _, _ = run(PROMPT, "--num_images=1", "--best_of=3", "--num_docs=0")
     assert code == 0 and len(list((tmp_path / "out").glob("*.png"))) == 1
     code, _, error = run(PROMPT, "--num_images=4", "--best_of=3")
-    assert code == 2 and "--best_of is 3; it must be at least --num_images, 4" in error
+    assert code == 2 and "--best_of is 3; it must be at least num_images, 4" in error
 
 
 @pytest.mark.parametrize(

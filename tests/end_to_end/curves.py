@@ -17,7 +17,7 @@ from leon_jax.tokenizers.text import TextTokenizer
 from leon_jax.train.decoder import DecoderProgram
 from leon_jax.train.decoder_config import DecoderTraining
 from leon_jax.train.global_batches import Feed
-from leon_jax.train.loop import skip_nonfinite
+from leon_jax.train.training_loop import skip_nonfinite
 from leon_jax.vocabulary import Vocabulary
 from tests.train.test_decoder_program import make_config
 

@@ -17,8 +17,8 @@ import numpy as np
 from leon_jax import sharding
 from leon_jax.tokenizers.text import TextTokenizer
 from leon_jax.train.image_tokenizer import TokenizerProgram
-from leon_jax.train.loop import skip_nonfinite
 from leon_jax.train.retrieval_encoder import EncoderProgram
+from leon_jax.train.training_loop import skip_nonfinite
 from tests.train.test_image_tokenizer import CONFIG
 from tests.train.test_retrieval_encoder import NAMES, tiny
 

@@ -3,7 +3,7 @@
 import pathlib
 
 from leon_jax.prepare import prepare as preparing
-from leon_jax.retrieval.selection import SelectionConfig
+from leon_jax.retrieval.neighbour_selection import SelectionConfig
 from tests import tiny
 
 NEVER_NEAR = SelectionConfig(near_copy_query=2, near_copy_document=2, near_copy_picture=None)

@@ -14,8 +14,8 @@ from leon_jax.documents import Image, Text
 from leon_jax.prepare import gather
 from leon_jax.prepare import prepare as preparing
 from leon_jax.prepare.config import DuplicatesConfig
+from leon_jax.retrieval.neighbour_selection import SelectionConfig
 from leon_jax.retrieval.prepared_folder import PreparedFolder
-from leon_jax.retrieval.selection import SelectionConfig
 from tests import tiny
 from tests.prepare.folders import make
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from leon_jax import tensor_files, weight_files
+from leon_jax import safetensors_format, weight_files
 from leon_jax.config import UserError, to_dict
 from leon_jax.data.sources.raw_record import SourceConfig
 from leon_jax.documents import Image
@@ -170,7 +170,7 @@ def test_saving_the_models_again_leaves_a_folder_valid(checkpoint, out, tmp_path
     make(checkpoint, out)
     other = shutil.copytree(checkpoint, tmp_path / "other")
     path = other / "tokenizer.safetensors"
-    metadata, arrays = tensor_files.read(path)
+    metadata, arrays = safetensors_format.read(path)
     path.write_bytes(safetensors.numpy.save({k: np.array(v) for k, v in arrays.items()}, metadata))
     make(other, out, run=lambda *_: pytest.fail("prepared again"))
 

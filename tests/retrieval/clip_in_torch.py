@@ -1,6 +1,6 @@
 """Runs the CLIP of transformers on folders, texts and images, in the peers' environment.
 
-This is not a test; `test_openai_clip.py` and others run it through `tests/peers.py`.
+This is not a test; `test_openai_clip_folder.py` and others run it through `tests/peers.py`.
 """
 
 import json

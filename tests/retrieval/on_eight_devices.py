@@ -1,4 +1,4 @@
-"""Searches an index on meshes of eight devices; test_mining.py runs this in separate processes.
+"""Searches an index on meshes of eight devices; test_inner_product_search.py runs this in separate processes.
 
 One process has all eight devices, or several processes share them (`launch/local.py` passes the
 flags).
@@ -15,7 +15,7 @@ import numpy as np
 
 from leon_jax import sharding
 from leon_jax.retrieval import device_blocks
-from leon_jax.retrieval.selection import SelectionConfig, find_neighbours, select_diverse
+from leon_jax.retrieval.neighbour_selection import SelectionConfig, find_neighbours, select_diverse
 from leon_jax.retrieval.vector_index import VectorIndex
 
 parser = argparse.ArgumentParser()

@@ -6,7 +6,7 @@ import pytest
 from leon_jax.config import UserError
 from leon_jax.data.augment import plain
 from leon_jax.retrieval.encoder import RetrievalEncoder
-from leon_jax.retrieval.selection import drop_tokens
+from leon_jax.retrieval.neighbour_selection import drop_tokens
 from leon_jax.tokenizers.text import TextTokenizer
 from tests import tiny
 from tests.retrieval import clip_folder

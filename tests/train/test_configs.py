@@ -9,9 +9,9 @@ from leon_jax import config as configs
 from leon_jax.prepare.config import PrepareConfig
 from leon_jax.train.decoder_config import DecoderTraining
 from leon_jax.train.image_tokenizer import TokenizerConfig
-from leon_jax.train.loop import LoopConfig
 from leon_jax.train.retrieval_encoder import EncoderConfig
 from leon_jax.train.text_tokenizer import TextConfig
+from leon_jax.train.training_loop import LoopConfig
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 FILES = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.py"))

@@ -22,7 +22,7 @@ from flax import nnx
 
 from leon_jax import weight_files
 from leon_jax.config import UserError
-from leon_jax.train import loop, optimizer
+from leon_jax.train import optimizer, training_loop
 from leon_jax.train.checkpoint import Checkpoints
 from leon_jax.train.state import TrainState
 
@@ -83,7 +83,7 @@ class ToyProgram:
         weight_files.save(directory / "toy.safetensors", state.model, "toy", {})
 
 
-SETTINGS = loop.LoopConfig(log_every=3, save_every=4, sample_every=5)
+SETTINGS = training_loop.LoopConfig(log_every=3, save_every=4, sample_every=5)
 
 
 def exported_kernel(workdir: pathlib.Path) -> np.ndarray:
@@ -97,7 +97,7 @@ def uninterrupted(tmp_path_factory):
     from leon_jax import sharding
 
     with jax.set_mesh(sharding.make_mesh((1, 1, 1, 1), jax.devices()[:1])):
-        loop.run(ToyProgram(ToyConfig(30)), SETTINGS, workdir)
+        training_loop.run(ToyProgram(ToyConfig(30)), SETTINGS, workdir)
     return workdir
 
 
@@ -113,8 +113,8 @@ def test_a_run_writes_metrics_samples_tensorboard_files_and_a_model(uninterrupte
 
 
 def test_two_starts_give_the_same_model_as_one(uninterrupted, tmp_path):
-    loop.run(ToyProgram(ToyConfig(13)), SETTINGS, tmp_path)
-    loop.run(ToyProgram(ToyConfig(30)), SETTINGS, tmp_path)
+    training_loop.run(ToyProgram(ToyConfig(13)), SETTINGS, tmp_path)
+    training_loop.run(ToyProgram(ToyConfig(30)), SETTINGS, tmp_path)
     np.testing.assert_array_equal(exported_kernel(tmp_path), exported_kernel(uninterrupted))
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     lines = [json.loads(line)["step"] for line in lines]
@@ -125,10 +125,10 @@ SCRIPT = """
 import pathlib, sys
 import jax
 from leon_jax import sharding
-from test_loop import SETTINGS, ToyConfig, ToyProgram
-from leon_jax.train import loop
+from test_training_loop import SETTINGS, ToyConfig, ToyProgram
+from leon_jax.train import training_loop
 with jax.set_mesh(sharding.make_mesh((1, 1, 1, 1), jax.devices()[:1])):
-    loop.run(ToyProgram(ToyConfig(30), delay=0.05), SETTINGS, pathlib.Path(sys.argv[1]))
+    training_loop.run(ToyProgram(ToyConfig(30), delay=0.05), SETTINGS, pathlib.Path(sys.argv[1]))
 """
 
 
@@ -172,12 +172,12 @@ def test_sigterm_saves_a_checkpoint_and_ends_the_run(uninterrupted, tmp_path):
     assert process.returncode == 128 + signal.SIGTERM
     saved = re.search(r"step (\d+) is saved", messages)
     assert saved and 6 < int(saved[1]) < 30, messages
-    loop.run(ToyProgram(ToyConfig(30)), SETTINGS, tmp_path)
+    training_loop.run(ToyProgram(ToyConfig(30)), SETTINGS, tmp_path)
     np.testing.assert_array_equal(exported_kernel(tmp_path), exported_kernel(uninterrupted))
 
 
 def test_a_signal_during_logging_loses_no_step(uninterrupted, tmp_path, monkeypatch):
-    report = loop.Metrics.report
+    report = training_loop.Metrics.report
 
     def interrupted(*arguments):
         if not sent:
@@ -186,17 +186,17 @@ def test_a_signal_during_logging_loses_no_step(uninterrupted, tmp_path, monkeypa
         report(*arguments)
 
     sent: list[bool] = []
-    monkeypatch.setattr(loop.Metrics, "report", interrupted)
+    monkeypatch.setattr(training_loop.Metrics, "report", interrupted)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     settings = dataclasses.replace(SETTINGS, log_every=2, save_every=1000)
     try:
         with pytest.raises(SystemExit):
-            loop.run(ToyProgram(ToyConfig(30)), settings, tmp_path)
+            training_loop.run(ToyProgram(ToyConfig(30)), settings, tmp_path)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
     assert Checkpoints(tmp_path / "checkpoints").latest() == 3
-    loop.run(ToyProgram(ToyConfig(30)), settings, tmp_path)
+    training_loop.run(ToyProgram(ToyConfig(30)), settings, tmp_path)
     np.testing.assert_array_equal(exported_kernel(tmp_path), exported_kernel(uninterrupted))
 
 
@@ -209,7 +209,7 @@ def arrays_of(checkpoint: pathlib.Path) -> list[pathlib.Path]:
 def test_a_damaged_newest_checkpoint_is_replaced_by_the_previous_one(
     uninterrupted, tmp_path, damage, capsys
 ):
-    loop.run(ToyProgram(ToyConfig(13)), SETTINGS, tmp_path)
+    training_loop.run(ToyProgram(ToyConfig(13)), SETTINGS, tmp_path)
     for path in arrays_of(tmp_path / "checkpoints" / "13"):
         data = path.read_bytes()
         third = len(data) // 3
@@ -219,7 +219,7 @@ def test_a_damaged_newest_checkpoint_is_replaced_by_the_previous_one(
             path.write_bytes(data[: 2 * third])
         else:  # as a failing disk may return it, without an error
             path.write_bytes(data[:third] + bytes(third) + data[2 * third :])
-    loop.run(ToyProgram(ToyConfig(30)), SETTINGS, tmp_path)
+    training_loop.run(ToyProgram(ToyConfig(30)), SETTINGS, tmp_path)
     stderr = capsys.readouterr().err
     assert "checkpoint 13 is damaged" in stderr and "resumed from step 12" in stderr
     assert (tmp_path / "damaged_checkpoints" / "13").is_dir()
@@ -227,12 +227,12 @@ def test_a_damaged_newest_checkpoint_is_replaced_by_the_previous_one(
 
 
 def test_if_no_checkpoint_is_intact_the_run_stops_and_moves_nothing(tmp_path):
-    loop.run(ToyProgram(ToyConfig(13)), SETTINGS, tmp_path)
+    training_loop.run(ToyProgram(ToyConfig(13)), SETTINGS, tmp_path)
     for step in ("12", "13"):
         for path in arrays_of(tmp_path / "checkpoints" / step):
             path.write_bytes(b"")
     with pytest.raises(UserError, match="none of the 2 checkpoints"):
-        loop.run(ToyProgram(ToyConfig(30)), SETTINGS, tmp_path)
+        training_loop.run(ToyProgram(ToyConfig(30)), SETTINGS, tmp_path)
     names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
     assert names == {"12", "13"} and not (tmp_path / "damaged_checkpoints").exists()
 
@@ -264,7 +264,7 @@ Checkpoints.save = limited
     )
     # TensorBoard's thread, which hits the same limit, may print an error when the process exits.
     assert "Traceback" not in messages.partition("refused")[0]
-    loop.run(ToyProgram(ToyConfig(30)), SETTINGS, tmp_path)
+    training_loop.run(ToyProgram(ToyConfig(30)), SETTINGS, tmp_path)
     np.testing.assert_array_equal(exported_kernel(tmp_path), exported_kernel(uninterrupted))
 
 
@@ -282,7 +282,7 @@ class Poisoned(ToyProgram):
 
 def test_a_non_finite_update_is_skipped_and_counted(tmp_path):
     settings = dataclasses.replace(SETTINGS, log_every=1, save_every=1, keep=30)
-    loop.run(Poisoned(ToyConfig(9), 4, 5), settings, tmp_path)
+    training_loop.run(Poisoned(ToyConfig(9), 4, 5), settings, tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["skipped"] for line in lines] == [0, 0, 0, 1, 1, 0, 0, 0, 0]
     abstract = jax.eval_shape(ToyProgram(ToyConfig(9)).init, jax.random.key(0))
@@ -302,8 +302,8 @@ def test_a_non_finite_update_is_skipped_and_counted(tmp_path):
 def test_too_many_skipped_updates_end_the_run_with_the_state_before_them(tmp_path):
     settings = dataclasses.replace(SETTINGS, max_skipped=4)
     with pytest.raises(UserError, match="had a non-finite loss or gradient and were skipped"):
-        loop.run(Poisoned(ToyConfig(30), 8, 30), settings, tmp_path)
-    loop.run(ToyProgram(ToyConfig(7)), SETTINGS, tmp_path / "before")
+        training_loop.run(Poisoned(ToyConfig(30), 8, 30), settings, tmp_path)
+    training_loop.run(ToyProgram(ToyConfig(7)), SETTINGS, tmp_path / "before")
     abstract = jax.eval_shape(ToyProgram(ToyConfig(9)).init, jax.random.key(0))
     _, stopped, _ = Checkpoints(tmp_path / "checkpoints").restore(abstract)
     np.testing.assert_array_equal(stopped.model.kernel[...], exported_kernel(tmp_path / "before"))
@@ -316,7 +316,7 @@ def test_goodput_spans_starts_and_adds_up_to_the_wall_time(tmp_path):
     process.kill()
     process.communicate()
     first = json.loads((tmp_path / "goodput.json").read_text())
-    loop.run(ToyProgram(ToyConfig(30)), SETTINGS, tmp_path)
+    training_loop.run(ToyProgram(ToyConfig(30)), SETTINGS, tmp_path)
     second = json.loads((tmp_path / "goodput.json").read_text())
     seconds, wall = second["seconds"], second["time"] - before
     assert second["step"] == 30 and all(value >= 0 for value in seconds.values())
@@ -328,10 +328,10 @@ def test_goodput_spans_starts_and_adds_up_to_the_wall_time(tmp_path):
 
 def test_a_new_run_starts_from_the_weights_of_another_run(uninterrupted, tmp_path):
     settings = dataclasses.replace(SETTINGS, init_from=str(uninterrupted))
-    state = loop.run(ToyProgram(ToyConfig(0)), settings, tmp_path)
+    state = training_loop.run(ToyProgram(ToyConfig(0)), settings, tmp_path)
     np.testing.assert_array_equal(state.model.kernel[...], exported_kernel(uninterrupted))
     with pytest.raises(UserError, match="there is no checkpoint"):
-        loop.run(
+        training_loop.run(
             ToyProgram(ToyConfig(0)),
             dataclasses.replace(SETTINGS, init_from=str(tmp_path / "export")),
             tmp_path / "other",
@@ -339,31 +339,35 @@ def test_a_new_run_starts_from_the_weights_of_another_run(uninterrupted, tmp_pat
 
 
 def test_resuming_with_another_configuration_is_refused_and_names_the_key(tmp_path):
-    loop.run(ToyProgram(ToyConfig(4)), SETTINGS, tmp_path)
+    training_loop.run(ToyProgram(ToyConfig(4)), SETTINGS, tmp_path)
     with pytest.raises(UserError, match=r"width = 4, but it is now 5"):
-        loop.run(ToyProgram(ToyConfig(4, width=5)), SETTINGS, tmp_path)
+        training_loop.run(ToyProgram(ToyConfig(4, width=5)), SETTINGS, tmp_path)
 
 
 def test_a_new_run_starts_from_the_weights_of_a_file(uninterrupted, tmp_path):
     source = uninterrupted / "export" / "toy.safetensors"
     settings = dataclasses.replace(SETTINGS, init_from=str(source))
-    state = loop.run(ToyProgram(ToyConfig(0)), settings, tmp_path)
+    state = training_loop.run(ToyProgram(ToyConfig(0)), settings, tmp_path)
     np.testing.assert_array_equal(state.model.kernel[...], exported_kernel(uninterrupted))
     with pytest.raises(UserError, match="another configuration"):
-        loop.run(ToyProgram(ToyConfig(0, width=5)), settings, tmp_path / "other")
+        training_loop.run(ToyProgram(ToyConfig(0, width=5)), settings, tmp_path / "other")
 
 
 def test_a_workdir_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="file"):
-        loop.run(ToyProgram(ToyConfig(1)), SETTINGS, tmp_path / "file" / "run")
+        training_loop.run(ToyProgram(ToyConfig(1)), SETTINGS, tmp_path / "file" / "run")
 
 
 def compilations(caplog, workdir: pathlib.Path, steps: int) -> list[str]:
     """Returns JAX's messages about compilations in a run that logs and saves often."""
     caplog.clear()
     with jax.log_compiles():
-        loop.run(ToyProgram(ToyConfig(steps)), loop.LoopConfig(log_every=1, save_every=2), workdir)
+        training_loop.run(
+            ToyProgram(ToyConfig(steps)),
+            training_loop.LoopConfig(log_every=1, save_every=2),
+            workdir,
+        )
     return [text for text in caplog.messages if text.startswith("Finished XLA compilation")]
 
 
@@ -377,9 +381,9 @@ def test_nothing_is_compiled_after_the_first_steps(caplog, tmp_path):
 
 def test_an_implicit_transfer_from_the_host_in_a_step_is_refused(monkeypatch, tmp_path):
     batch = {"x": np.zeros((4, 3), np.float32)}
-    monkeypatch.setattr(loop.Feed, "__next__", lambda self: batch)
+    monkeypatch.setattr(training_loop.Feed, "__next__", lambda self: batch)
     with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
-        loop.run(ToyProgram(ToyConfig(4)), loop.LoopConfig(), tmp_path)
+        training_loop.run(ToyProgram(ToyConfig(4)), training_loop.LoopConfig(), tmp_path)
 
 
 def test_a_second_run_in_the_same_workdir_is_refused_at_once(uninterrupted, tmp_path):
@@ -388,11 +392,11 @@ def test_a_second_run_in_the_same_workdir_is_refused_at_once(uninterrupted, tmp_
     wait_for_step(tmp_path, 3)
     files = {path.name for path in tmp_path.iterdir()}
     with pytest.raises(UserError, match=f"another run is training in {tmp_path}; wait"):
-        loop.run(ToyProgram(ToyConfig(30)), SETTINGS, tmp_path)
+        training_loop.run(ToyProgram(ToyConfig(30)), SETTINGS, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == files
     first.kill()
     first.communicate()
-    loop.run(ToyProgram(ToyConfig(30)), SETTINGS, tmp_path)
+    training_loop.run(ToyProgram(ToyConfig(30)), SETTINGS, tmp_path)
     np.testing.assert_array_equal(exported_kernel(tmp_path), exported_kernel(uninterrupted))
 
 
@@ -401,15 +405,15 @@ def test_a_file_system_without_locks_is_reported_and_used(tmp_path, monkeypatch,
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    loop.run(ToyProgram(ToyConfig(2)), SETTINGS, tmp_path)
+    training_loop.run(ToyProgram(ToyConfig(2)), SETTINGS, tmp_path)
     warning = f"a second run in {tmp_path} will not be detected"
     assert warning in capsys.readouterr().err
 
 
 def test_a_workdir_may_contain_glob_characters(uninterrupted, tmp_path):
     workdir = tmp_path / "lr[3e-4] a=b \\ c" / "run*?"
-    loop.run(ToyProgram(ToyConfig(13)), SETTINGS, workdir)
-    state = loop.run(ToyProgram(ToyConfig(30)), SETTINGS, workdir)
+    training_loop.run(ToyProgram(ToyConfig(13)), SETTINGS, workdir)
+    state = training_loop.run(ToyProgram(ToyConfig(30)), SETTINGS, workdir)
     np.testing.assert_array_equal(exported_kernel(workdir), exported_kernel(uninterrupted))
     assert (workdir / "samples" / "kernel_0000030.png").is_file()
     assert list((workdir / "tensorboard").iterdir())
@@ -417,7 +421,9 @@ def test_a_workdir_may_contain_glob_characters(uninterrupted, tmp_path):
     assert [line["step"] for line in lines] == [3, 6, 9, 12, 13, *range(15, 31, 3)]
     for init_from in (workdir, workdir / "export" / "toy.safetensors"):
         settings = dataclasses.replace(SETTINGS, init_from=str(init_from))
-        other = loop.run(ToyProgram(ToyConfig(0)), settings, tmp_path / "[other]" / init_from.name)
+        other = training_loop.run(
+            ToyProgram(ToyConfig(0)), settings, tmp_path / "[other]" / init_from.name
+        )
         np.testing.assert_array_equal(other.model.kernel[...], state.model.kernel[...])
 
 

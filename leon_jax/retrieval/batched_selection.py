@@ -1,4 +1,4 @@
-"""`leon_jax.retrieval.selection.select_diverse` for many queries, on all devices.
+"""`leon_jax.retrieval.neighbour_selection.select_diverse` for many queries, on all devices.
 
 The queries are split over the devices. Each device compares the candidates of its queries with
 each other. For that every process reads the candidates' rows of its local devices from the index.
@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, Int32
 
 from leon_jax import sharding
 from leon_jax.retrieval.device_blocks import next_power_of_two, put_padded
-from leon_jax.retrieval.mining import NONE
+from leon_jax.retrieval.inner_product_search import NONE
 from leon_jax.retrieval.vector_index import VectorIndex
 from leon_jax.sharding import current_mesh
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from leon_jax.config import UserError
 from leon_jax.documents import Document, Image, Provenance, Text
-from leon_jax.retrieval.selection import (
+from leon_jax.retrieval.neighbour_selection import (
     SelectionConfig,
     drop_tokens,
     find_neighbours,

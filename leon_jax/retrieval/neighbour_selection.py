@@ -22,8 +22,8 @@ from jaxtyping import Bool, Float32, Int, Int32
 
 from leon_jax.config import UserError
 from leon_jax.documents import Document, Image, Text
-from leon_jax.retrieval import diverse_selection
-from leon_jax.retrieval.mining import NONE
+from leon_jax.retrieval import batched_selection
+from leon_jax.retrieval.inner_product_search import NONE
 from leon_jax.retrieval.vector_index import VectorIndex
 
 # Two documents are near copies if their cosine by CLIP ViT-B/32 is above this (CM3Leon, RA-CM3).
@@ -284,7 +284,7 @@ def find_neighbours(
         comparisons.append((index, np.asarray(documents)[rows], config.near_copy_query))
     if images is not None and config.near_copy_picture is not None:
         comparisons.append((images[0], np.asarray(images[1])[rows], config.near_copy_picture))
-    positions = diverse_selection.select_diverse_batch(
+    positions = batched_selection.select_diverse_batch(
         candidate_ids,
         index,
         config.per_modality,
