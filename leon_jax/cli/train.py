@@ -152,8 +152,8 @@ def _join_processes() -> None:
             _PROCESS_ID.value,
             initialization_timeout=_JOIN_SECONDS,
             heartbeat_timeout_seconds=_HEARTBEAT_SECONDS.value,
-            # Seconds that a finished process waits for the others. `training_loop.run` returns at the
-            # same time in all of them.
+            # Seconds that a finished process waits for the others. `training_loop.run`
+            # returns at the same time in all of them.
             shutdown_timeout_seconds=_HEARTBEAT_SECONDS.value,
         )
     except ValueError as error:
