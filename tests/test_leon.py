@@ -1,8 +1,6 @@
 """The calls a person makes, on a tiny model with random weights."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import PIL.Image
@@ -13,12 +11,9 @@ from leon_jax.documents import Document, Hole, Image, Text
 from leon_jax.engine.guidance import ClassifierFree, Contrastive, TwoConditions
 from leon_jax.engine.samplers import Categorical
 from leon_jax.engine.sampling_params import SamplingParams
-from leon_jax.generate import retriever
 from leon_jax.generate.results import ImageSettings
 from leon_jax.leon import Leon
-from leon_jax.prepare import prepare
 from tests import tiny
-from tests.retrieval import clip_folder
 
 PROMPT = tiny.PROMPT
 
@@ -219,7 +214,7 @@ def test_a_picture_is_drawn_on_from_its_first_rows(leon):
     np.testing.assert_array_equal(again.parts[1].codes, drawn)
     for rows in (0, 1, 0.05, 0.95, 2):
         with pytest.raises(UserError, match=r"keep 0\.25 of it to 0\.75"):
-            leon.extend(pixels, PROMPT, slots=rows)
+            leon.extend(pixels, PROMPT, rows=rows)
     for rows in (codes, codes[:1, :2], codes[:1] + 1000):
         with pytest.raises(UserError, match="first rows of an image"):
             leon.complete(Document((Text(PROMPT), Hole("image", rows))))
@@ -338,37 +333,6 @@ def test_prompts_with_one_seed_draw_different_numbers(leon):
     assert len({done.parts[1].codes.tobytes() for done in drawn}) == 8
 
 
-@pytest.mark.parametrize(("weights", "cache"), [("bfloat16", "compute"), ("int8", "int8")])
-def test_weights_and_cache_may_be_small(leon, weights, cache):
-    small = Leon.load(*tiny.folders(), weights=weights, cache=cache)
-    assert small.model.engine.decoder.table.dtype == (
-        "bfloat16" if weights == "bfloat16" else "float32"
-    )
-    (drawn,) = small.generate(PROMPT, num_docs=1)
-    assert drawn.image.size == (tiny.RESOLUTION, tiny.RESOLUTION)
-    cat = tiny.documents()[0]
-    assert small.likelihood(cat) == pytest.approx(leon.likelihood(cat), rel=0.02)
-    assert small.likelihood(cat) != leon.likelihood(cat)
-
-
-def test_kinds_of_weights_that_there_are_not_are_refused():
-    with pytest.raises(UserError, match="weights is 'int4'; it must be one of float32, bfloat16"):
-        Leon.load(*tiny.folders(), weights="int4")
-    with pytest.raises(UserError, match="cache is 'int4'"):
-        Leon.load(*tiny.folders(), cache="int4")
-
-
-def test_save_and_load_give_the_same_model(leon, tmp_path):
-    leon.save(tmp_path / "copy")
-    copy = Leon.load(tmp_path / "copy", tiny.folders()[1])
-    cat = tiny.documents()[0]
-    assert copy.likelihood(cat) == leon.likelihood(cat)
-    assert not list((tmp_path / "copy").glob("*.tmp"))
-    before = {path: path.read_bytes() for path in (tmp_path / "copy").iterdir()}
-    copy.save(tmp_path / "copy")
-    assert {path: path.read_bytes() for path in (tmp_path / "copy").iterdir()} == before
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -397,92 +361,6 @@ def test_caption_limits_are_checked(leon):
         leon.caption(pixels, max_tokens=500)
     with pytest.raises(UserError, match="image cannot be read"):
         leon.caption(np.zeros((4, 4)))
-
-
-@pytest.mark.parametrize("name", ["decoder.safetensors", "tokenizer.safetensors", "text.json"])
-def test_a_damaged_model_folder_is_named(name, tmp_path):
-    folder = tmp_path / "model"
-    folder.mkdir()
-    with pytest.raises(UserError, match=r"no decoder\.safetensors"):
-        Leon.load(folder)
-    for path in tiny.folders()[0].iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
-    content = (folder / name).read_bytes()
-    for damaged in (content[: len(content) // 2], b"not a model", b""):
-        (folder / name).write_bytes(damaged)
-        with pytest.raises(UserError, match=name.replace(".", r"\.")):
-            Leon.load(folder)
-
-
-def test_an_index_of_another_model_is_refused(tmp_path):
-    checkpoint, prepared = tiny.folders()
-    with pytest.raises(UserError, match="not a prepared folder"):
-        Leon.load(checkpoint, tmp_path)
-    manifest = json.loads((prepared / "manifest.json").read_text())
-    manifest["sha256"]["encoder"] = "0" * 64
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match="another encoder file"):
-        Leon.load(checkpoint, tmp_path)
-
-
-def test_a_prepared_folder_lying_around_is_used_if_it_fits(monkeypatch):
-    checkpoint, prepared = tiny.folders()
-    monkeypatch.setattr(retriever, "DEFAULT_FOLDER", prepared)
-    assert retriever.find_index(checkpoint, None) == prepared
-    assert retriever.find_index(checkpoint, prepared) == prepared
-
-
-def test_without_a_prepared_folder_one_is_made_in_the_cache(monkeypatch, tmp_path, capsys):
-    checkpoint, _ = tiny.folders()
-    made = []
-    monkeypatch.setenv("LEON_CACHE", str(tmp_path))
-    monkeypatch.setattr(
-        retriever.demo, "prepare_documents", lambda data, out, **files: made.extend((data, out))
-    )
-    folder = retriever.find_index(checkpoint, None)
-    assert folder.parent == tmp_path
-    assert made == [tmp_path / "emoji", folder]
-    assert "once" in capsys.readouterr().err
-
-
-def test_a_model_folder_may_hold_openais_clip_as_its_encoder(leon, tmp_path):
-    model, index = tmp_path / "model", tmp_path / "prepared"
-    leon.save(model)
-    (model / "encoder.safetensors").unlink()
-    with pytest.raises(UserError, match=r"has no encoder\.safetensors"):
-        Leon.load(model, index)
-    clip_folder.write(model / "encoder")
-    config, sources = tiny.preparation(
-        model, {"train": tiny.documents()}, encoder=str(model / "encoder")
-    )
-    prepare.prepare(config, index, sources=sources, progress=False)
-    with_clip = Leon.load(model, index)
-    (drawn,) = with_clip.generate(PROMPT)
-    assert len(drawn.retrieved) == 2
-    with_clip.save(model)  # into itself
-    for _ in range(2):
-        with_clip.save(tmp_path / "copy")
-    (again,) = Leon.load(tmp_path / "copy", index).generate(PROMPT)
-    np.testing.assert_array_equal(np.asarray(drawn.image), np.asarray(again.image))
-    with pytest.raises(UserError, match="prepared with another encoder"):
-        leon.load(tiny.folders()[0], index)
-
-
-def test_what_leon_needs_not_is_not_loaded():
-    """Only these packages are loaded beside what jax and flax load themselves."""
-    program = (
-        "import sys, jax, flax.nnx\n"
-        "before = {name.split('.')[0] for name in sys.modules}\n"
-        "import leon_jax.leon\n"
-        "print(*sorted({name.split('.')[0] for name in sys.modules} - before))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    allowed = {
-        "PIL", "array_record", "jaxtyping", "leon_jax", "mmap", "resource", "safetensors",
-        "tokenizers", "tqdm", "unicodedata",
-    }  # fmt: skip
-    assert set(done.stdout.split()) <= allowed
 
 
 def test_prompts_have_one_spelling(leon):

@@ -56,7 +56,7 @@ def test_make_alone_lists_every_command():
 
 def test_what_must_pass_before_a_change_lands():
     steps = re.findall(r"^make (\w+)$", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
-    assert steps == ["lint", "peers", "tpu", "test"]
+    assert steps == ["lint", "peers", "tpu", "test", "slowtest"]
 
 
 def test_the_version_has_one_source():

@@ -126,7 +126,7 @@ def test_processes_with_different_hash_seeds_write_equal_bytes(tmp_path):
         "import sys, pathlib, numpy as np\n"
         "from leon_jax import safetensors_format\n"
         "names = {'kernel', 'bias', 'table', 'value', 'query'}\n"
-        "tensor_files.write(pathlib.Path(sys.argv[1]),\n"
+        "safetensors_format.write(pathlib.Path(sys.argv[1]),\n"
         "    {name: np.arange(len(name), dtype=np.float32) for name in names},\n"
         "    dict.fromkeys({'format', 'kind', 'config', 'replaces'}, 'x'))\n"
     )

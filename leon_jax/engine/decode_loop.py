@@ -6,18 +6,17 @@ all rows of a group are done. `finish` ends rows early.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt
 
 from leon_jax import sharding
 from leon_jax.engine.grammar import IMAGE, TEXT, Grammar, GrammarState, max_new_tokens
 from leon_jax.engine.kv_cache import CacheDtype, KVCache, valid_slots
-from leon_jax.engine.sampling_params import BatchedParams, SamplingParams
+from leon_jax.engine.sampling_params import BatchedParams
 from leon_jax.models.decoder import Decoder, DecoderConfig
 from leon_jax.vocabulary import Vocabulary
 
@@ -373,72 +372,6 @@ def feed_tokens(
         failed=state.failed | sampled.failed,
         step=state.step + 1,
     )
-
-
-def lower_programs(
-    decoder: Decoder,
-    vocabulary: Vocabulary,
-    rows: int,
-    prompt_lengths: tuple[int, ...],
-    grammar: Grammar,
-    params: SamplingParams,
-    cache_dtype: CacheDtype = "compute",
-) -> tuple[DecodeState, Callable[[], jax.stages.Lowered], Callable[[], jax.stages.Lowered]]:
-    """What the engine runs for a full batch, to be compiled for devices that are not there.
-
-    Args:
-      decoder: may be abstract.
-      vocabulary: its id layout.
-      rows: prompts with one sample each; a multiple of what the mesh splits the batch into.
-      prompt_lengths: padded length of the prompts, by stream.
-      grammar, params: of all rows.
-      cache_dtype: see `init_state`.
-
-    Returns:
-      The abstract state; a function that lowers `prefill` of all rows; one that lowers `decode`.
-    """
-    streams, (spans, new_tokens) = len(prompt_lengths), output_sizes([grammar])
-    inputs = RowInputs(
-        GrammarState.of([[grammar]] * rows, streams, spans),
-        BatchedParams.of([[params]] * rows, [params]),
-        np.zeros((rows, 1, 2), np.uint32),  # type: ignore[arg-type]  # nothing is on a device
-    )
-    mesh = jax.sharding.get_mesh()
-
-    def array(shape: tuple[int, ...], dtype, *names: str) -> Any:
-        layout = jax.NamedSharding(mesh, sharding.spec(*names))
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=layout)
-
-    inputs = jax.tree.map(lambda x: array(x.shape, x.dtype), inputs)
-    state = jax.eval_shape(
-        functools.partial(
-            init_state,
-            decoder.config,
-            prompt_lengths=prompt_lengths,
-            max_new_tokens=new_tokens,
-            cache_dtype=cache_dtype,
-            stacks=len(decoder.stacks),
-        ),
-        inputs,
-    )
-    heads = jax.eval_shape(lambda: Heads.of(decoder, vocabulary))
-    prompts = [
-        PaddedPrompts(
-            array((rows, length), jnp.int32, "batch", "length"),
-            array((rows, length), jnp.int32, "batch", "length"),
-            array((rows,), jnp.int32, "batch"),
-            array((rows,), jnp.int32, "batch"),
-        )
-        for length in prompt_lengths
-    ]
-    return (
-        state,
-        lambda: prefill.lower(decoder, state, array((rows,), jnp.int32), prompts, inputs),
-        lambda: decode.lower(
-            decoder, heads, state, array((rows,), jnp.bool_), array((), jnp.int32),
-            vocabulary=vocabulary, text_size=None,
-        ),
-    )  # fmt: skip
 
 
 def replicate(tree: Any) -> Any:

@@ -183,8 +183,7 @@ class BatchedParams:
         shape = len(params), len(params[0])
         stacked, variant_ids = [], np.zeros(shape, np.int32)
         for number, example in enumerate(variants):
-            structure: Any = jax.tree.structure(example)
-            matches = [jax.tree.structure(row) == structure for row in rows]
+            matches = [variant_key(row) == variant_key(example) for row in rows]
             variant_ids[np.reshape(matches, shape)] = number
             filled = [r if is_match else example for r, is_match in zip(rows, matches, strict=True)]
             stacked.append(jax.tree.map(lambda *leaves: _stack(leaves, shape), *filled))
@@ -249,10 +248,20 @@ class BatchedParams:
 
 def distinct_variants(params: Sequence[SamplingParams]) -> tuple[SamplingParams, ...]:
     """One example of every variant, in an order that does not depend on theirs."""
-    examples: dict[str, SamplingParams] = {}
+    examples: dict[tuple[str, ...], SamplingParams] = {}
     for each in params:
-        examples.setdefault(str(jax.tree.structure(each)), each)
-    return tuple(examples[structure] for structure in sorted(examples))
+        examples.setdefault(variant_key(each), each)
+    return tuple(examples[key] for key in sorted(examples))
+
+
+def variant_key(params: SamplingParams) -> tuple[str, ...]:
+    """Equal for parameters of one variant.
+
+    JAX calls the structures of two types equal if their fields are alike, so the types count too.
+    """
+    parts = params.guidance, params.image, params.text
+    types = [f"{type(part).__module__}.{type(part).__qualname__}" for part in parts]
+    return str(jax.tree.structure(params)), *types
 
 
 def _sample(

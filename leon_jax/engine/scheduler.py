@@ -24,20 +24,20 @@ import numpy as np
 
 from leon_jax import sharding
 from leon_jax.config import UserError
+from leon_jax.engine.batch_sizes import BatchSizes, next_power_of_two, stream_ids
 from leon_jax.engine.decode_loop import (
     DecodeState,
     RowInputs,
     decode,
     finish,
     init_state,
-    output_sizes,
     prefill,
     replicate,
     round_up_rows,
 )
 from leon_jax.engine.engine import Engine, Sample, TokenRequest
 from leon_jax.engine.grammar import Grammar, GrammarState, ImageSpan, SpanOutput, split_output
-from leon_jax.engine.sampling_params import BatchedParams, SamplingParams, distinct_variants
+from leon_jax.engine.sampling_params import BatchedParams
 
 
 class Admitted(NamedTuple):
@@ -79,78 +79,6 @@ class Failed(NamedTuple):
 Event = Admitted | Tokens | Done | Failed
 
 
-@dataclasses.dataclass(frozen=True)
-class BatchSizes:
-    """The static sizes of the compiled programs.
-
-    Attributes:
-      groups: groups of slots.
-      samples: slots of a group.
-      prompt_lengths: padded length of the prompts of each stream.
-      spans, max_new_tokens: the longest grammar.
-      variants: one example of each variant of sampling parameters.
-    """
-
-    groups: int
-    samples: int
-    prompt_lengths: tuple[int, ...]
-    spans: int
-    max_new_tokens: int
-    variants: tuple[SamplingParams, ...]
-
-    @classmethod
-    def of(cls, engine: Engine, requests: Sequence[TokenRequest]) -> "BatchSizes":
-        """The sizes that suit these requests if they are all that there is."""
-        params = [sample.params for request in requests for sample in request.samples]
-        samples = group_size([len(request.samples) for request in requests], engine.slots)
-        units = sum(-(-len(request.samples) // samples) for request in requests)
-        streams = max(each.guidance.streams for each in params)
-        spans, new_tokens = output_sizes([request.grammar for request in requests])
-        return cls(
-            # A power of two, so that few programs serve all queues.
-            round_up_rows(min(engine.slots // samples, _next_power(units))),
-            samples,
-            tuple(
-                engine.bucket(max(len(stream_ids(request, stream)) for request in requests))
-                for stream in range(streams)
-            ),
-            spans,
-            new_tokens,
-            distinct_variants(params),
-        )
-
-    def grow(self, other: "BatchSizes") -> "BatchSizes":
-        """`other`, with lengths and variants that suit both."""
-        longer, shorter = self.prompt_lengths, other.prompt_lengths
-        if len(longer) < len(shorter):
-            longer, shorter = shorter, longer
-        lengths = [max(pair) for pair in zip(longer, shorter, strict=False)]
-        return dataclasses.replace(
-            other,
-            prompt_lengths=(*lengths, *longer[len(shorter) :]),
-            spans=max(self.spans, other.spans),
-            max_new_tokens=max(self.max_new_tokens, other.max_new_tokens),
-            variants=distinct_variants([*self.variants, *other.variants]),
-        )
-
-    def fits(self, request: TokenRequest) -> bool:
-        """Whether the request can run within these sizes."""
-        params = [sample.params for sample in request.samples]
-        streams = max(each.guidance.streams for each in params)
-        spans, new_tokens = output_sizes([request.grammar])
-        variants = {str(jax.tree.structure(variant)) for variant in self.variants}
-        return (
-            streams <= len(self.prompt_lengths)
-            and all(
-                len(stream_ids(request, stream)) <= length
-                for stream, length in enumerate(self.prompt_lengths)
-            )
-            and spans <= self.spans
-            and new_tokens <= self.max_new_tokens
-            and all(str(jax.tree.structure(each)) in variants for each in params)
-        )
-
-
 class _Unit(NamedTuple):
     """Samples of one request that share a group."""
 
@@ -166,10 +94,13 @@ class Scheduler:
       every: if set, `step` also returns the `Tokens` of all running samples whenever so many more
         ids are generated; inside an image, whenever a multiple of so many of its ids are. None:
         `step` runs until some group is done.
+      sizes: for requests that arrive one by one: they are kept as long as requests fit. None: the
+        sizes suit the requests that wait whenever the slots are empty.
     """
 
-    def __init__(self, engine: Engine, every: int | None = None):
+    def __init__(self, engine: Engine, every: int | None = None, sizes: BatchSizes | None = None):
         self.engine, self.every = engine, every
+        self._min_sizes = sizes
         self._requests: dict[int, TokenRequest] = {}
         self._unfinished: dict[int, int] = {}  # samples of each request that are not finished
         self._waiting: collections.deque[int] = collections.deque()
@@ -351,7 +282,7 @@ class Scheduler:
         sizes = self._sizes
         if sizes is None or not sizes.fits(self._requests[self._waiting[0]]):
             return False
-        if len(self._waiting_units(sizes)) <= sizes.groups:
+        if self._min_sizes is not None or len(self._waiting_units(sizes)) <= sizes.groups:
             return True
         wanted = BatchSizes.of(self.engine, self._waiting_requests())
         return (wanted.groups, wanted.samples) == (sizes.groups, sizes.samples)
@@ -364,6 +295,8 @@ class Scheduler:
         sizes = BatchSizes.of(self.engine, self._waiting_requests())
         if self._sizes is not None:
             sizes = self._sizes.grow(sizes)
+        if self._min_sizes is not None:
+            sizes = sizes.grow(self._min_sizes)
         self._sizes, self._groups = sizes, [None] * sizes.groups
         self._state = init_state(
             self.engine.decoder.config, replicate(self._row_inputs([])), sizes.prompt_lengths,
@@ -386,7 +319,7 @@ class Scheduler:
         source = np.full(len(self._groups), -1, np.int32)
         for index, (group, unit) in enumerate(units):
             source[group], self._groups[group] = index, unit
-        count = min(round_up_rows(_next_power(len(units))), len(self._groups))
+        count = min(round_up_rows(next_power_of_two(len(units))), len(self._groups))
         requests = [self._requests[unit.request] for _, unit in units]
         requests += [requests[-1]] * (count - len(requests))
         prompts = [
@@ -467,32 +400,6 @@ def generate(engine: Engine, requests: Sequence[TokenRequest]) -> list[list[list
         if isinstance(event, Done):
             outputs[event.request][event.sample] = event.outputs
     return outputs
-
-
-def stream_ids(request: TokenRequest, stream: int) -> np.ndarray:
-    """The ids of a stream; one id if the request has fewer streams: no row of it reads them."""
-    streams = request.streams
-    return streams[stream] if stream < len(streams) else streams[0][:1]
-
-
-def group_size(samples: Sequence[int], slots: int) -> int:
-    """How many samples share a group: the fewest rounds, then the fewest prompts to read.
-
-    Args:
-      samples: the number of samples of each request.
-      slots: how many samples run side by side.
-    """
-
-    def cost(size: int) -> tuple[int, int, int]:
-        units = sum(-(-count // size) for count in samples)
-        return -(-units // (slots // size)), units, size
-
-    return min(range(1, min(slots, max(samples)) + 1), key=cost)
-
-
-def _next_power(count: int) -> int:
-    """The next power of two."""
-    return 1 << (count - 1).bit_length()
 
 
 def _not_finite(count: int) -> UserError:

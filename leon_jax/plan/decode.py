@@ -7,7 +7,7 @@ from flax import nnx
 
 from leon_jax import sharding
 from leon_jax.config import UserError
-from leon_jax.engine import decode_loop
+from leon_jax.engine import lowering
 from leon_jax.engine.grammar import ImageSpan
 from leon_jax.engine.guidance import make_guidance
 from leon_jax.engine.kv_cache import CacheDtype
@@ -72,7 +72,7 @@ def plan(config: DecoderTraining, topology: Topology, setting: Setting) -> Plan:
         decoder = jax.eval_shape(
             lambda: convert_weights(Decoder(model, rngs=nnx.Rngs(0)), setting.weights)
         )
-        state, prefill, decode = decode_loop.lower_programs(
+        state, prefill, decode = lowering.lower_programs(
             decoder,
             config.vocabulary,
             setting.rows,

@@ -10,6 +10,7 @@ import pytest
 
 from leon_jax import sharding
 from leon_jax.config import UserError
+from leon_jax.engine.batch_sizes import BatchSizes
 from leon_jax.engine.grammar import ImageSpan, TextSpan
 from leon_jax.engine.guidance import ClassifierFree, Contrastive, Guidance, Plain, TwoConditions
 from leon_jax.engine.samplers import Categorical, Greedy
@@ -74,7 +75,9 @@ def alone(engine):
 def test_any_order_of_arrival_gives_the_same_ids(engine, alone, order):
     """Requests come in random order, several at once or one by one, while others run."""
     rng = np.random.default_rng(order)
-    scheduler, numbers, events = Scheduler(engine), {}, []
+    # Of one size, so that one program serves all orders.
+    scheduler = Scheduler(engine, sizes=BatchSizes.of(engine, REQUESTS))
+    numbers, events = {}, []
     for index in rng.permutation(len(REQUESTS)):
         numbers[scheduler.submit(REQUESTS[index])] = index
         for _ in range(rng.integers(3)):

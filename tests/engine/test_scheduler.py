@@ -8,13 +8,14 @@ import pytest
 from scipy import stats
 
 from leon_jax.config import UserError
-from leon_jax.engine import decode_loop
+from leon_jax.engine import decode_loop, lowering
+from leon_jax.engine.batch_sizes import group_size
 from leon_jax.engine.engine import Engine, TokenRequest
 from leon_jax.engine.grammar import Forced, ImageSpan, TextSpan
 from leon_jax.engine.guidance import ClassifierFree, Contrastive, Plain, TwoConditions
 from leon_jax.engine.samplers import Categorical, Greedy
 from leon_jax.engine.sampling_params import SamplingParams, distinct_variants
-from leon_jax.engine.scheduler import Done, Scheduler, Tokens, generate, group_size, run
+from leon_jax.engine.scheduler import Done, Scheduler, Tokens, generate, run
 from tests.engine.small import (
     BREAK,
     EOS,
@@ -61,7 +62,7 @@ def test_the_cache_is_written_where_it_is(engine, params):
     """The compiled loop copies no keys and no values."""
     streams = params.guidance.streams
     grammar = (ImageSpan(32),)
-    state, _, lower = decode_loop.lower_programs(
+    state, _, lower = lowering.lower_programs(
         engine.decoder, VOCABULARY, 8, (16,) * streams, grammar, params
     )
     program = lower().compile().as_text()
