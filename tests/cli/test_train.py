@@ -94,8 +94,8 @@ def test_a_wrong_number_of_slices_is_refused(tmp_path, monkeypatch):
     mesh = "--config.loop.mesh=(2, 1, 1, 1)", "--config.loop.slices=2"
     message = refused(TOKENIZER, f"--workdir={tmp_path}/w", *mesh)
     assert message.endswith(
-        "slices is 2; it must be the number of TPU slices, or of processes where there is one "
-        "slice\n"
+        "slices is 2; it must be the number of TPU slices or, with one slice, the number of "
+        "processes\n"
     )
 
 
