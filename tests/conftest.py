@@ -5,6 +5,7 @@ import pathlib
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from leon_jax import sharding
 from tests import emoji_data
@@ -15,6 +16,15 @@ def one_device_mesh():
     """Every test runs under a one-device mesh unless it sets its own."""
     with jax.set_mesh(sharding.make_mesh((1, 1, 1, 1), jax.devices()[:1])):
         yield
+
+
+@pytest.fixture(autouse=True)
+def no_programs_on_disk():
+    """A command that a test runs keeps compiled programs on disk; the tests after it do not."""
+    yield
+    if jax.config.jax_compilation_cache_dir is not None:
+        jax.config.update("jax_compilation_cache_dir", None)
+        compilation_cache.reset_cache()
 
 
 @pytest.fixture(autouse=True, scope="module")
