@@ -25,7 +25,7 @@ from leon_jax.generate.completion import complete
 from leon_jax.generate.prompt_builder import Request
 from leon_jax.leon import Leon
 from leon_jax.models.decoder import Decoder
-from leon_jax.models.weight_dtypes import convert_weights
+from leon_jax.models.weight_conversion import convert_weights
 from leon_jax.tokenizers.image import to_pixels
 
 PROMPTS = (
@@ -153,7 +153,7 @@ python -m benchmarks.int8
 ```
 
 The benchmark measures what `--weights` and `--cache` cost the demonstration model. In Python these
-are [`convert_weights`](../leon_jax/models/weight_dtypes.py) and
+are [`convert_weights`](../leon_jax/models/weight_conversion.py) and
 `Engine(..., cache_dtype="int8")`.
 
 The table has the perplexity of the {len(documents)} held-out images of `unseen_design`: of the

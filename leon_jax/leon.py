@@ -28,7 +28,7 @@ from leon_jax.generate.prompt_builder import Draft, Request
 from leon_jax.generate.results import Caption, GeneratedImage, ImageSettings, check_seed, credit
 from leon_jax.generate.retriever import Retriever, find_index
 from leon_jax.model_folder import ModelFolder
-from leon_jax.models.weight_dtypes import WeightType
+from leon_jax.models.weight_conversion import WeightType
 
 __all__ = ["Caption", "GeneratedImage", "ImageSettings", "Leon", "SamplingParams", "credit"]
 

@@ -20,7 +20,7 @@ from leon_jax import __version__, weight_files
 from leon_jax.config import UserError, build
 from leon_jax.documents import Document, Hole, Text
 from leon_jax.models.decoder import Decoder, DecoderConfig
-from leon_jax.models.weight_dtypes import WeightType, convert_weights, unstack
+from leon_jax.models.weight_conversion import WeightType, convert_weights, unstack
 from leon_jax.tokenizers.documents import DocumentTokenizer
 from leon_jax.tokenizers.text import TextTokenizer
 from leon_jax.vocabulary import Vocabulary

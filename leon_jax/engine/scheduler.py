@@ -24,7 +24,7 @@ import numpy as np
 
 from leon_jax import sharding
 from leon_jax.config import UserError
-from leon_jax.engine.batch_sizes import BatchSizes, next_power_of_two, stream_ids
+from leon_jax.engine.compiled_shapes import BatchSizes, next_power_of_two, stream_ids
 from leon_jax.engine.decode_loop import (
     DecodeState,
     RowInputs,

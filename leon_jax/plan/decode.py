@@ -13,7 +13,7 @@ from leon_jax.engine.guidance import make_guidance
 from leon_jax.engine.kv_cache import CacheDtype
 from leon_jax.engine.sampling_params import SamplingParams
 from leon_jax.models.decoder import Decoder
-from leon_jax.models.weight_dtypes import WeightType, convert_weights
+from leon_jax.models.weight_conversion import WeightType, convert_weights
 from leon_jax.plan import plan as plans
 from leon_jax.plan import roofline
 from leon_jax.plan.plan import Plan, Roofline

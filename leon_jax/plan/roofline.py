@@ -11,7 +11,7 @@ import dataclasses
 
 from leon_jax.engine.kv_cache import CacheDtype
 from leon_jax.models.decoder import DecoderConfig
-from leon_jax.models.weight_dtypes import WeightType
+from leon_jax.models.weight_conversion import WeightType
 from leon_jax.ops.attention import BLOCKS
 
 

@@ -13,7 +13,7 @@ from leon_jax.cli.main import VERBS
 from leon_jax.engine.kv_cache import CacheDtype
 from leon_jax.generate.ranking import Ranking
 from leon_jax.generate.retriever import DEFAULT_FOLDER
-from leon_jax.models.weight_dtypes import WeightType
+from leon_jax.models.weight_conversion import WeightType
 
 ROOT = pathlib.Path(__file__).parents[2]
 

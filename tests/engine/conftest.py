@@ -3,7 +3,7 @@
 import pytest
 
 from leon_jax.engine.engine import Engine
-from leon_jax.models.weight_dtypes import unstack
+from leon_jax.models.weight_conversion import unstack
 from tests.engine.small import VOCABULARY, make
 
 

@@ -6,7 +6,7 @@ import numpy as np
 from leon_jax import sharding
 from leon_jax.engine.engine import Engine
 from leon_jax.engine.scheduler import generate
-from leon_jax.models.weight_dtypes import convert_weights, unstack
+from leon_jax.models.weight_conversion import convert_weights, unstack
 from tests.engine.small import VOCABULARY, make
 from tests.engine.test_engine import UNLIKE
 

@@ -13,7 +13,7 @@ from leon_jax.engine.samplers import Greedy
 from leon_jax.engine.sampling_params import SamplingParams
 from leon_jax.engine.scheduler import generate
 from leon_jax.leon import Leon
-from leon_jax.models.weight_dtypes import convert_weights
+from leon_jax.models.weight_conversion import convert_weights
 from tests.engine.small import LENGTHS, VOCABULARY, all_ids, make, prompt
 from tests.tiny import random_decoder
 

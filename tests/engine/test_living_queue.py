@@ -10,7 +10,7 @@ import pytest
 
 from leon_jax import sharding
 from leon_jax.config import UserError
-from leon_jax.engine.batch_sizes import BatchSizes
+from leon_jax.engine.compiled_shapes import BatchSizes
 from leon_jax.engine.grammar import ImageSpan, TextSpan
 from leon_jax.engine.guidance import ClassifierFree, Contrastive, Guidance, Plain, TwoConditions
 from leon_jax.engine.samplers import Categorical, Greedy

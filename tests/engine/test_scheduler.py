@@ -9,7 +9,7 @@ from scipy import stats
 
 from leon_jax.config import UserError
 from leon_jax.engine import decode_loop, lowering
-from leon_jax.engine.batch_sizes import group_size
+from leon_jax.engine.compiled_shapes import group_size
 from leon_jax.engine.engine import Engine, TokenRequest
 from leon_jax.engine.grammar import Forced, ImageSpan, TextSpan
 from leon_jax.engine.guidance import ClassifierFree, Contrastive, Plain, TwoConditions
