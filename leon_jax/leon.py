@@ -1,10 +1,8 @@
-"""Leon: the few calls a person makes.
+"""The public interface: generates images, captions and answers, and completes documents.
 
-    leon = Leon.load()
-    leon.generate("cat face, Twemoji style", num_images=4)[0].image
-    leon.caption("cat.png").text
-
-Every call completes documents: `complete` fills the holes of any document.
+leon = Leon.load()
+leon.generate("cat face, Twemoji style", num_images=4)[0].image
+leon.caption("cat.png").text
 """
 
 import os
@@ -18,14 +16,17 @@ from leon_jax.documents import Document, Hole, Text, normalise_text
 from leon_jax.engine.engine import Sample
 from leon_jax.engine.guidance import ClassifierFree, TwoConditions
 from leon_jax.engine.kv_cache import CacheDtype
+from leon_jax.engine.likelihood import log_likelihoods
 from leon_jax.engine.sampling_params import MAX_TOKENS, SamplingParams
-from leon_jax.generate import completion, ranking
+from leon_jax.generate import completion, context_limits, ranking
 from leon_jax.generate.edit_prompts import edit_document, extend_document
+from leon_jax.generate.image_metadata import credit
+from leon_jax.generate.image_settings import ImageSettings, check_seed
 from leon_jax.generate.images import finished_images, image_request, warm_up
 from leon_jax.generate.inputs import ImageInput, image_part, text_part
 from leon_jax.generate.model import Model
 from leon_jax.generate.prompt_builder import Draft, Request
-from leon_jax.generate.results import Caption, GeneratedImage, ImageSettings, check_seed, credit
+from leon_jax.generate.results import Caption, GeneratedImage
 from leon_jax.generate.retriever import Retriever, find_index
 from leon_jax.model_folder import ModelFolder
 from leon_jax.models.weight_conversion import WeightType
@@ -150,7 +151,7 @@ class Leon:
         if isinstance(prompts, str):
             raise UserError("prompts is one text; give a list of them, or use generate")
         settings = settings or ImageSettings()
-        self.model.folder.check_num_docs(settings.num_docs)
+        context_limits.check_num_docs(self.model.folder, settings.num_docs)
         if settings.num_docs:
             _ = self.retriever  # an error of it is an error of all prompts
         requests = (
@@ -238,7 +239,7 @@ class Leon:
           UserError: the file is no image that can be read, or an argument is out of range.
         """
         document = Document((Hole("text"), image_part(image)))
-        self.model.folder.check_caption(max_tokens, num_docs)
+        context_limits.check_caption(self.model.folder, max_tokens, num_docs)
         params = SamplingParams.of(
             temperature=temperature, top_p=top_p, top_k=top_k, max_tokens=max_tokens
         )
@@ -272,7 +273,7 @@ class Leon:
             raise UserError("the question is empty; ask something about the image")
         document = Document((text, Hole("text"), image_part(image)))
         sample = Sample(seed, params or SamplingParams.of(temperature=0.0))
-        self.model.folder.check_caption(sample.params.max_tokens, num_docs)
+        context_limits.check_caption(self.model.folder, sample.params.max_tokens, num_docs)
         return self._generate_text(document, 1, num_docs, sample)
 
     def complete(
@@ -302,13 +303,8 @@ class Leon:
         documents = [documents] if isinstance(documents, Document) else list(documents)
         requests = completion.make_requests(self.model, documents, retrieved, seeds, params)
         filled: list = [None] * len(requests)
-        bar = tqdm(
-            total=len(requests),
-            unit="doc",
-            disable=len(requests) <= self.model.engine.slots,
-            leave=False,
-        )
-        with bar:
+        is_short = len(requests) <= self.model.engine.slots
+        with tqdm(total=len(requests), unit="doc", disable=is_short, leave=False) as bar:
             for result in self._complete(requests):
                 if result.error:
                     prefix = f"document {result.index}: " if len(requests) > 1 else ""
@@ -335,7 +331,6 @@ class Leon:
         """
         several = [documents] if isinstance(documents, Document) else list(documents)
         requests = completion.make_requests(self.model, several, retrieved, seeds, params)
-
         return (
             (result.index, result.error or self.model.decode_images(result.documents)[0])
             for result in self._complete(requests)
@@ -376,7 +371,7 @@ class Leon:
         """
         document, retrieved = self.tokenize(document), [*map(self.tokenize, retrieved)]
         ids, weights = ranking.scored_ids(self.model.tokenizer, document, part, retrieved)
-        return float(self.model.engine.score([ids], [weights])[0])
+        return float(log_likelihoods(self.model.engine, [ids], [weights])[0])
 
     def retrieve(self, document: Document, num_docs: int) -> list[Document]:
         """At most `num_docs` documents for a prompt, the most relevant first.
@@ -395,7 +390,9 @@ class Leon:
     ) -> tuple[Document, ...]:
         """Those documents of `retrieve` that fit beside a prompt and `new_tokens` more tokens."""
         retrieved = self.retrieve(document, num_docs)
-        return tuple(self.model.folder.select_fitting(retrieved, document, new_tokens))
+        return tuple(
+            context_limits.select_fitting(self.model.folder, retrieved, document, new_tokens)
+        )
 
     def tokenize(self, document: Document) -> Document:
         """The document with codes beside the pixels of every image."""
@@ -411,7 +408,7 @@ class Leon:
         Returns:
           For how many lengths of prompts.
         """
-        self.model.folder.check_num_docs(settings.num_docs)
+        context_limits.check_num_docs(self.model.folder, settings.num_docs)
         self.retrieve(Document((Text("a"),)), settings.num_docs)
         return warm_up(self.model, settings, min(prompts, _WINDOW))
 

@@ -1,4 +1,4 @@
-"""A model folder: its files, and checks of what fits the model's context.
+"""A model folder and its files.
 
 Training, conversion and tuning write a model folder. Generation and evaluation load one. Opening a
 folder does not read the weights.
@@ -10,15 +10,12 @@ import importlib.resources
 import os
 import pathlib
 import shutil
-from collections.abc import Sequence
 
 import jax
-import numpy as np
 from flax import nnx
 
-from leon_jax import __version__, weight_files
+from leon_jax import __version__, weight_digests, weight_files
 from leon_jax.config import UserError, build
-from leon_jax.documents import Document, Hole, Text
 from leon_jax.models.decoder import Decoder, DecoderConfig
 from leon_jax.models.weight_conversion import WeightType, convert_weights, unstack
 from leon_jax.tokenizers.documents import DocumentTokenizer
@@ -131,106 +128,17 @@ class ModelFolder:
     @functools.cached_property
     def digest(self) -> str:
         """12 digits that identify the decoder's weights; see `sampled_digest`."""
-        return weight_files.sampled_digest(self.path / "decoder.safetensors")
+        return weight_digests.sampled_digest(self.path / "decoder.safetensors")
 
     @functools.cached_property
     def former_digests(self) -> list[str]:
         """The digests of the same weights in earlier versions of this project."""
-        return weight_files.former_sampled_digests(self.path / "decoder.safetensors")
+        return weight_digests.former_sampled_digests(self.path / "decoder.safetensors")
 
     @property
     def context(self) -> int:
         """The number of positions of the decoder."""
         return self.config.max_length
-
-    def check_prompt(self, prompt: str, num_docs: int) -> None:
-        """Checks a prompt for an image, and the number of retrieved documents.
-
-        Raises:
-          UserError: the prompt is empty or too long, or the documents cannot fit the context.
-        """
-        if not prompt.strip():
-            raise UserError("the prompt is empty; say what the image should show")
-        try:
-            document = Document((Text(prompt), Hole("image")))
-        except ValueError as error:
-            raise UserError(f"the prompt cannot be read: {error}") from error
-        used = self._extent(self.tokenizer.encode(document)) + self.tokenizer.image_tokens
-        if used > self.context:
-            tokens = len(self.tokenizer.text.encode(prompt))
-            raise UserError(
-                f"the prompt has {len(prompt)} characters or {tokens} tokens; with the image "
-                f"there is room for {tokens + self.context - used} tokens, so make it shorter"
-            )
-        self._check_documents(used, num_docs)
-
-    def check_caption(self, max_tokens: int, num_docs: int) -> None:
-        """Checks the length limit of a caption, and the number of retrieved documents.
-
-        Raises:
-          UserError: a number is out of range.
-        """
-        if max_tokens < 1:
-            raise UserError(f"max_tokens is {max_tokens}; a caption has at least 1 token")
-        vocabulary = self.tokenizer.vocabulary
-        image = [vocabulary.image_start] * self.tokenizer.image_tokens
-        prefix = [vocabulary.eos, vocabulary.sentinel(0), vocabulary.break_id, *image]
-        used = self._extent(np.array([*prefix, vocabulary.eos, vocabulary.sentinel(0)]))
-        used += max_tokens
-        if used > self.context:
-            raise UserError(
-                f"max_tokens is {max_tokens}; with an image there is room for "
-                f"{max_tokens + self.context - used}"
-            )
-        self._check_documents(used, num_docs)
-
-    def check_num_docs(self, num_docs: int) -> None:
-        """Checks the number of retrieved documents for any prompt for an image.
-
-        Raises:
-          UserError: the number is negative, or the documents do not fit with the shortest prompt.
-        """
-        vocabulary = self.tokenizer.vocabulary
-        shortest = np.array([vocabulary.eos, vocabulary.text_start, vocabulary.break_id])
-        self._check_documents(self._extent(shortest) + self.tokenizer.image_tokens, num_docs)
-
-    def _check_documents(self, used: int, num_docs: int) -> None:
-        if num_docs < 0:
-            raise UserError(f"num_docs is {num_docs}; it must be 0 or more")
-        # The shortest retrieved document is a one-token text and an image, each with a <break>.
-        step = self.config.part_step
-        shortest = sum(-(-part // step) * step for part in (2, self.tokenizer.image_tokens + 1))
-        limit = (self.context - used) // shortest
-        if num_docs > limit:
-            raise UserError(
-                f"num_docs is {num_docs}; the model's context of {self.context} positions holds "
-                f"at most {limit} documents with this request; use fewer, or shorten the request"
-            )
-
-    def select_fitting(
-        self, retrieved: Sequence[Document], query: Document, new_tokens: int
-    ) -> list[Document]:
-        """Returns the retrieved documents that fit the context with the query, in sequence order.
-
-        The most relevant document is last, next to the query. The least relevant documents are
-        dropped first.
-
-        Args:
-          retrieved: retrieved documents, most relevant first.
-          query: a document with a hole.
-          new_tokens: number of tokens to generate.
-        """
-        fitting = list(retrieved)
-        while fitting:
-            # One more position, because a query that is not open is followed by a sentinel.
-            used = self._extent(self.tokenizer.encode([*fitting[::-1], query])) + 1
-            if used + new_tokens <= self.context:
-                break
-            fitting.pop()
-        return fitting[::-1]
-
-    def _extent(self, ids: np.ndarray) -> int:
-        return self.tokenizer.vocabulary.extent(ids, self.config.part_step)
 
 
 def shipped_folder() -> pathlib.Path:

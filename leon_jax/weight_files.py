@@ -4,19 +4,16 @@ The metadata in the header has `kind` (tokenizer, encoder, decoder), `config` (J
 The name of an array is its dotted attribute path in the module, for example `blocks.query`.
 
 Files of the format `leon_jax/1` left out every path part named `value`: the decoder's
-`blocks.value` is `blocks` in them. They are read under the full names. `upgrade` rewrites such a
-file in the present format.
+`blocks.value` is `blocks` in them. They are read under the full names.
+`leon_jax.weight_digests.upgrade` rewrites such a file in the present format.
 
-Files are compared by a digest of their tensors under full names, not by their bytes. A file that
-`upgrade` wrote lists the digests of its former bytes in `replaces`, because folders and images of
-older versions record those digests.
+`leon_jax.weight_digests` compares files.
 """
 
-import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -30,8 +27,6 @@ from leon_jax.config import UserError
 
 FORMAT = "leon_jax/2"
 _FORMER_FORMAT = "leon_jax/1"
-# Number and size of the samples that `sampled_digest` reads.
-_SAMPLES, _SAMPLE_BYTES = 64, 4096
 
 
 def flatten(module: Any) -> dict[str, Any]:
@@ -96,7 +91,7 @@ def load(path: str | os.PathLike, kind: str) -> tuple[dict[str, np.ndarray], dic
     Raises:
       UserError: the file is missing or damaged, or has another kind of model.
     """
-    metadata, arrays = _open(path, kind)
+    metadata, arrays = read_mapped(path, kind)
     return {name: np.array(array) for name, array in arrays.items()}, json.loads(metadata["config"])
 
 
@@ -106,7 +101,7 @@ def read_config(path: str | os.PathLike, kind: str) -> dict[str, Any]:
     Raises:
       UserError: the file is missing or damaged, or has another kind of model.
     """
-    return json.loads(_open(path, kind)[0]["config"])
+    return json.loads(read_mapped(path, kind)[0]["config"])
 
 
 def restore[M: nnx.Module](module: M, arrays: Mapping[str, np.ndarray], source: str = "file") -> M:
@@ -177,101 +172,21 @@ def is_weight_file(path: str | os.PathLike) -> bool:
     return metadata.get("format") in (FORMAT, _FORMER_FORMAT)
 
 
-def content_digest(path: str | os.PathLike) -> str:
-    """Returns a hexadecimal SHA-256 of the kind, the configuration and the tensors of a file.
-
-    It does not depend on the format, the order of the tensors, or `replaces`. The file is streamed,
-    so it may be larger than memory.
-
-    Raises:
-      UserError: the file cannot be read or is not a weight file.
-    """
-    metadata, arrays = _open(path)
-    digest = hashlib.sha256()
-    config = json.dumps(json.loads(metadata["config"]), sort_keys=True)
-    digest.update(f"{metadata['kind']}\n{config}\n".encode())
-    for line, array in _described(arrays):
-        digest.update(line)
-        digest.update(safetensors_format.content(array).data)
-    return digest.hexdigest()
-
-
-def same_weights(path: str | os.PathLike, recorded: str) -> bool:
-    """Returns whether a recorded digest is of this file: its contents, bytes or former bytes.
-
-    Raises:
-      UserError: the file cannot be read or is not a weight file.
-    """
-    metadata, _ = _open(path)
-    return (
-        recorded in _replaces(metadata)
-        or recorded == content_digest(path)
-        or recorded == _byte_digest(path)
-    )
-
-
-def sampled_digest(path: str | os.PathLike) -> str:
-    """Returns 12 hexadecimal digits that identify the weights of a file.
-
-    They are a digest of the tensors' full names, types and shapes, and of 64 samples of their
-    contents, because reading all of a large model takes minutes. Training changes every weight. A
-    file with only a few changed weights may have the same digest.
-
-    Raises:
-      UserError: the file cannot be read or is not a weight file.
-    """
-    _, arrays = _open(path)
-    digest, contents = hashlib.sha256(), []
-    for line, array in _described(arrays):
-        digest.update(line)
-        contents.append(safetensors_format.content(array))
-    # The samples are taken from the concatenated contents.
-    ends = np.cumsum([len(content) for content in contents], dtype=np.int64)
-    total = int(ends[-1]) if contents else 0
-    for sample in range(_SAMPLES):
-        start = total * sample // _SAMPLES
-        stop = min(start + _SAMPLE_BYTES, total)
-        for content, end in zip(contents, ends, strict=True):
-            offset = int(end) - len(content)
-            digest.update(content[max(start - offset, 0) : max(stop - offset, 0)].data)
-    return digest.hexdigest()[:12]
-
-
-def former_sampled_digests(path: str | os.PathLike) -> list[str]:
-    """Returns the 12-digit digests that older versions wrote into images for these weights.
-
-    Raises:
-      UserError: the file cannot be read or is not a weight file.
-    """
-    metadata, _ = _open(path)
-    former = [digest for digest in _replaces(metadata) if len(digest) == 12]
-    return [_sampled_bytes_digest(path), *former]
-
-
-def upgrade(path: str | os.PathLike) -> bool:
-    """Rewrites a file of the format `leon_jax/1` in the present format, with the same weights.
-
-    The header lists the digests of the former bytes, so that recorded digests stay valid.
-
-    Returns:
-      Whether the file was rewritten. A file of the present format does not change.
-
-    Raises:
-      UserError: the file cannot be read or is not a weight file.
-    """
-    metadata, arrays = _open(path)
-    if metadata["format"] == FORMAT:
-        return False
-    replaces = [_byte_digest(path), _sampled_bytes_digest(path)]
-    metadata = metadata | {"format": FORMAT, "replaces": json.dumps(replaces)}
-    safetensors_format.write(pathlib.Path(path), arrays, metadata)
-    return True
-
-
-def _open(
+def read_mapped(
     path: str | os.PathLike, kind: str | None = None
 ) -> tuple[dict[str, str], dict[str, np.ndarray]]:
-    """Returns the metadata and the mapped arrays by full name, and checks `kind` unless None."""
+    """Opens a file of either format without reading its tensors into memory.
+
+    Args:
+      path: the file.
+      kind: the kind of model that the file must have; None: any.
+
+    Returns:
+      The metadata of the header, and the memory-mapped arrays by full name.
+
+    Raises:
+      UserError: the file is missing or damaged, or has another kind of model.
+    """
     path, expected = pathlib.Path(path), kind or "model"
     if not path.is_file():
         raise UserError(f"there is no {expected} file at {path}")
@@ -293,34 +208,6 @@ def _full_name(name: str, names: Iterable[str]) -> str:
     """
     is_prefix = any(other.startswith(name + ".") for other in names)
     return f"{name}.value" if is_prefix else name
-
-
-def _described(arrays: Mapping[str, np.ndarray]) -> Iterator[tuple[bytes, np.ndarray]]:
-    """Yields the arrays by name, each with a line that has its name, type and shape."""
-    for name, array in sorted(arrays.items()):
-        yield f"{name} {array.dtype.name} {list(array.shape)}\n".encode(), array
-
-
-def _replaces(metadata: Mapping[str, str]) -> list[str]:
-    """Returns the digests of former bytes in a header."""
-    return json.loads(metadata.get("replaces", "[]"))
-
-
-def _byte_digest(path: str | os.PathLike) -> str:
-    """Returns the SHA-256 of a file's bytes, which older versions recorded in prepared folders."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sampled_bytes_digest(path: str | os.PathLike) -> str:
-    """Returns the digest that older versions recorded in images: of the size and 64 samples."""
-    digest, size = hashlib.sha256(), os.stat(path).st_size
-    digest.update(str(size).encode())
-    with open(path, "rb") as file:
-        for sample in range(_SAMPLES):
-            file.seek(size * sample // _SAMPLES)
-            digest.update(file.read(_SAMPLE_BYTES))
-    return digest.hexdigest()[:12]
 
 
 def _with_paths(node: Any) -> list[tuple[tuple[Any, ...], Any]]:

@@ -18,7 +18,8 @@ ALL_SOURCES = sorted(
 )
 
 FOUNDATION = {"config", "documents", "vocabulary", "sharding", "ops", "compilation_cache"}
-BELOW_DATA = FOUNDATION | {"models", "safetensors_format", "weight_files", "tokenizers"}
+BELOW_DATA = FOUNDATION | {"models", "safetensors_format", "weight_files", "weight_digests"}
+BELOW_DATA |= {"tokenizers"}
 BELOW_TRAINING = BELOW_DATA | {"retrieval", "data"}
 
 # A room is a folder or a file of leon_jax. Each may import itself and what stands here.
@@ -33,6 +34,7 @@ MAY_IMPORT = {
     "models": {"ops", "sharding", "config", "vocabulary"},
     "safetensors_format": {"config"},
     "weight_files": {"config", "sharding", "safetensors_format", "models"},
+    "weight_digests": {"config", "safetensors_format", "weight_files"},
     "tokenizers": FOUNDATION | {"models", "weight_files"},
     "data": BELOW_DATA,
     # What is retrieved are records.

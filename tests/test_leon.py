@@ -9,9 +9,11 @@ import pytest
 from leon_jax.config import UserError
 from leon_jax.documents import Document, Hole, Image, Text
 from leon_jax.engine.guidance import ClassifierFree, Contrastive, TwoConditions
+from leon_jax.engine.likelihood import log_likelihoods
 from leon_jax.engine.samplers import Categorical
 from leon_jax.engine.sampling_params import SamplingParams
-from leon_jax.generate.results import ImageSettings
+from leon_jax.generate import context_limits
+from leon_jax.generate.image_settings import ImageSettings
 from leon_jax.leon import Leon
 from tests import tiny
 
@@ -128,7 +130,7 @@ def test_the_likelihood_of_a_document_is_that_of_its_parts(leon):
     whole, picture = leon.likelihood(cat), leon.likelihood(cat, part=1)
     # The chain rule: the caption with its <break>, then the picture with its </s>.
     ids = leon.model.tokenizer.encode(cat)
-    caption = leon.model.engine.score([ids[: -(tiny.GRID**2) - 1]])[0]
+    caption = log_likelihoods(leon.model.engine, [ids[: -(tiny.GRID**2) - 1]])[0]
     assert whole == pytest.approx(caption + picture, abs=1e-2)
     assert leon.likelihood(cat, part=0) < 0
     assert leon.likelihood(cat, retrieved=leon.retrieve(cat, 1)) != pytest.approx(whole, abs=1e-3)
@@ -309,7 +311,7 @@ def test_a_prompt_that_cannot_be_ranked_keeps_no_other(leon):
 
 def _fits(leon: Leon, prompt: str) -> bool:
     try:
-        leon.model.folder.check_prompt(prompt, 0)
+        context_limits.check_prompt(leon.model.folder, prompt, 0)
     except UserError:
         return False
     return True

@@ -16,7 +16,7 @@ import safetensors
 import safetensors.numpy
 from flax import nnx
 
-from leon_jax import safetensors_format, weight_files
+from leon_jax import safetensors_format, weight_digests, weight_files
 from leon_jax.config import UserError
 from leon_jax.models.decoder import Decoder, DecoderConfig
 
@@ -220,12 +220,12 @@ def test_a_digest_does_not_depend_on_the_order_or_the_format(former, outer, tmp_
     path = tmp_path / "present.safetensors"
     weight_files.save(path, outer, "outer", {"a": 1})
     assert path.read_bytes() != former.read_bytes()
-    assert weight_files.content_digest(path) == weight_files.content_digest(former)
-    assert weight_files.sampled_digest(path) == weight_files.sampled_digest(former)
+    assert weight_digests.content_digest(path) == weight_digests.content_digest(former)
+    assert weight_digests.sampled_digest(path) == weight_digests.sampled_digest(former)
     outer.blocks.query[...] = outer.blocks.query[...].at[3, 3].add(1)
     weight_files.save(path, outer, "outer", {"a": 1})
-    assert weight_files.content_digest(path) != weight_files.content_digest(former)
-    assert weight_files.sampled_digest(path) != weight_files.sampled_digest(former)
+    assert weight_digests.content_digest(path) != weight_digests.content_digest(former)
+    assert weight_digests.sampled_digest(path) != weight_digests.sampled_digest(former)
 
 
 def test_a_digest_depends_on_kind_configuration_and_types(tmp_path, outer):
@@ -235,12 +235,12 @@ def test_a_digest_depends_on_kind_configuration_and_types(tmp_path, outer):
     ):
         path = tmp_path / f"{number}.safetensors"
         weight_files.save(path, outer, kind, config, dtype)
-        digests.add(weight_files.content_digest(path))
+        digests.add(weight_digests.content_digest(path))
     assert len(digests) == 4
     first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
     weight_files.save(first, outer, "a", {"x": 1, "y": 2})
     weight_files.save(second, outer, "a", {"y": 2, "x": 1})
-    assert weight_files.content_digest(first) == weight_files.content_digest(second)
+    assert weight_digests.content_digest(first) == weight_digests.content_digest(second)
 
 
 def test_a_digest_never_changes(tmp_path):
@@ -251,7 +251,7 @@ def test_a_digest_never_changes(tmp_path):
     content = b'k\n{"x": [2], "y": 1}\n' + b"a float32 [1, 1]\n" + arrays["a"].tobytes()
     content += b"b int8 [3]\n" + arrays["b"].tobytes()
     expected = hashlib.sha256(content).hexdigest()
-    assert weight_files.content_digest(tmp_path / "d.safetensors") == expected
+    assert weight_digests.content_digest(tmp_path / "d.safetensors") == expected
 
 
 def test_a_sampled_digest_reads_64_samples_across_tensors(tmp_path):
@@ -266,25 +266,25 @@ def test_a_sampled_digest_reads_64_samples_across_tensors(tmp_path):
     for sample in range(64):
         start = len(data) * sample // 64
         content += data[start : start + 4096]
-    assert weight_files.sampled_digest(path) == hashlib.sha256(content).hexdigest()[:12]
+    assert weight_digests.sampled_digest(path) == hashlib.sha256(content).hexdigest()[:12]
 
 
 def test_an_upgraded_file_matches_the_digests_of_its_former_bytes(former, tmp_path):
     data = former.read_bytes()
     recorded = hashlib.sha256(data).hexdigest()
-    assert weight_files.same_weights(former, recorded), "the digest of the bytes"
+    assert weight_digests.same_weights(former, recorded), "the digest of the bytes"
     arrays, config = weight_files.load(former, "outer")
-    content, sampled = weight_files.content_digest(former), weight_files.sampled_digest(former)
-    in_images = weight_files.former_sampled_digests(former)
+    content, sampled = weight_digests.content_digest(former), weight_digests.sampled_digest(former)
+    in_images = weight_digests.former_sampled_digests(former)
     assert len(in_images) == 1
 
-    assert weight_files.upgrade(former)
-    assert weight_files.content_digest(former) == content
-    assert weight_files.sampled_digest(former) == sampled
+    assert weight_digests.upgrade(former)
+    assert weight_digests.content_digest(former) == content
+    assert weight_digests.sampled_digest(former) == sampled
     for digest in (recorded, content, hashlib.sha256(former.read_bytes()).hexdigest()):
-        assert weight_files.same_weights(former, digest)
-    assert not weight_files.same_weights(former, "0" * 64)
-    assert weight_files.former_sampled_digests(former)[1:] == in_images
+        assert weight_digests.same_weights(former, digest)
+    assert not weight_digests.same_weights(former, "0" * 64)
+    assert weight_digests.former_sampled_digests(former)[1:] == in_images
     with safetensors.safe_open(former, framework="numpy") as file:
         assert sorted(file.keys()) == ["blocks.query", "blocks.value", "table"]
         assert json.loads(file.metadata()["replaces"]) == [recorded, *in_images]
@@ -293,9 +293,9 @@ def test_an_upgraded_file_matches_the_digests_of_its_former_bytes(former, tmp_pa
     assert all((new_arrays[name] == arrays[name]).all() for name in arrays)
 
     upgraded = former.read_bytes()
-    assert not weight_files.upgrade(former) and former.read_bytes() == upgraded
+    assert not weight_digests.upgrade(former) and former.read_bytes() == upgraded
     former.write_bytes(data)
-    weight_files.upgrade(former)
+    weight_digests.upgrade(former)
     assert former.read_bytes() == upgraded, "upgrading is deterministic"
 
 
@@ -306,4 +306,4 @@ def test_the_former_digest_in_images_equals_that_of_older_versions():
     for sample in range(64):
         start = len(data) * sample // 64
         digest.update(data[start : start + 4096])
-    assert weight_files.former_sampled_digests(SHIPPED) == [digest.hexdigest()[:12]]
+    assert weight_digests.former_sampled_digests(SHIPPED) == [digest.hexdigest()[:12]]

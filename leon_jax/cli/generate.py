@@ -21,7 +21,7 @@ from absl import flags
 from leon_jax.config import UserError
 
 if TYPE_CHECKING:
-    from leon_jax.generate.results import ImageSettings
+    from leon_jax.generate.image_settings import ImageSettings
     from leon_jax.leon import Leon
     from leon_jax.model_folder import ModelFolder
 
@@ -130,7 +130,7 @@ def _settings(is_caption: bool) -> "ImageSettings":
       UserError: a flag is out of range.
     """
     from leon_jax.engine.sampling_params import SamplingParams
-    from leon_jax.generate.results import ImageSettings
+    from leon_jax.generate.image_settings import ImageSettings
 
     temperature = _TEMPERATURE.value
     if temperature is None:
@@ -159,8 +159,10 @@ def _load(folder: "ModelFolder") -> "Leon":
 def _warm(folder: "ModelFolder", settings: "ImageSettings") -> None:
     import jax
 
+    from leon_jax.generate import context_limits
+
     num_prompts = 1 if _PROMPTS.value is None else len(_prompts())
-    folder.check_num_docs(settings.num_docs)
+    context_limits.check_num_docs(folder, settings.num_docs)
     print("compiling, which takes a minute or so for a small model ...", file=sys.stderr)
     lengths = _load(folder).warm(settings, num_prompts)
     print(
@@ -173,16 +175,17 @@ def _generate(folder: "ModelFolder", settings: "ImageSettings") -> None:
     from tqdm import tqdm
 
     from leon_jax.data import image_files
+    from leon_jax.generate import context_limits
+    from leon_jax.generate.image_metadata import ModelState
     from leon_jax.generate.journal import FinishedImages, Journal
-    from leon_jax.generate.results import ModelState
 
     prompts = _prompts()
     if _IMAGE.value is not None:
         raise UserError("--image is for --task=caption; images are generated from --prompt alone")
-    folder.check_num_docs(settings.num_docs)
+    context_limits.check_num_docs(folder, settings.num_docs)
     is_single = _PROMPTS.value is None
     if is_single:
-        folder.check_prompt(prompts[1], settings.num_docs)
+        context_limits.check_prompt(folder, prompts[1], settings.num_docs)
     journal = Journal(image_files.check_folder(_OUT.value))
     lines = list(prompts)
     if not is_single:
@@ -247,12 +250,13 @@ def _caption(folder: "ModelFolder", settings: "ImageSettings") -> None:
     """Generates a caption for --image."""
     from leon_jax.data import image_files
     from leon_jax.engine.sampling_params import MAX_TOKENS
+    from leon_jax.generate import context_limits
 
     if _IMAGE.value is None:
         raise UserError("--image is missing; it is the image to caption")
     if _PROMPT.value is not None or _PROMPTS.value is not None:
         raise UserError("--prompt is for --task=text_to_image; a caption needs --image only")
-    folder.check_caption(MAX_TOKENS, settings.num_docs)
+    context_limits.check_caption(folder, MAX_TOKENS, settings.num_docs)
     image = image_files.read(_IMAGE.value)
     caption = _load(folder).caption(
         image,
@@ -267,7 +271,7 @@ def _caption(folder: "ModelFolder", settings: "ImageSettings") -> None:
 
 
 def _print_retrieved(documents) -> None:
-    from leon_jax.generate.results import credit
+    from leon_jax.generate.image_metadata import credit
 
     if documents:
         print("retrieved:")

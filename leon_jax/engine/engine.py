@@ -1,7 +1,7 @@
 """The engine: one decoder with its padded prompt lengths and its output heads.
 
 It knows ids and nothing of documents or files. `leon_jax.engine.scheduler.Scheduler` runs requests
-through it; `Engine.score` computes likelihoods.
+through it. `leon_jax.engine.likelihood` scores sequences with it.
 """
 
 import dataclasses
@@ -10,16 +10,14 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Int
 
 from leon_jax import sharding
 from leon_jax.config import UserError
-from leon_jax.engine.decode_loop import Heads, PaddedPrompts, round_up_rows
+from leon_jax.engine.decode_loop import Heads, PaddedPrompts
 from leon_jax.engine.grammar import Forced, Grammar, TextSpan, max_new_tokens
 from leon_jax.engine.kv_cache import CacheDtype
 from leon_jax.engine.sampling_params import SamplingParams
 from leon_jax.models.decoder import Decoder
-from leon_jax.ops.cross_entropy import chunked_cross_entropy
 from leon_jax.vocabulary import Vocabulary
 
 # Samples that are decoded side by side unless the engine is told otherwise.
@@ -119,72 +117,13 @@ class Engine:
         needed = max(sample.params.guidance.streams for sample in request.samples)
         if needed > len(request.streams):
             raise ValueError(f"there are {len(request.streams)} streams; guidance needs {needed}")
-        prompt = max(map(self._extent, request.streams))
+        prompt = max(map(self.extent, request.streams))
         output = self._end(prompt, request.grammar) - prompt
         if prompt + output > self.context:
             raise UserError(
                 f"the prompt of {prompt} positions and an output of up to {output} need "
                 f"{prompt + output}; the model's context is {self.context}"
             )
-
-    def score(
-        self, sequences: Sequence[np.ndarray], weights: Sequence[np.ndarray] | None = None
-    ) -> np.ndarray:
-        """Weighted log-likelihood of each sequence, in nats.
-
-        Args:
-          sequences: int[n] ids each.
-          weights: float[n] each; entry t multiplies log p(ids[t] | ids[:t]). Entry 0 is not used,
-            for nothing predicts the first id. By default 1 everywhere.
-
-        Returns:
-          float32[rows].
-
-        Raises:
-          UserError: a sequence is longer than the context.
-          ValueError: a sequence is empty.
-        """
-        for sequence in sequences:
-            self.check_sequence(sequence)
-        scores = [np.zeros(0, np.float32)]
-        with jax.set_mesh(self.mesh):
-            for start in range(0, len(sequences), self.slots):
-                part = slice(start, start + self.slots)
-                part_weights = None if weights is None else weights[part]
-                scores.append(self._score_batch(sequences[part], part_weights))
-        return np.concatenate(scores)
-
-    def check_sequence(self, ids: np.ndarray) -> None:
-        """Checks that `score` can score a sequence.
-
-        Raises:
-          UserError, ValueError: see `score`.
-        """
-        if not len(ids):
-            raise ValueError("a sequence is empty; it must hold at least one id")
-        if (extent := self._extent(ids)) > self.context:
-            raise UserError(
-                f"a sequence of {extent} positions is longer than the model's context, "
-                f"{self.context}"
-            )
-
-    def _score_batch(
-        self, sequences: Sequence[np.ndarray], weights: Sequence[np.ndarray] | None
-    ) -> np.ndarray:
-        """`score` of at most `slots` sequences."""
-        # A power of two, so that few programs serve all.
-        rows = round_up_rows(1 << (len(sequences) - 1).bit_length())
-        padded = [*sequences, *[sequences[-1]] * (rows - len(sequences))]
-        ids, positions, _, _ = self.pad(padded)
-        # The hidden state at t predicts id t + 1.
-        targets = np.zeros(ids.shape, np.int32)
-        table = np.zeros(ids.shape, np.float32)
-        for row, sequence in enumerate(sequences):
-            targets[row, : len(sequence) - 1] = sequence[1:]
-            table[row, : len(sequence) - 1] = 1 if weights is None else weights[row][1:]
-        targets, table = (jax.device_put(array, ids.sharding) for array in (targets, table))
-        scores = sharding.fetch(_score(self.decoder, ids, positions, targets, table))
-        return scores[: len(sequences)]
 
     def bucket(self, length: int) -> int:
         """The padded length of a prompt."""
@@ -198,7 +137,7 @@ class Engine:
         for row, sequence in enumerate(sequences):
             ids[row, : len(sequence)] = sequence
             positions[row, : len(sequence)] = self.vocabulary.positions(sequence, self._part_step)
-        extents = np.array([self._extent(sequence) for sequence in sequences], np.int32)
+        extents = np.array([self.extent(sequence) for sequence in sequences], np.int32)
         mesh = jax.sharding.get_mesh()
         tokens = jax.NamedSharding(mesh, sharding.spec("batch", "length"))
         rows = jax.NamedSharding(mesh, sharding.spec("batch"))
@@ -213,7 +152,8 @@ class Engine:
         """The longest prompt, in positions, that leaves room for the longest output."""
         return self.context - self._end(0, grammar)
 
-    def _extent(self, ids: np.ndarray) -> int:
+    def extent(self, ids: np.ndarray) -> int:
+        """Returns the number of positions that int[n] ids take."""
         return self.vocabulary.extent(ids, self._part_step)
 
     def _end(self, position: int, grammar: Grammar) -> int:
@@ -227,17 +167,3 @@ class Engine:
                 position += -position % self._part_step
         last = grammar[-1] if grammar else None
         return position - isinstance(last, TextSpan)
-
-
-@jax.jit
-def _score(
-    decoder: Decoder,
-    ids: Int[Array, "batch length"],
-    positions: Int[Array, "batch length"],
-    targets: Int[Array, "batch length"],
-    weights: Float[Array, "batch length"],
-) -> Float[Array, "batch"]:
-    """Sum over t of weights[:, t] log p(targets[:, t] | ids[:, :t + 1])."""
-    hidden = decoder(ids, positions)
-    _, losses = chunked_cross_entropy(hidden, decoder.table[...], targets, weights)
-    return -losses.sum(axis=1)

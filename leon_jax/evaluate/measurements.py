@@ -13,6 +13,7 @@ import PIL.Image
 
 from leon_jax.documents import Document, Hole, Image, Text
 from leon_jax.engine.engine import Engine
+from leon_jax.engine.likelihood import log_likelihoods
 from leon_jax.engine.sampling_params import SamplingParams
 from leon_jax.leon import GeneratedImage, Leon
 from leon_jax.tokenizers.image import fit_image, to_pixels
@@ -197,5 +198,5 @@ def _score(
     scores = []
     for start in range(0, len(sequences), _SCORE_BATCH):
         stop = start + _SCORE_BATCH
-        scores.append(engine.score(sequences[start:stop], weights[start:stop]))
+        scores.append(log_likelihoods(engine, sequences[start:stop], weights[start:stop]))
     return np.concatenate(scores)

@@ -8,9 +8,9 @@ from leon_jax.documents import Document, Image
 from leon_jax.engine.engine import Engine, Sample
 from leon_jax.engine.sampling_params import SamplingParams
 from leon_jax.engine.scheduler import Admitted, Done, Failed, Scheduler
+from leon_jax.generate.image_settings import check_seed
 from leon_jax.generate.model import Model
 from leon_jax.generate.prompt_builder import Draft, PromptBuilder, Request
-from leon_jax.generate.results import check_seed
 from leon_jax.tokenizers.documents import DocumentTokenizer
 
 

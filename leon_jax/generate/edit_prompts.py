@@ -2,6 +2,7 @@
 
 from leon_jax.config import UserError
 from leon_jax.documents import Document, Hole, Text
+from leon_jax.generate import context_limits
 from leon_jax.generate.inputs import ImageInput, image_part, text_part
 from leon_jax.generate.model import Model
 
@@ -44,6 +45,6 @@ def extend_document(
             f"keep {1 / height:g} of it to {1 - 1 / height:g}"
         )
     text = text_part("prompt", prompt)
-    model.folder.check_prompt(text.text, 0)
+    context_limits.check_prompt(model.folder, text.text, 0)
     codes = model.encode_images(Document((image_part(image),))).codes
     return Document((text, Hole("image", codes[:num_rows]))), f"{num_rows} of {height} rows"

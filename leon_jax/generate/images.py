@@ -8,13 +8,16 @@ import PIL.Image
 
 from leon_jax.config import UserError
 from leon_jax.documents import Document, Hole, Image, Text
+from leon_jax.engine import likelihood
 from leon_jax.engine.scheduler import Scheduler
-from leon_jax.generate import ranking
+from leon_jax.generate import context_limits, ranking
 from leon_jax.generate.completion import Completion
+from leon_jax.generate.image_metadata import settings_text
+from leon_jax.generate.image_settings import ImageSettings
 from leon_jax.generate.inputs import text_part
 from leon_jax.generate.model import Model
 from leon_jax.generate.prompt_builder import PromptBuilder, Request
-from leon_jax.generate.results import GeneratedImage, ImageSettings, settings_text
+from leon_jax.generate.results import GeneratedImage
 
 # (prompt, how many documents at most, how many tokens are generated) -> documents to read first.
 Retrieve = Callable[[Document, int, int], tuple[Document, ...]]
@@ -27,13 +30,13 @@ def image_request(
     tokenizer = model.tokenizer
     try:
         text = text_part("prompt", prompt)
-        model.folder.check_prompt(text.text, settings.num_docs)
+        context_limits.check_prompt(model.folder, text.text, settings.num_docs)
         document = Document((text, Hole("image")))
         if settings.best_of is not None and settings.rank_by == "likelihood":
             # The prompt will be scored as a caption, which takes more tokens.
             blank = Image(codes=np.zeros(tokenizer.image_shape, int))
             ids, _ = ranking.scored_ids(tokenizer, document.replace(1, blank), 0)
-            model.engine.check_sequence(ids)
+            likelihood.check_sequence(model.engine, ids)
         retrieved = retrieve(document, settings.num_docs, tokenizer.image_tokens)
     except UserError as error:
         return error
@@ -83,7 +86,9 @@ def finished_images(
     with jax.set_mesh(model.mesh):
         if settings.rank_by == "likelihood":
             rows = [ranking.scored_ids(model.tokenizer, document, 0) for document in documents]
-            scores = model.engine.score([ids for ids, _ in rows], [weights for _, weights in rows])
+            scores = likelihood.log_likelihoods(
+                model.engine, [ids for ids, _ in rows], [weights for _, weights in rows]
+            )
         else:
             pixels = [np.asarray(each.image) for each in images]
             scores = ranking.clip_scores(model.encoder, prompt, pixels)

@@ -18,13 +18,9 @@ from typing import Any
 import PIL.Image
 
 from leon_jax.documents import normalise_text
-from leon_jax.generate.results import (
-    GeneratedImage,
-    ImageSettings,
-    ModelState,
-    former_settings_text,
-    settings_text,
-)
+from leon_jax.generate.image_metadata import ModelState, former_settings_text, settings_text
+from leon_jax.generate.image_settings import ImageSettings
+from leon_jax.generate.results import GeneratedImage
 
 JOURNAL = "generated.jsonl"
 

@@ -12,7 +12,7 @@ from leon_jax.config import UserError
 from leon_jax.documents import Document, Image
 from leon_jax.engine.engine import Engine
 from leon_jax.engine.kv_cache import CacheDtype
-from leon_jax.generate.results import ModelState
+from leon_jax.generate.image_metadata import ModelState
 from leon_jax.model_folder import ModelFolder, encoder_path
 from leon_jax.models.weight_conversion import WeightType, weight_dtype
 from leon_jax.retrieval.encoder import RetrievalEncoder

@@ -30,7 +30,7 @@ def scored_ids(
     part: int | None,
     retrieved: Sequence[Document] = (),
 ) -> tuple[Int32[np.ndarray, "n"], Float32[np.ndarray, "n"]]:
-    """The ids of a document and a weight for each, for `leon_jax.engine.engine.Engine.score`.
+    """Returns the ids of a document and a weight for each, for `log_likelihoods`.
 
     Args:
       tokenizer: documents to ids.

@@ -8,7 +8,7 @@ import threading
 
 import jax
 
-from leon_jax import sharding, weight_files
+from leon_jax import sharding, weight_digests, weight_files
 from leon_jax.config import UserError
 from leon_jax.retrieval.encoder import RetrievalEncoder
 from leon_jax.tokenizers.image import ImageTokenizer
@@ -68,7 +68,7 @@ def digest(path: str | os.PathLike) -> str:
     """Returns the SHA-256 digest of a model, in hexadecimal.
 
     For a weight file the digest covers the weights, so saving the same weights again does not
-    change it (see `leon_jax.weight_files.content_digest`). For any other file it covers the bytes,
+    change it (see `weight_digests.content_digest`). For any other file it covers the bytes,
     and for a folder the names and bytes of all files.
 
     Raises:
@@ -76,7 +76,7 @@ def digest(path: str | os.PathLike) -> str:
     """
     path = pathlib.Path(path)
     if weight_files.is_weight_file(path):
-        return weight_files.content_digest(path)
+        return weight_digests.content_digest(path)
     return _bytes_digest(path)
 
 
@@ -92,7 +92,7 @@ def matches(path: str | os.PathLike, recorded: str | None) -> bool:
         return False
     path = pathlib.Path(path)
     if weight_files.is_weight_file(path):
-        return weight_files.same_weights(path, recorded)
+        return weight_digests.same_weights(path, recorded)
     return recorded == _bytes_digest(path)
 
 

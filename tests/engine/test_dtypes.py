@@ -9,6 +9,7 @@ from leon_jax.datasets import demo
 from leon_jax.engine.engine import Engine, Sample, TokenRequest
 from leon_jax.engine.grammar import ImageSpan
 from leon_jax.engine.guidance import ClassifierFree
+from leon_jax.engine.likelihood import log_likelihoods
 from leon_jax.engine.samplers import Greedy
 from leon_jax.engine.sampling_params import SamplingParams
 from leon_jax.engine.scheduler import generate
@@ -111,7 +112,9 @@ def test_the_shipped_models_perplexity_in_eight_bits_is_within_one_per_cent(emoj
     count = sum(map(len, ids)) - len(ids)
 
     def perplexity(decoder) -> float:
-        return float(np.exp(-Engine(decoder, tokenizer.vocabulary).score(ids).sum() / count))
+        return float(
+            np.exp(-log_likelihoods(Engine(decoder, tokenizer.vocabulary), ids).sum() / count)
+        )
 
     decoder = leon.model.engine.decoder
     exact, small = perplexity(decoder), perplexity(convert_weights(decoder, "int8"))

@@ -13,6 +13,7 @@ from leon_jax.engine.compiled_shapes import group_size
 from leon_jax.engine.engine import Engine, TokenRequest
 from leon_jax.engine.grammar import Forced, ImageSpan, TextSpan
 from leon_jax.engine.guidance import ClassifierFree, Contrastive, Plain, TwoConditions
+from leon_jax.engine.likelihood import log_likelihoods
 from leon_jax.engine.samplers import Categorical, Greedy
 from leon_jax.engine.sampling_params import SamplingParams, distinct_variants
 from leon_jax.engine.scheduler import Done, Scheduler, Tokens, generate, run
@@ -134,13 +135,13 @@ def test_scores_are_weighted_log_likelihoods(engine):
         likelihood = log_softmax(oracle(engine, row))[np.arange(len(row) - 1), row[1:]]
         expected_plain.append(likelihood.sum())
         expected_weighted.append((likelihood * weight[1:]).sum())
-    np.testing.assert_allclose(engine.score(rows), expected_plain, rtol=1e-4)
-    np.testing.assert_allclose(engine.score(rows, weights), expected_weighted, rtol=1e-4)
+    np.testing.assert_allclose(log_likelihoods(engine, rows), expected_plain, rtol=1e-4)
+    np.testing.assert_allclose(log_likelihoods(engine, rows, weights), expected_weighted, rtol=1e-4)
 
 
 def test_no_prompts_no_answers(engine):
     assert generate(engine, []) == []
-    assert engine.score([]).shape == (0,)
+    assert log_likelihoods(engine, []).shape == (0,)
 
 
 def test_what_does_not_fit_the_context_is_refused(engine):
@@ -149,7 +150,7 @@ def test_what_does_not_fit_the_context_is_refused(engine):
         generate(engine, [TokenRequest((long,), (ImageSpan(9),))])
     assert len(generate(engine, [TokenRequest((long[1:],), (ImageSpan(9),))])[0][0][0].ids) == 9
     with pytest.raises(UserError, match="65 positions"):
-        engine.score([np.full(65, TEXT)])
+        log_likelihoods(engine, [np.full(65, TEXT)])
 
 
 def test_a_prompt_that_cannot_be_answered_is_named(engine):
@@ -177,7 +178,7 @@ def test_a_prompt_that_cannot_be_answered_is_named(engine):
         with pytest.raises((UserError, ValueError), match=f"request 1: .*{message}"):
             generate(engine, [good, wrong])
     with pytest.raises(ValueError, match="sequence is empty"):
-        engine.score([np.zeros(0, np.int32)])
+        log_likelihoods(engine, [np.zeros(0, np.int32)])
     with pytest.raises(UserError, match="context is 64"):
         Scheduler(engine).warm([prompt(4, (ImageSpan(70),))])
 

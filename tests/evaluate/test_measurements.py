@@ -8,6 +8,7 @@ import PIL.Image
 import pytest
 
 from leon_jax.documents import Document, Hole, Text
+from leon_jax.engine.likelihood import log_likelihoods
 from leon_jax.evaluate import demo_page, measurements
 from leon_jax.leon import GeneratedImage, Leon
 from leon_jax.retrieval.prepared_folder import PreparedFolder
@@ -147,4 +148,4 @@ def _score(leon, ids, weights):
     import jax
 
     with jax.set_mesh(leon.model.mesh):
-        return leon.model.engine.score([ids], [weights])
+        return log_likelihoods(leon.model.engine, [ids], [weights])

@@ -8,14 +8,10 @@ import pytest
 
 from leon_jax.engine.sampling_params import SamplingParams
 from leon_jax.generate import journal
+from leon_jax.generate.image_metadata import ModelState, former_settings_text, settings_text
+from leon_jax.generate.image_settings import ImageSettings
 from leon_jax.generate.journal import JOURNAL, FinishedImages, Journal, file_name
-from leon_jax.generate.results import (
-    GeneratedImage,
-    ImageSettings,
-    ModelState,
-    former_settings_text,
-    settings_text,
-)
+from leon_jax.generate.results import GeneratedImage
 
 SETTINGS = ImageSettings(num_images=2, num_docs=0, seed=5)
 MODEL = ModelState("leon_jax 0 tiny", "0123456789ab", "float32", "compute")

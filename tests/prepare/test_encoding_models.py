@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from leon_jax import weight_files
+from leon_jax import weight_digests
 from leon_jax.config import UserError
 from leon_jax.prepare.encoding_models import digest, matches
 from tests.retrieval import clip_folder
@@ -15,7 +15,7 @@ from tests.retrieval import clip_folder
 def test_a_weight_file_matches_the_digest_of_its_weights_or_of_its_bytes(checkpoint):
     path = checkpoint / "encoder.safetensors"
     bytes_digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    assert digest(path) == weight_files.content_digest(path) != bytes_digest
+    assert digest(path) == weight_digests.content_digest(path) != bytes_digest
     assert matches(path, digest(path)) and matches(path, bytes_digest)
     assert not matches(path, digest(checkpoint / "tokenizer.safetensors"))
     assert not matches(path, None)

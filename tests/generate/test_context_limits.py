@@ -7,6 +7,7 @@ import pytest
 
 from leon_jax.config import UserError
 from leon_jax.documents import Document, Hole, Image, Text
+from leon_jax.generate import context_limits
 from leon_jax.model_folder import ModelFolder
 from tests import tiny
 
@@ -38,7 +39,7 @@ def test_as_many_documents_are_selected_as_fit_the_positions(folder):
     for context in range(used([]), used(retrieved) + 1, 3):
         config = dataclasses.replace(folder.config, max_length=context)
         small = dataclasses.replace(folder, config=config)
-        selected = small.select_fitting(retrieved, query, new_tokens)
+        selected = context_limits.select_fitting(small, retrieved, query, new_tokens)
         assert selected[::-1] == retrieved[: len(selected)] and used(selected) <= context
         assert len(selected) == 6 or used(retrieved[: len(selected) + 1]) > context
 
@@ -56,6 +57,6 @@ def test_every_number_of_documents_that_could_fit_is_accepted(folder):
         enough = dataclasses.replace(
             folder, config=dataclasses.replace(folder.config, max_length=needed)
         )
-        enough.check_prompt(prompt, count)
+        context_limits.check_prompt(enough, prompt, count)
         with pytest.raises(UserError, match=f"holds at most {count}"):
-            enough.check_prompt(prompt, count + 1)
+            context_limits.check_prompt(enough, prompt, count + 1)

@@ -1,0 +1,104 @@
+"""Checks of what fits the context of a model: prompts, captions and retrieved documents."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from leon_jax.config import UserError
+from leon_jax.documents import Document, Hole, Text
+from leon_jax.model_folder import ModelFolder
+
+
+def check_prompt(folder: ModelFolder, prompt: str, num_docs: int) -> None:
+    """Checks a prompt for an image, and the number of retrieved documents.
+
+    Raises:
+      UserError: the prompt is empty or too long, or the documents cannot fit the context.
+    """
+    if not prompt.strip():
+        raise UserError("the prompt is empty; say what the image should show")
+    try:
+        document = Document((Text(prompt), Hole("image")))
+    except ValueError as error:
+        raise UserError(f"the prompt cannot be read: {error}") from error
+    used = _extent(folder, folder.tokenizer.encode(document)) + folder.tokenizer.image_tokens
+    if used > folder.context:
+        tokens = len(folder.tokenizer.text.encode(prompt))
+        raise UserError(
+            f"the prompt has {len(prompt)} characters or {tokens} tokens; with the image "
+            f"there is room for {tokens + folder.context - used} tokens, so make it shorter"
+        )
+    _check_documents(folder, used, num_docs)
+
+
+def check_caption(folder: ModelFolder, max_tokens: int, num_docs: int) -> None:
+    """Checks the length limit of a caption, and the number of retrieved documents.
+
+    Raises:
+      UserError: a number is out of range.
+    """
+    if max_tokens < 1:
+        raise UserError(f"max_tokens is {max_tokens}; a caption has at least 1 token")
+    vocabulary = folder.tokenizer.vocabulary
+    image = [vocabulary.image_start] * folder.tokenizer.image_tokens
+    prefix = [vocabulary.eos, vocabulary.sentinel(0), vocabulary.break_id, *image]
+    used = _extent(folder, np.array([*prefix, vocabulary.eos, vocabulary.sentinel(0)]))
+    used += max_tokens
+    if used > folder.context:
+        raise UserError(
+            f"max_tokens is {max_tokens}; with an image there is room for "
+            f"{max_tokens + folder.context - used}"
+        )
+    _check_documents(folder, used, num_docs)
+
+
+def check_num_docs(folder: ModelFolder, num_docs: int) -> None:
+    """Checks the number of retrieved documents for any prompt for an image.
+
+    Raises:
+      UserError: the number is negative, or the documents do not fit with the shortest prompt.
+    """
+    vocabulary = folder.tokenizer.vocabulary
+    shortest = np.array([vocabulary.eos, vocabulary.text_start, vocabulary.break_id])
+    _check_documents(folder, _extent(folder, shortest) + folder.tokenizer.image_tokens, num_docs)
+
+
+def _check_documents(folder: ModelFolder, used: int, num_docs: int) -> None:
+    if num_docs < 0:
+        raise UserError(f"num_docs is {num_docs}; it must be 0 or more")
+    # The shortest retrieved document is a one-token text and an image, each with a <break>.
+    step = folder.config.part_step
+    shortest = sum(-(-part // step) * step for part in (2, folder.tokenizer.image_tokens + 1))
+    limit = (folder.context - used) // shortest
+    if num_docs > limit:
+        raise UserError(
+            f"num_docs is {num_docs}; the model's context of {folder.context} positions holds "
+            f"at most {limit} documents with this request; use fewer, or shorten the request"
+        )
+
+
+def select_fitting(
+    folder: ModelFolder, retrieved: Sequence[Document], query: Document, new_tokens: int
+) -> list[Document]:
+    """Returns the retrieved documents that fit the context with the query, in sequence order.
+
+    The most relevant document is last, next to the query. The least relevant documents are
+    dropped first.
+
+    Args:
+      retrieved: retrieved documents, most relevant first.
+      query: a document with a hole.
+      new_tokens: number of tokens to generate.
+    """
+    fitting = list(retrieved)
+    while fitting:
+        # One more position, because a query that is not open is followed by a sentinel.
+        used = _extent(folder, folder.tokenizer.encode([*fitting[::-1], query])) + 1
+        if used + new_tokens <= folder.context:
+            break
+        fitting.pop()
+    return fitting[::-1]
+
+
+def _extent(folder: ModelFolder, ids: np.ndarray) -> int:
+    return folder.tokenizer.vocabulary.extent(ids, folder.config.part_step)
