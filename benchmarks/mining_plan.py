@@ -24,7 +24,7 @@ from leon_jax.plan import topology as topologies
 from leon_jax.plan.collectives import collectives
 from leon_jax.plan.plan import Roofline, sent_bytes
 from leon_jax.plan.roofline import Work
-from leon_jax.retrieval import device_blocks, inner_product_search
+from leon_jax.retrieval import device_blocks, exact_search
 
 # bfloat16 products per float32 product at `Precision.HIGHEST`.
 PASSES = 6
@@ -57,7 +57,7 @@ def plan(topology: str, documents: int, dimensions: int, k: int, recall: float) 
         return jax.ShapeDtypeStruct(shape, dtype, sharding=layout)
 
     with jax.set_mesh(mesh):
-        compiled = inner_product_search.step.lower(
+        compiled = exact_search.step.lower(
             array((queries, k), jnp.float32),
             array((queries, k), jnp.int32),
             array((queries, dimensions), jnp.float32),

@@ -13,7 +13,7 @@ from leon_jax.data import records
 from leon_jax.prepare import folder_lock, gather
 from leon_jax.prepare.data_card import write_card
 from leon_jax.prepare.shard_encoding import line
-from leon_jax.retrieval.inner_product_search import NONE
+from leon_jax.retrieval.exact_search import NONE
 from leon_jax.retrieval.neighbour_table import Neighbours
 from leon_jax.retrieval.prepared_folder import (
     MANIFEST,

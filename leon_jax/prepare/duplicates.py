@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int, UInt8
 
 from leon_jax.data.sources.raw_record import REASONS, Reason
-from leon_jax.retrieval.inner_product_search import NONE, PASS
+from leon_jax.retrieval.exact_search import NONE, PASS
 from leon_jax.retrieval.vector_index import VectorIndex, save_rows
 
 _BLOCK = 4096  # documents that are compared pairwise in one matrix product

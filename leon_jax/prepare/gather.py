@@ -26,7 +26,7 @@ from leon_jax.prepare.shard_encoding import (
     count_lines,
     line,
 )
-from leon_jax.retrieval.inner_product_search import NONE
+from leon_jax.retrieval.exact_search import NONE
 from leon_jax.retrieval.prepared_folder import PreparedFolder
 from leon_jax.retrieval.vector_index import VectorIndex, save_rows
 

@@ -36,7 +36,7 @@ from leon_jax.prepare.config import TRAIN, PrepareConfig
 from leon_jax.prepare.data_card import write_card
 from leon_jax.prepare.encoding_models import digest, load_models, matches
 from leon_jax.prepare.shard_encoding import Shard, Worker, plan
-from leon_jax.retrieval.inner_product_search import PASS
+from leon_jax.retrieval.exact_search import PASS
 from leon_jax.retrieval.neighbour_selection import SelectionConfig, find_neighbours
 from leon_jax.retrieval.neighbour_table import row_type
 from leon_jax.retrieval.prepared_folder import (

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, Int32
 
 from leon_jax import sharding
 from leon_jax.retrieval.device_blocks import next_power_of_two, put_padded
-from leon_jax.retrieval.inner_product_search import NONE
+from leon_jax.retrieval.exact_search import NONE
 from leon_jax.retrieval.vector_index import VectorIndex
 from leon_jax.sharding import current_mesh
 

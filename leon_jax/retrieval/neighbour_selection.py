@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float32, Int, Int32
 from leon_jax.config import UserError
 from leon_jax.documents import Document, Image, Text
 from leon_jax.retrieval import batched_selection
-from leon_jax.retrieval.inner_product_search import NONE
+from leon_jax.retrieval.exact_search import NONE
 from leon_jax.retrieval.vector_index import VectorIndex
 
 # Two documents are near copies if their cosine by CLIP ViT-B/32 is above this (CM3Leon, RA-CM3).

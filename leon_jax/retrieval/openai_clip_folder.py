@@ -23,7 +23,7 @@ from leon_jax.models.clip import (
     MEAN,
     CLIPConfig,
 )
-from leon_jax.retrieval import openai_weights
+from leon_jax.retrieval import convert_openai_clip
 from leon_jax.tokenizers.clip_text import CLIPTextTokenizer
 
 CONFIG = "config.json"
@@ -118,7 +118,7 @@ def load(folder: str | os.PathLike) -> OpenAICLIP:
             f"{text.end}; the model needs {config.text.vocab_size} ids, with start and end as the "
             "last two"
         )
-    return OpenAICLIP(openai_weights.load(folder, config), text, image_processor)
+    return OpenAICLIP(convert_openai_clip.load(folder, config), text, image_processor)
 
 
 def read_config(folder: pathlib.Path) -> CLIPConfig:

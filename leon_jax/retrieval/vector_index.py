@@ -2,7 +2,7 @@
 
 A vector index is one or more plain `.npy` files, float16 or float32[n, d], read through memory
 maps. Its rows are numbered through all files in order. A search reads one block at a time
-(`leon_jax.retrieval.inner_product_search`), so an index may be far larger than memory.
+(`leon_jax.retrieval.exact_search`), so an index may be far larger than memory.
 """
 
 import bisect
@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float32, Int, Int32, Num
 
 from leon_jax.config import UserError
 from leon_jax.retrieval.device_blocks import NotFiniteError, RowBlocks
-from leon_jax.retrieval.inner_product_search import NONE, nearest
+from leon_jax.retrieval.exact_search import NONE, nearest
 from leon_jax.sharding import current_mesh
 
 # Recall of `approximate=True`: the part of the true k best that is returned on average.
@@ -155,7 +155,7 @@ class VectorIndex:
           keep: rows with False are never returned.
           approximate: False: an exact search. A number in (0, 1): the part of the true k best that
             an approximate search returns on average (see
-            `leon_jax.retrieval.inner_product_search`). True: `RECALL`.
+            `leon_jax.retrieval.exact_search`). True: `RECALL`.
 
         Returns:
           Scores float32[q, k] and ids int32[q, k], best first. Equal scores are in the order of

@@ -1,4 +1,4 @@
-"""Searches an index on meshes of eight devices; test_inner_product_search.py runs it.
+"""Searches an index on meshes of eight devices; test_exact_search.py runs it.
 
 One process has all eight devices, or several processes share them (`launch/local.py` passes the
 flags).

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from leon_jax.config import UserError
-from leon_jax.retrieval import openai_clip_folder, openai_weights
+from leon_jax.retrieval import convert_openai_clip, openai_clip_folder
 from leon_jax.retrieval.encoder import RetrievalEncoder
 from leon_jax.retrieval.openai_clip_folder import ImageProcessor, read_image_processor
 from tests import peers
@@ -166,7 +166,7 @@ def test_real_sizes_equal_transformers(sizes, side, width):
     # Pytest would not delete its temporary folder, and this one has up to 1.7 GB.
     with tempfile.TemporaryDirectory() as folder:
         expected = run_peer({"ids": ids, "squares": squares}, do="save", folder=folder, sizes=sizes)
-        model = openai_weights.load(Path(folder), openai_clip_folder.read_config(Path(folder)))
+        model = convert_openai_clip.load(Path(folder), openai_clip_folder.read_config(Path(folder)))
     for name, rows in (
         ("text", jax.jit(lambda m, x: m.embed_text(x))(model, ids.astype(np.int32))),
         ("image", jax.jit(lambda m, x: m.embed_image(x / 255))(model, squares)),

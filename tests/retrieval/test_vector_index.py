@@ -105,14 +105,14 @@ def test_a_search_without_queries_returns_no_rows():
 
 
 def test_a_second_prompt_compiles_nothing():
-    from leon_jax.retrieval import inner_product_search
+    from leon_jax.retrieval import exact_search
 
     index = VectorIndex([small_integers(np.random.default_rng(0), 300)])
     index.search(np.ones((1, 4)), 5)
-    programs = inner_product_search.step._cache_size()
+    programs = exact_search.step._cache_size()
     for seed in range(3):
         index.search(small_integers(np.random.default_rng(seed), 1), 5)
-    assert inner_product_search.step._cache_size() == programs
+    assert exact_search.step._cache_size() == programs
 
 
 def test_rows_are_numbered_through_all_files(tmp_path):

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from leon_jax.retrieval import device_blocks, inner_product_search
+from leon_jax.retrieval import device_blocks, exact_search
 from tests import tpu
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,9 +30,7 @@ def test_top_k_equals_a_stable_sort(seed, shape, smallest, values):
     width, k = shape
     scores = np.random.default_rng(seed).integers(0, values, (3, width)).astype(np.float32)
     scores[scores == 1] = -np.inf
-    values, positions = jax.jit(inner_product_search.top_k, static_argnums=(1, 2))(
-        scores, k, smallest
-    )
+    values, positions = jax.jit(exact_search.top_k, static_argnums=(1, 2))(scores, k, smallest)
     expected = np.argsort(-scores, axis=1, kind="stable")[:, :k]
     np.testing.assert_array_equal(positions, expected)
     np.testing.assert_array_equal(values, np.take_along_axis(scores, expected, axis=1))
@@ -60,7 +58,7 @@ def test_the_branch_for_tpus_returns_the_best_rows():
     empty = np.full((4, 5), -np.inf, np.float32), np.full((4, 5), -1, np.int32)
     mesh = jax.sharding.get_mesh()
     local = functools.partial(
-        inner_product_search._local_step, axes=mesh.axis_names, on_tpu=True, tile=128, recall=0.9
+        exact_search._local_step, axes=mesh.axis_names, on_tpu=True, tile=128, recall=0.9
     )
     split = jax.P(mesh.axis_names)
     run = jax.shard_map(local, in_specs=(*[split] * 5, jax.P()), out_specs=(split, split))
