@@ -6,6 +6,7 @@ contents compare equal and have equal hashes.
 """
 
 import dataclasses
+import operator
 import unicodedata
 from collections.abc import Sequence
 from typing import Literal, Protocol, Self, get_args
@@ -50,7 +51,8 @@ class Image:
 
     Raises:
       TypeError: an array has the wrong dtype.
-      ValueError: both are missing, or an array has the wrong shape or a negative code.
+      ValueError: both are missing, an array has the wrong shape, or a code is negative or does not
+        fit int32.
     """
 
     pixels: UInt8[np.ndarray, "height width 3"] | None = None
@@ -110,8 +112,8 @@ class Hole:
         they are. Empty: the model generates the whole image.
 
     Raises:
-      ValueError: the modality is neither "text" nor "image", a text hole has rows, or the rows
-        have different lengths.
+      ValueError: the modality is neither "text" nor "image", a text hole has rows, a code is not
+        a number, or the rows have different lengths.
     """
 
     modality: Modality
@@ -119,7 +121,7 @@ class Hole:
 
     def __post_init__(self):
         try:  # to tuples, so that a Hole can be compared and hashed
-            rows = tuple(tuple(int(code) for code in row) for row in self.first_rows)
+            rows = tuple(tuple(operator.index(code) for code in row) for row in self.first_rows)
         except (TypeError, ValueError) as error:
             raise ValueError("first_rows are rows of codes, which must be whole numbers") from error
         if rows and (self.modality != "image" or len(set(map(len, rows))) > 1):

@@ -33,19 +33,19 @@ from leon_jax.models.weight_conversion import WeightType
 
 __all__ = ["Caption", "GeneratedImage", "ImageSettings", "Leon", "SamplingParams", "credit"]
 
-# Prompts whose documents are retrieved before they have slots.
+# Maximum number of requests that wait for slots. Their documents are already retrieved.
 _WINDOW = 64
 _GUIDED = SamplingParams(ClassifierFree(3.0))
-# The weights of CM3Leon, section 4.1.
+# The guidance weights of CM3Leon, section 4.1.
 _EDITING = SamplingParams(TwoConditions(1.5, 7.5))
 
 
 class Leon:
-    """A model with everything it needs to answer. Make one with `Leon.load`.
+    """A loaded model with a retriever. Create one with `Leon.load`.
 
     Args:
-      model: the loaded model: its folder, engine, tokenizers and encoder.
-      index: the prepared folder to retrieve from; None: one is found, or made.
+      model: the loaded model.
+      index: the prepared folder to retrieve from; None: see `load`.
     """
 
     def __init__(self, model: Model, index: str | os.PathLike | None = None):
@@ -64,16 +64,15 @@ class Leon:
         """Reads a model folder.
 
         Args:
-          model: decoder.safetensors, tokenizer.safetensors, text.json, and encoder.safetensors or
-            a folder `encoder` with OpenAI's CLIP; None: the model that comes with the package.
-          index: the prepared folder to retrieve from; None: one is found, or made when it is first
-            needed (see `leon_jax.generate.retriever.find_index`).
-          weights: the dtype of the decoder's weights: "float32", "bfloat16" or "int8".
-          cache: the dtype of cached keys and values: the decoder's "compute" dtype, or "int8".
+          model: a folder with decoder.safetensors, tokenizer.safetensors, text.json, and either
+            encoder.safetensors or a folder `encoder` (OpenAI's CLIP); None: the package's model.
+          index: the prepared folder to retrieve from; None: finds or creates one at the first
+            retrieval (see `leon_jax.generate.retriever.find_index`).
+          weights: dtype of the decoder's weights: "float32", "bfloat16" or "int8".
+          cache: dtype of the KV cache: "compute" (the decoder's compute dtype) or "int8".
 
         Raises:
-          UserError: a file is missing or damaged, the files do not belong together, or there is no
-            such dtype.
+          UserError: a file is missing, damaged or does not fit the others, or a dtype is unknown.
         """
         folder = model if isinstance(model, ModelFolder) else ModelFolder.open(model)
         if index is not None:
@@ -87,7 +86,7 @@ class Leon:
 
     @property
     def retriever(self) -> Retriever:
-        """What documents are retrieved from; read or made when it is first needed."""
+        """The documents and their index. They are opened, or created, at the first access."""
         if self._retriever is None:
             with jax.set_mesh(self.model.mesh):
                 folder = find_index(self.model.folder.path, self._index)
@@ -108,18 +107,17 @@ class Leon:
         rank_by: ranking.Ranking = "clip",
         params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[GeneratedImage]:
-        """Generates images for a prompt.
+        """Generates images for a prompt and returns them in the order that `ImageSettings` defines.
 
         Args:
-          prompt: what to show; the demo model's captions read "cat face, Twemoji style".
+          prompt: the prompt, for example "cat face, Twemoji style" for the demo model.
           num_images, num_docs, seed, best_of, rank_by: see `ImageSettings`.
-          guidance: classifier-free guidance weight; 1 is none.
+          guidance: weight of classifier-free guidance; 1 is no guidance.
           temperature, top_p, top_k: see `leon_jax.engine.samplers.make_sampler`.
-          params: used instead of `guidance`, `temperature`, `top_p` and `top_k`; of several, the
-            images take turns.
+          params: replaces the four values above; see `ImageSettings`. None: these values are used.
 
         Raises:
-          UserError: an argument is out of range, or the prompt does not fit.
+          UserError: an argument is out of range, or the prompt does not fit the context.
         """
         if params is None:
             params = SamplingParams.of(
@@ -135,25 +133,25 @@ class Leon:
     def generate_each(
         self, prompts: Iterable[str], settings: ImageSettings | None = None
     ) -> Iterator[tuple[int, list[GeneratedImage] | UserError]]:
-        """Generates images for many prompts. They share the device, and come as they are done.
+        """Generates images for many prompts, which share the slots.
 
         Args:
-          prompts: any number; they are taken as slots become free.
-          settings: of every prompt.
+          prompts: any number of prompts; they are read as slots become free.
+          settings: the settings of every prompt; None: `ImageSettings()`.
 
         Returns:
-          The index of a prompt, and its images as `generate` returns them; or its error, which
-          does not stop the others.
+          For each prompt, in the order of completion, its index and its images as `generate`
+          returns them, or its error. An error does not stop the other prompts.
 
         Raises:
-          UserError: a setting is out of range, or there is nothing to retrieve from.
+          UserError: a setting is out of range, or there are no documents to retrieve from.
         """
         if isinstance(prompts, str):
             raise UserError("prompts is one text; give a list of them, or use generate")
         settings = settings or ImageSettings()
         context_limits.check_num_docs(self.model.folder, settings.num_docs)
         if settings.num_docs:
-            _ = self.retriever  # an error of it is an error of all prompts
+            _ = self.retriever  # if it fails, all prompts fail
         requests = (
             image_request(self.model, self.retrieve_fitting, prompt, settings) for prompt in prompts
         )
@@ -172,16 +170,19 @@ class Leon:
         seed: int = 0,
         params: SamplingParams = _EDITING,
     ) -> list[GeneratedImage]:
-        """Generates an image anew as an instruction says.
+        """Generates a new version of an image, following an instruction.
 
-        The prompt has the form of CM3Leon's instructions (table 5). The demo model was not trained
-        on any, so it generates what the instruction names.
+        The prompt has the format of CM3Leon's instructions (table 5). The demo model was not
+        trained on instructions, so it generates the object that the instruction names.
 
         Args:
           image: a file, a PIL image, or sRGB uint8[height, width, 3].
-          instruction: what to change.
+          instruction: the change to make.
           num_images, seed: see `ImageSettings`.
-          params: how ids are sampled; with CM3Leon's guidance by image and text if not given.
+          params: sampling parameters; by default CM3Leon's guidance by image and text.
+
+        Raises:
+          UserError: see `generate`; or the image cannot be read, or the instruction is empty.
         """
         document = edit_document(image, instruction)
         settings = ImageSettings((params,), num_images, 0, seed)
@@ -198,18 +199,18 @@ class Leon:
     ) -> list[GeneratedImage]:
         """Keeps the upper part of an image and generates the rest.
 
-        Its tokens are kept: the result has the model's size, and colours near the border may change
-        a little, for the image tokenizer looks across it.
+        It keeps tokens, not pixels: the result has the model's resolution. Colours near the border
+        may change slightly, because the image tokenizer decodes tokens of both parts together.
 
         Args:
           image: a file, a PIL image, or sRGB uint8[height, width, 3].
-          prompt: what the whole image shows.
-          rows: the share that is kept, more than 0 and less than 1; rounded to rows of tokens.
+          prompt: a description of the whole image.
+          rows: fraction of the image to keep, above 0 and below 1; rounded to rows of tokens.
           num_images, seed: see `ImageSettings`.
-          params: how ids are sampled; guidance of 3 if not given.
+          params: sampling parameters; by default classifier-free guidance of weight 3.
 
         Raises:
-          UserError: see `generate`; or nothing, or all, of the image is kept.
+          UserError: see `generate`; or the image cannot be read, or no row or every row is kept.
         """
         document, kept_rows = extend_document(self.model, image, prompt, rows)
         settings = ImageSettings((params,), num_images, 0, seed)
@@ -225,18 +226,18 @@ class Leon:
         top_k: int | None = None,
         seed: int = 0,
     ) -> Caption:
-        """Generates a caption for an image: the text before it is infilled.
+        """Generates a caption for an image by infilling the text before it.
 
         Args:
           image: a file, a PIL image, or sRGB uint8[height, width, 3].
-          num_docs: how many documents to retrieve and read first, at most.
-          max_tokens: where a caption is cut.
-          temperature: 0 gives the most likely caption, token by token.
+          num_docs: maximum number of retrieved documents.
+          max_tokens: maximum number of tokens of the caption.
+          temperature: sampling temperature; 0 chooses the most likely token at each step.
           top_p, top_k: see `leon_jax.engine.samplers.make_sampler`.
-          seed: decides the caption if the temperature is above 0.
+          seed: the random seed, 0..2**32 - 1; not used if the temperature is 0.
 
         Raises:
-          UserError: the file is no image that can be read, or an argument is out of range.
+          UserError: the image cannot be read, or an argument is out of range.
         """
         document = Document((Hole("text"), image_part(image)))
         context_limits.check_caption(self.model.folder, max_tokens, num_docs)
@@ -253,17 +254,17 @@ class Leon:
         seed: int = 0,
         params: SamplingParams | None = None,
     ) -> Caption:
-        """Answers a question about an image: the text after the question is infilled.
+        """Answers a question about an image by infilling the text after the question.
 
-        The question stands before the image, as in CM3Leon's instructions (table 5). The demo model
-        was not trained on any, so its answer is a caption at best.
+        The question comes before the image, as in CM3Leon's instructions (table 5). The demo model
+        was not trained on instructions; at best it answers with a caption.
 
         Args:
           image: a file, a PIL image, or sRGB uint8[height, width, 3].
-          question: any text.
-          num_docs: how many documents to retrieve and read first, at most.
-          seed: decides the answer if the temperature is above 0.
-          params: how ids are sampled; temperature 0 if not given.
+          question: the question.
+          num_docs: maximum number of retrieved documents.
+          seed: the random seed, 0..2**32 - 1; not used if the temperature is 0.
+          params: sampling parameters; None: temperature 0.
 
         Raises:
           UserError: see `caption`; or the question is empty or too long.
@@ -287,18 +288,18 @@ class Leon:
         """Fills every hole of every document.
 
         Args:
-          documents: one, or several; images may have pixels or codes.
-          retrieved: for each document, those to read first; by default none.
-          seeds: for each document, 0..2**32 - 1; by default 0, 1, ... The result of a document
-            depends on its own seed only.
-          params: how ids are sampled, for all documents or for each. Guidance applies to images.
+          documents: one or several documents; their images have pixels, codes or both.
+          retrieved: for each document, the documents to read before it, in this order; None: none.
+          seeds: for each document, a seed 0..2**32 - 1, used for it alone; None: 0, 1, 2, ...
+          params: sampling parameters for all documents, or for each; None: `SamplingParams()`.
+            Guidance applies to images only.
 
         Returns:
-          Documents without holes; images that filled one have pixels and codes.
+          Documents without holes. All their images have pixels; generated images also have codes.
 
         Raises:
-          UserError: a document does not fit the context, or an argument is out of range; of several
-            documents the message says which one. `complete_each` finishes the others.
+          UserError: a document does not fit the context, or an argument is out of range. If there
+            are several, the message has the index, and `complete_each` would finish the others.
         """
         documents = [documents] if isinstance(documents, Document) else list(documents)
         requests = completion.make_requests(self.model, documents, retrieved, seeds, params)
@@ -321,13 +322,14 @@ class Leon:
         seeds: Sequence[int] | None = None,
         params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> Iterator[tuple[int, Document | UserError]]:
-        """Fills every hole of every document. Results come as they are done.
+        """Fills every hole of every document. The arguments are those of `complete`.
 
-        The arguments are those of `complete`. The result is the index of a document, and what
-        `complete` returns for it; or its error, which does not stop the others.
+        Returns:
+          For each document, in the order of completion, its index and its result as in `complete`,
+          or its error. An error does not stop the other documents.
 
         Raises:
-          UserError: an argument other than a document is out of range.
+          UserError: an argument is of a wrong type, out of range, or not given for each document.
         """
         several = [documents] if isinstance(documents, Document) else list(documents)
         requests = completion.make_requests(self.model, several, retrieved, seeds, params)
@@ -344,11 +346,10 @@ class Leon:
         seed: int = 0,
         params: SamplingParams | None = None,
     ) -> Iterator[Draft]:
-        """Fills the holes of a document and shows how it grows.
+        """Fills the holes of a document and returns its drafts; see `completion.stream`.
 
-        A draft comes after each row of an image's tokens, and after as many tokens of a text. Texts
-        have the words so far. Images have pixels, white where nothing is generated yet. The last
-        draft is `done` and equals what `complete` returns. The arguments are those of `complete`.
+        The arguments and errors are those of `complete`, for one document. The last draft has the
+        result of `complete`, and its `done` is True.
         """
         (request,) = completion.make_requests(
             self.model, [document], [tuple(retrieved)], [seed], params
@@ -358,26 +359,26 @@ class Leon:
     def likelihood(
         self, document: Document, part: int | None = None, retrieved: Sequence[Document] = ()
     ) -> float:
-        """Log-likelihood in nats of a document without holes, or of one part given the others.
+        """Returns the log-likelihood, in nats, of a document or of one part given the others.
 
         Args:
-          document: images may have pixels or codes.
-          part: the index of a part. It is scored as what fills a hole in its place, its end
-            included, which ranks captions for an image. None: all ids in order are scored.
-          retrieved: documents to read first; they are not scored.
+          document: a document without holes; its images have pixels, codes or both.
+          part: index of a part. It is scored as the completion of a hole in its place, including
+            the id that ends it. This ranks captions for an image. None: scores all ids in order.
+          retrieved: documents to read before it, in this order; they are not scored.
 
         Raises:
-          UserError: the document has holes, or does not fit the context.
+          UserError: the document has holes, lacks the part, or does not fit the context.
         """
         document, retrieved = self.tokenize(document), [*map(self.tokenize, retrieved)]
         ids, weights = ranking.scored_ids(self.model.tokenizer, document, part, retrieved)
         return float(log_likelihoods(self.model.engine, [ids], [weights])[0])
 
     def retrieve(self, document: Document, num_docs: int) -> list[Document]:
-        """At most `num_docs` documents for a prompt, the most relevant first.
+        """Retrieves at most `num_docs` documents for a prompt, most relevant first.
 
         Raises:
-          UserError: there is no folder to retrieve from and none can be made.
+          UserError: the prepared folder cannot be read, found or created.
         """
         if num_docs < 1:
             return []
@@ -388,42 +389,43 @@ class Leon:
     def retrieve_fitting(
         self, document: Document, num_docs: int, new_tokens: int
     ) -> tuple[Document, ...]:
-        """Those documents of `retrieve` that fit beside a prompt and `new_tokens` more tokens."""
+        """Retrieves documents that fit with `new_tokens` more tokens, the most relevant last."""
         retrieved = self.retrieve(document, num_docs)
         return tuple(
             context_limits.select_fitting(self.model.folder, retrieved, document, new_tokens)
         )
 
     def tokenize(self, document: Document) -> Document:
-        """The document with codes beside the pixels of every image."""
+        """Returns the document with codes added to each image that has only pixels."""
         return self.model.encode_images(document)
 
     def warm(self, settings: ImageSettings, prompts: int = 1) -> int:
-        """Compiles what `generate_each` needs for prompts and documents of any length.
+        """Compiles the programs of `generate_each` for prompts and documents of any length.
 
         Args:
-          settings: as they will be given to `generate_each`.
-          prompts: how many prompts there will be.
+          settings, prompts: the settings for `generate_each`, and the number of prompts.
 
         Returns:
-          For how many lengths of prompts.
+          The number of padded prompt lengths.
+
+        Raises:
+          UserError: a setting or `prompts` is out of range, or the images do not fit the context.
         """
         context_limits.check_num_docs(self.model.folder, settings.num_docs)
         self.retrieve(Document((Text("a"),)), settings.num_docs)
         return warm_up(self.model, settings, min(prompts, _WINDOW))
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Copies the model folder to one that `load` reads, each file whole or not at all.
+        """Copies each file of the model folder atomically to a folder that `load` can read.
 
-        Weights are copied as they were read, whatever their dtype is now. Nothing is written into
-        the model's own folder.
+        It copies weights in the dtype of their files. It does not change the model's own folder.
         """
         self.model.folder.copy_to(folder)
 
     def _generate_last(
         self, document: Document, prompt: str, settings: ImageSettings, task: str
     ) -> list[GeneratedImage]:
-        """The images for the last hole of a document; they are said to be for `prompt`."""
+        """Generates the images for the last hole of a document. The metadata gets `prompt`."""
         request = Request(self.tokenize(document), samples=settings.samples)
         (result,) = self._complete([request])
         return finished_images(self.model, result, settings, normalise_text(prompt), task)
@@ -431,7 +433,7 @@ class Leon:
     def _generate_text(
         self, document: Document, part: int, num_docs: int, sample: Sample
     ) -> Caption:
-        """What fills the text hole of a document about an image."""
+        """Generates the text for the hole at index `part` of a document with an image."""
         check_seed(sample.seed)
         document = self.tokenize(document)
         retrieved = self.retrieve_fitting(document, num_docs, sample.params.max_tokens)

@@ -170,7 +170,7 @@ class Vocabulary:
         return positions
 
     def extent(self, ids: Int[np.ndarray, "length"], part_step: int = 1) -> int:
-        """Returns the number of positions that ids take: the position of the next id."""
+        """Returns the number of positions that ids occupy: the position of the next id."""
         return int(self.positions(np.append(ids, self.pad), part_step)[-1])
 
     def name(self, token: int) -> str:

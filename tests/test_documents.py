@@ -63,6 +63,7 @@ def test_codes_of_any_integer_type_become_int32():
         (lambda: Image(codes=np.zeros((2, 2))), TypeError, "must be integers, not float64"),
         (lambda: Image(codes=np.full((2, 2), -1)), ValueError, "the smallest is -1"),
         (lambda: Image(codes=np.full((2, 2), 2**31)), ValueError, "the largest is 2147483648"),
+        (lambda: Hole("image", [[1.7]]), ValueError, "whole numbers"),
         (lambda: Hole("sound"), ValueError, "not with 'sound'"),
         (lambda: Provenance("", "s", "MIT", ""), ValueError, "provenance.key is ''"),
         (lambda: Document(()), ValueError, "at least one part"),

@@ -136,6 +136,8 @@ def test_the_likelihood_of_a_document_is_that_of_its_parts(leon):
     assert leon.likelihood(cat, retrieved=leon.retrieve(cat, 1)) != pytest.approx(whole, abs=1e-3)
     with pytest.raises(UserError, match="holes"):
         leon.likelihood(Document((Hole("text"), cat.parts[1])))
+    with pytest.raises(UserError, match="part is 2; the document has the parts 0 to 1"):
+        leon.likelihood(cat, part=2)
 
 
 def test_the_best_of_several_pictures_are_kept(leon):

@@ -1,4 +1,4 @@
-"""The static sizes of the compiled programs: which requests fit, and which sizes suit a queue."""
+"""Chooses the static sizes of the compiled programs for a queue, and checks which requests fit."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -15,11 +15,12 @@ class BatchSizes:
     """The static sizes of the compiled programs.
 
     Attributes:
-      groups: groups of slots.
-      samples: slots of a group.
+      groups: number of groups of slots.
+      samples: number of slots in a group.
       prompt_lengths: padded length of the prompts of each stream.
-      spans, max_new_tokens: the longest grammar.
-      variants: one example of each variant of sampling parameters.
+      spans: maximum number of spans of a grammar.
+      max_new_tokens: maximum number of ids that a row generates.
+      variants: one example of each variant of sampling parameters (see `variant_key`).
     """
 
     groups: int
@@ -31,14 +32,22 @@ class BatchSizes:
 
     @classmethod
     def of(cls, engine: Engine, requests: Sequence[TokenRequest]) -> "BatchSizes":
-        """The sizes that suit these requests if they are all that there is."""
+        """Returns the sizes for a queue of exactly these requests.
+
+        The number of groups is rounded up to a multiple of the batch shards of the current mesh
+        (see `round_up_rows`).
+
+        Args:
+          engine: the engine with the slots and the padded prompt lengths.
+          requests: one or more requests that `Engine.check` accepts.
+        """
         params = [sample.params for request in requests for sample in request.samples]
         samples = group_size([len(request.samples) for request in requests], engine.slots)
         units = sum(-(-len(request.samples) // samples) for request in requests)
         streams = max(each.guidance.streams for each in params)
         spans, new_tokens = output_sizes([request.grammar for request in requests])
         return cls(
-            # A power of two, so that few programs serve all queues.
+            # The number of units is rounded up to a power of two, so that few programs are needed.
             round_up_rows(min(engine.slots // samples, next_power_of_two(units))),
             samples,
             tuple(
@@ -51,7 +60,11 @@ class BatchSizes:
         )
 
     def grow(self, other: "BatchSizes") -> "BatchSizes":
-        """`other`, with lengths and variants that suit both."""
+        """Returns `other` with the larger lengths of both, and with the variants of both.
+
+        The lengths are `prompt_lengths`, `spans` and `max_new_tokens`. If only one of the two has
+        a stream, the stream keeps its length.
+        """
         longer, shorter = self.prompt_lengths, other.prompt_lengths
         if len(longer) < len(shorter):
             longer, shorter = shorter, longer
@@ -65,7 +78,10 @@ class BatchSizes:
         )
 
     def fits(self, request: TokenRequest) -> bool:
-        """Whether the request can run within these sizes."""
+        """Returns whether the request can run within these sizes.
+
+        The number of samples does not matter, because samples without a free slot wait.
+        """
         params = [sample.params for sample in request.samples]
         streams = max(each.guidance.streams for each in params)
         spans, new_tokens = output_sizes([request.grammar])
@@ -83,17 +99,26 @@ class BatchSizes:
 
 
 def stream_ids(request: TokenRequest, stream: int) -> np.ndarray:
-    """The ids of a stream; one id if the request has fewer streams: no row of it reads them."""
+    """Returns the ids of a stream, int[n].
+
+    If the request has fewer streams, returns the first id of stream 0. No sample of the request
+    uses that stream.
+    """
     streams = request.streams
     return streams[stream] if stream < len(streams) else streams[0][:1]
 
 
 def group_size(samples: Sequence[int], slots: int) -> int:
-    """How many samples share a group: the fewest rounds, then the fewest prompts to read.
+    """Returns the number of samples that share a group.
+
+    It minimises the number of rounds, then the number of prompts to read, then the group size.
 
     Args:
-      samples: the number of samples of each request.
-      slots: how many samples run side by side.
+      samples: number of samples of each request, for one or more requests.
+      slots: number of samples that are decoded at once, 1 or more.
+
+    Returns:
+      1 to min(slots, max(samples)).
     """
 
     def cost(size: int) -> tuple[int, int, int]:
@@ -104,5 +129,5 @@ def group_size(samples: Sequence[int], slots: int) -> int:
 
 
 def next_power_of_two(count: int) -> int:
-    """The next power of two."""
+    """Returns the smallest power of two that is at least `count`, which is 1 or more."""
     return 1 << (count - 1).bit_length()

@@ -1,7 +1,8 @@
-"""The compiled programs of the engine, and the state that they carry for all rows.
+"""The compiled programs of the engine, and the state of all rows that they share.
 
-`prefill` reads prompts into some groups of slots. `decode` generates one id a row and step, until
-all rows of a group are done. `finish` ends rows early.
+A row is one sample in the batch. `prefill` reads prompts into some groups of slots. `decode`
+generates one id for each row in each step, until all rows of some group are finished. `finish` ends
+all rows of some groups early.
 """
 
 import dataclasses
@@ -20,12 +21,19 @@ from leon_jax.engine.sampling_params import BatchedParams
 from leon_jax.models.decoder import Decoder, DecoderConfig
 from leon_jax.vocabulary import Vocabulary
 
-# Sizes are rounded up to multiples of these, so that few programs are compiled.
+# The axes of new tokens and of spans are rounded up to multiples of these sizes, so that few
+# programs are compiled.
 _TOKENS_MULTIPLE, _SPANS_MULTIPLE = 32, 4
 
 
 def output_sizes(grammars: Sequence[Grammar]) -> tuple[int, int]:
-    """The axes of spans and of new tokens that hold any of these grammars, rounded up."""
+    """Returns the sizes of the axes of spans and of new tokens that hold any of these grammars.
+
+    The sizes are rounded up to multiples of 4 spans and 32 tokens.
+
+    Args:
+      grammars: one or more grammars.
+    """
     spans, tokens = max(map(len, grammars)), max(map(max_new_tokens, grammars))
     return (
         -(-spans // _SPANS_MULTIPLE) * _SPANS_MULTIPLE,
@@ -36,7 +44,13 @@ def output_sizes(grammars: Sequence[Grammar]) -> tuple[int, int]:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RowInputs:
-    """What every row is to generate: its grammar, its parameters, and its random key as words."""
+    """The inputs of all rows.
+
+    Attributes:
+      grammar: the grammar of each row, and the row's position in it.
+      params: the sampling parameters of each row.
+      seeds: the random key of each row as two words, uint32[group, sample, 2].
+    """
 
     grammar: GrammarState
     params: BatchedParams
@@ -46,17 +60,18 @@ class RowInputs:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodeState:
-    """What the loop carries.
+    """The state of all rows, which the loop carries from step to step.
 
     Attributes:
-      hidden: the decoder's output at the last id of every row.
-      positions: the position of the next id of every row.
-      caches: one a stream.
-      grammar, params, seeds: what every row is to generate, and how far it is.
-      tokens, scores: the ids that it generated, and the log-probability of each.
-      counts: how many ids these are.
-      failed: whether no id could be sampled for a row, because its logits were not finite.
-      step: how many steps were made.
+      hidden: the decoder's output at the last id of each row, in the compute dtype.
+      positions: the position of the next id of each row, int32.
+      caches: one KV cache for each stream.
+      grammar, params, seeds: see `RowInputs`.
+      tokens, scores: the generated ids of each row, int32, and the log-probability of each id,
+        float32; 0 for an id that was not sampled. Entries from `counts` on are undefined.
+      counts: the number of generated ids of each row, int32.
+      failed: True if no id could be sampled for a row (see `SampledTokens`).
+      step: the number of steps since `init_state`, int32.
     """
 
     hidden: Float[Array, "streams group sample embed"]
@@ -84,15 +99,15 @@ def init_state(
     cache_dtype: CacheDtype = "compute",
     stacks: int = 1,
 ) -> DecodeState:
-    """The state before the rows have read their prompts.
+    """Returns the initial state, in which no row has read a prompt.
 
     Args:
-      config: the model.
-      rows: what they are to generate.
-      prompt_lengths: of each stream, the padded length of the longest prompt.
-      max_new_tokens: the most ids that a row generates.
-      cache_dtype: the dtype of the cached keys and values.
-      stacks: the number of stacks of layers that the decoder has.
+      config: the decoder's configuration.
+      rows: the inputs of all rows.
+      prompt_lengths: the padded length of the longest prompt of each stream.
+      max_new_tokens: maximum number of ids that a row generates.
+      cache_dtype: dtype of the cached keys and values.
+      stacks: the number of stacks of layers, `len(Decoder.stacks)`.
     """
     groups, samples, _ = rows.seeds.shape
     layout = sharding.spec(None, "batch", None, "embed")
@@ -121,9 +136,9 @@ class PaddedPrompts(NamedTuple):
     """Prompts of one stream, padded on the right.
 
     Attributes:
-      ids, positions: int32[new, bucket].
-      lengths: int32[new], the number of ids that are not padding.
-      extents: int32[new], the position of the id after the prompt.
+      ids, positions: ids and their positions, int32[new, bucket].
+      lengths: number of ids without padding, int32[new].
+      extents: position of the first id after the prompt, int32[new].
     """
 
     ids: Int[Array, "new bucket"]
@@ -140,14 +155,14 @@ def prefill(
     prompts: Sequence[PaddedPrompts],
     rows: RowInputs,
 ) -> DecodeState:
-    """The state with new prompts in some groups.
+    """Reads new prompts into some groups, and returns the new state.
 
     Args:
-      decoder: the model.
-      state: is donated.
-      source: the index of the new prompt that a group takes; -1: the group stays as it is.
-      prompts: one array a stream.
-      rows: what the rows of the new prompts are to generate.
+      decoder: the decoder.
+      state: the old state, which is donated.
+      source: index of the new prompt of each group; -1: the group does not change.
+      prompts: the new prompts of each stream.
+      rows: the inputs of all rows. Only those of the groups with new prompts are used.
     """
     is_new = (source >= 0)[:, None]
     hidden, positions, caches = [], [], []
@@ -184,13 +199,18 @@ def prefill(
 
 @functools.partial(jax.jit, donate_argnames="state")
 def finish(state: DecodeState, groups: Bool[Array, "group"]) -> DecodeState:
-    """The state with all rows of these groups done."""
+    """Returns the state with all rows of these groups finished; `state` is donated."""
     rows = jnp.broadcast_to(groups[:, None], state.counts.shape)
     return dataclasses.replace(state, grammar=state.grammar.finish(rows))
 
 
 class Heads(NamedTuple):
-    """The output heads for image ids, and for all ids; see `Decoder.head`."""
+    """The output heads, in the compute dtype (see `Decoder.head`).
+
+    Attributes:
+      image: the head for the image ids.
+      whole: the head for all ids.
+    """
 
     image: Float[Array, "embed image_ids"]
     whole: Float[Array, "embed ids"]
@@ -198,7 +218,7 @@ class Heads(NamedTuple):
     @classmethod
     @functools.partial(jax.jit, static_argnums=(0, 2))
     def of(cls, decoder: Decoder, vocabulary: Vocabulary) -> "Heads":
-        """Both heads. They are made once, outside the loop."""
+        """Computes both heads. This happens once, outside the loop."""
         return cls(decoder.head(vocabulary.image_start, vocabulary.image_stop), decoder.head())
 
 
@@ -213,16 +233,17 @@ def decode(
     vocabulary: Vocabulary,
     text_size: int | None,
 ) -> DecodeState:
-    """Steps until all rows of one busy group are done, or `max_steps` steps are made.
+    """Runs decode steps until all rows of some busy group are finished, and returns the new state.
 
     Args:
-      decoder, heads: the model.
-      state: is donated.
-      busy: the groups that hold a request.
-      max_steps: the most steps.
+      decoder: the decoder.
+      heads: the decoder's output heads.
+      state: the old state, which is donated.
+      busy: True for the groups that hold a request.
+      max_steps: maximum number of steps.
       vocabulary: the id layout.
-      text_size: the size of the text tokenizer; larger text ids are never sampled. None: all
-        text ids of the vocabulary may be sampled.
+      text_size: size of the text tokenizer. Text ids beyond it are never sampled. None: all text
+        ids of the vocabulary may be sampled.
     """
     last_step = state.step + max_steps
 
@@ -245,9 +266,12 @@ class SampledTokens(NamedTuple):
     """One id for each row.
 
     Attributes:
-      ids: of the joint vocabulary.
-      scores: the log-probability of the id under stream 0, within the grammar.
-      failed: whether no id could be sampled.
+      ids: ids of the joint vocabulary, int32. They are undefined if a row is not inside an image
+        or a text.
+      scores: log-probability of the id under stream 0, normalised over the ids that the grammar
+        allows, in nats.
+      failed: True if no id could be sampled: the sampler returned an id that the grammar does not
+        allow, or whose logit is NaN or -inf.
     """
 
     ids: Int[Array, "group sample"]
@@ -264,16 +288,18 @@ def sample_tokens(
 ) -> SampledTokens:
     """Samples an id for each row that is inside an image or a text.
 
-    Only the logits that some row needs are computed: those of the image ids, or all. How an id is
-    sampled does not depend on what the other rows generate.
+    Only logits that some row needs are computed. If some row is inside an image, these are the
+    logits of the image ids in all streams. If some row is inside a text, these are the logits of
+    all ids in stream 0. The id of a row does not depend on the other rows. Its random key depends
+    on the row's seed and on the number of ids that the row has generated.
     """
     current, params, used = state.grammar.current, state.params, state.grammar.used
     keys = jax.random.wrap_key_data(state.seeds, impl="threefry2x32")
     keys = jax.vmap(jax.vmap(jax.random.fold_in))(keys, state.counts)
 
     def replicate(logits: Array) -> Array:
-        # Every device holds all logits of a step: they are few, and rows and streams can then be
-        # taken apart without regard to how they are split.
+        # Every device gets all logits of a step, because they are small. Rows and streams can then
+        # be indexed regardless of their sharding.
         return jax.reshard(logits, jax.P(*[None] * logits.ndim)).astype(jnp.float32)
 
     def score(logits: Array, ids: Array) -> Array:
@@ -304,7 +330,7 @@ def sample_tokens(
     image = jax.lax.cond(is_image.any(), sample_image, skip)
     text = jax.lax.cond(is_text.any(), sample_text, skip)
     ids, scores, unusable = (jnp.where(is_image, *both) for both in zip(image, text, strict=True))
-    # A text that has reached its limit is closed whatever is sampled.
+    # A text at its length limit is closed, and the id sampled for it is ignored.
     is_sampled = is_image | (is_text & (used < current.limit))
     return SampledTokens(ids, scores, unusable & is_sampled)
 
@@ -312,9 +338,10 @@ def sample_tokens(
 def feed_tokens(
     decoder: Decoder, state: DecodeState, sampled: SampledTokens, vocabulary: Vocabulary
 ) -> DecodeState:
-    """The state after each row was given its id, and all its streams have read it.
+    """Feeds each unfinished row its next id, and returns the new state.
 
-    A row that failed is given no id; it is done.
+    The id is the sampled one, or one that the grammar forces. All streams of the row read it; if no
+    row has a guided id left, only stream 0 does. A failed row gets no id and is finished.
     """
     active = ~state.grammar.done & ~sampled.failed
     grammar, written, was_sampled = state.grammar.advance(sampled.ids)
@@ -326,7 +353,10 @@ def feed_tokens(
     valid = valid_slots(ring_size, state.step, state.counts)
 
     def read(count: int) -> tuple[Array, list[Array], list[Array]]:
-        """The first `count` streams read the ids; the others keep what they had."""
+        """Runs the decoder on the ids in the first `count` streams.
+
+        The other streams keep their hidden states, and get zeros as keys and values.
+        """
         hidden, keys, values = decoder.decode_step(
             ids[:count],
             positions[:count],
@@ -341,14 +371,14 @@ def feed_tokens(
     if streams == 1:
         hidden, keys, values = read(1)
     else:
-        # The other streams serve guidance alone: after the last guided id they are left out.
+        # Only guidance uses the other streams. They are not computed after the last guided id.
         is_image = grammar.current.kind == IMAGE
         is_later = jnp.arange(grammar.kind.shape[-1]) > grammar.span[..., None]
         has_later_image = ((grammar.kind == IMAGE) & is_later).any(axis=-1)
         used = jnp.where(is_image, grammar.used, 2**30)
         needed = state.params.needs_guidance(used, has_later_image)
         hidden, keys, values = jax.lax.cond(needed.any(), lambda: read(streams), lambda: read(1))
-    # All reads of the caches come before the writes, so that the writes are in place.
+    # The barrier puts all reads of the caches before the writes, so that the writes are in place.
     caches, hidden = jax.lax.optimization_barrier((state.caches, hidden))
     after = state.positions + 1
     part_step = decoder.config.part_step
@@ -375,13 +405,13 @@ def feed_tokens(
 
 
 def replicate(tree: Any) -> Any:
-    """Puts small arrays on every device of the mesh."""
+    """Copies a tree of small arrays to every device of the current mesh."""
     layout = jax.NamedSharding(jax.sharding.get_mesh(), jax.P())
     return jax.tree.map(lambda x: jax.device_put(x, layout), tree)
 
 
 def round_up_rows(rows: int) -> int:
-    """`rows`, rounded up so that the batch splits evenly over the mesh."""
+    """Rounds `rows` up to a multiple of the batch shards (data x fsdp) of the current mesh."""
     shape = jax.sharding.get_mesh().shape
     shards = shape.get("data", 1) * shape.get("fsdp", 1)
     return -(-rows // shards) * shards

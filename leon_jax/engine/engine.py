@@ -1,7 +1,8 @@
-"""The engine: one decoder with its padded prompt lengths and its output heads.
+"""The engine: a decoder with its padded prompt lengths and its output heads.
 
-It knows ids and nothing of documents or files. `leon_jax.engine.scheduler.Scheduler` runs requests
-through it. `leon_jax.engine.likelihood` scores sequences with it.
+The engine works with token ids. It does not handle documents or files.
+`leon_jax.engine.scheduler.Scheduler` runs requests with it. `leon_jax.engine.likelihood` scores
+sequences with it.
 """
 
 import dataclasses
@@ -20,15 +21,18 @@ from leon_jax.engine.sampling_params import SamplingParams
 from leon_jax.models.decoder import Decoder
 from leon_jax.vocabulary import Vocabulary
 
-# Samples that are decoded side by side unless the engine is told otherwise.
+# Default number of samples that are decoded at once.
 SLOTS = 16
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One output of a request: its random seed, 0..2**32 - 1, and its sampling parameters.
+    """One output of a request.
 
-    Requests whose prompts differ get different random numbers for equal seeds.
+    Attributes:
+      seed: random seed, 0..2**32 - 1. The random numbers also depend on the ids of stream 0, so
+        requests with different prompts get different random numbers for equal seeds.
+      params: sampling parameters.
     """
 
     seed: int = 0
@@ -37,13 +41,14 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True)
 class TokenRequest:
-    """A prompt as ids, and its samples.
+    """A prompt as ids, the grammar of its outputs, and its samples.
 
     Attributes:
-      streams: int32[n] each, of any lengths. Stream 0 is the conditional one.
-      grammar: what is generated.
-      samples: one for each output. Their parameters may differ, and need no more streams than
-        there are.
+      streams: the prompt of each stream, int32[n] with n of 1 or more, which may differ between
+        streams. Stream 0 is the conditional one.
+      grammar: the spans to generate, at least one.
+      samples: one or more samples, one for each output. Their parameters may differ. Their guidance
+        needs at most as many streams as there are in `streams`.
     """
 
     streams: tuple[np.ndarray, ...]
@@ -52,10 +57,11 @@ class TokenRequest:
 
 
 class Engine:
-    """One decoder, ready to run requests and to score sequences.
+    """A decoder with the settings that the scheduler and the scoring of sequences need.
 
-    Prompts are padded to one of a few lengths, so that prompts of many lengths share a compiled
-    program. Everything runs on one mesh, which callers need not set.
+    Prompts are padded to one of a few lengths (buckets), so that prompts of many lengths share a
+    compiled program. All programs run on one mesh. `Scheduler` and `log_likelihoods` set it, so
+    their callers do not have to.
     """
 
     def __init__(
@@ -68,15 +74,20 @@ class Engine:
         cache_dtype: CacheDtype = "compute",
         mesh: jax.sharding.Mesh | None = None,
     ):
-        """Args:
-        decoder: the model.
-        vocabulary: its id layout.
-        buckets: padded prompt lengths; by default 64, 128, 256, ... up to the model's context.
-        slots: how many samples are decoded side by side.
-        text_size: the size of the text tokenizer; larger ids of the text range mean nothing and are
-          never sampled. None: all ids of the range may be sampled.
-        cache_dtype: the dtype of cached keys and values; "int8" takes half of bfloat16's memory.
-        mesh: the devices that the decoder is on; None: the mesh that is set.
+        """Creates an engine.
+
+        Args:
+          decoder: the decoder.
+          vocabulary: the decoder's id layout.
+          buckets: padded prompt lengths in ids. The model's context is always one of them; larger
+            ones are ignored. None: 64, 128, 256, ... below the context, and the context.
+          slots: number of samples that are decoded at once.
+          text_size: size of the text tokenizer. Larger ids of the text range have no meaning and
+            are never sampled. None: all ids of the text range may be sampled.
+          cache_dtype: dtype of cached keys and values: the compute dtype of the decoder, or "int8",
+            which needs about half the memory of bfloat16.
+          mesh: the mesh with the decoder's devices. None: the current mesh or, if none is set, a
+            mesh over all devices.
         """
         self.mesh = mesh or sharding.current_mesh()
         self.decoder, self.vocabulary = decoder, vocabulary
@@ -90,17 +101,17 @@ class Engine:
 
     @functools.cached_property
     def heads(self) -> Heads:
-        """The output heads; made once. The mesh must be set."""
+        """The output heads, computed at the first use. The mesh must be set."""
         return Heads.of(self.decoder, self.vocabulary)
 
     def check(self, request: TokenRequest) -> None:
         """Checks that a request can be run.
 
         Raises:
-          UserError: the prompt and its longest output exceed the context, or a sampling parameter
-            or a seed is out of range.
-          ValueError: a stream, the grammar or the samples are empty; a text is ended by a text id;
-            or guidance needs more streams than there are.
+          UserError: the prompt and its longest output exceed the context, or `SamplingParams.check`
+            or the range of seeds refuses a sample.
+          ValueError: there are no streams; a stream, the grammar or the samples are empty; a stop
+            or the closing id of a text is a text id; or guidance needs more streams than there are.
         """
         if not request.streams or not all(len(stream) for stream in request.streams):
             raise ValueError("a stream is empty; it must hold at least one id")
@@ -126,11 +137,23 @@ class Engine:
             )
 
     def bucket(self, length: int) -> int:
-        """The padded length of a prompt."""
+        """Returns the padded length of a prompt: the smallest bucket that holds `length` ids.
+
+        Raises:
+          StopIteration: `length` is above the context.
+        """
         return next(bucket for bucket in self.buckets if bucket >= length)
 
     def pad(self, sequences: Sequence[np.ndarray]) -> PaddedPrompts:
-        """Sequences of ids, none longer than the context, padded to a bucket, on the devices."""
+        """Pads sequences to one bucket, and puts them on the devices of the current mesh.
+
+        Args:
+          sequences: int[n] ids each, with n from 1 to the context. The number of sequences is a
+            multiple of the batch shards (see `round_up_rows`).
+
+        Raises:
+          StopIteration: a sequence is longer than the context.
+        """
         lengths = np.array([len(sequence) for sequence in sequences], np.int32)
         ids = np.full((len(sequences), self.bucket(lengths.max())), self.vocabulary.pad, np.int32)
         positions = np.zeros_like(ids)
@@ -149,15 +172,20 @@ class Engine:
         )
 
     def longest_prompt(self, grammar: Grammar) -> int:
-        """The longest prompt, in positions, that leaves room for the longest output."""
+        """Returns the length, in positions, of the longest prompt that leaves room for any output.
+
+        The output is counted from position 0. If `part_step` is above 1 and the grammar has a
+        `<break>` before its last span, the gap after the `<break>` depends on the prompt's length,
+        so a prompt of this length may not fit.
+        """
         return self.context - self._end(0, grammar)
 
     def extent(self, ids: np.ndarray) -> int:
-        """Returns the number of positions that int[n] ids take."""
+        """Returns the number of positions of int[n] ids, which is the position of the next id."""
         return self.vocabulary.extent(ids, self._part_step)
 
     def _end(self, position: int, grammar: Grammar) -> int:
-        """The position after the longest output."""
+        """Returns the position after the longest output of a grammar that starts at `position`."""
         for number, span in enumerate(grammar):
             position += max_new_tokens((span, Forced((0,)))) - 1
             closing = span.close if isinstance(span, TextSpan) else None

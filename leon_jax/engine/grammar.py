@@ -1,12 +1,13 @@
-"""Grammar: which ids a row may generate. It runs on the device.
+"""Grammars, which define the ids that a row may generate. They are evaluated on the device.
 
 A grammar is a sequence of spans. Each row has its own grammar and its own position in it, so one
-row may be inside an image while another one ends a text. A span decides which ids may come next,
+row may be inside an image while another row ends a text. A span defines which ids may come next,
 how many, and what ends it:
 
     ImageSpan(n)     exactly n image ids
-    TextSpan(n)      up to n text ids, then `close`: after a stop was sampled, or after n ids
-    Forced(id)       this id; streams may get different ids, for their sentinels may differ
+    TextSpan(n)      up to n text ids, then `close`, after a sampled stop or after n ids
+    Forced(ids)      one id, without sampling; streams may get different ids, because their
+                     sentinels may differ
 """
 
 import dataclasses
@@ -20,16 +21,19 @@ from jaxtyping import Array, Bool, Int
 
 from leon_jax.vocabulary import Vocabulary
 
-# Kinds of spans on the device.
+# Kinds of spans in `GrammarState.kind`.
 DONE, FORCED, IMAGE, TEXT = range(4)
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageSpan:
-    """An image: exactly `limit` image ids. No id ends it.
+    """An image. It ends after `limit` ids, without a closing id.
+
+    Attributes:
+      limit: exact number of image ids, 1 or more.
 
     Raises:
-      ValueError: limit is below 1.
+      ValueError: `limit` is below 1.
     """
 
     limit: int
@@ -41,18 +45,20 @@ class ImageSpan:
 
 @dataclasses.dataclass(frozen=True)
 class TextSpan:
-    """Text ids, ended by one of `stops` or by the length limit.
+    """A text. It ends when one of `stops` is sampled, or at the length limit.
 
     Attributes:
-      limit: the most text ids.
-      stops: one or two ids that end the span: `<eoss>` for an infill; `</s>` or `<break>` at the
+      limit: maximum number of text ids, 1 or more.
+      stops: one or two ids that end the text: `<eoss>` for an infill; `</s>` and `<break>` at the
         end of a document.
-      close: the id that follows the text however it ended, if the row continues.
-      min_tokens: a stop is not allowed before this many text ids.
-      final: a stop that ends the whole row instead of the span alone.
+      close: the id that is written after the text. It replaces a sampled stop. At the length limit
+        it is forced, unless the text is the last span.
+      min_tokens: a stop is not allowed before this number of text ids, 0..limit.
+      final: a stop that ends the whole row, not only the text. None: no stop does.
 
     Raises:
-      ValueError: a limit is impossible, there is no stop or too many, or `final` is not a stop.
+      ValueError: `limit` or `min_tokens` is out of range, there are not one or two stops, or
+        `final` is not a stop.
     """
 
     limit: int
@@ -74,21 +80,28 @@ class TextSpan:
 
     @classmethod
     def infill(cls, vocabulary: Vocabulary, limit: int) -> "TextSpan":
-        """The text of an infill, ended by `<eoss>`."""
+        """Returns an infill of up to `limit` text ids, which ends with `<eoss>`."""
         return cls(limit, (vocabulary.eoss,), vocabulary.eoss)
 
     @classmethod
     def causal(cls, vocabulary: Vocabulary, limit: int) -> "TextSpan":
-        """The last part of a document, ended by `</s>` or `<break>`."""
+        """Returns the last part of a document: up to `limit` text ids.
+
+        A sampled `</s>` or `<break>` ends it; `</s>` is written in both cases.
+        """
         return cls(limit, (vocabulary.eos, vocabulary.break_id), vocabulary.eos)
 
 
 @dataclasses.dataclass(frozen=True)
 class Forced:
-    """One id that is not sampled. Of several ids, stream i gets the i-th.
+    """One id that is not sampled.
+
+    Attributes:
+      ids: stream i gets `ids[i]`. If there are fewer ids than streams, the remaining streams get
+        the last one.
 
     Raises:
-      ValueError: there is no id.
+      ValueError: `ids` is empty.
     """
 
     ids: tuple[int, ...]
@@ -103,13 +116,15 @@ Grammar = tuple[Span, ...]
 
 
 class SpanOutput(NamedTuple):
-    """What a row generated for one span.
+    """The ids that a row generated for one span.
 
     Attributes:
-      ids: int32[n]; those of a text without the id that ended it.
-      log_probabilities: float32[n], of each id under stream 0 alone, within the grammar. That of
-        the id that ended a text is left out.
-      ended: False if a text was cut by its length limit.
+      ids: int32[n], without the id that ended a text.
+      log_probabilities: float32[n], log-probability of each id in nats under stream 0 alone,
+        normalised over the ids that the grammar allows; 0 for a forced id. The value of the id that
+        ended a text is left out.
+      ended: False for a text of `limit` ids, which its length limit cut. True for every other span,
+        even if it is not finished yet.
     """
 
     ids: np.ndarray
@@ -118,7 +133,7 @@ class SpanOutput(NamedTuple):
 
 
 class CurrentSpan(NamedTuple):
-    """The span that each row is in; see `GrammarState`."""
+    """The current span of each row; see the attributes of `GrammarState`."""
 
     kind: Int[Array, "group sample"]
     limit: Int[Array, "group sample"]
@@ -131,15 +146,16 @@ class CurrentSpan(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class GrammarState:
-    """The grammars of all rows as arrays, and the position of each row.
+    """The grammars of all rows as arrays, and the position of each row in its grammar.
 
     Attributes:
-      kind, limit, min_tokens: int32[group, sample, spans]; a row past its last span is `DONE`.
-      stops: int32[group, sample, spans, 2], -1 for none.
-      final: int32[group, sample, spans], -1 for none.
-      forced: int32[group, sample, spans, streams]: the ids of `Forced`, or `close` of a text.
-      span: int32[group, sample], the index of the span that a row is in.
-      used: int32[group, sample], how many ids of this span are generated.
+      kind: int32[group, sample, spans]; `DONE` after the last span of a row.
+      limit, min_tokens: int32[group, sample, spans]; see `TextSpan`.
+      stops: int32[group, sample, spans, 2]; -1: no stop.
+      final: int32[group, sample, spans]; -1: no such stop.
+      forced: int32[group, sample, spans, streams], the ids of `Forced`, or `close` of a text.
+      span: int32[group, sample], the index of the row's current span.
+      used: int32[group, sample], the number of ids generated in the current span.
     """
 
     kind: Int[Array, "group sample spans"]
@@ -155,12 +171,13 @@ class GrammarState:
     def of(
         cls, grammars: Sequence[Sequence[Grammar]], streams: int, max_spans: int
     ) -> "GrammarState":
-        """The grammars of [group][sample] as NumPy arrays. An empty grammar is done at once.
+        """Returns the initial state of these grammars as NumPy arrays.
 
         Args:
-          grammars: of at most `max_spans` spans each.
-          streams: how many ids a row is given in a step.
-          max_spans: the size of the axis of spans, without the one that holds `DONE`.
+          grammars: grammars by [group][sample], of at most `max_spans` spans each. A row with an
+            empty grammar is finished.
+          streams: number of streams; in a step, a row gets one id for each.
+          max_spans: size of the axis of spans, without the last entry, which is always `DONE`.
         """
         shape = (len(grammars), len(grammars[0]), max_spans + 1)
         kind, limit, min_tokens = (np.zeros(shape, np.int32) for _ in range(3))
@@ -188,7 +205,7 @@ class GrammarState:
 
     @property
     def current(self) -> CurrentSpan:
-        """The span that each row is in."""
+        """The current span of each row."""
 
         def take(array: Array) -> Array:
             index = self.span.reshape(self.span.shape + (1,) * (array.ndim - 2))
@@ -203,17 +220,21 @@ class GrammarState:
 
     @property
     def done(self) -> Bool[Array, "group sample"]:
-        """Which rows have nothing left to generate."""
+        """True for rows that are finished."""
         return self.current.kind == DONE
 
     def advance(
         self, sampled: Int[Array, "group sample"]
     ) -> tuple["GrammarState", Int[Array, "streams group sample"], Bool[Array, "group sample"]]:
-        """What each row generates if these ids were sampled for it.
+        """Moves each row forward by one id.
+
+        Args:
+          sampled: the id sampled for each row. It is ignored if the grammar forces an id.
 
         Returns:
-          The state after one more id; the id that each stream is given; and whether the id was
-          sampled (otherwise it was forced).
+          The state after one more id; the id that each stream of a row gets; and True for rows
+          whose id was sampled, False for rows whose id was forced. If a stop was sampled, the
+          streams get `close`, and the third value is True. The ids of finished rows are undefined.
         """
         current = self.current
         is_text = current.kind == TEXT
@@ -222,7 +243,7 @@ class GrammarState:
         closing = (current.kind == FORCED) | cut | stopped
         written = jnp.where(closing[..., None], current.forced, sampled[..., None])
         used = self.used + 1
-        # The last text of a row needs no id that closes it.
+        # At its length limit, the last text of a row is not followed by a closing id.
         following = jnp.take_along_axis(self.kind, (self.span + 1)[..., None], axis=2)[..., 0]
         is_full = (used >= current.limit) & (
             (current.kind == IMAGE) | (is_text & (following == DONE))
@@ -235,12 +256,12 @@ class GrammarState:
         return state, jnp.moveaxis(written, -1, 0), ~(cut | (current.kind == FORCED))
 
     def finish(self, rows: Bool[Array, "group sample"]) -> "GrammarState":
-        """The state with these rows done."""
+        """Returns the state in which these rows are finished."""
         return dataclasses.replace(self, span=jnp.where(rows, self.kind.shape[2] - 1, self.span))
 
 
 def max_new_tokens(grammar: Grammar) -> int:
-    """The most ids that a row with this grammar generates."""
+    """Returns the maximum number of ids that a row with this grammar generates."""
     last = len(grammar) - 1
     return sum(
         1 if isinstance(span, Forced)
@@ -252,12 +273,17 @@ def max_new_tokens(grammar: Grammar) -> int:
 def split_output(
     grammar: Grammar, ids: np.ndarray, log_probabilities: np.ndarray, vocabulary: Vocabulary
 ) -> list[SpanOutput]:
-    """What a row generated, by span. Spans that it has not reached are left out.
+    """Splits the generated ids of a row by span. Spans that it has not reached are left out.
 
     Args:
-      grammar: of the row.
-      ids, log_probabilities: int32[n] and float32[n], all ids of the row.
-      vocabulary: tells text from the id that ended it.
+      grammar: the grammar of the row.
+      ids, log_probabilities: all generated ids of the row, int32[n], and their log-probabilities,
+        float32[n].
+      vocabulary: the id layout, which separates text ids from the id that ended a text.
+
+    Returns:
+      One output for each span, in order. The last one may be incomplete, and a text may have no
+      ids yet.
     """
     outputs, start = [], 0
     for number, span in enumerate(grammar):

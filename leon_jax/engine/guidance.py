@@ -1,7 +1,8 @@
-"""Guidance merges the logits of a request's streams into the logits that are sampled.
+"""Guidance, which combines the logits of a request's streams into the logits that are sampled.
 
-The engine runs all streams of a request side by side and stacks their logits. Stream 0 is the
-conditional one. Each class is a pytree, so a new weight does not compile the decode loop again.
+The engine runs all streams of a request together and stacks their logits. Stream 0 is the
+conditional one. Each class is a pytree with the weights as leaves, so the decode loop is not
+compiled again for a new weight.
 """
 
 import abc
@@ -15,37 +16,42 @@ from jaxtyping import Array, Float
 
 from leon_jax.config import UserError
 
-# What the prompt of a stream contains: everything; its images but no texts and no retrieved
-# documents; or neither, only the kinds of its parts. All streams read what the row generates.
+# The contents of a stream's prompt. "all": the whole document and the retrieved documents.
+# "images": only the images of the document; a hole replaces each text. "nothing": a hole replaces
+# each text and each image. All streams also read the ids that the row generates.
 Condition = Literal["all", "images", "nothing"]
 
 _LARGEST_WEIGHT = float(np.finfo(np.float32).max)
 
 
 class Guidance(abc.ABC):
-    """Maps the stacked logits of all streams to one set of logits a row.
+    """A function from the stacked logits of all streams to one set of logits for each row.
 
     Attributes:
-      conditions: what the prompt of each stream contains; that of stream 0 contains all.
+      conditions: the contents of each stream's prompt; "all" for stream 0.
     """
 
     conditions: ClassVar[tuple[Condition, ...]]
 
     @property
     def streams(self) -> int:
-        """The number of streams it reads."""
+        """Number of streams that the guidance uses."""
         return len(self.conditions)
 
     @abc.abstractmethod
     def __call__(self, logits: Float[Array, "streams batch vocab"]) -> Float[Array, "batch vocab"]:
-        """Returns float[batch, vocab]."""
+        """Combines the logits of the streams, float[streams, batch, vocab], to float[batch, vocab].
+
+        Args:
+          logits: logits of the first `self.streams` streams.
+        """
 
     @abc.abstractmethod
     def check(self) -> None:
-        """Checks the weights.
+        """Checks the parameters of the guidance.
 
         Raises:
-          UserError: one is out of range.
+          UserError: a parameter is out of range.
         """
 
 
@@ -61,7 +67,7 @@ class Plain(Guidance):
         return logits[0]
 
     def check(self) -> None:
-        """Does nothing: there is no weight."""
+        """Does nothing, because there are no parameters."""
 
 
 @jax.tree_util.register_dataclass
@@ -69,31 +75,38 @@ class Plain(Guidance):
 class ClassifierFree(Guidance):
     """Classifier-free guidance (CM3Leon eq. 2): uncond + weight (cond - uncond).
 
-    Streams: 0 conditional, 1 unconditional. Weight 1 is no guidance, 0 is the unconditional model.
+    Stream 0 is conditional, stream 1 is unconditional.
+
+    Attributes:
+      weight: 0 or more, finite in float32. 1 is no guidance; 0 is the unconditional model.
     """
 
     weight: float = 3.0
     conditions: ClassVar[tuple[Condition, ...]] = ("all", "images")
 
     def __call__(self, logits: Float[Array, "streams batch vocab"]) -> Float[Array, "batch vocab"]:
-        """Returns float[batch, vocab]."""
+        """Returns the guided logits, float[batch, vocab]."""
         conditional, unconditional = logits[0], logits[1]
-        # The same expression, arranged so that weight 1 gives `conditional` to the last bit.
+        # This form of the formula gives `conditional` exactly, bit for bit, for weight 1.
         return conditional + (self.weight - 1) * (conditional - unconditional)
 
     def check(self) -> None:
-        """See `Guidance.check`."""
+        """Checks the weight; see `Guidance.check`."""
         _check_weight("guidance", self.weight)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TwoConditions(Guidance):
-    """Guidance by an image and a text with a weight each (InstructPix2Pix, eq. 3).
+    """Guidance with one weight for images and one for texts (InstructPix2Pix, eq. 3).
 
         nothing + image_weight (images - nothing) + text_weight (all - images)
 
-    Streams: 0 all, 1 the images without the texts, 2 nothing. Weights of 1 and 1 are no guidance.
+    The conditions of the streams are "all" (0), "images" (1) and "nothing" (2). If both weights are
+    1, there is no guidance.
+
+    Attributes:
+      image_weight, text_weight: 0 or more, finite in float32.
     """
 
     image_weight: float = 1.5
@@ -101,9 +114,9 @@ class TwoConditions(Guidance):
     conditions: ClassVar[tuple[Condition, ...]] = ("all", "images", "nothing")
 
     def __call__(self, logits: Float[Array, "streams batch vocab"]) -> Float[Array, "batch vocab"]:
-        """Returns float[batch, vocab]."""
+        """Returns the guided logits, float[batch, vocab]."""
         everything, images, nothing = logits[0], logits[1], logits[2]
-        # Arranged so that weights of 1 give `everything` to the last bit.
+        # This form of the formula gives `everything` exactly, bit for bit, for weights of 1.
         return (
             everything
             + (self.text_weight - 1) * (everything - images)
@@ -111,7 +124,7 @@ class TwoConditions(Guidance):
         )
 
     def check(self) -> None:
-        """See `Guidance.check`."""
+        """Checks both weights; see `Guidance.check`."""
         _check_weight("image_guidance", self.image_weight)
         _check_weight("text_guidance", self.text_weight)
 
@@ -125,8 +138,9 @@ class Contrastive(Guidance):
     else -inf. With k = 1 this is the rule of Li et al. 2022.
 
     Attributes:
-      alpha: in (0, 1]; how much less likely than the k-th id an id may be.
-      k: rank of the reference probability.
+      alpha: smallest allowed ratio of p_cond to the k-th largest p_cond, above 0 and at most 1.
+      k: rank of the reference probability, 1 or more. A rank above the number of ids means the
+        last one.
     """
 
     alpha: float = 0.5
@@ -134,14 +148,14 @@ class Contrastive(Guidance):
     conditions: ClassVar[tuple[Condition, ...]] = ("all", "images")
 
     def __call__(self, logits: Float[Array, "streams batch vocab"]) -> Float[Array, "batch vocab"]:
-        """Returns float[batch, vocab], -inf outside the plausible set."""
+        """Returns the scores, float[batch, vocab]; -inf for ids that are not plausible."""
         expert, amateur = jax.nn.log_softmax(logits, axis=-1)
         reference = jax.lax.top_k(expert, min(self.k, expert.shape[-1]))[0][:, -1:]
         plausible = expert >= reference + jnp.log(self.alpha)
         return jnp.where(plausible, expert - amateur, -jnp.inf)
 
     def check(self) -> None:
-        """See `Guidance.check`."""
+        """Checks `alpha` and `k`; see `Guidance.check`."""
         if not 0 < self.alpha <= 1:
             raise UserError(f"alpha is {self.alpha}; it must be above 0 and at most 1")
         if self.k < 1:
@@ -149,7 +163,10 @@ class Contrastive(Guidance):
 
 
 def make_guidance(weight: float) -> Plain | ClassifierFree:
-    """Classifier-free guidance of this weight; weight 1 is `Plain`, which needs one stream only.
+    """Returns classifier-free guidance; for weight 1 `Plain`, which needs only one stream.
+
+    Args:
+      weight: 0 or more, finite in float32.
 
     Raises:
       UserError: the weight is negative or not finite in float32.

@@ -1,12 +1,13 @@
-"""The key-value cache of the decode loop, one for each stream.
+"""The KV cache of the decode loop. Each stream has its own.
 
-The layer scan only reads it. The new keys and values of all layers are written once a step, after
-the scan. All samples of a group share one prompt. Outputs are rings: the token of step s is in slot
-s modulo the ring's size in every row, whenever the row began, so the write is one slice update. The
-number of tokens of a row tells which slots are valid.
+The scan over layers only reads the cache. The new keys and values of all layers are written once a
+step, after the scan. All samples of a group share one prompt. Outputs are ring buffers: the token
+of step s is in slot s modulo the ring size in every row, even if the rows began at different steps.
+So the write is one slice update. The number of tokens of a row determines its valid slots. In this
+example, the slots of the output show the step that wrote them:
 
     prompt    | </s> a  cat <break> . . |        valid: the first `lengths` slots
-    output    | 7 8 3 4 5 6 |  at step 9         a row of 4 tokens: the slots of steps 5, 6, 7, 8
+    output    | 6 7 8 3 4 5 |  at step 9         a row of 4 tokens: the slots of steps 5, 6, 7, 8
 """
 
 import dataclasses
@@ -22,23 +23,25 @@ from leon_jax.models.decoder import DecoderConfig
 from leon_jax.ops import int8
 from leon_jax.ops.attention import CachedArray, LayerCache
 
-# Axes of keys and values; scales of int8 lack the last.
+# Logical axes of keys and values. The scales of int8 have the same axes without the last one.
 PROMPT = ("layers", "batch", "heads", None, "head_dim")
 OUTPUT = ("layers", "batch", None, "heads", None, "head_dim")
 
-# The dtype of keys and values: the model's compute dtype, or 8 bits.
+# The dtype of cached keys and values: the decoder's compute dtype, or int8 with scales.
 CacheDtype = Literal["compute", "int8"]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """Keys and values of one stream, a list with one entry for each of `Decoder.stacks`.
+    """The cached keys and values of one stream.
+
+    Keys and values are lists with one entry for each stack of layers (`Decoder.stacks`).
 
     Attributes:
       prompt_keys, prompt_values: [layers, group, heads, prompt_slots, head_dim] each.
       output_keys, output_values: [layers, group, sample, heads, ring_size, head_dim] each.
-      lengths: int32[group], of the prompts.
+      lengths: int32[group], the number of tokens of each prompt.
     """
 
     prompt_keys: list[CachedArray]
@@ -58,7 +61,17 @@ class KVCache:
         dtype: CacheDtype = "compute",
         stacks: int = 1,
     ) -> Self:
-        """Zeros for prompts of up to `prompt_slots` tokens and outputs of up to `ring_size`."""
+        """Returns a cache of zeros.
+
+        Args:
+          config: the decoder's configuration.
+          groups: number of groups.
+          samples: number of samples in a group.
+          prompt_slots: maximum number of tokens of a prompt.
+          ring_size: maximum number of tokens of an output.
+          dtype: dtype of keys and values.
+          stacks: number of stacks of layers, which all have the same number of layers.
+        """
 
         def zeros(shape: tuple[int, ...], names: tuple[str | None, ...]) -> list[CachedArray]:
             shape = (config.layers // stacks, *shape)
@@ -82,7 +95,7 @@ class KVCache:
 
     @property
     def ring_size(self) -> int:
-        """The most tokens of an output."""
+        """Maximum number of tokens of an output."""
         return self.output_keys[0].values.shape[-2]
 
     def insert(
@@ -92,15 +105,20 @@ class KVCache:
         values: Sequence[Float[Array, "layers new heads length head_dim"]],
         lengths: Int[Array, "new"],
     ) -> Self:
-        """The cache with new prompts in some of its groups.
+        """Returns the cache with new prompts in some of its groups.
 
         Args:
-          source: the index of the new prompt that a group takes; -1: the group stays as it is.
-          keys, values, lengths: of the new prompts; `length` is at most `prompt_slots`.
+          source: index of the new prompt of each group; -1: the group does not change.
+          keys, values: keys and values of the new prompts by stack; `length` is at most
+            `prompt_slots`.
+          lengths: number of tokens of each new prompt, without padding.
         """
 
         def take(new: Array, layout: jax.P, axis: int) -> tuple[Array, Array]:
-            """The new prompts of the groups, and which groups are new, laid out alike."""
+            """Returns the new array by group, and the mask of new groups, with matching shardings.
+
+            Groups without a new prompt get the first one. The mask broadcasts against the array.
+            """
 
             def layout_of(is_axis: bool) -> jax.P:
                 return jax.P(*(s if (i == axis) == is_axis else None for i, s in enumerate(layout)))
@@ -128,15 +146,15 @@ class KVCache:
         )
 
     def prompt(self) -> LayerCache:
-        """The prompts, as `Decoder.decode_step` takes them."""
+        """Returns the cached prompts for `Decoder.decode_step`."""
         slot = jnp.arange(self.prompt_keys[0].values.shape[-2])
         return LayerCache(self.prompt_keys, self.prompt_values, slot < self.lengths[:, None])
 
     def output(self, valid: Bool[Array, "group sample ring_size"]) -> LayerCache:
-        """The outputs, as `Decoder.decode_step` takes them.
+        """Returns the cached outputs for `Decoder.decode_step`.
 
         Args:
-          valid: from `valid_slots`.
+          valid: True for the slots of each row that hold its tokens; see `valid_slots`.
         """
         return LayerCache(self.output_keys, self.output_values, valid)
 
@@ -146,7 +164,12 @@ class KVCache:
         keys: Sequence[Float[Array, "layers group sample heads head_dim"]],
         values: Sequence[Float[Array, "layers group sample heads head_dim"]],
     ) -> Self:
-        """The cache with the tokens of one more step."""
+        """Returns the cache with the tokens of one more step.
+
+        Args:
+          step: number of the step. Its tokens are written to slot `step` modulo `ring_size`.
+          keys, values: keys and values of the tokens, by stack.
+        """
 
         def write(old: Array, new: Array) -> Array:
             layout = jax.typeof(old).sharding.spec
@@ -165,7 +188,7 @@ class KVCache:
 
 
 def _convert(old: Sequence[CachedArray], new: Sequence[Float[Array, "..."]]) -> list[CachedArray]:
-    """New keys or values in the dtype of the old ones."""
+    """Quantizes new keys or values if the old ones are int8. Otherwise they stay unchanged."""
     if old[0].scale is None:
         return [CachedArray(each) for each in new]
     quantized = [int8.quantize(each, (-1,)) for each in new]
@@ -175,7 +198,13 @@ def _convert(old: Sequence[CachedArray], new: Sequence[Float[Array, "..."]]) -> 
 def valid_slots(
     ring_size: int, step: Int[Array, ""], counts: Int[Array, "group sample"]
 ) -> Bool[Array, "group sample ring_size"]:
-    """Which slots of a ring hold the last `counts` tokens, at the beginning of a step."""
+    """Returns the mask of the slots that hold the tokens of each row at the start of a step.
+
+    Args:
+      ring_size: number of slots of the ring buffer.
+      step: number of the step.
+      counts: number of tokens of each row, at most `ring_size`.
+    """
     age = (step - 1 - jnp.arange(ring_size)) % ring_size
     valid = age < counts[..., None]
     return jax.reshard(valid, sharding.spec("batch", None, None))

@@ -1,4 +1,4 @@
-"""Log-likelihoods of token sequences, computed in one pass without a cache."""
+"""Computes log-likelihoods of token sequences in one forward pass, without a KV cache."""
 
 from collections.abc import Sequence
 
@@ -22,13 +22,13 @@ def log_likelihoods(
     """Returns the weighted log-likelihood of each sequence, in nats.
 
     Args:
-      engine: the engine with the decoder. It takes `engine.slots` sequences at a time.
+      engine: the engine with the decoder. At most `engine.slots` sequences are scored at once.
       sequences: int[n] ids each.
       weights: float[n] each. Entry t multiplies log p(ids[t] | ids[:t]). Entry 0 is not used,
         because nothing predicts the first id. None: 1 everywhere.
 
     Returns:
-      float32[rows].
+      float32[len(sequences)].
 
     Raises:
       UserError: a sequence is longer than the context.
@@ -50,7 +50,7 @@ def check_sequence(engine: Engine, ids: np.ndarray) -> None:
 
     Args:
       engine: the engine with the decoder.
-      ids: int[n].
+      ids: the sequence, int[n].
 
     Raises:
       UserError, ValueError: see `log_likelihoods`.
@@ -66,8 +66,8 @@ def check_sequence(engine: Engine, ids: np.ndarray) -> None:
 def _score_batch(
     engine: Engine, sequences: Sequence[np.ndarray], weights: Sequence[np.ndarray] | None
 ) -> np.ndarray:
-    """Scores at most `slots` sequences."""
-    # A power of two, so that few programs serve all numbers of sequences.
+    """Returns the scores of 1 to `engine.slots` sequences; see `log_likelihoods`."""
+    # The batch is padded to a power of two, so that few programs are compiled.
     rows = round_up_rows(1 << (len(sequences) - 1).bit_length())
     padded = [*sequences, *[sequences[-1]] * (rows - len(sequences))]
     ids, positions, _, _ = engine.pad(padded)
@@ -90,7 +90,7 @@ def _score(
     targets: Int[Array, "batch length"],
     weights: Float[Array, "batch length"],
 ) -> Float[Array, "batch"]:
-    """Sum over t of weights[:, t] log p(targets[:, t] | ids[:, :t + 1])."""
+    """Returns the sum over t of weights[:, t] log p(targets[:, t] | ids[:, :t + 1])."""
     hidden = decoder(ids, positions)
     _, losses = chunked_cross_entropy(hidden, decoder.table[...], targets, weights)
     return -losses.sum(axis=1)

@@ -1,4 +1,4 @@
-"""The engine's programs for devices that are not there, for plans."""
+"""Lowers the engine's programs for devices that are not present, for `leon plan`."""
 
 import functools
 from collections.abc import Callable
@@ -35,24 +35,27 @@ def lower_programs(
     params: SamplingParams,
     cache_dtype: CacheDtype = "compute",
 ) -> tuple[DecodeState, Callable[[], jax.stages.Lowered], Callable[[], jax.stages.Lowered]]:
-    """What the engine runs for a full batch, to be compiled for devices that are not there.
+    """Prepares the engine's programs for a full batch on the current mesh, without running them.
+
+    The devices of the mesh need not be present. They may be those of a topology.
 
     Args:
-      decoder: may be abstract.
-      vocabulary: its id layout.
-      rows: prompts with one sample each; a multiple of what the mesh splits the batch into.
-      prompt_lengths: padded length of the prompts, by stream.
-      grammar, params: of all rows.
-      cache_dtype: see `init_state`.
+      decoder: the decoder; its arrays may be abstract.
+      vocabulary: the decoder's id layout.
+      rows: number of prompts, with one sample each; a multiple of the batch shards of the mesh.
+      prompt_lengths: padded length of the prompts of each stream.
+      grammar, params: the grammar and the sampling parameters of every row.
+      cache_dtype: dtype of the cached keys and values.
 
     Returns:
-      The abstract state; a function that lowers `prefill` of all rows; one that lowers `decode`.
+      The abstract state; a function that lowers `prefill` of all rows; and a function that lowers
+      `decode`.
     """
     streams, (spans, new_tokens) = len(prompt_lengths), output_sizes([grammar])
     inputs = RowInputs(
         GrammarState.of([[grammar]] * rows, streams, spans),
         BatchedParams.of([[params]] * rows, [params]),
-        np.zeros((rows, 1, 2), np.uint32),  # type: ignore[arg-type]  # nothing is on a device
+        np.zeros((rows, 1, 2), np.uint32),  # type: ignore[arg-type]  # only its shape is used
     )
     mesh = jax.sharding.get_mesh()
 

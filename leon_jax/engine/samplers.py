@@ -1,7 +1,7 @@
-"""Samplers: frozen dataclasses that turn logits into one id a row.
+"""Samplers: frozen dataclasses that choose one id for each row from its logits.
 
-Each is a pytree, so a new temperature or top-p does not compile the decode loop again. Every row
-has a random key of its own, so its ids do not depend on its neighbours in the batch.
+Each sampler is a pytree, so the decode loop is not compiled again for a new temperature or top-p.
+Every row has its own random key, so its ids do not depend on the other rows of the batch.
 """
 
 import dataclasses
@@ -15,12 +15,12 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from leon_jax.config import UserError
 
-# The smallest float32 that is not denormal. A temperature below it counts as 0.
+# The smallest normal float32. `make_sampler` treats a lower temperature as 0.
 _SMALLEST_TEMPERATURE = float(np.finfo(np.float32).tiny)
 
 
 class Sampler(Protocol):
-    """Anything that maps logits and one key a row to one id a row."""
+    """A function from logits and one random key for each row to one id for each row."""
 
     def __call__(
         self, logits: Float[Array, "batch vocab"], keys: Key[Array, "batch"]
@@ -32,31 +32,33 @@ class Sampler(Protocol):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Greedy:
-    """The most likely id; ties go to the lowest id."""
+    """A sampler of the most likely id, or the lowest of several equally likely ids."""
 
     def __call__(
         self, logits: Float[Array, "batch vocab"], keys: Key[Array, "batch"]
     ) -> Int[Array, "batch"]:
-        """Returns int32[batch]; `keys` are not used."""
+        """Returns the ids, int32[batch]. `keys` are not used."""
         del keys
-        # XLA's argmax carries value and index together, one element at a time on CPUs.
+        # Not argmax: on CPUs XLA reduces its pairs of value and index one element at a time.
         return _first(logits == logits.max(axis=-1, keepdims=True))
 
     def check(self) -> None:
-        """Does nothing: there is no setting."""
+        """Does nothing, because there are no parameters."""
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Categorical:
-    """Samples from softmax(logits / temperature), cut to the top k ids, then to the top-p nucleus.
+    """A sampler from softmax(logits / temperature) within the top k ids, then the top-p nucleus.
 
     Attributes:
-      temperature: above 0; 1 leaves the distribution as it is.
-      top_k: keep the k most likely ids (None: all). Ties with the k-th are kept.
-      top_p: keep the smallest set of most likely ids whose probability reaches p, the id that
-        crosses p included, and its equals (None: all). The probabilities are those after
-        temperature and top-k.
+      temperature: above 0 and finite; 1 does not change the distribution.
+      top_k: number of most likely ids to keep, 1 or more. Ids as likely as the k-th are also kept.
+        None: all ids.
+      top_p: total probability of the ids to keep, above 0 and at most 1. The smallest set of most
+        likely ids whose total probability is at least `top_p` is kept. It includes the id that
+        crosses `top_p`. Ids as likely as that id are also kept. The probabilities are those after
+        temperature and top-k. None: all ids.
     """
 
     temperature: float = 1.0
@@ -66,16 +68,17 @@ class Categorical:
     def __call__(
         self, logits: Float[Array, "batch vocab"], keys: Key[Array, "batch"]
     ) -> Int[Array, "batch"]:
-        """Returns int32[batch]."""
+        """Samples one id for each row, int32[batch], with one random number for each."""
         logits = self.process_logits(logits)
         weights = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
         return inverse_transform(weights, jax.vmap(jax.random.uniform)(keys))
 
     def check(self) -> None:
-        """Checks the numbers.
+        """Checks the parameters.
 
         Raises:
-          UserError: temperature is not above 0, top_p is outside (0, 1] or top_k below 1.
+          UserError: `temperature` is not above 0 or not finite, `top_p` is not above 0 and at most
+            1, or `top_k` is below 1.
         """
         if not 0 < self.temperature < float("inf"):
             raise UserError(f"temperature is {self.temperature}; it must be above 0 to sample")
@@ -85,9 +88,10 @@ class Categorical:
             raise UserError(f"top_k is {self.top_k}; it must be 1 or more, or None for all")
 
     def process_logits(self, logits: Float[Array, "batch vocab"]) -> Float[Array, "batch vocab"]:
-        """Scales the logits and sets ids outside the top k and the nucleus to -inf.
+        """Divides the logits by the temperature, and sets the logits of dropped ids to -inf.
 
-        The largest logit becomes 0 first, so that no quotient overflows.
+        Before the division, the largest logit of each row is subtracted, so that no quotient
+        overflows.
         """
         highest = logits.max(axis=-1, keepdims=True)
         logits = (logits - highest) / jnp.maximum(self.temperature, _SMALLEST_TEMPERATURE)
@@ -102,15 +106,16 @@ class Categorical:
 def inverse_transform(
     weights: Float[Array, "batch vocab"], u: Float[Array, "batch"]
 ) -> Int[Array, "batch"]:
-    """The first id at which the running sum of the weights passes u times their whole sum.
+    """Returns the first id at which the cumulative sum of the weights exceeds u times their sum.
 
-    For u uniform in [0, 1) id i is sampled with probability weights[i] / sum(weights). It takes one
-    random number a row, where the Gumbel trick takes one an id. The sum runs over blocks of ids,
-    and then over the ids of one block.
+    For u uniform in [0, 1), id i is sampled with probability weights[i] / sum(weights). This needs
+    one random number for each row. The Gumbel trick needs one for each id. The cumulative sum is
+    computed over blocks of ids, and then over the ids of one block.
 
     Args:
-      weights: at least 0, and not all of them 0. An id of weight 0 is never sampled.
-      u: in [0, 1).
+      weights: weights of the ids, 0 or more, at least one of each row above 0. An id of weight 0 is
+        never sampled.
+      u: a number for each row, 0 or more and below 1.
 
     Returns:
       int32[batch].
@@ -128,9 +133,12 @@ def inverse_transform(
 def _find_crossing(
     weights: Float[Array, "batch n"], target: Float[Array, "batch"]
 ) -> tuple[Int[Array, "batch"], Float[Array, "batch"]]:
-    """The index at which the running sum passes the target, and the target minus the sum before."""
+    """Returns the first index at which the cumulative sum exceeds the target, and the remainder.
+
+    The remainder is the target minus the sum of the weights before the index.
+    """
     sums = jnp.cumsum(weights, axis=-1)
-    # Rounding may put the target past the last sum, or let a sum rise where the weight is 0.
+    # Because of rounding, the target may exceed the last sum, or a sum may rise at a weight of 0.
     positive = weights > 0
     last = weights.shape[-1] - 1 - _first(positive[:, ::-1])
     passed = (sums > target[:, None]) & positive
@@ -140,7 +148,7 @@ def _find_crossing(
 
 
 def _first(mask: Bool[Array, "batch n"]) -> Int[Array, "batch"]:
-    """The index of the first True of each row; 0 if there is none."""
+    """Returns the index of the first True of each row, int32[batch]; 0 if there is none."""
     size = mask.shape[-1]
     index = jnp.where(mask, jnp.arange(size, dtype=jnp.int32), size).min(axis=-1)
     return jnp.where(index == size, 0, index)
@@ -149,13 +157,19 @@ def _first(mask: Bool[Array, "batch n"]) -> Int[Array, "batch"]:
 def nucleus(
     logits: Float[Array, "batch vocab"], top_p: float | Float[Array, ""]
 ) -> Float[Array, "batch vocab"]:
-    """-inf outside the nucleus of Holtzman et al. 2020; the id that crosses `top_p` stays inside.
+    """Sets logits outside the nucleus (Holtzman et al. 2020) to -inf.
 
-    At least the most likely id survives. Ids of equal probability at the border stay together.
+    The nucleus includes the id that crosses `top_p`, so it has at least the most likely id. It also
+    includes all ids as likely as that id.
 
-    The nucleus holds all ids at least as likely as a border. The border is the largest probability
-    for which these ids still sum to `top_p`. It is found bit by bit: floats that are not negative
-    have the order of their bits. 30 sums take a small part of the time of a sort.
+    The nucleus is the set of ids whose probability is at least a border. The border is the largest
+    probability for which the set has a total probability of at least `top_p`. The border is found
+    bit by bit, because non-negative floats are in the order of their bits as integers. The 30 sums
+    need a small part of the time of a sort.
+
+    Args:
+      logits: the logits; -inf for forbidden ids.
+      top_p: total probability, above 0 and at most 1.
     """
     probabilities = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
     bits = jax.lax.bitcast_convert_type(probabilities, jnp.int32)
@@ -167,7 +181,7 @@ def nucleus(
         inside = jnp.where(bits >= higher, probabilities, 0).sum(axis=-1, keepdims=True)
         return jnp.where(inside >= top_p, higher, border)
 
-    # No probability is above 1, and no bit of 1.0 is above the 29th.
+    # Probabilities are at most 1, and the highest bit of 1.0 is bit 29.
     border = jax.lax.fori_loop(0, 30, raise_border, jnp.zeros_like(bits[:, :1]))
     return jnp.where(bits >= border, logits, -jnp.inf)
 
@@ -175,12 +189,16 @@ def nucleus(
 def make_sampler(
     temperature: float = 1.0, top_p: float | None = None, top_k: int | None = None
 ) -> Greedy | Categorical:
-    """The sampler for these settings; temperature 0 is greedy, top_p 1 and top_k 0 mean "all".
+    """Returns the sampler for these settings.
 
-    A temperature too small for float32 is greedy as well.
+    Args:
+      temperature: 0 or more, finite. 0, or a number below the smallest normal float32, is greedy.
+      top_p: see `Categorical`; 1: all ids.
+      top_k: see `Categorical`; 0: all ids.
 
     Raises:
-      UserError: temperature below 0, top_p outside (0, 1] or top_k below 0.
+      UserError: `temperature` is negative or not finite, `top_p` is not above 0 and at most 1, or
+        `top_k` is negative.
     """
     if not 0 <= temperature < float("inf"):
         raise UserError(f"temperature is {temperature}; it must be 0 (greedy) or more")
@@ -196,6 +214,6 @@ def make_sampler(
 
 
 def drop_bad_logits(logits: Float[Array, "*batch vocab"]) -> Float[Array, "*batch vocab"]:
-    """NaN becomes -inf, which is never sampled, and +inf the largest float; others stay."""
+    """Replaces NaN by -inf, which is never sampled, and +inf by the largest float."""
     logits = jnp.where(jnp.isnan(logits), -jnp.inf, logits)
     return jnp.minimum(logits, jnp.finfo(logits.dtype).max)

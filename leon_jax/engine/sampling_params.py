@@ -1,8 +1,9 @@
-"""How the ids of one sample are chosen, and batches in which every row has its own parameters.
+"""Sampling parameters of a sample, and batches in which every row has its own parameters.
 
-`SamplingParams` is a small pytree whose numbers are leaves. Parameters of one variant (the same
-types and static fields) are stacked, so rows that differ in weight, temperature or top-p share one
-computation. Each further variant in a batch is computed for all rows and used where it applies.
+`SamplingParams` is a small pytree whose numbers are leaves. Parameters with the same types and
+static fields are of one variant. Parameters of one variant are stacked, so rows that differ in
+weight, temperature or top-p share one computation. Each further variant in a batch is computed for
+all rows, and each row uses the result of its own variant.
 """
 
 import dataclasses
@@ -32,7 +33,7 @@ from leon_jax.engine.samplers import (
     make_sampler,
 )
 
-# Where a generated text is cut unless another limit is given.
+# Default for the maximum number of tokens of a generated text.
 MAX_TOKENS = 32
 
 _GUIDANCES = {kind.__name__: kind for kind in (Plain, ClassifierFree, TwoConditions, Contrastive)}
@@ -43,21 +44,21 @@ _SAMPLERS = {kind.__name__: kind for kind in (Greedy, Categorical)}
     jax.tree_util.register_dataclass,
     data_fields=("guidance", "image", "text", "guidance_start", "guidance_stop"),
     meta_fields=(),
-    # The grammar of a request is made of it; the compiled programs need not know it.
+    # It only determines the grammar of a request, so the compiled programs do not need it.
     drop_fields=("max_tokens",),
 )
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
-    """How the ids of one sample are chosen.
+    """The parameters with which the ids of one sample are chosen.
 
     Attributes:
-      guidance: how the streams are merged while an image is generated. Texts use stream 0 alone.
-      image, text: how an id is sampled from the logits.
-      guidance_start, guidance_stop: which ids of an image, counted from 0, are guided. The others
-        are sampled from stream 0. Once all rows of a batch are past `guidance_stop`, the other
-        streams are not computed. A late start saves nothing, for the other streams have to read
-        the ids before it.
-      max_tokens: the most tokens of each generated text, 1 or more.
+      guidance: combines the logits of the streams for the ids of images. Texts use stream 0 alone.
+      image, text: samplers of the ids of images and of texts.
+      guidance_start, guidance_stop: the range of guided ids among the generated ids of an image,
+        counted from 0, without `guidance_stop`; 0 <= start <= stop. The others are sampled from
+        stream 0. If no row of a batch has a guided id left, the other streams are not computed. A
+        start above 0 saves no time, because the other streams also read the ids before it.
+      max_tokens: maximum number of tokens of each generated text, 1 or more.
     """
 
     guidance: Guidance = dataclasses.field(default_factory=Plain)
@@ -77,12 +78,12 @@ class SamplingParams:
         top_k: int | None = None,
         max_tokens: int = MAX_TOKENS,
     ) -> "SamplingParams":
-        """Classifier-free guidance for images, and one sampler for images and texts.
+        """Returns classifier-free guidance for images, and one sampler for images and texts.
 
         Args:
           guidance: the weight, 0 or more; 1 is no guidance.
           temperature, top_p, top_k: see `leon_jax.engine.samplers.make_sampler`.
-          max_tokens: the most tokens of each generated text.
+          max_tokens: maximum number of tokens of each generated text, 1 or more.
 
         Raises:
           UserError: a number is out of range.
@@ -93,10 +94,11 @@ class SamplingParams:
         return params
 
     def check(self) -> None:
-        """Checks all numbers; inside compiled programs they are not known.
+        """Checks all parameters, because compiled programs cannot check them.
 
         Raises:
-          UserError: one is out of range, or of another type.
+          UserError: a number is out of range, `guidance` is not a `Guidance`, or a sampler is not
+            callable.
         """
         if not isinstance(self.guidance, Guidance):
             raise UserError(f"guidance is {self.guidance!r}; give one as ClassifierFree(3.0)")
@@ -114,7 +116,7 @@ class SamplingParams:
             raise UserError(f"max_tokens is {self.max_tokens}; it must be at least 1")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; `from_dict` reads them back.
+        """Returns values for JSON, which `from_dict` reads.
 
         Guidance and samplers are `{"type": class name, field: value, ...}`.
         """
@@ -126,17 +128,23 @@ class SamplingParams:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "SamplingParams":
-        """Reads what `to_dict` returned; fields that are left out have their defaults.
+        """Creates sampling parameters from the result of `to_dict`.
+
+        Args:
+          values: values by field name. Missing fields have their defaults.
 
         Raises:
-          UserError: a key or a type is unknown, or a number is out of range.
+          UserError: a key or a type is unknown, a value is not a number, or a number is out of
+            range.
         """
         names = [field.name for field in dataclasses.fields(cls)]
         if unknown := sorted(set(values) - set(names)):
             raise UserError(f"sampling.{unknown[0]} is unknown; its keys are {', '.join(names)}")
         parsed = dict(values)
-        for name in ("guidance", "image", "text"):
-            if name in parsed:
+        for name in parsed:
+            if name not in ("guidance", "image", "text"):
+                _check_number(f"sampling.{name}", parsed[name])
+            else:
                 types = _GUIDANCES if name == "guidance" else _SAMPLERS
                 parsed[name] = _parse(f"sampling.{name}", parsed[name], types)
         params = cls(**parsed)
@@ -145,15 +153,32 @@ class SamplingParams:
 
 
 def _parse(key: str, values: Any, types: Mapping[str, type]) -> Any:
-    """An object of one of the types from `{"type": name, field: value, ...}`."""
+    """Creates an object of one of the types from `{"type": name, field: value, ...}`.
+
+    Args:
+      key: name of the object in error messages.
+      values: the parsed JSON.
+      types: the known types by name.
+
+    Raises:
+      UserError: the type or a field is unknown, or a field is neither a number nor None.
+    """
     known = ", ".join(types)
     if not isinstance(values, Mapping) or values.get("type") not in types:
         raise UserError(f'{key} is {values!r}; it must be {{"type": ...}} with one of {known}')
     fields = {name: value for name, value in values.items() if name != "type"}
+    for name, value in fields.items():
+        if value is not None:
+            _check_number(f"{key}.{name}", value)
     try:
         return types[values["type"]](**fields)
     except TypeError as error:
         raise UserError(f"{key} is {values!r}; {values['type']} has no such field") from error
+
+
+def _check_number(key: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise UserError(f"{key} is {value!r}; it must be a number")
 
 
 @jax.tree_util.register_dataclass
@@ -162,8 +187,8 @@ class BatchedParams:
     """The sampling parameters of all rows.
 
     Attributes:
-      variants: one `SamplingParams` a variant; every leaf is [group, sample].
-      variant_ids: int32[group, sample], the variant of each row.
+      variants: one `SamplingParams` for each variant; every leaf is float32[group, sample].
+      variant_ids: int32[group, sample], the index of each row's variant.
     """
 
     variants: tuple[SamplingParams, ...]
@@ -173,11 +198,11 @@ class BatchedParams:
     def of(
         cls, params: Sequence[Sequence[SamplingParams]], variants: Sequence[SamplingParams]
     ) -> "BatchedParams":
-        """The parameters of [group][sample] as NumPy arrays.
+        """Stacks the parameters of all rows in NumPy arrays.
 
         Args:
-          params: each must be of one of the variants.
-          variants: one example of every variant.
+          params: parameters by [group][sample], each of one of the variants.
+          variants: one example of each variant.
         """
         rows = [row for samples in params for row in samples]
         shape = len(params), len(params[0])
@@ -192,11 +217,12 @@ class BatchedParams:
     def needs_guidance(
         self, used: Int[Array, "group sample"], has_later_image: Bool[Array, "group sample"]
     ) -> Bool[Array, "group sample"]:
-        """Whether a row still has a guided image id to generate.
+        """Returns whether each row still has a guided image id to generate.
 
         Args:
-          used: how many ids of its current image are generated.
-          has_later_image: whether another image comes after the current span.
+          used: number of generated ids of the row's current image; 2**30 if the row is not inside
+            an image.
+          has_later_image: True if another image comes after the row's current span.
         """
         needed = [
             (has_later_image | (used < variant.guidance_stop))
@@ -212,7 +238,17 @@ class BatchedParams:
         used: Int[Array, "group sample"],
         keys: Key[Array, "group sample"],
     ) -> tuple[Int[Array, "group sample"], Bool[Array, "group sample"]]:
-        """An id a row, 0 for the first that `logits` scores, and whether it can be used."""
+        """Samples an image id for each row.
+
+        Args:
+          logits: logits of the image ids in all streams.
+          used: number of generated ids of the row's current image.
+          keys: random keys.
+
+        Returns:
+          int32 indices into the last axis of `logits`, and whether each can be used (see
+          `_sample`).
+        """
 
         def sample(variant: SamplingParams, logits, used, key):
             rows = logits[:, None]
@@ -225,7 +261,15 @@ class BatchedParams:
     def sample_text(
         self, logits: Float[Array, "group sample ids"], keys: Key[Array, "group sample"]
     ) -> tuple[Int[Array, "group sample"], Bool[Array, "group sample"]]:
-        """An id a row, and whether it can be used. Ids with logits of -inf are forbidden."""
+        """Samples an id of a text for each row.
+
+        Args:
+          logits: logits of all ids in stream 0; -inf for forbidden ids.
+          keys: random keys.
+
+        Returns:
+          int32 ids, and whether each id can be used (see `_sample`).
+        """
 
         def sample(variant: SamplingParams, logits, key):
             return _sample(variant.text, logits[None], key[None])
@@ -235,7 +279,14 @@ class BatchedParams:
     def _per_variant(
         self, sample, axis: int, logits: Array, *others: Array
     ) -> tuple[Int[Array, "group sample"], Bool[Array, "group sample"]]:
-        """Calls `sample` for each variant and row; returns what the row's own variant gives."""
+        """Calls `sample` for each variant and row, and returns the results of the rows' variants.
+
+        Args:
+          sample: a function of a variant, and of the logits and the other arguments of one row.
+          axis: the axis of groups in `logits`; the axis of samples follows it.
+          logits: logits of all rows.
+          others: other arguments of all rows, [group, sample].
+        """
         axes = (0, axis, *[0] * len(others))
         rows = jax.vmap(jax.vmap(sample, axes), axes)
         ids, usable = rows(self.variants[0], logits, *others)
@@ -247,7 +298,7 @@ class BatchedParams:
 
 
 def distinct_variants(params: Sequence[SamplingParams]) -> tuple[SamplingParams, ...]:
-    """One example of every variant, in an order that does not depend on theirs."""
+    """Returns one example of each variant. The order of variants does not depend on `params`."""
     examples: dict[tuple[str, ...], SamplingParams] = {}
     for each in params:
         examples.setdefault(variant_key(each), each)
@@ -255,9 +306,10 @@ def distinct_variants(params: Sequence[SamplingParams]) -> tuple[SamplingParams,
 
 
 def variant_key(params: SamplingParams) -> tuple[str, ...]:
-    """Equal for parameters of one variant.
+    """Returns a key that is the same for two parameters only if they are of one variant.
 
-    JAX calls the structures of two types equal if their fields are alike, so the types count too.
+    The key includes the types, because JAX regards the structures of two types as equal if their
+    fields are alike.
     """
     parts = params.guidance, params.image, params.text
     types = [f"{type(part).__module__}.{type(part).__qualname__}" for part in parts]
@@ -267,7 +319,11 @@ def variant_key(params: SamplingParams) -> tuple[str, ...]:
 def _sample(
     sampler: Sampler, logits: Float[Array, "1 ids"], keys: Key[Array, "1"]
 ) -> tuple[Int[Array, ""], Bool[Array, ""]]:
-    """One id, and whether its logit allows it: whatever a sampler returns, only such ids count."""
+    """Samples one id, and returns whether it can be used.
+
+    An id can be used if it is in range and its logit is neither NaN nor -inf. A sampler may return
+    other ids, and then the clipped id is returned with False.
+    """
     logits = drop_bad_logits(logits)
     (chosen,) = sampler(logits, keys)
     in_range = (chosen >= 0) & (chosen < logits.shape[-1])

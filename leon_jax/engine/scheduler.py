@@ -1,16 +1,16 @@
-"""The scheduler: a queue of requests that lives while the engine decodes.
+"""The scheduler: a queue of requests, which can change while the engine decodes.
 
     scheduler = Scheduler(engine)
-    number = scheduler.submit(request)     # at any time, also while others run
+    number = scheduler.submit(request)     # at any time, even while other requests run
     for event in scheduler.step(): ...     # Admitted, Tokens, Done, Failed
     scheduler.cancel(number)
 
-The state of all slots is on the devices. Slots come in groups: the samples of a group share one
-prompt and its cached keys and values. A request takes one or more groups. A group whose samples are
-all done is given to the next request; no other group waits for it.
+The state of all slots is on the devices. Slots are divided into groups. The samples of a group
+share one prompt and its cached keys and values. A request uses one or more groups. If all samples
+of a group are finished, the next request gets the group. The other groups continue.
 
-The compiled programs have fixed sizes (`BatchSizes`). A request that needs larger ones waits until
-the slots are empty; then the state is made anew with sizes that fit it too.
+The compiled programs have fixed sizes (`BatchSizes`). A request that needs larger sizes waits until
+all slots are empty. Then a new state with sufficient sizes is created.
 """
 
 import collections
@@ -41,18 +41,24 @@ from leon_jax.engine.sampling_params import BatchedParams
 
 
 class Admitted(NamedTuple):
-    """Some samples of a request have slots now."""
+    """The event that some samples of a request were given slots.
+
+    Attributes:
+      request: the number that `submit` returned.
+      samples: the indices of the samples.
+    """
 
     request: int
     samples: range
 
 
 class Tokens(NamedTuple):
-    """What a sample has generated so far.
+    """The outputs so far of a sample in an unfinished group.
 
     Attributes:
-      request, sample: the number that `submit` returned, and the index of the sample.
-      outputs: one for each span of the grammar that was reached.
+      request: the number that `submit` returned.
+      sample: the index of the sample.
+      outputs: one output for each span that the sample has reached (see `split_output`).
     """
 
     request: int
@@ -61,7 +67,7 @@ class Tokens(NamedTuple):
 
 
 class Done(NamedTuple):
-    """All that a sample has generated; see `Tokens`."""
+    """The outputs of a finished sample; for the attributes see `Tokens`."""
 
     request: int
     sample: int
@@ -69,7 +75,12 @@ class Done(NamedTuple):
 
 
 class Failed(NamedTuple):
-    """A sample that cannot be finished; see `Tokens`."""
+    """The event that a sample cannot be finished, because no id could be sampled.
+
+    Attributes:
+      request, sample: see `Tokens`.
+      error: the error; its message says how many ids were generated before.
+    """
 
     request: int
     sample: int
@@ -87,24 +98,25 @@ class _Unit(NamedTuple):
 
 
 class Scheduler:
-    """Runs requests through an engine; see the top of this file.
+    """Runs requests with an engine; see the docstring of this module.
 
     Args:
-      engine: the decoder.
-      every: if set, `step` also returns the `Tokens` of all running samples whenever so many more
-        ids are generated; inside an image, whenever a multiple of so many of its ids are. None:
-        `step` runs until some group is done.
-      sizes: for requests that arrive one by one: they are kept as long as requests fit. None: the
-        sizes suit the requests that wait whenever the slots are empty.
+      engine: the engine with the decoder.
+      every: interval of `Tokens` events in ids, 1 or more. `step` decodes at most this number of
+        ids for each sample, and returns the `Tokens` of all samples in unfinished groups. It stops
+        earlier if the number of ids in some sample's image reaches a multiple of `every`. None:
+        `step` runs until some group is finished, and returns no `Tokens`.
+      sizes: sizes for requests that arrive one by one. They are kept as long as requests fit. None:
+        if all slots are empty, the sizes are chosen for the requests that wait.
     """
 
     def __init__(self, engine: Engine, every: int | None = None, sizes: BatchSizes | None = None):
         self.engine, self.every = engine, every
         self._min_sizes = sizes
         self._requests: dict[int, TokenRequest] = {}
-        self._unfinished: dict[int, int] = {}  # samples of each request that are not finished
+        self._unfinished: dict[int, int] = {}  # number of unfinished samples of each request
         self._waiting: collections.deque[int] = collections.deque()
-        self._started: dict[int, int] = {}  # samples of each waiting request that were admitted
+        self._started: dict[int, int] = {}  # admitted samples of each waiting request
         self._groups: list[_Unit | None] = []
         self._sizes: BatchSizes | None = None
         self._state: DecodeState | None = None
@@ -113,19 +125,19 @@ class Scheduler:
 
     @property
     def is_busy(self) -> bool:
-        """Whether a request waits or runs."""
+        """True if a request waits or runs."""
         return bool(self._requests)
 
     @property
     def waiting(self) -> int:
-        """How many requests have samples that wait for slots."""
+        """Number of requests with samples that wait for slots."""
         return len(self._waiting)
 
     def submit(self, request: TokenRequest) -> int:
         """Adds a request to the queue.
 
         Returns:
-          Its number, which events carry.
+          The number of the request, which identifies it in events. Numbers count from 0.
 
         Raises:
           UserError, ValueError: see `Engine.check`.
@@ -139,9 +151,9 @@ class Scheduler:
         return number
 
     def cancel(self, number: int) -> None:
-        """Ends a request; no event comes of it from now on. Its slots are free at once.
+        """Removes a request from the queue. It has no further events, and its slots become free.
 
-        A number that is not in the queue (any more) is ignored.
+        A number that is not, or no longer, in the queue is ignored.
         """
         if self._requests.pop(number, None) is None:
             return
@@ -160,9 +172,13 @@ class Scheduler:
             ]
 
     def step(self) -> list[Event]:
-        """Gives free slots to waiting requests, and decodes until some group is done.
+        """Gives free slots to waiting requests, and decodes until a group is finished.
 
-        With `every` it returns earlier, see there. Without requests it returns nothing.
+        A group is finished if all its samples are. If `every` is given, the method may return
+        earlier (see `Scheduler`).
+
+        Returns:
+          The events, `Admitted` first. The list is empty if no request waits or runs.
         """
         if not self.is_busy:
             return []
@@ -216,12 +232,16 @@ class Scheduler:
         return events
 
     def warm(self, requests: Sequence[TokenRequest]) -> int:
-        """Compiles what a queue of requests like these needs, however long their streams 0 are.
+        """Compiles the programs for a queue of requests like these, for all lengths of stream 0.
 
-        With JAX's persistent compilation cache other processes need not compile it either.
+        If JAX's persistent compilation cache is on, other processes do not have to compile these
+        programs either.
+
+        Args:
+          requests: one or more requests. Prompts of each length replace stream 0.
 
         Returns:
-          For how many prompt lengths.
+          The number of prompt lengths for which the programs were compiled.
 
         Raises:
           UserError, ValueError: see `Engine.check`.
@@ -231,7 +251,7 @@ class Scheduler:
         longest = min(self.engine.longest_prompt(request.grammar) for request in requests)
         lengths = sorted({min(bucket, longest) for bucket in self.engine.buckets})
         for length in lengths:
-            # Texts take as many positions as they have ids.
+            # A prompt of text ids has as many positions as ids.
             ids = np.full(length, self.engine.vocabulary.text_start, np.int32)
             trial = Scheduler(self.engine, self.every)
             for each in requests:
@@ -240,11 +260,15 @@ class Scheduler:
         return len(lengths)
 
     def compile(self) -> None:
-        """Compiles the programs for the requests that wait, and generates nothing."""
+        """Compiles the programs for the waiting requests, without generating ids.
+
+        Do not use the scheduler afterwards, because the requests are then both in slots and in the
+        queue.
+        """
         with jax.set_mesh(self.engine.mesh):
             units = self._waiting_units(self._resize())
             count = 1
-            while True:  # as many prompts as may be read at once
+            while True:  # for each number of prompts that can be read at once
                 self._prefill(list(enumerate(units[: min(count, len(self._groups))])))
                 if count >= min(len(self._groups), len(units)):
                     break
@@ -253,7 +277,7 @@ class Scheduler:
         self.step()
 
     def _admit(self) -> list[_Unit]:
-        """Gives free groups to waiting requests; returns the units that were admitted."""
+        """Gives free groups to waiting requests, and returns the admitted units."""
         if not self._waiting:
             return []
         if not any(self._groups) and not self._suits_waiting():
@@ -265,7 +289,7 @@ class Scheduler:
             request = self._requests[number]
             assert self._sizes is not None
             if not self._sizes.fits(request):
-                break  # it waits until the slots are empty, and so do those behind it
+                break  # it waits until all slots are empty; the requests behind it wait, too
             start = self._started[number]
             stop = min(start + self._sizes.samples, len(request.samples))
             admitted.append((free[len(admitted)], _Unit(number, range(start, stop))))
@@ -278,7 +302,7 @@ class Scheduler:
         return [unit for _, unit in admitted]
 
     def _suits_waiting(self) -> bool:
-        """Whether the sizes suit the requests that wait, if nothing runs."""
+        """Returns whether the current sizes suit the waiting requests, if no request runs."""
         sizes = self._sizes
         if sizes is None or not sizes.fits(self._requests[self._waiting[0]]):
             return False
@@ -291,7 +315,7 @@ class Scheduler:
         return [self._requests[number] for number in self._waiting]
 
     def _resize(self) -> BatchSizes:
-        """Makes the state anew, with sizes that suit the requests that wait."""
+        """Creates a new state with sizes that suit the waiting requests, and returns the sizes."""
         sizes = BatchSizes.of(self.engine, self._waiting_requests())
         if self._sizes is not None:
             sizes = self._sizes.grow(sizes)
@@ -305,7 +329,7 @@ class Scheduler:
         return sizes
 
     def _waiting_units(self, sizes: BatchSizes) -> list[_Unit]:
-        """The samples that wait, as they share groups of these sizes."""
+        """Returns the waiting samples, divided into units for groups of these sizes."""
         units = []
         for number in self._waiting:
             count = len(self._requests[number].samples)
@@ -314,7 +338,11 @@ class Scheduler:
         return units
 
     def _prefill(self, units: Sequence[tuple[int, _Unit]]) -> None:
-        """Reads the prompts of units into groups that are free."""
+        """Reads the prompts of units into free groups.
+
+        Args:
+          units: pairs of a group and its new unit.
+        """
         assert self._state is not None and self._sizes is not None
         source = np.full(len(self._groups), -1, np.int32)
         for index, (group, unit) in enumerate(units):
@@ -332,7 +360,11 @@ class Scheduler:
         )  # fmt: skip
 
     def _row_inputs(self, units: Sequence[tuple[int, _Unit]]) -> RowInputs:
-        """What every row is to generate if only these groups have something to generate."""
+        """Returns the inputs of all rows. Rows without a sample in `units` have an empty grammar.
+
+        Args:
+          units: pairs of a group and its unit.
+        """
         assert self._sizes is not None
         sizes = self._sizes
         grammars: list[list[Grammar]] = [[()] * sizes.samples for _ in range(sizes.groups)]
@@ -349,11 +381,11 @@ class Scheduler:
         return RowInputs(
             GrammarState.of(grammars, len(sizes.prompt_lengths), sizes.spans),
             BatchedParams.of(params, sizes.variants),
-            seeds,  # type: ignore[arg-type]  # all of it goes to the devices at once
+            seeds,  # type: ignore[arg-type]  # NumPy, because `replicate` follows
         )
 
     def _release(self, group: int, unit: _Unit) -> None:
-        """Frees a group; a request whose samples are all finished leaves the queue."""
+        """Frees a group, and removes its request if all samples of the request are finished."""
         self._groups[group] = None
         self._unfinished[unit.request] -= len(unit.samples)
         if not self._unfinished[unit.request]:
@@ -367,10 +399,15 @@ class Scheduler:
 def run(
     engine: Engine, requests: Iterable[TokenRequest], every: int | None = None
 ) -> Iterator[Event]:
-    """The events of these requests, numbered from 0 in their order, until all are finished.
+    """Yields the events of these requests until all are finished.
+
+    Args:
+      engine: the engine with the decoder.
+      requests: the requests. Their numbers in events count from 0, in order.
+      every: see `Scheduler`.
 
     Raises:
-      UserError, ValueError: see `Engine.check`; the message names the request, and nothing is run.
+      UserError, ValueError: see `Engine.check`; the message names the request. No request is run.
     """
     scheduler = Scheduler(engine, every)
     for number, request in enumerate(requests):
@@ -383,15 +420,16 @@ def run(
 
 
 def generate(engine: Engine, requests: Sequence[TokenRequest]) -> list[list[list[SpanOutput]]]:
-    """What every sample of every request generates.
+    """Generates all samples of all requests.
 
-    A sample depends on its prompt, parameters and seed only, not on what else is generated.
+    A sample depends only on its prompt, grammar, parameters and seed, not on other samples.
 
     Returns:
-      For each request, for each of its samples, one output for each span that was reached.
+      The outputs by [request][sample]: one output for each span that the sample has reached.
 
     Raises:
-      UserError, ValueError: see `run`; or no id could be sampled for a sample.
+      UserError, ValueError: see `run`.
+      UserError: no id could be sampled for a sample.
     """
     outputs: list[list] = [[None] * len(request.samples) for request in requests]
     for event in run(engine, requests):

@@ -1,4 +1,4 @@
-"""Completes documents: requests of people through the engine's scheduler, and back to documents."""
+"""Completes documents: runs requests through the engine's scheduler and fills their holes."""
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,11 +19,11 @@ class Completion:
     """The result of a request.
 
     Attributes:
-      index: of the request among all.
-      request: None if there was an error in its place.
-      documents: one a sample, without holes; their new images have codes only. Empty after an
-        error.
-      error: why there is no result.
+      index: index of the request among all requests.
+      request: the request; None if an error was given in its place.
+      documents: one document without holes for each sample; generated images have only codes.
+        Empty if there is an error.
+      error: the reason why there are no documents; None if there are.
     """
 
     index: int
@@ -34,7 +34,7 @@ class Completion:
 
 @dataclasses.dataclass
 class _Pending:
-    """A request in the queue, and the documents of its finished samples."""
+    """A submitted request, and the documents of its finished samples by sample index."""
 
     index: int
     builder: PromptBuilder
@@ -47,16 +47,17 @@ def complete(
     requests: Iterable[Request | UserError],
     window: int | None = None,
 ) -> Iterator[Completion]:
-    """Fills all holes of all requests. Results come as they are done.
+    """Fills all holes of all requests. Yields one completion for each request when it is finished.
 
-    A sample depends on its request, parameters and seed only, not on the other requests. An error
+    A sample depends only on its request, parameters and seed, not on the other requests. An error
     of one request does not stop the others.
 
     Args:
-      engine: the decoder.
-      tokenizer: documents to ids.
-      requests: an error in place of a request is its result.
-      window: how many requests may wait for slots before no more are taken; None: all are taken.
+      engine: the engine with the decoder.
+      tokenizer: the document tokenizer.
+      requests: the requests. An error in place of a request becomes the error of its completion.
+      window: maximum number of requests that wait for slots; further requests are read later. None:
+        all requests are read at once.
     """
     scheduler, pending = Scheduler(engine), dict[int, _Pending]()
     arriving: Iterator[tuple[int, Request | UserError]] | None = enumerate(requests)
@@ -72,7 +73,7 @@ def complete(
             try:
                 builder = PromptBuilder(tokenizer, request)
                 token_request = builder.build()
-                if not token_request.grammar:  # there is no hole
+                if not token_request.grammar:  # the document has no hole
                     yield Completion(index, request, [request.document] * len(request.samples))
                     continue
                 pending[scheduler.submit(token_request)] = _Pending(index, builder, {})
@@ -96,10 +97,14 @@ def complete(
 
 
 def stream(model: Model, request: Request) -> Iterator[Draft]:
-    """The drafts of a request with one sample; the last one is done.
+    """Yields drafts of a request with one sample; the last draft is the complete document.
 
-    A draft comes after each row of an image's tokens, and after as many tokens of a text. Its
-    images have pixels, white where nothing is generated yet.
+    There is a draft after each row of an image's tokens, and after the same number of text tokens.
+    All images have pixels. The rows of an image that are not generated yet are white.
+
+    Args:
+      model: the loaded model.
+      request: a request whose images have codes.
 
     Raises:
       UserError: the request does not fit the context, or cannot be encoded or finished.
@@ -120,7 +125,14 @@ def stream(model: Model, request: Request) -> Iterator[Draft]:
 def token_drafts(
     engine: Engine, tokenizer: DocumentTokenizer, request: Request, every: int
 ) -> Iterator[Draft]:
-    """The drafts of a request with one sample after every so many ids, with codes only.
+    """Yields drafts of a request with one sample; generated images have only codes.
+
+    Args:
+      engine: the engine with the decoder.
+      tokenizer: the document tokenizer.
+      request: a request whose images have codes.
+      every: number of ids between two drafts. In an image, there is a draft after each multiple of
+        this number of its ids.
 
     Raises:
       UserError: see `stream`.
@@ -147,10 +159,13 @@ def make_requests(
     seeds: Sequence[int] | None,
     params: SamplingParams | Sequence[SamplingParams] | None,
 ) -> list[Request]:
-    """One request of one sample for each document; see `leon_jax.leon.Leon.complete`.
+    """Returns a request with one sample for each document. All images get codes.
+
+    The arguments are those of `leon_jax.leon.Leon.complete`.
 
     Raises:
-      UserError: an argument does not fit the documents, or a number is out of range.
+      UserError: an item of `documents` is not a Document, another argument does not have one item
+        for each document, or a number is out of range.
     """
     for document in documents:
         if not isinstance(document, Document):
@@ -178,10 +193,10 @@ def make_requests(
 
 
 def _one_each[Item](name: str, items: Iterable[Item], count: int) -> list[Item]:
-    """The items as a list.
+    """Returns the items as a list.
 
     Raises:
-      UserError: there is not one for each document.
+      UserError: `items` is not iterable or does not have `count` items.
     """
     listed = list(items) if isinstance(items, Iterable) else None
     if listed is None or len(listed) != count:

@@ -1,4 +1,4 @@
-"""Checks of what fits the context of a model: prompts, captions and retrieved documents."""
+"""Checks whether prompts, captions and retrieved documents fit the context of a model."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,8 @@ def check_prompt(folder: ModelFolder, prompt: str, num_docs: int) -> None:
     """Checks a prompt for an image, and the number of retrieved documents.
 
     Raises:
-      UserError: the prompt is empty or too long, or the documents cannot fit the context.
+      UserError: the prompt is empty, too long or has a lone surrogate, `num_docs` is negative, or
+        the documents cannot fit the context.
     """
     if not prompt.strip():
         raise UserError("the prompt is empty; say what the image should show")
@@ -35,7 +36,8 @@ def check_caption(folder: ModelFolder, max_tokens: int, num_docs: int) -> None:
     """Checks the length limit of a caption, and the number of retrieved documents.
 
     Raises:
-      UserError: a number is out of range.
+      UserError: `max_tokens` is below 1, `num_docs` is negative, or the context is too short for an
+        image with a caption of `max_tokens` tokens and `num_docs` documents.
     """
     if max_tokens < 1:
         raise UserError(f"max_tokens is {max_tokens}; a caption has at least 1 token")
@@ -53,10 +55,10 @@ def check_caption(folder: ModelFolder, max_tokens: int, num_docs: int) -> None:
 
 
 def check_num_docs(folder: ModelFolder, num_docs: int) -> None:
-    """Checks the number of retrieved documents for any prompt for an image.
+    """Checks the number of retrieved documents for image generation, before the prompt is known.
 
     Raises:
-      UserError: the number is negative, or the documents do not fit with the shortest prompt.
+      UserError: `num_docs` is negative, or the documents cannot fit even with the shortest prompt.
     """
     vocabulary = folder.tokenizer.vocabulary
     shortest = np.array([vocabulary.eos, vocabulary.text_start, vocabulary.break_id])
@@ -86,6 +88,7 @@ def select_fitting(
     dropped first.
 
     Args:
+      folder: the model folder.
       retrieved: retrieved documents, most relevant first.
       query: a document with a hole.
       new_tokens: number of tokens to generate.

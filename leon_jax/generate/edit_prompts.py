@@ -1,4 +1,4 @@
-"""Documents whose last hole is an image made of another image: edited, or continued."""
+"""Prompts that edit or extend an image: documents with an image hole at the end."""
 
 from leon_jax.config import UserError
 from leon_jax.documents import Document, Hole, Text
@@ -8,10 +8,14 @@ from leon_jax.generate.model import Model
 
 
 def edit_document(image: ImageInput, instruction: str) -> Document:
-    """The prompt of CM3Leon's instruction for edits (table 5).
+    """Returns the prompt for an edit, in the format of CM3Leon's instructions (table 5).
+
+    Args:
+      image: the image to edit.
+      instruction: the change to make.
 
     Raises:
-      UserError: the image cannot be read, or the instruction is empty.
+      UserError: the image cannot be read, or the instruction is empty or has a lone surrogate.
     """
     text = text_part("instruction", instruction)
     if not text.text:
@@ -23,19 +27,20 @@ def edit_document(image: ImageInput, instruction: str) -> Document:
 def extend_document(
     model: Model, image: ImageInput, prompt: str, rows: float
 ) -> tuple[Document, str]:
-    """A prompt with an image of which the first rows of tokens are kept.
+    """Returns a prompt with an image hole that begins with the first rows of an image's tokens.
 
     Args:
-      model: tokenizes the image.
+      model: the model whose image tokenizer encodes the image.
       image: the image.
-      prompt: what the whole image shows.
-      rows: the share that is kept, more than 0 and less than 1.
+      prompt: a description of the whole image.
+      rows: fraction of the rows to keep, above 0 and below 1; rounded to whole rows of tokens.
 
     Returns:
-      The document, and how many rows are kept, in words.
+      The document, and the number of kept rows as text, for example "4 of 8 rows".
 
     Raises:
-      UserError: nothing, or all, of the image is kept; or an argument cannot be used.
+      UserError: no row or every row is kept, the image cannot be read, or the prompt is empty, has
+        a lone surrogate or does not fit the context.
     """
     height = model.tokenizer.image_shape[0]
     num_rows = round(rows * height) if 0 < rows < 1 else 0

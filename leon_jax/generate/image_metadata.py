@@ -1,4 +1,4 @@
-"""The metadata of a generated image: how it was generated, and the credits of its sources."""
+"""Metadata of generated images: the settings, and the credits of the retrieved documents."""
 
 import dataclasses
 import json
@@ -10,13 +10,13 @@ from leon_jax.engine.sampling_params import SamplingParams
 
 @dataclasses.dataclass(frozen=True)
 class ModelState:
-    """What an image depends on beside its request.
+    """The properties of a loaded model that a generated image depends on.
 
     Attributes:
       name: name and version of the model.
-      digest: of the decoder; see `ModelFolder.digest`.
-      weights: the dtype of the decoder's weights.
-      cache: the dtype of cached keys and values.
+      digest: digest of the decoder's weights; see `ModelFolder.digest`.
+      weights: dtype of the decoder's weights: "float32", "bfloat16" or "int8".
+      cache: dtype of the KV cache: "compute" or "int8".
     """
 
     name: str
@@ -33,14 +33,15 @@ def settings_text(
     rank_by: str = "clip",
     task: str = "generate",
 ) -> str:
-    """How an image was generated, as JSON. It is equal for images that were generated alike.
+    """Returns the settings of an image as JSON. Equal settings give equal text.
 
     Args:
-      params: stands under `sampling`; `SamplingParams.from_dict` reads it back.
-      model: what generated it.
-      num_docs: how many documents were asked for.
-      best_of, rank_by: of how many images it was chosen, and how.
-      task: what was done, with its own numbers.
+      params: sampling parameters, under the key `sampling`; `SamplingParams.from_dict` reads them.
+      model: the model that generated the image. Its name is not part of the text.
+      num_docs: the maximum number of retrieved documents.
+      best_of, rank_by: the number of images that the image was chosen from, and the ranking. If
+        `best_of` is None, both are left out.
+      task: the task, with its own numbers, for example "extend, 4 of 8 rows".
     """
     return _settings("sampling", params.to_dict(), model, num_docs, best_of, rank_by, task)
 
@@ -53,7 +54,7 @@ def former_settings_text(
     rank_by: str = "clip",
     task: str = "generate",
 ) -> str:
-    """`settings_text` as version 0.1.0 wrote it before sampling parameters were JSON."""
+    """Returns `settings_text` as version 0.1.0 wrote it before sampling parameters were JSON."""
     strategy = (
         f"Strategy(guidance={params.guidance!r}, image={params.image!r}, text={params.text!r}, "
         f"start={params.guidance_start}, stop={params.guidance_stop})"
@@ -84,7 +85,7 @@ def _settings(
 
 
 def credit(document: Document) -> dict[str, str]:
-    """Caption, key, source, licence and attribution of a document, as far as they are known."""
+    """Returns a document's caption and, if known, key, source, licence and attribution."""
     provenance = document.provenance
     known = {} if provenance is None else {
         "key": provenance.key,

@@ -1,4 +1,4 @@
-"""The settings of a request for images."""
+"""The settings of image generation."""
 
 import dataclasses
 
@@ -11,17 +11,18 @@ from leon_jax.generate import ranking
 
 @dataclasses.dataclass(frozen=True)
 class ImageSettings:
-    """How images are generated for a prompt.
+    """Settings for generating the images of a prompt.
 
     Attributes:
-      params: how ids are sampled; of several, the images take turns.
-      num_images: how many images are returned. They have the seeds `seed`, `seed` + 1, ...
-      num_docs: how many documents are retrieved and read first, at most.
-      seed: of the first image, 0 or more; all seeds are below 2**32.
-      best_of: how many images are generated; the `num_images` that fit the prompt best are
-        returned, best first. None: as many as are returned, in the order of their seeds.
-      rank_by: "clip", the cosine of image and prompt by the retrieval encoder; or "likelihood",
-        that of the prompt as a caption of the image.
+      params: sampling parameters; if there are several, image i uses number i modulo their count.
+      num_images: number of images that are returned, 1 or more.
+      num_docs: maximum number of retrieved documents.
+      seed: seed of the first generated image. Image i has the seed `seed` + i. All seeds must be
+        from 0 to 2**32 - 1.
+      best_of: number of images that are generated; the `num_images` of them that fit the prompt
+        best are returned, best first. None: `num_images`, returned in the order of their seeds.
+      rank_by: "clip", the cosine similarity of image and prompt by the retrieval encoder; or
+        "likelihood", the likelihood of the prompt as a caption of the image.
 
     Raises:
       UserError: a value is out of range.
@@ -37,6 +38,8 @@ class ImageSettings:
     def __post_init__(self):
         for params in self.params:
             params.check()
+        if not self.params:
+            raise UserError("params is empty; give at least one SamplingParams")
         if self.num_images < 1:
             raise UserError(f"num_images is {self.num_images}; it must be at least 1")
         count = self.num_images if self.best_of is None else self.best_of
@@ -45,16 +48,16 @@ class ImageSettings:
 
     @property
     def samples(self) -> tuple[Sample, ...]:
-        """One for each image that is generated."""
+        """One sample for each generated image."""
         count = self.num_images if self.best_of is None else self.best_of
         return tuple(Sample(self.seed + i, self.params[i % len(self.params)]) for i in range(count))
 
 
 def check_seed(seed: int, count: int = 1) -> None:
-    """Checks the seeds from `seed` on.
+    """Checks the seeds `seed`, ..., `seed` + `count` - 1.
 
     Raises:
-      UserError: one of them is not a number of 32 bits.
+      UserError: one of them is not from 0 to 2**32 - 1.
     """
     if not 0 <= seed <= 2**32 - count:
         raise UserError(f"seed is {seed}; it must be from 0 to {2**32 - count}")

@@ -1,4 +1,4 @@
-"""Images for prompts: prompts to requests, and completed requests to images, ranked if asked."""
+"""Generates images: converts prompts to requests, and completed requests to ranked images."""
 
 from collections.abc import Callable
 
@@ -19,21 +19,28 @@ from leon_jax.generate.model import Model
 from leon_jax.generate.prompt_builder import PromptBuilder, Request
 from leon_jax.generate.results import GeneratedImage
 
-# (prompt, how many documents at most, how many tokens are generated) -> documents to read first.
+# Maps (prompt, maximum number of documents, number of new tokens) to retrieved documents.
 Retrieve = Callable[[Document, int, int], tuple[Document, ...]]
 
 
 def image_request(
     model: Model, retrieve: Retrieve, prompt: str, settings: ImageSettings
 ) -> Request | UserError:
-    """The request of a prompt, or what is wrong with it."""
+    """Returns the request for a prompt's images, or the error that prevents it.
+
+    Args:
+      model: the loaded model.
+      retrieve: retrieves documents that fit the context.
+      prompt: the prompt.
+      settings: the settings of the images.
+    """
     tokenizer = model.tokenizer
     try:
         text = text_part("prompt", prompt)
         context_limits.check_prompt(model.folder, text.text, settings.num_docs)
         document = Document((text, Hole("image")))
         if settings.best_of is not None and settings.rank_by == "likelihood":
-            # The prompt will be scored as a caption, which takes more tokens.
+            # The prompt will be scored as a caption, which needs more tokens than generation.
             blank = Image(codes=np.zeros(tokenizer.image_shape, int))
             ids, _ = ranking.scored_ids(tokenizer, document.replace(1, blank), 0)
             likelihood.check_sequence(model.engine, ids)
@@ -50,17 +57,21 @@ def finished_images(
     prompt: str | None = None,
     task: str = "generate",
 ) -> list[GeneratedImage]:
-    """The last images of a request's documents, or the best of them.
+    """Returns the images of a completed request: the last part of each document.
 
     Args:
-      model: what generated them.
-      completion: of the request.
-      settings: how they were generated.
-      prompt: what the images are for; None: the request's text.
-      task: what was done; see `settings_text`.
+      model: the model that generated them.
+      completion: the completion of the request.
+      settings: the settings of the images.
+      prompt: the prompt for ranking and metadata; None: the text of the request's document.
+      task: the task for the metadata; see `settings_text`.
+
+    Returns:
+      All images in the order of the samples or, with `settings.best_of`, the best `num_images` of
+      them, best first.
 
     Raises:
-      UserError: that of the request.
+      UserError: the request failed.
     """
     if completion.error:
         raise completion.error
@@ -96,13 +107,18 @@ def finished_images(
 
 
 def warm_up(model: Model, settings: ImageSettings, prompts: int) -> int:
-    """Compiles what so many prompts need, whatever their lengths.
+    """Compiles the programs that generate images for prompts of any length.
+
+    Args:
+      model: the loaded model.
+      settings: the settings of the images.
+      prompts: the number of prompts, which the batch sizes depend on.
 
     Returns:
-      For how many lengths of prompts.
+      The number of padded prompt lengths.
 
     Raises:
-      UserError: there are no prompts, or the images do not fit the context.
+      UserError: `prompts` is below 1, or the images do not fit the context.
     """
     if prompts < 1:
         raise UserError(f"prompts is {prompts}; it must be at least 1")

@@ -1,4 +1,4 @@
-"""Images and texts as people have them, as parts of documents."""
+"""Converts a user's images and texts to parts of documents."""
 
 import os
 
@@ -14,15 +14,17 @@ ImageInput = str | os.PathLike | PIL.Image.Image | UInt8[np.ndarray, "height wid
 
 
 def text_part(name: str, text: str) -> Text:
-    """A text from a person, in Unicode NFC and with single white space.
+    """Returns a user's text as a part, in Unicode NFC, with one space between words.
 
     Args:
-      name: how errors call it.
-      text: any text.
+      name: name of the text in error messages.
+      text: the text.
 
     Raises:
-      UserError: it cannot be encoded.
+      UserError: the text is no string, or has a lone surrogate, which cannot be encoded.
     """
+    if not isinstance(text, str):
+        raise UserError(f"the {name} is a {type(text).__name__}; it must be a string")
     try:
         return Text(normalise_text(text))
     except ValueError as error:
@@ -30,13 +32,13 @@ def text_part(name: str, text: str) -> Text:
 
 
 def image_part(image: ImageInput) -> Image:
-    """An image as a part of a document.
+    """Returns a user's image as a part with pixels. Transparency is composited on white.
 
     Args:
       image: a file, a PIL image, or sRGB uint8[height, width, 3].
 
     Raises:
-      UserError: it cannot be read.
+      UserError: the image cannot be read, or the array has another dtype or shape.
     """
     if isinstance(image, str | os.PathLike):
         image = image_files.read(image)

@@ -1,8 +1,8 @@
-"""Names of image files, and the journal of the images that a folder holds.
+"""Names image files, and records the images of a folder in a journal.
 
-The journal is a file of JSON lines, `["file name", "key"]`, that is only ever appended to. The key
-is a hash of everything that an image depends on. So a job of many prompts sees what is finished
-without opening an image. Images that stand in the folder but not in the journal are opened once.
+The journal is a file of JSON lines, `["file name", "key"]`. Lines are only appended. The key is a
+hash of everything that an image depends on, so a job with many prompts finds the finished images
+without opening them. An image in the folder that is not in the journal is opened once.
 """
 
 import contextlib
@@ -26,10 +26,10 @@ JOURNAL = "generated.jsonl"
 
 
 def file_name(prompt: str, seed: int) -> str:
-    """The name of an image's file. Two prompts never have one name.
+    """Returns the file name of an image. Different prompts have different names.
 
-    It begins with the words of the prompt (60 characters and 120 bytes at most, for a file system
-    takes 255 bytes) and 12 digits of its SHA-256.
+    The name has the words of the prompt (at most 60 characters and 120 bytes, because file systems
+    allow 255 bytes), 12 hexadecimal digits of the prompt's SHA-256, and the seed.
     """
     words = re.sub(r"[^\w]+", "-", prompt).strip("-_").lower()[:60]
     stem = words.encode()[:120].decode(errors="ignore").rstrip("-_") or "image"
@@ -37,24 +37,28 @@ def file_name(prompt: str, seed: int) -> str:
 
 
 def image_key(prompt: str, seed: str, model: str, settings: str) -> str:
-    """20 hexadecimal digits that are equal for images of equal prompt, seed, model and settings."""
+    """Returns 20 hexadecimal digits of a hash of the prompt, seed, model and settings."""
     return hashlib.sha256(f"{prompt}\0{seed}\0{_digest(model, settings)}".encode()).hexdigest()[:20]
 
 
 @functools.lru_cache
 def _digest(model: str, settings: str) -> str:
-    """Of what the images of one job share; it is long, and there may be many images."""
+    """Returns a digest of values that all images of a job share; cached, because they are long."""
     return hashlib.sha256(f"{model}\0{settings}".encode()).hexdigest()
 
 
 class Journal:
-    """The images that a folder holds.
+    """The images of a folder.
 
     Args:
-      folder: may be missing; then it holds none.
+      folder: the folder; a missing folder has no images.
 
     Attributes:
-      keys: `image_key` of every image in the folder.
+      folder: the folder.
+      keys: `image_key` of every image in the folder; "" for images of other programs.
+
+    Raises:
+      OSError: images are missing in the journal, and it cannot be written.
     """
 
     def __init__(self, folder: pathlib.Path):
@@ -70,10 +74,10 @@ class Journal:
         self.keys = {key for name, key in (keys | scanned).items() if name in images}
 
     def add(self, images: Sequence[GeneratedImage]) -> list[pathlib.Path]:
-        """Writes images, each whole or not at all, and their lines.
+        """Writes each image atomically, then appends their lines to the journal.
 
         Returns:
-          The files.
+          The paths of the files.
 
         Raises:
           OSError: a file cannot be written.
@@ -88,13 +92,13 @@ class Journal:
         return [self.folder / name for name in entries]
 
     def _entries(self) -> Iterator[Any]:
-        """File names and keys. A line that was cut when a process died is passed over."""
+        """Yields file names and keys. It skips lines that were cut off when a process died."""
         try:
             text = self._path.read_text(encoding="utf-8", errors="replace")
         except OSError:
             return
         try:
-            # All lines at once, which takes a quarter of the time.
+            # Parsing all lines at once takes a quarter of the time of parsing each line.
             yield from json.loads(f"[{','.join(text.splitlines())}]")
             return
         except ValueError:
@@ -109,19 +113,19 @@ class Journal:
         with self._path.open("ab+") as file:
             if file.tell():
                 file.seek(-1, os.SEEK_END)
-                if file.read(1) != b"\n":  # the last line was cut
+                if file.read(1) != b"\n":  # the last line was cut off
                     lines = "\n" + lines
             file.write(lines.encode())
 
 
 class FinishedImages:
-    """Tells which prompts have all their images.
+    """The prompts that have all their images in a folder; use it with `in`.
 
     Args:
-      journal: of the folder.
-      settings: how images are generated.
-      model: what would generate them.
-      former_digests: digests that the decoder had in earlier versions of this project.
+      journal: the journal of the folder.
+      settings: the settings of the images.
+      model: the model of the images.
+      former_digests: digests of the same decoder in earlier versions of this project.
     """
 
     def __init__(
@@ -136,7 +140,7 @@ class FinishedImages:
         former = [
             ModelState(model.name, digest, model.weights, model.cache) for digest in former_digests
         ]
-        # For each sample its seed, and the settings under which its image counts as finished.
+        # For each sample: its seed, and the settings texts of images that count as finished.
         self._samples = [
             (
                 str(sample.seed),
@@ -149,7 +153,7 @@ class FinishedImages:
         ]
 
     def __contains__(self, prompt: str) -> bool:
-        """Whether as many images of a prompt are there as are asked for."""
+        """Returns whether at least `num_images` images of a prompt exist."""
         finished = 0
         for seed, settings in self._samples:
             keys = (image_key(prompt, seed, self._model, text) for text in settings)
@@ -158,11 +162,11 @@ class FinishedImages:
 
 
 def _key_of(path: pathlib.Path) -> str:
-    """The key of an image by its metadata; "" if it is damaged or not ours."""
+    """Returns the key of an image from its metadata; "" if it is damaged or lacks metadata."""
     try:
         with PIL.Image.open(path) as image:
             text: dict[str, str] = getattr(image, "text", {})
-    except (OSError, ValueError, SyntaxError):
+    except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError):
         return ""
     if not {"prompt", "seed", "model", "settings"} <= set(text):
         return ""

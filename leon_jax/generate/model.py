@@ -1,4 +1,4 @@
-"""A loaded model: its folder, its engine, its image tokenizer and its retrieval encoder."""
+"""A loaded model: its folder, engine, image tokenizer and retrieval encoder."""
 
 import dataclasses
 import os
@@ -22,17 +22,18 @@ from leon_jax.tokenizers.image import ImageTokenizer, to_pixels
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """Everything of a model folder that answers requests, on the devices of a mesh.
+    """The models of a model folder, loaded on the devices of a mesh.
 
     Attributes:
-      folder: where it comes from.
-      engine: the decoder and its cache.
-      image_tokenizer: pixels to codes and back.
-      encoder: retrieves documents and ranks images.
-      mesh: the devices.
+      folder: the model folder.
+      engine: the engine that runs the decoder.
+      image_tokenizer: converts pixels to codes and back.
+      encoder: the retrieval encoder; it embeds prompts for retrieval and ranks images.
+      mesh: the device mesh.
 
     Raises:
-      UserError: image tokenizer and decoder have different codes.
+      UserError: the image tokenizer and the decoder differ in the shape of an image's codes or in
+        the number of codebook entries.
     """
 
     folder: ModelFolder
@@ -57,16 +58,16 @@ class Model:
         weights: WeightType = "float32",
         cache: CacheDtype = "compute",
     ) -> "Model":
-        """Reads a model folder, onto the mesh that is set or one over all devices.
+        """Loads a model folder onto the current mesh or, if none is set, a mesh over all devices.
 
         Args:
-          folder: None: the model that comes with the package.
-          weights: the dtype of the decoder's weights.
-          cache: the dtype of cached keys and values.
+          folder: the model folder; None: the model that the package includes.
+          weights: dtype of the decoder's weights: "float32", "bfloat16" or "int8".
+          cache: dtype of the KV cache: "compute" (the decoder's compute dtype) or "int8".
 
         Raises:
-          UserError: a file is missing or damaged, the files do not belong together, or there is no
-            such dtype.
+          UserError: a file is missing or damaged, the files do not belong together, or a dtype is
+            unknown.
         """
         for name, value, kinds in (
             ("weights", weights, get_args(WeightType)),
@@ -87,19 +88,19 @@ class Model:
 
     @property
     def tokenizer(self) -> DocumentTokenizer:
-        """Documents to ids and back."""
+        """The document tokenizer, which converts documents to ids and back."""
         return self.folder.tokenizer
 
     @property
     def state(self) -> ModelState:
-        """What an image depends on beside its request."""
+        """The properties of the model that a generated image depends on."""
         return ModelState(
             self.folder.name, self.folder.digest, weight_dtype(self.engine.decoder),
             self.engine.cache_dtype,
         )  # fmt: skip
 
     def encode_images(self, document: Document) -> Document:
-        """The document with codes beside the pixels of every image."""
+        """Returns the document with codes added to each image that has only pixels."""
         for index, part in enumerate(document.parts):
             if isinstance(part, Image) and part.codes is None and part.pixels is not None:
                 pixels = self.image_tokenizer.preprocess(part.pixels)
@@ -109,7 +110,7 @@ class Model:
         return document
 
     def decode_images(self, documents: list[Document]) -> list[Document]:
-        """The documents with pixels for every image that has codes only."""
+        """Returns the documents with pixels added to each image that has only codes."""
         missing = [
             (number, index, part.codes)
             for number, document in enumerate(documents)

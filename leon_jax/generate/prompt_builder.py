@@ -1,8 +1,8 @@
-"""From a document with holes to the engine's request, and from what was generated to a document.
+"""Converts documents with holes to requests of the engine, and generated ids to documents.
 
-A hole at the end of a document is continued causally. Holes before the end are infilled, in order,
-after the whole document. One request fills all holes: its grammar says what may be generated for
-each of them, and forces the marks between them.
+A hole at the end of a document is filled by causal generation. Holes before the end are infilled,
+in order, after the whole document. One request fills all holes: its grammar restricts the ids of
+each hole and forces the control tokens between holes.
 """
 
 import dataclasses
@@ -20,15 +20,13 @@ from leon_jax.tokenizers.documents import DocumentTokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A document with holes, the documents to read first, and its samples.
-
-    Images need codes.
+    """A document with holes, its retrieved documents and its samples. All images need codes.
 
     Attributes:
-      document: its holes are filled.
-      retrieved: documents without holes, in the order in which they are read.
+      document: the document whose holes are filled.
+      retrieved: documents without holes that come before it in the prompt, in this order.
       samples: one for each result. Their `max_tokens` must be equal. Guidance applies to image
-        holes; texts are generated without.
+        holes; text holes are filled without guidance.
     """
 
     document: Document
@@ -38,13 +36,14 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Draft:
-    """A document while it is generated.
+    """A document during generation.
 
     Attributes:
-      document: holes that were not reached yet are holes. A text has the words so far. An image
-        has its codes so far, the last one repeated.
-      image_part: the index of the part that is an unfinished image; None if there is none.
-      num_codes: how many codes of this image are generated.
+      document: the document so far. Holes that generation has not reached stay holes. A text has
+        the tokens so far. An unfinished image has the codes so far, and repeats the last one.
+      image_part: index of the part that is an unfinished image; None if there is none.
+      num_codes: number of codes of this image so far, including those of `Hole.first_rows`; 0 if
+        there is no unfinished image.
       done: whether the document is complete.
     """
 
@@ -55,11 +54,11 @@ class Draft:
 
 
 class PromptBuilder:
-    """Builds the engine's request for one `Request`, and reads what was generated.
+    """Builds the engine's request for one `Request`, and converts its outputs to documents.
 
     Raises:
-      UserError: there are no samples, they differ in `max_tokens`, or a parameter is out of range;
-        or a hole begins with rows that do not fit.
+      UserError: there are no samples, they differ in `max_tokens`, a parameter is out of range, or
+        the `first_rows` of a hole do not fit the model's images.
     """
 
     def __init__(self, tokenizer: DocumentTokenizer, request: Request):
@@ -75,16 +74,16 @@ class PromptBuilder:
         self.document = request.document
         self.prefixes = {part: self._prefix(part) for part in self.document.holes}
         holes = self.document.holes
-        # A hole at the end is continued causally, and is filled first.
+        # A hole at the end is filled first, by causal generation.
         self.is_open = bool(holes) and holes[-1] == len(self.document.parts) - 1
         self.order = [holes[-1], *holes[:-1]] if self.is_open else list(holes)
 
     def build(self) -> TokenRequest:
-        """The request: its streams are those that the guidance of some sample reads.
+        """Returns the engine's request. It has the streams that the samples' guidance needs.
 
         Raises:
-          UserError: a document cannot be encoded, or the guidance of two samples needs streams that
-            differ.
+          UserError: a document cannot be encoded, or the streams of a sample are not the first
+            streams of the sample with the most streams.
         """
         samples = tuple(map(self._without_useless_guidance, self.request.samples))
         conditions = max((s.params.guidance.conditions for s in samples), key=len)
@@ -103,7 +102,7 @@ class PromptBuilder:
         return TokenRequest(tuple(streams), tuple(self._grammar(masked)), samples)
 
     def fill(self, outputs: Sequence[SpanOutput]) -> Document:
-        """The document with what was generated; its new images have codes only."""
+        """Returns the document with its holes filled; generated images have only codes."""
         contents = self._contents(outputs)
         document, vocabulary = self.document, self.tokenizer.vocabulary
         if self.is_open:
@@ -115,7 +114,12 @@ class PromptBuilder:
         return self.tokenizer.fill(document, np.concatenate(ids)) if ids else document
 
     def draft(self, outputs: Sequence[SpanOutput], done: bool) -> Draft:
-        """The document with what was generated so far."""
+        """Returns the document so far.
+
+        Args:
+          outputs: the outputs of the spans that generation has reached.
+          done: whether the outputs are complete.
+        """
         if done:
             return Draft(self.fill(outputs), None, 0, True)
         tokenizer, vocabulary = self.tokenizer, self.tokenizer.vocabulary
@@ -133,14 +137,17 @@ class PromptBuilder:
         return Draft(document, image_part, num_codes, False)
 
     def _without_useless_guidance(self, sample: Sample) -> Sample:
-        """Without guidance if no hole is an image."""
+        """Removes the guidance of a sample if no hole is an image: texts do not use it."""
         if any(_modality(part) == "image" for part in self.document.parts):
             return sample
         params = dataclasses.replace(sample.params, guidance=Plain())
         return dataclasses.replace(sample, params=params)
 
     def _contents(self, outputs: Sequence[SpanOutput]) -> list[np.ndarray]:
-        """The ids of each hole that was reached, in the order in which they are filled."""
+        """Returns the ids of each hole that generation has reached, in the order of filling.
+
+        They include the prefix of the hole.
+        """
         generated = [
             output.ids
             for output, span in zip(outputs, self._grammar([self.document]), strict=False)
@@ -152,7 +159,12 @@ class PromptBuilder:
         ]
 
     def _prefix(self, part: int) -> np.ndarray:
-        """The ids that a hole begins with."""
+        """Returns the ids of a hole's `first_rows`.
+
+        Raises:
+          UserError: the rows have another length than the model's images, there are too many of
+            them, or a code is out of range.
+        """
         hole, tokenizer = self.document.parts[part], self.tokenizer
         assert isinstance(hole, Hole)
         codes, (rows, columns) = np.array(hole.first_rows, np.int32), tokenizer.image_shape
@@ -171,10 +183,11 @@ class PromptBuilder:
         return tokenizer.vocabulary.image_start + codes.ravel()
 
     def _grammar(self, masked: Sequence[Document]) -> list[Span]:
-        """What fills the holes, in the order in which they are filled.
+        """Returns the spans that fill the holes, in the order of filling.
 
         Args:
-          masked: the document as each stream reads it, which decides the number of a sentinel.
+          masked: the document as each stream reads it. Masked parts are holes, so the sentinel of
+            a hole can have another number in each stream.
         """
         vocabulary = self.tokenizer.vocabulary
         grammar: list[Span] = []
@@ -191,11 +204,15 @@ class PromptBuilder:
             else:
                 make = TextSpan.causal if is_last_part else TextSpan.infill
                 grammar.append(make(vocabulary, self.max_tokens))
-        # Nothing reads the id that closes the last hole.
+        # The id that closes the last hole is left out, because nothing reads it.
         return grammar[:-1] if grammar and isinstance(grammar[-1], Forced) else grammar
 
     def _prompt_ids(self, document: Document, retrieved: Sequence[Document]) -> np.ndarray:
-        """Retrieved documents, the document, and what comes before the first generated id."""
+        """Returns the ids of a stream's prompt.
+
+        They are the retrieved documents, the document, the sentinel of an infill, and the prefix of
+        the hole that is filled first.
+        """
         ids = [self.tokenizer.encode([*retrieved, document], is_open=self.is_open)]
         if self.order and not self.is_open:
             ids.append(np.array([self._sentinel(document, self.order[0])], np.int32))
@@ -210,7 +227,7 @@ def _modality(part: object) -> str | None:
 
 
 def _mask(document: Document, condition: Condition) -> Document:
-    """The document as a stream of this condition reads it."""
+    """Returns the document as the stream of a condition reads it: other parts become holes."""
     if condition == "all":
         return document
 

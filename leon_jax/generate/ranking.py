@@ -1,6 +1,6 @@
 """Ranks the images generated for one prompt by how well they fit it.
 
-CM3Leon generates 8 images a prompt and keeps the one that CLIP scores highest (section 3.2).
+CM3Leon generates 8 images for each prompt and keeps the one that CLIP scores highest (section 3.2).
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ Ranking = Literal["clip", "likelihood"]
 def clip_scores(
     encoder: RetrievalEncoder, prompt: str, images: Sequence[UInt8[np.ndarray, "height width 3"]]
 ) -> Float32[np.ndarray, "images"]:
-    """The cosine of each image with the prompt, by the retrieval encoder."""
+    """Returns the cosine similarity of each image and the prompt by the retrieval encoder."""
     return encoder.embed_images(list(images)) @ encoder.embed_texts([prompt])[0]
 
 
@@ -30,16 +30,18 @@ def scored_ids(
     part: int | None,
     retrieved: Sequence[Document] = (),
 ) -> tuple[Int32[np.ndarray, "n"], Float32[np.ndarray, "n"]]:
-    """Returns the ids of a document and a weight for each, for `log_likelihoods`.
+    """Returns the ids of a document and their weights, for `log_likelihoods`.
+
+    The weight is 1 for ids that are scored, and 0 for the others.
 
     Args:
-      tokenizer: documents to ids.
-      document: without holes; images have codes.
-      part: the index of the part that is scored, given the others; None: all parts are.
-      retrieved: documents that are read first and not scored.
+      tokenizer: the document tokenizer.
+      document: a document without holes; its images have codes.
+      part: index of the part that is scored, given the others; None: all parts are scored.
+      retrieved: documents to read before it, in this order; they are not scored.
 
     Raises:
-      UserError: the document has holes.
+      UserError: the document has holes or lacks the part, or a document cannot be encoded.
     """
     if document.holes:
         raise UserError("a likelihood needs a document without holes")
@@ -47,6 +49,10 @@ def scored_ids(
         ids = tokenizer.encode([*retrieved, document])
         scored = len(tokenizer.encode(document)) - 1
     else:
+        if not 0 <= part < len(document.parts):
+            raise UserError(
+                f"part is {part}; the document has the parts 0 to {len(document.parts) - 1}"
+            )
         content = document.parts[part]
         hole = Hole("text" if isinstance(content, Text) else "image")
         question = [*retrieved, document.replace(part, hole)]
@@ -59,7 +65,7 @@ def scored_ids(
 
 
 def best(scores: Sequence[float] | Float32[np.ndarray, "images"], count: int) -> list[int]:
-    """Indices of the `count` highest scores, highest first; of equal ones the earlier first."""
+    """Returns the indices of the `count` highest scores, highest first. Ties keep their order."""
     return np.argsort(-np.asarray(scores), kind="stable")[:count].tolist()
 
 
@@ -67,7 +73,7 @@ def check(rank_by: str, best_of: int, num_images: int) -> None:
     """Checks the arguments of a ranking.
 
     Raises:
-      UserError: there is no such ranking, or fewer images are generated than kept.
+      UserError: `rank_by` is not a ranking, or `best_of` is below `num_images`.
     """
     if rank_by not in get_args(Ranking):
         raise UserError(f"rank_by is {rank_by!r}; it must be one of {', '.join(get_args(Ranking))}")

@@ -17,13 +17,13 @@ from leon_jax.generate.image_metadata import credit
 
 @dataclasses.dataclass(frozen=True)
 class GeneratedImage:
-    """An image, and how it was generated.
+    """A generated image with its prompt, settings and retrieved documents.
 
     Attributes:
       image: the image.
       prompt: the prompt.
-      seed: seed of its random numbers.
-      params: how its ids were sampled.
+      seed: the random seed.
+      params: the sampling parameters.
       retrieved: the retrieved documents in the context, with their licences.
       model: name and version of the model.
       settings: the other settings as JSON; see `settings_text`.
@@ -38,7 +38,11 @@ class GeneratedImage:
     settings: str = ""
 
     def metadata(self) -> dict[str, str]:
-        """Returns the text fields of a PNG file. `retrieved` is JSON, one object a document."""
+        """Returns the text fields of a PNG file.
+
+        `retrieved` is a JSON list with one object for each document. `guidance` is the weight of
+        classifier-free guidance, 1 without guidance. It is left out for other kinds of guidance.
+        """
         guidance, weight = self.params.guidance, {}
         if isinstance(guidance, Plain | ClassifierFree):
             weight = {"guidance": f"{getattr(guidance, 'weight', 1.0):g}"}
@@ -53,14 +57,18 @@ class GeneratedImage:
         }
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes a PNG with `metadata` atomically. Creates its folder if it is missing."""
+        """Writes a PNG with `metadata` atomically. Creates its folder if it is missing.
+
+        Raises:
+          OSError: the file cannot be written.
+        """
         pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
         image_files.write_png(path, np.asarray(self.image), self.metadata())
 
 
 @dataclasses.dataclass(frozen=True)
 class Caption:
-    """A generated text, its seed, and the documents that were read first."""
+    """A generated text, its seed, and the retrieved documents in the context."""
 
     text: str
     seed: int

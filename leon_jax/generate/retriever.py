@@ -1,4 +1,4 @@
-"""Retrieves documents for a prompt from a prepared folder, which is found or made."""
+"""Retrieves documents for a prompt from a prepared folder, and finds or creates that folder."""
 
 import functools
 import hashlib
@@ -23,21 +23,21 @@ from leon_jax.retrieval.encoder import RetrievalEncoder, normalise
 from leon_jax.retrieval.neighbour_selection import SelectionConfig, select
 from leon_jax.retrieval.prepared_folder import MANIFEST, PreparedFolder, read_manifest
 
-# Where `leon prepare` puts its folder by default.
+# The default output folder of `leon prepare`.
 DEFAULT_FOLDER = pathlib.Path("data/emoji_prepared")
-# How many captions tell the spellings of an index.
+# Maximum number of captions that are read to count the spellings of words.
 _CAPTIONS_READ = 100_000
 
 
 class Retriever:
-    """Documents with their index, and the rules by which some are selected.
+    """The documents of a prepared folder, their index, and the configuration of the selection.
 
     Args:
       folder: a prepared folder (see `leon_jax.retrieval.prepared_folder`).
-      encoder: the encoder that its index was made with.
+      encoder: the encoder that made the index.
 
     Raises:
-      UserError: the folder is not a prepared one, or a file of it is damaged.
+      UserError: the folder is not a prepared folder with an index, or one of its files is damaged.
     """
 
     def __init__(self, folder: pathlib.Path, encoder: RetrievalEncoder):
@@ -55,11 +55,15 @@ class Retriever:
             )
 
     def retrieve(self, document: Document, num_docs: int) -> list[Document]:
-        """At most `num_docs` documents for a prompt, the most relevant first.
+        """Returns at most `num_docs` documents for a prompt, most relevant first.
 
-        The query is made of the prompt's texts and its first image with pixels, whichever there
-        are. Near copies of each other are skipped, and of a prompt that has both. The mesh must be
-        set.
+        The query is the sum of the embeddings of the prompt's texts and of its first image with
+        pixels, normalised. Near copies of a selected document are skipped. If the prompt has both
+        text and an image, near copies of the prompt are skipped too. A prompt with neither gets no
+        documents. The mesh must be set.
+
+        Raises:
+          UserError: the embeddings do not fit the index.
         """
         texts = [part.text for part in document.parts if isinstance(part, Text)]
         images = [
@@ -86,11 +90,11 @@ class Retriever:
         return [self.records[row] for row in rows]
 
     def spell(self, text: str) -> str:
-        """The text with a word in lower case where the captions of the index spell it so only.
+        """Returns the text with words in lower case if the captions spell them only so.
 
-        An encoder knows words as its captions spell them. "Cat Face" is far from "cat face" to it.
-        A word stays as it is unless two captions have it in lower case: one alone may be of another
-        language.
+        An encoder knows words as captions spell them: its embedding of "Cat Face" is far from that
+        of "cat face". A word changes only if no caption has it as it is and at least two captions
+        have it in lower case, because a single caption may be in another language.
         """
         if text == text.lower():
             return text
@@ -103,10 +107,10 @@ class Retriever:
 
     @functools.cached_property
     def word_counts(self) -> Mapping[str, int]:
-        """How many captions have each word, as it is spelled there.
+        """The number of captions with each word, by its spelling.
 
-        They are counted in up to 100,000 captions when they are first needed, and kept in the
-        cache.
+        The words of at most 100,000 captions are counted at the first access. The counts are stored
+        in the cache folder.
         """
         manifest = (self.folder / MANIFEST).read_bytes()
         path = cache_folder() / "words" / f"{hashlib.sha256(manifest).hexdigest()[:16]}.json"
@@ -114,7 +118,7 @@ class Retriever:
             return json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             pass
-        step = -(-len(self._captions) // _CAPTIONS_READ)
+        step = max(1, -(-len(self._captions) // _CAPTIONS_READ))
         counts: Counter[str] = Counter()
         for document in self._captions.read(range(0, len(self._captions), step)):
             counts.update(set(_WORD.findall(document.text)))
@@ -124,11 +128,11 @@ class Retriever:
             temporary.write_text(json.dumps(counts), encoding="utf-8")
             os.replace(temporary, path)
         except OSError:
-            pass  # without a cache the captions are read again next time
+            pass  # without a cache, the next process counts again
         return counts
 
     def _sources_of(self, rows: Sequence[int]) -> dict[int, str]:
-        """The source of each of these documents; "" where it is not known."""
+        """Returns the source of each document by its row; "" if it is not known."""
         missing = [row for row in rows if row not in self._sources]
         for row, document in zip(missing, self._captions.read(missing), strict=True):
             provenance = document.provenance
@@ -136,21 +140,22 @@ class Retriever:
         return {row: self._sources[row] for row in rows}
 
 
-# Letters of any script with the marks that stand over or under them.
+# A run of letters of any script. Digits and combining marks are not letters here.
 _WORD = re.compile(r"[^\W\d_]+")
 
 
 def find_index(model: pathlib.Path, index: str | os.PathLike | None) -> pathlib.Path:
-    """The prepared folder for a model: the one named, one that is there, or one made now.
+    """Returns the prepared folder for a model, and creates it if necessary.
 
     Args:
       model: the model folder.
-      index: a prepared folder; None looks for `DEFAULT_FOLDER`, then in the cache ($LEON_CACHE, or
-        ~/.cache/leon_jax), and at last makes one there from the emoji packages.
+      index: a prepared folder. None: `DEFAULT_FOLDER`, or else a folder in the cache ($LEON_CACHE,
+        or ~/.cache/leon_jax), if it was made with the same model files; otherwise a new folder in
+        the cache, made from the emoji packages.
 
     Raises:
-      UserError: the named folder is none, or was made with other model files; or one had to be
-        made and could not.
+      UserError: `index` is not a prepared folder or was made with other model files, or a new
+        folder cannot be made.
     """
     if index is not None:
         check_index(pathlib.Path(index), model)
@@ -160,7 +165,7 @@ def find_index(model: pathlib.Path, index: str | os.PathLike | None) -> pathlib.
     paths = model_files(model)
     digests = [digest(paths[kind]) for kind in ("tokenizer", "encoder", "text")]
     folder = cache_folder() / f"emoji-{hashlib.sha256(''.join(digests).encode()).hexdigest()[:12]}"
-    # A folder that an older version made is named after other digests of the same files.
+    # Older versions named the folder after other digests of the same files.
     for existing in (folder, *sorted(cache_folder().glob("emoji-*"))):
         if _suits(existing, model):
             return existing
@@ -178,10 +183,10 @@ def find_index(model: pathlib.Path, index: str | os.PathLike | None) -> pathlib.
 
 
 def check_index(index: pathlib.Path, model: pathlib.Path) -> None:
-    """Checks that a prepared folder was made with these model files.
+    """Checks that a prepared folder was made with the files of a model folder.
 
     Raises:
-      UserError: it was not, or it is no prepared folder.
+      UserError: it was made with other files, or is not a prepared folder.
     """
     read_manifest(index)
     if kind := _differing_file(index, model):
@@ -192,27 +197,33 @@ def check_index(index: pathlib.Path, model: pathlib.Path) -> None:
 
 
 def selection(model: pathlib.Path) -> SelectionConfig:
-    """How documents are selected with the encoder of a model folder.
+    """Returns the selection configuration for the encoder of a model folder.
 
-    A near-copy threshold is a property of the encoder, so a folder may hold `selection.json` with
-    fields of `SelectionConfig`; without one CLIP's thresholds are used.
+    The near-copy thresholds depend on the encoder, so the folder may have a file `selection.json`
+    with fields of `SelectionConfig`. Without the file, CLIP's thresholds are used.
 
     Raises:
-      UserError: the file is damaged.
+      UserError: the file is not JSON, or a field is unknown or invalid.
     """
     path = model / "selection.json"
     if not path.is_file():
         return SelectionConfig()
     try:
-        return build(SelectionConfig, json.loads(path.read_text()), str(path))
+        return build(SelectionConfig, json.loads(path.read_text(encoding="utf-8")), str(path))
     except json.JSONDecodeError as error:
         raise UserError(
             f"{path} is not JSON (line {error.lineno}, column {error.colno})"
         ) from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 (byte {error.start})") from error
 
 
 def model_files(model: pathlib.Path) -> dict[str, Any]:
-    """The model files of a folder and how its encoder selects, as `PrepareConfig` takes them."""
+    """Returns the model files and the selection configuration as fields of `PrepareConfig`.
+
+    Raises:
+      UserError: the model folder has no encoder, or `selection.json` is damaged.
+    """
     return {
         "tokenizer": str(model / "tokenizer.safetensors"),
         "encoder": str(encoder_path(model)),
@@ -222,7 +233,7 @@ def model_files(model: pathlib.Path) -> dict[str, Any]:
 
 
 def _suits(folder: pathlib.Path, model: pathlib.Path) -> bool:
-    """Whether there is a prepared folder, of this version, made with these model files."""
+    """Returns whether `folder` is a prepared folder of this version, made with these files."""
     try:
         return _differing_file(folder, model) is None
     except UserError:
@@ -230,7 +241,13 @@ def _suits(folder: pathlib.Path, model: pathlib.Path) -> bool:
 
 
 def _differing_file(index: pathlib.Path, model: pathlib.Path) -> str | None:
-    """The kind of file that is not the one the index was made with, if any."""
+    """Returns the kind of the first model file that differs from the one the index was made with.
+
+    The kinds are "tokenizer", "encoder" and "text". None: no file differs.
+
+    Raises:
+      UserError: `index` is not a prepared folder, or a model file cannot be read.
+    """
     recorded, paths = read_manifest(index)["sha256"], model_files(model)
     return next(
         (

@@ -46,7 +46,7 @@ class DecoderConfig:
       max_length: longest sequence; rows of the learned position table.
       layers: number of layers.
       embed: width of the model.
-      heads: attention heads.
+      heads: number of attention heads.
       mlp: hidden width of the MLP.
       dtype: compute dtype. The weights are float32.
       remat: what the backward pass recomputes inside a layer: nothing ("none"), everything except
@@ -62,7 +62,11 @@ class DecoderConfig:
       part_step: every part of a document starts at a multiple of this many positions (see
         `leon_jax.vocabulary.Vocabulary.positions`). 1, as in the paper: positions have no gaps.
         With a step, a small model can attend to the same position in the retrieved image with one
-        attention head. Without, the distance varies with the lengths of the captions.
+        attention head. Without a step, the distance varies with the lengths of the captions.
+
+    Raises:
+      UserError: a size is below 1, `embed` is not a multiple of `heads`, or `embed` is odd with
+        sinusoids.
     """
 
     vocab_size: int
@@ -107,7 +111,7 @@ class DecoderConfig:
         count recomputation.
 
         Args:
-          length: tokens of a row.
+          length: number of tokens of a row.
         """
         weights = self.layers * (4 * self.embed**2 + 2 * self.embed * self.mlp)
         weights += self.vocab_size * self.embed
@@ -115,7 +119,7 @@ class DecoderConfig:
 
 
 class Blocks(nnx.Module):
-    """The stacked weights of all layers. Inside the scan an instance has those of one layer."""
+    """The stacked weights of all layers. Inside the scan, an instance holds one layer."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         layers, embed, mlp = config.layers, config.embed, config.mlp
@@ -276,6 +280,9 @@ class Decoder(nnx.Module):
 
         Returns:
           Hidden states after the final norm, and keys and values as lists by stack.
+
+        Raises:
+          ValueError: see `__call__`.
         """
 
         def attend(q, k, v):

@@ -237,6 +237,8 @@ def test_parameters_go_through_json():
         ({"image": 3}, "sampling.image is 3"),
         ({"guidance": {"type": "ClassifierFree", "scale": 2}}, "no such field"),
         ({"max_tokens": 0}, "max_tokens is 0"),
+        ({"max_tokens": "3"}, "sampling.max_tokens is '3'; it must be a number"),
+        ({"image": {"type": "Categorical", "top_p": "x"}}, "sampling.image.top_p is 'x'"),
     ):
         with pytest.raises(UserError, match=message):
             SamplingParams.from_dict(values)

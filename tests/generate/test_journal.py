@@ -1,11 +1,14 @@
 """File names never meet, and what is finished is known without opening images."""
 
 import json
+import struct
+import zlib
 
 import numpy as np
 import PIL.Image
 import pytest
 
+from leon_jax.config import UserError
 from leon_jax.engine.sampling_params import SamplingParams
 from leon_jax.generate import journal
 from leon_jax.generate.image_metadata import ModelState, former_settings_text, settings_text
@@ -80,6 +83,9 @@ def test_images_without_a_line_are_opened_once(tmp_path, monkeypatch):
     for number, image in enumerate(images("a  cat", former_settings_text, former)):
         image.save(tmp_path / f"old-{number}.png")
     (tmp_path / "not-ours.png").write_bytes(b"nothing")
+    header = struct.pack(">4sIIBBBBB", b"IHDR", 100_000, 100_000, 8, 0, 0, 0, 0)
+    header = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    (tmp_path / "huge.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header)
     assert "a cat" in FinishedImages(Journal(tmp_path), SETTINGS, MODEL, ["b" * 12])
     assert "a cat" not in FinishedImages(Journal(tmp_path), SETTINGS, MODEL)
     monkeypatch.setattr(journal.PIL.Image, "open", None)
@@ -96,6 +102,11 @@ def test_a_line_that_was_cut_loses_its_own_image_only(tmp_path):
     lines = path.read_text().splitlines()
     with pytest.raises(ValueError):
         json.loads(lines[1])
+
+
+def test_settings_have_at_least_one_set_of_parameters():
+    with pytest.raises(UserError, match="params is empty"):
+        ImageSettings(())
 
 
 def test_a_folder_that_is_missing_holds_nothing(tmp_path):

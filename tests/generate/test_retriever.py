@@ -1,5 +1,8 @@
 """Which prepared folder a model retrieves from."""
 
+import pytest
+
+from leon_jax.config import UserError
 from leon_jax.documents import Document, Text
 from leon_jax.generate import retriever
 from leon_jax.leon import Leon
@@ -49,3 +52,12 @@ def test_prompts_that_differ_in_case_alone_retrieve_the_same_documents():
     documents = [Document((Text(text),)) for text in texts]
     first, second = (leon.retrieve(document, 2) for document in documents)
     assert first == second
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(b"{", "is not JSON"), (b"\xff\xfe{}", "is not UTF-8")]
+)
+def test_a_damaged_selection_file_is_named(tmp_path, content, message):
+    (tmp_path / "selection.json").write_bytes(content)
+    with pytest.raises(UserError, match=rf"selection\.json {message}"):
+        retriever.selection(tmp_path)
