@@ -177,6 +177,7 @@ def test_a_question_is_answered_and_a_picture_edited(leon):
         leon.edit(pixels, "add a hat", params=SamplingParams(TwoConditions(1.5, -1)))
 
 
+@pytest.mark.slow
 def test_samples_of_a_prompt_may_be_drawn_in_different_ways(leon):
     document = Document((Text(PROMPT), Hole("image")))
     several = [

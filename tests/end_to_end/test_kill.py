@@ -18,6 +18,7 @@ from leon_jax.train.state import TrainState
 from tests import tiny
 
 
+@pytest.mark.slow
 def test_a_killed_decoder_run_ends_with_the_same_bits(tmp_path):
     """Kills a run three times, once during a save; `benchmarks.soak` does so twenty times."""
     command = [

@@ -49,6 +49,7 @@ def losses(folder):
     return dict(zip(names, map(np.array, output), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [*curves.MESHES, "microbatches"])
 def test_losses_on_a_mesh_equal_those_on_one_device(losses, mesh):
     one_device = losses[1, 1, 1, 1]
@@ -80,6 +81,7 @@ def get_config():
 """
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_and_one_process_resumes_their_run(folder, losses, tmp_path):
     config = tmp_path / "config.py"
     config.write_text(CONFIG.format(folder=str(folder)))

@@ -75,6 +75,7 @@ def test_greedy_guided_decoding_equals_a_loop_of_full_forward_passes(either, gra
         assert token - start == np.argmax(merged[start:stop])
 
 
+@pytest.mark.slow
 def test_guidance_of_one_is_no_guidance(engine):
     plain = generate(engine, [prompt(n, params=SamplingParams(Plain())) for n in LENGTHS])
     for guidance in (ClassifierFree(1.0), TwoConditions(1.0, 1.0)):
@@ -142,6 +143,7 @@ def test_a_row_alone_is_the_same_row_in_any_batch_and_slot(alone, slots):
                 assert_same(left, right)
 
 
+@pytest.mark.slow
 def test_samples_that_share_a_prompt_are_those_of_separate_prompts(engine):
     shared = prompt(12, INFILLS, seeds=range(6))
     (together,) = generate(engine, [shared])
@@ -152,6 +154,7 @@ def test_samples_that_share_a_prompt_are_those_of_separate_prompts(engine):
         assert_same(left, right)
 
 
+@pytest.mark.slow
 def test_a_longer_bucket_changes_nothing(engine):
     longer = Engine(engine.decoder, VOCABULARY, buckets=())
     for left, right in zip(generate(engine, UNLIKE), generate(longer, UNLIKE), strict=True):
@@ -159,6 +162,7 @@ def test_a_longer_bucket_changes_nothing(engine):
             assert_same(ours, theirs)
 
 
+@pytest.mark.slow
 def test_answers_do_not_depend_on_the_mesh():
     program = Path(__file__).with_name("on_eight_devices.py")
     environment = {

@@ -71,6 +71,7 @@ def alone(engine):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", range(20))
 def test_any_order_of_arrival_gives_the_same_ids(engine, alone, order):
     """Requests come in random order, several at once or one by one, while others run."""

@@ -89,6 +89,7 @@ def assert_filled(document: Document, result: Document) -> None:
     assert TOKENIZER.encode(result)[-1] == VOCABULARY.eos
 
 
+@pytest.mark.slow
 def test_a_thousand_documents_with_any_holes_are_filled_and_no_row_waits():
     """Every row that has something to write writes one id in every step."""
     requests = random_requests(1000)
@@ -113,6 +114,7 @@ def test_a_thousand_documents_with_any_holes_are_filled_and_no_row_waits():
         assert_filled(requests[number].document, result)
 
 
+@pytest.mark.slow
 def test_a_request_alone_is_the_same_among_others():
     requests = random_requests(24)
     together = filled(engine(slots=5), requests)

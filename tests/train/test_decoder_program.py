@@ -117,6 +117,7 @@ def trained(folder):
         return program, state, history
 
 
+@pytest.mark.slow
 def test_both_modalities_are_learnt(trained):
     """A model that has memorised the four documents must still guess which one, and the masks."""
     _, state, history = trained
@@ -214,6 +215,7 @@ def test_the_first_moment_can_be_stored_in_bfloat16(folder):
     assert dtypes.count(jnp.bfloat16) == len(dtypes) / 2  # the second moment stays in float32
 
 
+@pytest.mark.slow
 def test_a_trained_model_generates_sample_images(trained):
     program, state, _ = trained
     images = program.samples(state)
@@ -221,6 +223,7 @@ def test_a_trained_model_generates_sample_images(trained):
     assert images["samples"].shape == (8, 16, 3) and images["samples"].dtype == np.uint8
 
 
+@pytest.mark.slow
 def test_the_export_restores_the_model_the_vocabulary_and_the_text_tokenizer(trained, tmp_path):
     program, state, _ = trained
     program.export(state, tmp_path)

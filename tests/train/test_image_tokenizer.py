@@ -64,12 +64,14 @@ def history(batch):
     return program, first, states, metrics
 
 
+@pytest.mark.slow
 def test_reconstruction_improves(history):
     *_, metrics = history
     assert metrics[19]["loss"] < 0.7 * metrics[0]["loss"]
     assert metrics[19]["psnr_db"] > metrics[0]["psnr_db"] + 2
 
 
+@pytest.mark.slow
 def test_the_discriminator_does_not_change_before_its_start(history):
     _, first, states, metrics = history
 
@@ -85,6 +87,7 @@ def test_the_discriminator_does_not_change_before_its_start(history):
     )
 
 
+@pytest.mark.slow
 def test_unused_codes_are_revived(history):
     _, _, states, metrics = history
     assert metrics[0]["codes_revived"] == 64
@@ -93,6 +96,7 @@ def test_unused_codes_are_revived(history):
     assert idle.max() <= CONFIG.losses.revive_after
 
 
+@pytest.mark.slow
 def test_the_adaptive_weight_is_the_ratio_of_last_layer_gradients(history):
     _, _, states, _ = history
     generator = states[-1].model.generator
@@ -116,6 +120,7 @@ def test_the_adaptive_weight_is_the_ratio_of_last_layer_gradients(history):
     np.testing.assert_allclose(weight, expected, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_exported_file_is_the_trained_generator(history, tmp_path):
     program, _, states, _ = history
     program.export(states[-1], tmp_path)

@@ -119,6 +119,7 @@ def test_batches_resume_exactly_from_a_saved_position(program):
         assert all(np.array_equal(batch[name], other[name]) for name in batch)
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss_and_export_gives_the_trained_encoder(program, tmp_path):
     state = jax.jit(program.init)(jax.random.key(0))
     step, losses = jax.jit(program.step), []
