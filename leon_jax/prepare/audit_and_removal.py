@@ -1,4 +1,4 @@
-"""Looks up documents of a prepared folder by their keys, and removes documents from it."""
+"""Looks up documents by their keys, and removes documents from folders and their encodings."""
 
 import json
 import os
@@ -10,15 +10,16 @@ import numpy as np
 
 from leon_jax.config import UserError
 from leon_jax.data import records
+from leon_jax.data.document_folder import MANIFEST, PREPARED_FORMAT, TRAIN, DocumentFolder
 from leon_jax.prepare import folder_lock, gather
 from leon_jax.prepare.data_card import write_card
 from leon_jax.prepare.shard_encoding import line
 from leon_jax.retrieval.exact_search import NONE
 from leon_jax.retrieval.neighbour_table import Neighbours
 from leon_jax.retrieval.prepared_folder import (
-    MANIFEST,
-    TRAIN,
+    ENCODED,
     PreparedFolder,
+    encodings,
     read_removed,
     write_removed,
 )
@@ -29,30 +30,62 @@ _ROWS = ("vectors.npy", "variants.npy")
 
 
 def audit(folder: str | os.PathLike, key: str) -> list[dict[str, Any]]:
-    """Returns everything that a prepared folder records about a key.
+    """Returns everything that a folder and its encodings record about a key.
+
+    Args:
+      folder: a documents folder or a prepared folder.
+      key: the key.
 
     Returns:
       For each document with this key: the fields of its listing, `text`, `split`, `row`, `shard`,
-      `input` (the source shard it was read from) and `neighbours` (per modality a list of key,
-      source and score, best first).
+      `input` (the source shard it was read from) and, in a prepared folder, `neighbours` (per
+      modality a list of key, source and score, best first).
       For each rejected record with this key: `key`, `shard`, `input`, `reason` and `detail`.
+      What an encoding of a documents folder records also has `encoding`, the encoding's name.
 
     Raises:
-      UserError: the folder is not a prepared folder, or holds no record with this key.
+      UserError: the folder is neither, or holds no record with this key.
     """
-    prepared = PreparedFolder(folder)
+    documents = DocumentFolder(folder)
+    entries = _audit(documents, key)
+    for encoding in encodings(documents.folder):
+        entries += [
+            {**entry, "encoding": encoding.name} for entry in _audit(DocumentFolder(encoding), key)
+        ]
+    if not entries:
+        raise UserError(f"{documents.folder} holds no document with the key {key!r}")
+    return entries
+
+
+def _audit(documents: DocumentFolder, key: str) -> list[dict[str, Any]]:
+    """Returns what one folder records about a key."""
     entries: list[dict[str, Any]] = []
-    for split in prepared.manifest["splits"]:
-        table = prepared.neighbours(split)
-        shards = prepared.shards(split)
+    has_neighbours = documents.manifest["format"] == PREPARED_FORMAT
+    for split in documents.splits:
+        table = PreparedFolder(documents.folder).neighbours(split) if has_neighbours else None
+        shards = documents.shards(split)
         ends = np.cumsum([*shards.values()])
-        for row, document in enumerate(prepared.listing(split)):
+        for row, document in enumerate(documents.listing(split)):
             if document.get("key") == key:
                 shard = [*shards][int(np.searchsorted(ends, row, side="right"))]
-                text = prepared.records(split, pixels=False)[row].text
+                text = documents.records(split, pixels=False)[row].text
                 location = {"split": split, "row": row, "shard": shard}
                 entries.append({"key": key, "text": text, **document, **location})
-                entries[-1]["neighbours"] = table[row]
+                if table is not None:
+                    entries[-1]["neighbours"] = table[row]
+    if has_neighbours:
+        _name_neighbours(documents, entries)
+    for path in sorted(documents.folder.glob("*.rejects.jsonl")):
+        shard = path.name.removesuffix(".rejects.jsonl")
+        rejects = gather.read_lines(path)
+        entries += [reject | {"shard": shard} for reject in rejects if reject["key"] == key]
+    for entry in entries:
+        entry["input"] = documents.manifest["inputs"].get(entry["shard"])
+    return entries
+
+
+def _name_neighbours(documents: DocumentFolder, entries: list[dict[str, Any]]) -> None:
+    """Replaces the row of the neighbour table in each entry by keys, sources and scores."""
     neighbour_rows = {
         int(row)
         for entry in entries
@@ -61,7 +94,7 @@ def audit(folder: str | os.PathLike, key: str) -> list[dict[str, Any]]:
     }
     neighbours = {
         row: document
-        for row, document in enumerate(prepared.listing(TRAIN))
+        for row, document in enumerate(documents.listing(TRAIN))
         if row in neighbour_rows
     }
     for entry in entries:
@@ -77,15 +110,6 @@ def audit(folder: str | os.PathLike, key: str) -> list[dict[str, Any]]:
             ]
             for modality in ("text", "image")
         }
-    for path in sorted(prepared.folder.glob("*.rejects.jsonl")):
-        shard = path.name.removesuffix(".rejects.jsonl")
-        rejects = gather.read_lines(path)
-        entries += [reject | {"shard": shard} for reject in rejects if reject["key"] == key]
-    if not entries:
-        raise UserError(f"{prepared.folder} holds no document with the key {key!r}")
-    for entry in entries:
-        entry["input"] = prepared.manifest["inputs"].get(entry["shard"])
-    return entries
 
 
 def read_keys(path: str | os.PathLike) -> set[tuple[str, str]]:
@@ -116,7 +140,7 @@ def read_keys(path: str | os.PathLike) -> set[tuple[str, str]]:
 
 
 def remove(folder: str | os.PathLike, keys: set[tuple[str, str]]) -> tuple[int, list[str]]:
-    """Permanently removes documents from all files of a prepared folder.
+    """Permanently removes documents from all files of a folder and of its encodings.
 
     The records, listings, vectors, image variants and neighbour tables change. The folder remembers
     the keys, so `leon_jax.prepare.prepare` also leaves these documents out when it rebuilds the
@@ -126,14 +150,14 @@ def remove(folder: str | os.PathLike, keys: set[tuple[str, str]]) -> tuple[int, 
     It replaces the old folder once the new one is complete.
 
     Args:
-      folder: a prepared folder.
+      folder: a documents folder or a prepared folder.
       keys: (source, key) pairs; an empty source matches every source.
 
     Returns:
       The number of removed documents, and the sorted keys that matched no document.
 
     Raises:
-      UserError: the folder is not a prepared folder, cannot be written, or would have no train
+      UserError: the folder is neither, cannot be written, or would have no train
         documents left.
     """
     folder = pathlib.Path(folder).resolve()
@@ -151,52 +175,81 @@ def remove(folder: str | os.PathLike, keys: set[tuple[str, str]]) -> tuple[int, 
 
 def _remove(folder: pathlib.Path, keys: set[tuple[str, str]]) -> tuple[int, list[str]]:
     new = folder_lock.beside(folder, "removing")
-    prepared = PreparedFolder(folder)
-    masks, seen = _masks(prepared, keys)
+    documents = DocumentFolder(folder)
+    masks, seen = _masks(documents, keys)
     unknown = sorted(key for source, key in keys if (source, key) not in seen)
     removed_count = sum(int((~mask).sum()) for mask in masks.values())
-    removed = read_removed(folder) | keys
     if not removed_count:
-        write_removed(folder, removed)
+        for path in (folder, *encodings(folder)):
+            write_removed(path, read_removed(path) | keys)
         return 0, unknown
-    keep = np.concatenate([masks[shard] for shard in prepared.shards(TRAIN)])
+    shutil.rmtree(new, ignore_errors=True)
+    _write_remaining(documents, new, keys, masks)
+    for encoding in encodings(folder):
+        prepared = PreparedFolder(encoding)
+        _write_remaining(prepared, new / ENCODED / encoding.name, keys, _masks(prepared, keys)[0])
+    folder_lock.replace(folder, new)
+    return removed_count, unknown
+
+
+def _write_remaining(
+    documents: DocumentFolder,
+    new: pathlib.Path,
+    keys: set[tuple[str, str]],
+    masks: dict[str, np.ndarray],
+) -> None:
+    """Writes the folder `new` with the remaining documents.
+
+    Args:
+      documents: the folder to copy.
+      new: the folder to write.
+      keys: the removed (source, key) pairs, which the new folder remembers.
+      masks: for each shard a mask of the documents that remain.
+
+    Raises:
+      UserError: no train documents would remain.
+    """
+    keep = np.concatenate([masks[shard] for shard in documents.shards(TRAIN)])
     if not keep.any():
         raise UserError(f"{TRAIN} would have no documents left; delete the folder instead")
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir()
+    new.mkdir(parents=True)
     # Maps old rows to new rows. Removed rows map to NONE, and so does NONE (-1, the last entry).
     new_rows = np.append(np.where(keep, np.cumsum(keep) - 1, NONE), NONE).astype(np.int32)
     for shard, mask in masks.items():
-        _copy_shard(folder, new, shard, mask, new_rows)
-    for path in folder.glob("*.jsonl"):  # files of shards without documents
+        _copy_shard(documents.folder, new, shard, mask, new_rows)
+    for path in documents.folder.glob("*.jsonl"):  # files of shards without documents
         if not (new / path.name).exists():
             shutil.copyfile(path, new / path.name)
-    manifest = dict(prepared.manifest)
+    manifest = dict(documents.manifest)
+    names = {
+        split: [shard for shard in masks if shard.rpartition("-")[0] == split]
+        for split in documents.splits
+    }
+    # The rejects of shards without documents count too.
+    for shard in manifest["inputs"]:
+        split = shard.rpartition("-")[0]
+        if split in names and shard not in names[split]:
+            names[split].append(shard)
     manifest["shards"] = {
         split: {s: int(masks[s].sum()) for s in shards if masks[s].any()}
         for split, shards in manifest["shards"].items()
     }
     manifest["splits"] = {s: sum(shards.values()) for s, shards in manifest["shards"].items()}
-    manifest["counts"] = {
-        split: gather.count(new, [s for s in manifest["inputs"] if s.rpartition("-")[0] == split])
-        for split in manifest["splits"]
-    }
+    manifest["counts"] = {split: gather.count(new, sorted(names[split])) for split in names}
     (new / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
-    write_removed(new, removed)
+    write_removed(new, read_removed(documents.folder) | keys)
     write_card(new)
-    folder_lock.replace(folder, new)
-    return removed_count, unknown
 
 
 def _masks(
-    prepared: PreparedFolder, keys: set[tuple[str, str]]
+    documents: DocumentFolder, keys: set[tuple[str, str]]
 ) -> tuple[dict[str, np.ndarray], set[tuple[str, str]]]:
     """Returns for each shard a mask of the documents that remain, and the keys that matched."""
     masks: dict[str, np.ndarray] = {}
     seen: set[tuple[str, str]] = set()
-    for split in prepared.manifest["splits"]:
-        listing = prepared.listing(split)
-        for shard, count in prepared.shards(split).items():
+    for split in documents.splits:
+        listing = documents.listing(split)
+        for shard, count in documents.shards(split).items():
             mask = np.ones(count, bool)
             for row, document in zip(range(count), listing, strict=False):
                 matches = gather.matching_keys(document, keys)
@@ -238,7 +291,8 @@ def _copy_shard(
         elif source.exists():
             save_rows(target, np.load(source, mmap_mode="r")[remaining])
     source, target = paths("neighbours.npy")
-    save_rows(target, renumbered(Neighbours.open([source]).shards[0][remaining], new_rows))
+    if source.exists():
+        save_rows(target, renumbered(Neighbours.open([source]).shards[0][remaining], new_rows))
 
 
 def renumbered(table: np.ndarray, new_rows: np.ndarray) -> np.ndarray:

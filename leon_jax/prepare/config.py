@@ -1,4 +1,4 @@
-"""Configuration of `leon prepare`: sources, models, filters, duplicate rules and retrieval."""
+"""Configuration of `leon prepare` and `leon encode`: sources, models, filters and retrieval."""
 
 import dataclasses
 
@@ -7,6 +7,10 @@ from leon_jax.data.sources.raw_record import SourceConfig
 from leon_jax.retrieval.neighbour_selection import SelectionConfig
 
 TRAIN = "train"
+# The split of the documents that are held out from sources that name no split.
+HELD_OUT = "held_out"
+# Side of the stored images in pixels, if neither `picture_side` nor an image tokenizer is given.
+DEFAULT_SIDE = 256
 
 # Licences that permit training on an image and showing it with a credit line.
 LICENCES = (
@@ -56,17 +60,24 @@ class DuplicatesConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PrepareConfig:
-    """Everything that determines the content of a prepared folder.
+    """Everything that determines the content of a documents folder or of a prepared folder.
+
+    With model files the documents are also encoded: the result is a prepared folder. Without them
+    it is a documents folder, and the settings of the encoding are not used: `max_tokens`,
+    `duplicates.near`, `duplicates.evaluation`, `selection` and `variants`.
 
     Attributes:
       sources: sources of documents. The split `train` is used for training and retrieval; every
-        other split is held out.
-      tokenizer: path of the image tokenizer, `tokenizer.safetensors`.
+        other split is held out. Of sources with the split "" a share is held out (`held_out`).
+      tokenizer: path of the image tokenizer, `tokenizer.safetensors`; "" if there are no models.
       encoder: path of the retrieval encoder: `encoder.safetensors`, or a folder with OpenAI's CLIP.
       text: path of the text tokenizer, `text.json`.
+      held_out: share of the groups of documents, in [0, 1), that becomes the split "held_out", of
+        sources with the split "". A hash of a group decides; documents with equal images belong
+        together.
       licences: SPDX identifiers of accepted licences (`LicenseRef-...` for unlisted ones).
       picture_side: side of the stored square images in pixels: the shorter side is resized and the
-        centre cropped. 0 means the resolution of the image tokenizer.
+        centre cropped. 0 means the resolution of the image tokenizer, or 256 without models.
       min_side: minimum length of an image's shorter side, in pixels.
       max_aspect: maximum ratio of an image's longer side to its shorter side.
       max_text: maximum number of characters of a document's text, before normalisation.
@@ -78,14 +89,15 @@ class PrepareConfig:
       block: number of documents that are encoded at a time; it bounds memory.
 
     Raises:
-      UserError: a value is out of its range, no source has the split `train`, or
-        `duplicates.evaluation` is set without a held-out split.
+      UserError: a value is out of its range, no source has the split `train`, only some of the
+        model files are given, or `duplicates.evaluation` is set without a held-out split.
     """
 
     sources: tuple[SourceConfig, ...]
-    tokenizer: str
-    encoder: str
-    text: str
+    tokenizer: str = ""
+    encoder: str = ""
+    text: str = ""
+    held_out: float = 0.05
     licences: tuple[str, ...] = LICENCES
     picture_side: int = 0
     min_side: int = 32
@@ -100,10 +112,16 @@ class PrepareConfig:
     def __post_init__(self):
         if not self.sources:
             raise UserError("sources is empty; name at least one source")
-        if TRAIN not in (source.split for source in self.sources):
+        models = {"tokenizer": self.tokenizer, "encoder": self.encoder, "text": self.text}
+        missing = [name for name, path in models.items() if not path]
+        if 0 < len(missing) < len(models):
+            raise UserError(f"{missing[0]} is empty; give all three model files, or none")
+        if not 0 <= self.held_out < 1:
+            raise UserError(f"held_out is {self.held_out}; it must be at least 0 and below 1")
+        if TRAIN not in (source.split or TRAIN for source in self.sources):
             splits = ", ".join(source.split for source in self.sources)
             raise UserError(f"no source has the split {TRAIN!r}; the splits are {splits}")
-        if self.duplicates.evaluation is not None and len(self.splits) == 1:
+        if self.has_models and self.duplicates.evaluation is not None and len(self.splits) == 1:
             raise UserError(
                 "duplicates.evaluation is set, but all sources have the split "
                 f"{TRAIN!r}; give held-out sources another split, for example 'exam'"
@@ -128,7 +146,23 @@ class PrepareConfig:
         )
 
     @property
+    def has_models(self) -> bool:
+        """Whether the documents are encoded."""
+        return bool(self.tokenizer)
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether a share of the documents of sources without a split is held out."""
+        return (
+            not self.has_models
+            and self.held_out > 0
+            and any(not source.split for source in self.sources)
+        )
+
+    @property
     def splits(self) -> tuple[str, ...]:
         """The names of the splits: train first, then the others in the order of the sources."""
-        names = dict.fromkeys(source.split for source in self.sources)
+        names = dict.fromkeys(source.split or TRAIN for source in self.sources)
+        if self.holds_out:
+            names[HELD_OUT] = None
         return (TRAIN, *(name for name in names if name != TRAIN))

@@ -11,10 +11,10 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from leon_jax.data.document_folder import DocumentFolder
 from leon_jax.data.records import to_png
 from leon_jax.documents import Document
 from leon_jax.prepare.gather import OTHERS
-from leon_jax.retrieval.prepared_folder import PreparedFolder
 
 _HEADINGS = {
     "licence": "Licences",
@@ -49,6 +49,7 @@ _MEANINGS = {
     "copy_near": "a near duplicate of an earlier document",
     "copy_of_evaluation": "a near duplicate of a held-out document",
     "removed_by_request": "removed with --remove-keys",
+    "picture_held_out": "the image of a held-out document",
 }
 
 _STYLE = """
@@ -71,14 +72,14 @@ _SAMPLES, _CAPTION = 12, 160
 
 def write_card(folder: pathlib.Path) -> None:
     """Writes card.md and card.html into a prepared folder, each atomically."""
-    prepared = PreparedFolder(folder)
+    prepared = DocumentFolder(folder)
     for name, text in (("card.md", markdown(prepared)), ("card.html", page(prepared))):
         temporary = folder / f"{name}.tmp"
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, folder / name)
 
 
-def markdown(prepared: PreparedFolder) -> str:
+def markdown(prepared: DocumentFolder) -> str:
     """Returns the card as Markdown."""
     lines = ["# Data card", "", *_facts(prepared)]
     for split, tables in _tables(prepared).items():
@@ -93,7 +94,7 @@ def markdown(prepared: PreparedFolder) -> str:
     return "\n".join([*lines, "", "## Credits", "", *credits, ""])
 
 
-def page(prepared: PreparedFolder) -> str:
+def page(prepared: DocumentFolder) -> str:
     """Returns the card as a self-contained HTML page with a bar for each count."""
     body = ["<h1>Data card</h1>"]
     body += [f"<p>{html.escape(line)}</p>" for line in _facts(prepared) if line]
@@ -119,7 +120,7 @@ def page(prepared: PreparedFolder) -> str:
     )
 
 
-def samples(prepared: PreparedFolder) -> list[Document]:
+def samples(prepared: DocumentFolder) -> list[Document]:
     """Returns up to 12 evenly spaced documents of train."""
     records = prepared.records()
     step = max(1, len(records) // _SAMPLES)
@@ -151,21 +152,32 @@ def attributions(manifest: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _facts(prepared: PreparedFolder) -> list[str]:
+def _facts(prepared: DocumentFolder) -> list[str]:
     manifest = prepared.manifest
     config, rules = manifest["config"], manifest["config"]["duplicates"]
     splits = ", ".join(f"{count:,} {split}" for split, count in manifest["splits"].items())
     measure = "the inner product of the image embeddings"
-    near = f"dropped above {rules['near']} by {measure}" if rules["near"] else "not checked"
-    evaluation = f"dropped above {rules['evaluation']}" if rules["evaluation"] else "not checked"
     held_out = ", ".join(split for split in manifest["splits"] if split != "train") or "none"
-    return [
+    facts = [
         f"Documents: {splits}.",
         "",
         f"Accepted licences: {', '.join(config['licences'])}.",
         "",
-        f"Exact duplicates: {'dropped' if rules['exact'] else 'kept'}. "
-        f"Near duplicates in train: {near}. "
+    ]
+    exact = f"Exact duplicates: {'dropped' if rules['exact'] else 'kept'}. "
+    if not manifest["sha256"]:
+        return [
+            *facts,
+            f"{exact}Train documents with an image of a held-out document (splits: {held_out}): "
+            "dropped.",
+            "",
+            "The documents are not encoded.",
+        ]
+    near = f"dropped above {rules['near']} by {measure}" if rules["near"] else "not checked"
+    evaluation = f"dropped above {rules['evaluation']}" if rules["evaluation"] else "not checked"
+    return [
+        *facts,
+        f"{exact}Near duplicates in train: {near}. "
         f"Train documents similar to held-out ones (splits: {held_out}): {evaluation}.",
         "",
         "Made with "
@@ -174,7 +186,7 @@ def _facts(prepared: PreparedFolder) -> list[str]:
     ]
 
 
-def _tables(prepared: PreparedFolder) -> Mapping[str, dict[str, dict[str, int]]]:
+def _tables(prepared: DocumentFolder) -> Mapping[str, dict[str, dict[str, int]]]:
     counts = prepared.manifest["counts"]
     return {
         split: {name: _sorted(name, tables[name]) for name in _HEADINGS if tables.get(name)}

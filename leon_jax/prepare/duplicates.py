@@ -101,19 +101,48 @@ def drop_exact(decisions: Decisions, digests: UInt8[np.ndarray, "n 16"], reason:
     decisions.drop(rows, reason, first[rows])
 
 
-def drop_near(decisions: Decisions, images: VectorIndex, held_out: int, threshold: float) -> None:
+def drop_held_out_pictures(
+    decisions: Decisions, pictures: UInt8[np.ndarray, "n 16"], held_out: int
+) -> None:
+    """Drops train documents that have the images of a held-out document.
+
+    Args:
+      decisions: the decisions about all documents, train last.
+      pictures: a digest of each document's images.
+      held_out: number of held-out documents, which come before those of train.
+    """
+    first = first_occurrence(pictures, np.ones(len(pictures), bool))
+    train = np.arange(len(pictures)) >= held_out
+    rows = np.flatnonzero(decisions.keep & train & (first < held_out))
+    decisions.drop(rows, "picture_held_out", first[rows])
+
+
+def drop_near(
+    decisions: Decisions,
+    images: VectorIndex,
+    held_out: int,
+    threshold: float,
+    pictures: UInt8[np.ndarray, "n 16"] | None = None,
+) -> None:
     """Drops train documents that are similar to an earlier kept train document.
 
-    Afterwards no two kept train documents have a similarity above `threshold`.
+    Afterwards no two kept train documents have a similarity above `threshold`, unless their images
+    are equal: several captions of an image are kept or dropped together.
 
     Args:
       decisions: the decisions about all documents, train last.
       images: unit rows of the images, in the same order; a zero row means a missing image.
       held_out: number of held-out documents, which come before those of train.
       threshold: inner product, positive.
+      pictures: a digest of each document's images; None: documents with equal images are copies.
     """
     train = decisions.keep
     train[:held_out] = False
+    first = np.arange(len(train))
+    if pictures is not None:
+        # The first document of each image stands for the others.
+        first = first_occurrence(pictures, train)
+        train &= first == np.arange(len(train))
     # Compare only documents that have a close neighbour; this leaves few.
     candidates = [np.zeros(0, np.int64)]
     for rows in _passes(np.flatnonzero(train)):
@@ -124,7 +153,11 @@ def drop_near(decisions: Decisions, images: VectorIndex, held_out: int, threshol
         index = VectorIndex([images.take(chunk).astype(images.dtype) for chunk in _passes(rows)])
         because, score = _near(index, threshold)
         copies = np.flatnonzero(because != NONE)
-        decisions.drop(rows[copies], "copy_near", rows[because[copies]], score[copies])
+        reasons, scores = np.full(len(train), NONE), np.zeros(len(train), np.float32)
+        reasons[rows[copies]], scores[rows[copies]] = rows[because[copies]], score[copies]
+        dropped = np.flatnonzero(decisions.keep & (reasons[first] != NONE))
+        dropped = dropped[dropped >= held_out]
+        decisions.drop(dropped, "copy_near", reasons[first[dropped]], scores[first[dropped]])
 
 
 def _near(

@@ -1,4 +1,4 @@
-"""Gathers encoded shards into the files of a prepared folder, without duplicate documents.
+"""Gathers shards into the files of a folder, without duplicate documents.
 
 If a train document duplicates a held-out document, the train document is dropped.
 """
@@ -16,8 +16,8 @@ import numpy as np
 
 from leon_jax.config import UserError
 from leon_jax.data import records
-from leon_jax.prepare import duplicates
-from leon_jax.prepare.config import TRAIN, PrepareConfig
+from leon_jax.prepare import duplicates, splitting
+from leon_jax.prepare.config import HELD_OUT, TRAIN, PrepareConfig
 from leon_jax.prepare.shard_encoding import (
     DOCUMENTS,
     RECORDS,
@@ -58,20 +58,25 @@ def gather(
     Raises:
       UserError: no document of train can be used.
     """
-    by_split = {
+    part_names = {
         split: [shard.name for shard in shards if shard.name.rpartition("-")[0] == split]
         for split in config.splits
     }
-    ordered = [name for split in config.splits[1:] for name in by_split[split]]
-    held_out = len(ordered)
-    ordered += by_split[TRAIN]
+    held_out_names = {shard.name: shard.held_out_name for shard in shards if shard.held_out_name}
+    by_split = {split: list(names) for split, names in part_names.items()}
+    if held_out_names:
+        by_split[HELD_OUT] = sorted([*part_names[HELD_OUT], *held_out_names.values()])
+    ordered = [name for split in config.splits[1:] for name in part_names[split]]
+    num_held_out_parts = len(ordered)
+    ordered += part_names[TRAIN]
     lengths = [count_lines(parts / name / DOCUMENTS) for name in ordered]
     # Decide once: a restarted run must agree with the files that a killed run wrote.
     if (parts / _DECISIONS).exists():
         decisions = duplicates.Decisions.open(parts / _DECISIONS)
     else:
-        decisions = decide(config, parts, ordered, lengths, sum(lengths[:held_out]))
+        decisions = decide(config, parts, ordered, lengths, sum(lengths[:num_held_out_parts]))
         decisions.save(parts / _DECISIONS)
+    is_held_out = _held_out_documents(config, parts, ordered, lengths, held_out_names, decisions)
     # Remove last, so that duplicates of a removed document are dropped as well.
     removed_rows = [
         row for row in _matching_rows(parts, ordered, removed) if not decisions.rows["reason"][row]
@@ -82,9 +87,15 @@ def gather(
     counts: dict[str, int] = {}
     keep = decisions.keep
     for name, start, length in zip(ordered, starts, lengths, strict=False):
-        mask = keep[start : start + length]
+        rows = slice(start, start + length)
+        if name in held_out_names:
+            target, mask = held_out_names[name], keep[rows] & is_held_out[rows]
+            _write_shard(parts / name, final, target, mask)
+            counts[target] = int(mask.sum())
+        mask = keep[rows] & ~is_held_out[rows]
         save_rows(parts / name / _KEEP, mask)
-        _write_shard(parts / name, final, mask, int(start), decisions, names)
+        rejects = _rejects(parts / name, keep[rows], int(start), decisions, names)
+        _write_shard(parts / name, final, name, mask, rejects)
         counts[name] = int(mask.sum())
     if not any(counts[name] for name in by_split[TRAIN]):
         reasons = _reasons(final / f"{name}.rejects.jsonl" for name in by_split[TRAIN])
@@ -132,12 +143,40 @@ def decide(
     duplicates.drop_exact(decisions, load("key"), "key_repeated")
     if rules.exact:
         duplicates.drop_exact(decisions, load("content"), "copy_exact")
+    if not config.has_models:
+        if held_out:
+            duplicates.drop_held_out_pictures(decisions, load("picture"), held_out)
+        return decisions
     images = VectorIndex.open([parts / shard / "image.npy" for shard in shards])
     if rules.evaluation is not None and held_out:
         duplicates.drop_evaluation(decisions, images, held_out, rules.evaluation)
     if rules.near is not None:
-        duplicates.drop_near(decisions, images, held_out, rules.near)
+        # Shards that an older version encoded have no digests of images.
+        has_pictures = all((parts / shard / "picture.npy").exists() for shard in shards)
+        pictures = load("picture") if has_pictures else None
+        duplicates.drop_near(decisions, images, held_out, rules.near, pictures)
     return decisions
+
+
+def _held_out_documents(
+    config: PrepareConfig,
+    parts: pathlib.Path,
+    shards: Sequence[str],
+    lengths: Sequence[int],
+    held_out_names: Mapping[str, str],
+    decisions: duplicates.Decisions,
+) -> np.ndarray:
+    """Returns bool[n], True for the kept documents of train shards that are held out."""
+    mask = np.zeros(sum(lengths), bool)
+    can_be_held_out = np.repeat([name in held_out_names for name in shards], lengths)
+    rows = np.flatnonzero(can_be_held_out.astype(bool) & decisions.keep)
+    if len(rows):
+        groups, pictures = (
+            np.concatenate([np.load(parts / shard / f"{name}.npy") for shard in shards])[rows]
+            for name in ("group", "picture")
+        )
+        mask[rows] = splitting.held_out(groups, pictures, config.held_out)
+    return mask
 
 
 def query_vectors(parts: pathlib.Path, shard: str) -> dict[str, np.ndarray]:
@@ -171,6 +210,23 @@ def source_numbers(prepared: PreparedFolder) -> np.ndarray:
     numbers: dict[str, int] = {}
     sources = (document["source"] for document in prepared.listing(TRAIN))
     return np.fromiter((numbers.setdefault(name, len(numbers)) for name in sources), np.int32)
+
+
+def picture_numbers(prepared: PreparedFolder) -> dict[str, np.ndarray] | None:
+    """Returns int32[n] by split: documents have equal numbers if their stored images are equal.
+
+    Returns None if the listings of an older version do not tell.
+    """
+    numbers: dict[str, int] = {}
+    by_split = {}
+    for split in prepared.splits:
+        pictures = [document.get("picture", "") for document in prepared.listing(split)]
+        if "" in pictures:
+            return None
+        by_split[split] = np.array(
+            [numbers.setdefault(picture, len(numbers)) for picture in pictures], np.int32
+        )
+    return by_split
 
 
 def count(folder: pathlib.Path, shards: Sequence[str]) -> dict[str, dict[str, int]]:
@@ -232,21 +288,55 @@ def read_lines(path: pathlib.Path) -> Iterator[dict[str, Any]]:
 
 
 def _write_shard(
-    part: pathlib.Path,
-    final: pathlib.Path,
-    keep: np.ndarray,
-    start: int,
-    decisions: duplicates.Decisions,
-    names: dict[int, str],
+    part: pathlib.Path, final: pathlib.Path, name: str, mask: np.ndarray, rejects: str = ""
 ) -> None:
-    """Writes the files of one shard, the records last: their presence marks a complete shard."""
-    path = final / f"{part.name}.array_record"
-    rows = np.flatnonzero(keep)
+    """Writes the files of one shard, the records last: their presence marks a complete shard.
+
+    Args:
+      part: the folder of the shard.
+      final: the folder to write to.
+      name: name of the written shard.
+      mask: bool[n], True for the documents of the part to write.
+      rejects: the lines of the rejected documents.
+    """
+    path = final / f"{name}.array_record"
+    rows = np.flatnonzero(mask)
     if path.exists():
         return
     with (part / DOCUMENTS).open(encoding="utf-8") as file:
         lines = list(file)
-    _write_text(final / f"{part.name}.{DOCUMENTS}", "".join(lines[row] for row in rows))
+    _write_text(final / f"{name}.{DOCUMENTS}", "".join(lines[row] for row in rows))
+    _write_text(final / f"{name}.{REJECTS}", rejects)
+    if not len(rows):
+        return
+    if name.rpartition("-")[0] == TRAIN and (part / "document.npy").exists():
+        vectors = np.load(part / "document.npy", mmap_mode="r")
+        save_rows(final / f"{name}.vectors.npy", vectors[rows])
+    if mask.all():
+        shutil.copyfile(part / RECORDS, path.with_name(path.name + ".tmp"))
+        os.replace(path.with_name(path.name + ".tmp"), path)
+    else:
+        records.copy(part / RECORDS, path, rows)
+
+
+def _rejects(
+    part: pathlib.Path,
+    keep: np.ndarray,
+    start: int,
+    decisions: duplicates.Decisions,
+    names: dict[int, str],
+) -> str:
+    """Returns the lines of a shard's rejected records and dropped documents.
+
+    Args:
+      part: the folder of the shard.
+      keep: bool[n], False for the dropped documents of the shard.
+      start: row of the shard's first document among all documents.
+      decisions: the decisions about all documents.
+      names: key and source, by row, of the documents that dropped ones duplicate.
+    """
+    with (part / DOCUMENTS).open(encoding="utf-8") as file:
+        lines = list(file)
     rejects = (part / REJECTS).read_text(encoding="utf-8")
     for row in np.flatnonzero(~keep).tolist():
         reason = decisions.reason(start + row)
@@ -261,17 +351,7 @@ def _write_shard(
                 "detail": detail,
             }
         )
-    _write_text(final / f"{part.name}.{REJECTS}", rejects)
-    if not len(rows):
-        return
-    if part.name.rpartition("-")[0] == TRAIN:
-        vectors = np.load(part / "document.npy", mmap_mode="r")
-        save_rows(final / f"{part.name}.vectors.npy", vectors[rows])
-    if keep.all():
-        shutil.copyfile(part / RECORDS, path.with_name(path.name + ".tmp"))
-        os.replace(path.with_name(path.name + ".tmp"), path)
-    else:
-        records.copy(part / RECORDS, path, rows)
+    return rejects
 
 
 def _matching_rows(

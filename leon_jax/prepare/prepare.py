@@ -1,10 +1,13 @@
-"""Converts image-text pairs into a dataset folder for training and retrieval.
+"""Converts image-text pairs into a documents folder or a prepared folder.
 
     plan      list the shards of all sources
     encode    encode each shard into a folder (`shard_encoding.py`), on any machine, in any order
-    gather    drop duplicates, number the remaining documents, write the final files
+    gather    drop duplicates, hold out documents, number the others, write the final files
     mine      find the neighbours of every document among the documents of train
     finish    write the manifest and the data card, rename the folder to its final name
+
+Without models the shards are not encoded and no neighbours are found: the result is a documents
+folder (`leon_jax.data.document_folder`).
 
 All steps write into `.NAME.preparing` beside the folder NAME, which is renamed at the end, so NAME
 is complete or does not exist. Each step writes its files atomically and skips files that exist.
@@ -28,11 +31,12 @@ from tqdm import tqdm
 from leon_jax import sharding
 from leon_jax.config import UserError, to_dict
 from leon_jax.data import image_variants
+from leon_jax.data.document_folder import DOCUMENTS_FORMAT, MANIFEST
 from leon_jax.data.records import RecordSource
 from leon_jax.data.sources.open import open_source
 from leon_jax.data.sources.raw_record import ShardedSource, SourceConfig
 from leon_jax.prepare import folder_lock, gather, licences
-from leon_jax.prepare.config import TRAIN, PrepareConfig
+from leon_jax.prepare.config import DEFAULT_SIDE, TRAIN, PrepareConfig
 from leon_jax.prepare.data_card import write_card
 from leon_jax.prepare.encoding_models import digest, load_models, matches
 from leon_jax.prepare.shard_encoding import Shard, Worker, plan
@@ -41,7 +45,6 @@ from leon_jax.retrieval.neighbour_selection import SelectionConfig, find_neighbo
 from leon_jax.retrieval.neighbour_table import row_type
 from leon_jax.retrieval.prepared_folder import (
     FORMAT,
-    MANIFEST,
     PreparedFolder,
     read_removed,
     write_removed,
@@ -53,6 +56,8 @@ Sources = list[tuple[SourceConfig, ShardedSource]]
 Runner = Callable[[PrepareConfig, Sources, str, Sequence[Shard]], None]
 
 _SETTINGS = "settings.json"
+# Settings of the encoding, which a documents folder does not depend on.
+_ENCODING = ("max_tokens", "selection", "variants")
 
 
 def prepare(
@@ -64,6 +69,8 @@ def prepare(
     progress: bool = True,
 ) -> dict[str, Any]:
     """Prepares a folder, unless it exists and was made from the same inputs and settings.
+
+    The folder is a prepared folder if `config` has models, otherwise a documents folder.
 
     Args:
       config: the configuration.
@@ -83,7 +90,7 @@ def prepare(
     licences.check_list(config.licences)
     if sources is None:
         sources = [(source, open_source(source)) for source in config.sources]
-    shards = plan(sources)
+    shards = plan(sources, config.holds_out)
     expected = settings(config, sources, shards)
     work = folder_lock.beside(out, "preparing")
     manifest = _read_manifest(out)
@@ -142,9 +149,10 @@ def _resume(
     manifest = recorded | gather.gather(config, parts, shards, final, removed)
     write_removed(final, removed)
     _write(final / MANIFEST, manifest)
-    _mine(config, PreparedFolder(final), parts, progress)
-    if config.variants > 1:
-        _encode_variants(config, PreparedFolder(final), progress)
+    if config.has_models:
+        _mine(config, PreparedFolder(final), parts, progress)
+        if config.variants > 1:
+            _encode_variants(config, PreparedFolder(final), progress)
     write_card(final)
     folder_lock.replace(out, final)
     _clear(work)
@@ -182,10 +190,15 @@ def settings(config: PrepareConfig, sources: Sources, shards: Iterable[Shard]) -
     """
     paths, values = _model_paths(config), to_dict(config)
     # The digests identify the models; their paths do not matter.
-    for name in paths:
-        del values[name]
+    ignored = {"tokenizer", "encoder", "text"}
+    # Only settings that matter, so that others can change without a new folder.
+    ignored |= {"held_out"} if config.has_models else {*_ENCODING}
+    if not config.has_models:
+        values["duplicates"] = {"exact": config.duplicates.exact}
+        values["picture_side"] = config.picture_side or DEFAULT_SIDE
+    values = {name: value for name, value in values.items() if name not in ignored}
     return {
-        "format": FORMAT,
+        "format": FORMAT if config.has_models else DOCUMENTS_FORMAT,
         "config": json.loads(json.dumps(values)),
         "sha256": {name: digest(path) for name, path in paths.items()},
         "inputs": {
@@ -200,6 +213,8 @@ def settings(config: PrepareConfig, sources: Sources, shards: Iterable[Shard]) -
 
 
 def _model_paths(config: PrepareConfig) -> dict[str, str]:
+    if not config.has_models:
+        return {}
     return {"tokenizer": config.tokenizer, "encoder": config.encoder, "text": config.text}
 
 
@@ -225,8 +240,10 @@ def is_up_to_date(manifest: dict[str, Any], expected: dict[str, Any]) -> bool:
       manifest: the manifest of the folder.
       expected: as `settings` returns it.
     """
-    if manifest.get("format") != FORMAT:
+    if manifest.get("format") != expected["format"]:
         return False
+    if "variants" not in expected["config"]:
+        return all(manifest.get(name) == value for name, value in expected.items())
     variants = expected["config"]["variants"]
     adjusted = {**manifest, "config": {**manifest["config"], "variants": variants}}
     return manifest["config"].get("variants", 0) >= variants and all(
@@ -241,6 +258,7 @@ def _mine(
     bank, images = prepared.vector_index(), gather.image_index(parts, prepared.shards(TRAIN))
     selection = config.selection
     sources = gather.source_numbers(prepared) if selection.alternate_sources else None
+    pictures = gather.picture_numbers(prepared)
     total = sum(prepared.manifest["splits"].values())
     with (
         tqdm(total=total, desc="neighbours", unit="doc", disable=not progress) as bar,
@@ -259,7 +277,13 @@ def _mine(
                     }
                     rows = np.arange(start, start + count, dtype=np.int32)
                     table = neighbour_rows(
-                        queries, bank, images, selection, rows if split == TRAIN else None, sources
+                        queries,
+                        bank,
+                        images,
+                        selection,
+                        rows if split == TRAIN else None,
+                        sources,
+                        (pictures[TRAIN], pictures[split][rows]) if pictures else None,
                     )
                     ends = np.cumsum([0, *group.values()])
                     for path, low, high in zip(paths.values(), ends, ends[1:], strict=False):
@@ -301,6 +325,7 @@ def neighbour_rows(
     selection: SelectionConfig,
     query_rows: np.ndarray | None,
     sources: np.ndarray | None,
+    pictures: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> np.ndarray:
     """Finds the neighbours of documents and returns them as rows of a neighbour table.
 
@@ -312,6 +337,7 @@ def neighbour_rows(
       query_rows: int32[n], the rows of the documents in `bank`, which a document must not find
         itself in; None for held-out documents.
       sources: int32, the source of each row of `bank`, or None.
+      pictures: int32, a number for the image of each row of `bank`, and of each document; or None.
 
     Returns:
       Structured [n] of the dtype `leon_jax.retrieval.neighbour_table.row_type`.
@@ -333,6 +359,7 @@ def neighbour_rows(
                 images=(images, queries["image"][rows]),
                 query_ids=None if query_rows is None else query_rows[rows],
                 sources=sources,
+                pictures=(pictures[0], pictures[1][rows]) if pictures else None,
             )
             # The neighbours of a whole document alternate between the two halves of the table.
             halves = (view,) if view != "document" else ("text", "image")
@@ -372,13 +399,14 @@ def _clear(work: pathlib.Path) -> None:
 
 
 def _read_manifest(out: pathlib.Path) -> dict[str, Any] | None:
-    """Reads the manifest of a prepared folder of any version; None if there is none."""
+    """Reads the manifest of a folder of `prepare`, of any version; None if there is none."""
     try:
         manifest = json.loads((out / MANIFEST).read_text())
     except (OSError, ValueError):
         return None
     valid = isinstance(manifest, dict) and {"format", "splits", "sha256"} <= set(manifest)
-    return manifest if valid and manifest["sha256"] else None
+    is_ours = valid and (manifest["sha256"] or manifest["format"] == DOCUMENTS_FORMAT)
+    return manifest if is_ours else None
 
 
 def _write(path: pathlib.Path, value: Any) -> None:

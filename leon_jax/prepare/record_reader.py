@@ -17,7 +17,7 @@ from leon_jax.data.sources.raw_record import (
 )
 from leon_jax.documents import Document, Image, Part, Provenance, Text, normalise_text
 from leon_jax.prepare import licences
-from leon_jax.prepare.config import PrepareConfig
+from leon_jax.prepare.config import DEFAULT_SIDE, PrepareConfig
 from leon_jax.tokenizers.image import fit_image
 
 Pixels = UInt8[np.ndarray, "h w 3"]
@@ -26,6 +26,8 @@ Pixels = UInt8[np.ndarray, "h w 3"]
 @dataclasses.dataclass(frozen=True)
 class PreprocessedDocument:
     """A document that passed every check, with its images preprocessed for each model.
+
+    Without models `squares` and `encoder_inputs` are empty.
 
     Attributes:
       document: the document; its images are upright, `picture_side` pixels wide and high, and have
@@ -39,6 +41,23 @@ class PreprocessedDocument:
     size: tuple[int, int]
     squares: tuple[Pixels, ...]
     encoder_inputs: tuple[np.ndarray, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelInputs:
+    """What the models need to know of each document.
+
+    Attributes:
+      resolution: resolution of the image tokenizer in pixels.
+      codes: number of image codes per image.
+      preprocess: converts pixels into an input of the retrieval encoder.
+      count_tokens: returns the number of token ids of a text.
+    """
+
+    resolution: int
+    codes: int
+    preprocess: Callable[[Pixels], np.ndarray]
+    count_tokens: Callable[[str], int]
 
 
 class RejectError(Exception):
@@ -55,24 +74,13 @@ class RecordReader:
     Args:
       config: filters and the image size.
       source: defaults for fields that records lack.
-      resolution: resolution of the image tokenizer in pixels.
-      codes: number of image codes per image.
-      preprocess: converts pixels into an input of the retrieval encoder.
-      count_tokens: returns the number of token ids of a text.
+      models: what the models need; None: the documents are not encoded.
     """
 
     def __init__(
-        self,
-        config: PrepareConfig,
-        source: SourceConfig,
-        resolution: int,
-        codes: int,
-        preprocess: Callable[[Pixels], np.ndarray],
-        count_tokens: Callable[[str], int],
+        self, config: PrepareConfig, source: SourceConfig, models: ModelInputs | None = None
     ):
-        self.config, self.source = config, source
-        self.resolution, self.codes = resolution, codes
-        self.preprocess, self.count_tokens = preprocess, count_tokens
+        self.config, self.source, self.models = config, source, models
 
     def __call__(self, raw: RawRecord | Reject) -> PreprocessedDocument | Reject:
         """Checks, decodes and preprocesses one record. Bad content never raises an exception."""
@@ -97,7 +105,8 @@ class RecordReader:
         self._check_text(raw)
         parts: list[Part] = []
         squares, encoder_inputs, size = [], [], None
-        side = self.config.picture_side or self.resolution
+        models = self.models
+        side = self.config.picture_side or (models.resolution if models else DEFAULT_SIDE)
         for part in raw.parts:
             if isinstance(part, str):
                 parts.append(Text(part))
@@ -105,8 +114,9 @@ class RecordReader:
             image = self._decode(part)
             size = size or image.size
             parts.append(Image(pixels=fit_image(image, side)))
-            squares.append(fit_image(image, self.resolution))
-            encoder_inputs.append(self.preprocess(np.asarray(image)))
+            if models is not None:
+                squares.append(fit_image(image, models.resolution))
+                encoder_inputs.append(models.preprocess(np.asarray(image)))
         if size is None:
             raise RejectError("no_picture", "the record holds no image")
         document = Document(tuple(parts), provenance)
@@ -153,10 +163,12 @@ class RecordReader:
                 text.encode()
             except UnicodeEncodeError:
                 raise RejectError("not_utf8", "the text holds a lone surrogate") from None
+        if self.models is None:
+            return
         count = len(raw.parts)
         # <break> separates the parts, and </s> stands at both ends.
-        tokens = sum(map(self.count_tokens, texts)) + count + 1
-        tokens += (count - len(texts)) * self.codes
+        tokens = sum(map(self.models.count_tokens, texts)) + count + 1
+        tokens += (count - len(texts)) * self.models.codes
         if tokens > self.config.max_tokens:
             raise RejectError(
                 "too_many_tokens", f"{tokens} ids; {self.config.max_tokens} are allowed"

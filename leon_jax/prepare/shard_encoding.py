@@ -1,11 +1,15 @@
 """Encodes one shard of a source into a folder; this is the unit of work of `leon prepare`.
 
-    records.array_record   documents with stored images and image codes
-    documents.jsonl        one line per document: key, source, licence, attribution, language, size
+    records.array_record   documents with stored images and, with models, image codes
+    documents.jsonl        one line per document: key, source, licence, ..., size, picture
+    content.npy, key.npy   uint8[n, 16] digests that identify duplicates
+    picture.npy, group.npy uint8[n, 16] digests of the stored images, and of the group
+    rejects.jsonl          one line per rejected record: key, reason, detail
+
+With models also
+
     document.npy           float16[n, d] unit rows, the vectors that are searched
     text.npy, image.npy    float16[n, d] unit rows, the query vectors
-    content.npy, key.npy   uint8[n, 16] digests that identify duplicates
-    rejects.jsonl          one line per rejected record: key, reason, detail
 
 A folder is renamed into place once it is complete, so a shard whose folder exists is complete.
 Encoding is deterministic on one kind of machine (other kinds round differently). Any engine that
@@ -13,6 +17,7 @@ calls a function for each shard can therefore run the work, and can repeat any p
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
 import itertools
@@ -31,9 +36,9 @@ from jaxtyping import Float32
 from leon_jax.data import records
 from leon_jax.data.sources.raw_record import RawRecord, Reject, ShardedSource, SourceConfig
 from leon_jax.documents import Document, Image, Text
-from leon_jax.prepare.config import TRAIN, PrepareConfig
-from leon_jax.prepare.encoding_models import load_models
-from leon_jax.prepare.record_reader import PreprocessedDocument, RecordReader
+from leon_jax.prepare.config import HELD_OUT, TRAIN, PrepareConfig
+from leon_jax.prepare.encoding_models import Models, load_models
+from leon_jax.prepare.record_reader import ModelInputs, PreprocessedDocument, RecordReader
 from leon_jax.retrieval.encoder import normalise
 from leon_jax.retrieval.neighbour_selection import drop_tokens
 from leon_jax.retrieval.vector_index import save_rows
@@ -43,7 +48,8 @@ RECORDS, DOCUMENTS = "records.array_record", "documents.jsonl"
 REJECTS = "rejects.jsonl"
 # A block of records ends once its encoded images exceed this size.
 _BLOCK_BYTES = 256 * 2**20
-ARRAYS = ("document", "text", "image", "content", "key")
+VECTORS = ("document", "text", "image")
+DIGESTS = ("content", "key", "picture", "group")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,26 +60,43 @@ class Shard:
       name: name of its folder, for example "train-00003".
       source: index into the sources.
       shard: name of the shard in its source.
+      held_out_name: name of the shard of its held-out documents; "" if none are held out.
     """
 
     name: str
     source: int
     shard: str
+    held_out_name: str = ""
 
 
-def plan(sources: Iterable[tuple[SourceConfig, ShardedSource]]) -> list[Shard]:
-    """Returns all shards, numbered within their split in the order of the sources."""
+def plan(
+    sources: Iterable[tuple[SourceConfig, ShardedSource]], holds_out: bool = False
+) -> list[Shard]:
+    """Returns all shards, numbered within their split in the order of the sources.
+
+    Args:
+      sources: the sources and their configurations.
+      holds_out: whether documents of sources without a split are held out.
+    """
     counts: dict[str, Iterator[int]] = {}
+
+    def next_name(split: str) -> str:
+        return f"{split}-{next(counts.setdefault(split, itertools.count())):05d}"
+
     return [
-        Shard(f"{config.split}-{next(counts.setdefault(config.split, itertools.count())):05d}",
-              number, shard)
+        Shard(
+            next_name(config.split or TRAIN),
+            number,
+            shard,
+            next_name(HELD_OUT) if holds_out and not config.split else "",
+        )
         for number, (config, source) in enumerate(sources)
         for shard in source.shards()
-    ]  # fmt: skip
+    ]
 
 
 class Worker:
-    """Encodes shards; it holds the models.
+    """Reads shards and, with models, encodes them; it holds the models.
 
     Args:
       config: the configuration.
@@ -94,7 +117,11 @@ class Worker:
     ):
         self.config, self.sources, self.folder = config, sources, pathlib.Path(folder)
         self.report = report
-        self.models = load_models(config.tokenizer, config.encoder, config.text)
+        self.models = (
+            load_models(config.tokenizer, config.encoder, config.text)
+            if config.has_models
+            else None
+        )
 
     def __call__(self, shard: Shard) -> dict[str, int]:
         """Encodes a shard unless its folder exists.
@@ -106,7 +133,7 @@ class Worker:
         if not path.is_dir():
             staging = pathlib.Path(tempfile.mkdtemp(dir=self.folder, prefix=f".{shard.name}."))
             try:
-                with jax.set_mesh(self.models.mesh):
+                with jax.set_mesh(self.models.mesh) if self.models else contextlib.nullcontext():
                     self._write(shard, staging)
                 os.chmod(staging, 0o755)  # only the owner can read the folders of mkdtemp
                 _rename(staging, path)
@@ -122,25 +149,23 @@ class Worker:
         config = dataclasses.replace(config, name=self.config.titles[shard.source])
         models = self.models
         reader = RecordReader(
-            self.config,
-            config,
-            resolution=models.tokenizer.resolution,
-            codes=int(np.prod(models.tokenizer.shape)),
-            preprocess=models.encoder.preprocess,
-            count_tokens=lambda text: len(models.text.encode(text)),
+            self.config, config, None if models is None else _model_inputs(models)
         )
         # Empty first chunks give the arrays of a shard without documents their shapes and dtypes.
-        digests = np.zeros((0, 16), np.uint8)
-        vectors = np.zeros((0, models.encoder.dimensions), np.float16)
-        chunks = {name: [digests if name in ("content", "key") else vectors] for name in ARRAYS}
-        train = config.split == TRAIN
+        chunks: dict[str, list[np.ndarray]] = {
+            name: [np.zeros((0, 16), np.uint8)] for name in DIGESTS
+        }
+        if models is not None:
+            vectors = np.zeros((0, models.encoder.dimensions), np.float16)
+            chunks |= {name: [vectors] for name in VECTORS}
+        train = (config.split or TRAIN) == TRAIN
         with (
             (folder / DOCUMENTS).open("w", encoding="utf-8") as listing,
             (folder / REJECTS).open("w", encoding="utf-8") as rejects,
             concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads,
         ):
 
-            def documents() -> Iterator[Document]:
+            def read_documents() -> Iterator[Document]:
                 for block in _blocks(source.read(shard.shard), self.config.block):
                     batch: list[PreprocessedDocument] = []
                     for result in threads.map(reader, block):
@@ -151,37 +176,34 @@ class Worker:
                     self.report(len(batch), len(block) - len(batch))
                     if not batch:
                         continue
-                    encoded = self._encode_images(batch)
-                    for name, array in self._arrays(batch, train).items():
+                    documents = [item.document for item in batch]
+                    digests = _digests(documents)
+                    arrays = {name: np.stack(rows) for name, rows in digests.items()}
+                    if models is not None:
+                        documents = _encode_images(models, batch)
+                        arrays |= self._vectors(models, batch, arrays["key"], train)
+                    for name, array in arrays.items():
                         chunks[name].append(array)
-                    for document, result in zip(encoded, batch, strict=True):
-                        listing.write(line(describe(document, result.size)))
+                    for document, result, picture in zip(
+                        documents, batch, digests["picture"], strict=True
+                    ):
+                        listing.write(line(describe(document, result.size, picture.tobytes())))
                         yield document
 
-            records.write(folder / RECORDS, documents())
+            records.write(folder / RECORDS, read_documents())
         for name, arrays in chunks.items():
             save_rows(folder / f"{name}.npy", np.concatenate(arrays))
 
-    def _encode_images(self, batch: list[PreprocessedDocument]) -> list[Document]:
-        """Returns the documents with image codes beside the pixels of every image."""
-        squares = [square for item in batch for square in item.squares]
-        codes = iter(self.models.tokenizer.encode(normalize(np.stack(squares))))
-        documents = []
-        for item in batch:
-            parts = [
-                Image(part.pixels, next(codes)) if isinstance(part, Image) else part
-                for part in item.document.parts
-            ]
-            documents.append(dataclasses.replace(item.document, parts=tuple(parts)))
-        return documents
-
-    def _arrays(self, batch: list[PreprocessedDocument], train: bool) -> dict[str, np.ndarray]:
-        """Returns the embeddings and digests of documents, by the names in `ARRAYS`.
+    def _vectors(
+        self, models: Models, batch: list[PreprocessedDocument], keys: np.ndarray, train: bool
+    ) -> dict[str, np.ndarray]:
+        """Returns the embeddings of documents, by the names in `VECTORS`.
 
         For train documents a fraction `selection.query_dropout` of the tokens of the query text is
-        dropped (CM3Leon, section 2.1). The document's key seeds the random choice.
+        dropped (CM3Leon, section 2.1). The document's key, uint8[16] in `keys`, seeds the random
+        choice.
         """
-        encoder, selection = self.models.encoder, self.config.selection
+        encoder, selection = models.encoder, self.config.selection
         encoder_inputs = [array for item in batch for array in item.encoder_inputs]
         rows = [row for row, item in enumerate(batch) for _ in item.encoder_inputs]
         image = np.zeros((len(batch), encoder.dimensions), np.float32)
@@ -189,7 +211,6 @@ class Worker:
         image = normalise(image)
         texts = [item.document.text for item in batch]
         text = encoder.embed_texts(texts)
-        keys = [_key_digest(item.document) for item in batch]
         if train and selection.query_dropout:
             query_texts = [
                 drop_tokens(document_text, encoder.text, selection.query_dropout,
@@ -203,9 +224,49 @@ class Worker:
             "document": _half(normalise(text + image)),
             "text": _half(query),
             "image": _half(image),
-            "content": np.stack([_content_digest(item.document) for item in batch]),
-            "key": np.stack(keys),
         }
+
+
+def _model_inputs(models: Models) -> ModelInputs:
+    return ModelInputs(
+        resolution=models.tokenizer.resolution,
+        codes=int(np.prod(models.tokenizer.shape)),
+        preprocess=models.encoder.preprocess,
+        count_tokens=lambda text: len(models.text.encode(text)),
+    )
+
+
+def _encode_images(models: Models, batch: list[PreprocessedDocument]) -> list[Document]:
+    """Returns the documents with image codes beside the pixels of every image."""
+    squares = [square for item in batch for square in item.squares]
+    codes = iter(models.tokenizer.encode(normalize(np.stack(squares))))
+    documents = []
+    for item in batch:
+        parts = [
+            Image(part.pixels, next(codes)) if isinstance(part, Image) else part
+            for part in item.document.parts
+        ]
+        documents.append(dataclasses.replace(item.document, parts=tuple(parts)))
+    return documents
+
+
+def _digests(documents: list[Document]) -> dict[str, list[np.ndarray]]:
+    """Returns the digests of documents by the names in `DIGESTS`.
+
+    A document without a group has the group of its images.
+    """
+    pictures = [_picture_digest(document) for document in documents]
+    groups = []
+    for document, picture in zip(documents, pictures, strict=True):
+        provenance = document.provenance
+        assert provenance is not None
+        groups.append(_digest(provenance.group.encode()) if provenance.group else picture)
+    return {
+        "content": [_content_digest(document) for document in documents],
+        "key": [_key_digest(document) for document in documents],
+        "picture": pictures,
+        "group": groups,
+    }
 
 
 def _blocks(
@@ -224,16 +285,17 @@ def _blocks(
         yield block
 
 
-def describe(document: Document, size: tuple[int, int]) -> dict[str, Any]:
+def describe(document: Document, size: tuple[int, int], picture: bytes) -> dict[str, Any]:
     """Returns the fields of a document's line in `documents.jsonl`.
 
     Args:
       document: a document with a provenance.
       size: (width, height) of its first original image in pixels.
+      picture: the digest of its stored images, 16 bytes.
     """
     provenance = document.provenance
     assert provenance is not None, "prepared documents have a provenance"
-    return vars(provenance) | {"size": list(size)}
+    return vars(provenance) | {"size": list(size), "picture": picture.hex()}
 
 
 def count_lines(path: pathlib.Path) -> int:
@@ -256,6 +318,15 @@ def _content_digest(document: Document) -> np.ndarray:
         if isinstance(part, Text):
             pieces.append(part.text.encode())
         elif isinstance(part, Image) and part.pixels is not None:
+            pieces += [str(part.pixels.shape).encode(), part.pixels.tobytes()]
+    return _digest(*pieces)
+
+
+def _picture_digest(document: Document) -> np.ndarray:
+    """Returns uint8[16], a digest of all stored images, in order."""
+    pieces: list[bytes] = []
+    for part in document.parts:
+        if isinstance(part, Image) and part.pixels is not None:
             pieces += [str(part.pixels.shape).encode(), part.pixels.tobytes()]
     return _digest(*pieces)
 

@@ -228,6 +228,7 @@ def find_neighbours(
     query_ids: Int32[np.ndarray, "q"] | None = None,
     sources: Int[np.ndarray, "n"] | None = None,
     keep: Bool[np.ndarray, "n"] | None = None,
+    pictures: tuple[Int[np.ndarray, "n"], Int[np.ndarray, "q"]] | None = None,
 ) -> tuple[Int32[np.ndarray, "q k"], Float32[np.ndarray, "q k"]]:
     """Selects neighbours for many queries as `select_diverse` does, on the current mesh's devices.
 
@@ -246,6 +247,9 @@ def find_neighbours(
       query_ids: for each query the id of its document, which is never its neighbour; -1 for none.
       sources: a number for the source of each document, for `config.alternate_sources`.
       keep: documents with False are never chosen.
+      pictures: a number for the image of each document of the index, and of each query's document.
+        A document with the query's image is skipped, whatever its text is, and of several with the
+        same image only the best is a candidate. None: images are not compared by number.
 
     Returns:
       Ids int32[q, k] and scores float32[q, k] in the order of choice; -1 and -inf where there are
@@ -275,6 +279,10 @@ def find_neighbours(
         keep=keep,
         approximate=config.recall if config.recall < 1 else False,
     )
+    if pictures is not None:
+        candidate_ids = _without_equal_pictures(
+            candidate_ids, np.asarray(pictures[0]), np.asarray(pictures[1])[rows]
+        )
     candidate_sources = None
     if config.alternate_sources:
         # The source at id -1, which is no candidate, is never used.
@@ -298,6 +306,21 @@ def find_neighbours(
         chosen, np.take_along_axis(candidate_scores, positions, axis=1), -np.inf
     )
     return ids, scores
+
+
+def _without_equal_pictures(
+    ids: Int32[np.ndarray, "q c"],
+    pictures: Int[np.ndarray, "n"],
+    query_pictures: Int[np.ndarray, "q"],
+) -> Int32[np.ndarray, "q c"]:
+    """Replaces candidates by -1 that have the image of the query or of a better candidate."""
+    numbers = np.where(ids == NONE, -1, pictures[ids])
+    # A stable sort puts the best candidate of each image first.
+    order = np.argsort(numbers, axis=1, kind="stable")
+    ordered = np.take_along_axis(numbers, order, axis=1)
+    repeats = np.zeros(ids.shape, bool)
+    np.put_along_axis(repeats, order[:, 1:], ordered[:, 1:] == ordered[:, :-1], axis=1)
+    return np.where(repeats | (numbers == query_pictures[:, None]), NONE, ids).astype(np.int32)
 
 
 def text_and_pixels(document: Document) -> tuple[str, np.ndarray]:

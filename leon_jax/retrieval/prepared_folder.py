@@ -24,7 +24,8 @@ import numpy as np
 from jaxtyping import Int32
 
 from leon_jax.config import UserError, build
-from leon_jax.data import records
+from leon_jax.data import document_folder, records
+from leon_jax.data.document_folder import MANIFEST, PREPARED_FORMAT, TRAIN, DocumentFolder
 from leon_jax.data.image_variants import Variants
 from leon_jax.data.records import RecordSource
 from leon_jax.documents import Document
@@ -32,14 +33,14 @@ from leon_jax.retrieval.neighbour_selection import SelectionConfig
 from leon_jax.retrieval.neighbour_table import Neighbours, row_type
 from leon_jax.retrieval.vector_index import VectorIndex, save_rows
 
-FORMAT = 3
-MANIFEST = "manifest.json"
-TRAIN = "train"
+FORMAT = PREPARED_FORMAT
+# The folder inside a documents folder that `leon encode` writes its prepared folders into.
+ENCODED = "encoded"
 _REMOVED = "removed.jsonl"
 _KEYS = ("splits", "shards", "config", "sha256", "inputs", "counts")
 
 
-class PreparedFolder:
+class PreparedFolder(DocumentFolder):
     """Opens the files of a prepared folder.
 
     Attributes:
@@ -48,13 +49,18 @@ class PreparedFolder:
         `sha256` (digests of the model files; for weight files, of the contents), `config`,
         `counts`.
 
+    Args:
+      folder: a prepared folder, or a documents folder with a single encoding, which is opened.
+
     Raises:
-      UserError: the folder is not a prepared folder, or is one of another version.
+      UserError: the folder is not a prepared folder, is one of another version, or has several
+        encodings.
     """
 
+    formats = (PREPARED_FORMAT,)
+
     def __init__(self, folder: str | os.PathLike):
-        self.folder = pathlib.Path(folder)
-        self.manifest = read_manifest(self.folder)
+        super().__init__(resolve(folder))
 
     @property
     def selection(self) -> SelectionConfig:
@@ -66,38 +72,6 @@ class PreparedFolder:
         if not self.manifest["config"]:
             raise UserError(f"{self.folder} was not made by leon prepare, so it cannot be searched")
         return build(SelectionConfig, self.manifest["config"]["selection"], "selection")
-
-    def shards(self, split: str) -> dict[str, int]:
-        """Returns the shards of a split: the number of documents by shard name.
-
-        Raises:
-          UserError: there is no such split.
-        """
-        splits = self.manifest["shards"]
-        if split not in splits:
-            raise UserError(
-                f"{self.folder} has no split {split!r}; its splits are {', '.join(splits)}"
-            )
-        return splits[split]
-
-    def paths(self, split: str, ending: str) -> list[pathlib.Path]:
-        """Returns the paths of one kind of file of a split, in row order."""
-        return [self.folder / f"{shard}.{ending}" for shard in self.shards(split)]
-
-    def listing(self, split: str = TRAIN) -> Iterator[dict[str, Any]]:
-        """Yields the lines of `.documents.jsonl` of a split, one for each document, in order."""
-        for path in self.paths(split, "documents.jsonl"):
-            try:
-                file = path.open(encoding="utf-8")
-            except OSError as error:
-                raise UserError(f"cannot read {path}: {error.strerror}") from error
-            with file:
-                yield from map(json.loads, file)
-
-    def records(self, split: str = TRAIN, *, pixels: bool = True) -> RecordSource:
-        """Opens the documents of a split."""
-        lengths = self.shards(split).values()
-        return RecordSource(self.paths(split, "array_record"), pixels=pixels, lengths=[*lengths])
 
     def vector_index(self) -> VectorIndex:
         """Opens the vector index; row i belongs to record i of `train`."""
@@ -121,26 +95,33 @@ class PreparedFolder:
         return Neighbours.open(self.paths(split, "neighbours.npy"))
 
 
+def resolve(folder: str | os.PathLike) -> pathlib.Path:
+    """Returns the only encoding of a documents folder; any other folder is returned as it is.
+
+    Raises:
+      UserError: the folder has several encodings.
+    """
+    folder = pathlib.Path(folder)
+    paths = encodings(folder)
+    if len(paths) > 1:
+        raise UserError(
+            f"{folder} is encoded with several models; name one of {', '.join(map(str, paths))}"
+        )
+    return paths[0] if paths else folder
+
+
+def encodings(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Returns the prepared folders inside a documents folder, sorted; none in other folders."""
+    return sorted(path.parent for path in (folder / ENCODED).glob(f"[!.]*/{MANIFEST}"))
+
+
 def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
     """Reads the manifest of a prepared folder.
 
     Raises:
       UserError: there is no manifest, or it is of another version.
     """
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        version = manifest["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{folder} is not a prepared folder (it has no {MANIFEST} that can be read); "
-            "make one with leon prepare"
-        ) from error
-    if version != FORMAT:
-        raise UserError(
-            f"{folder} was prepared by another version (its format is {version}, this one reads "
-            f"{FORMAT}); run leon prepare again"
-        )
-    return manifest
+    return document_folder.read_manifest(resolve(folder), PreparedFolder.formats)
 
 
 def read_removed(folder: pathlib.Path) -> set[tuple[str, str]]:

@@ -9,9 +9,10 @@ from jaxtyping import Float64
 from leon_jax.config import UserError
 from leon_jax.data import image_variants
 from leon_jax.data.config import DataConfig, MixtureComponent
+from leon_jax.data.document_folder import TRAIN
 from leon_jax.data.examples import Component, Neighbours
 from leon_jax.retrieval.neighbour_selection import sample_neighbours
-from leon_jax.retrieval.prepared_folder import TRAIN, PreparedFolder
+from leon_jax.retrieval.prepared_folder import PreparedFolder
 
 
 def open_components(data: DataConfig) -> list[Component]:

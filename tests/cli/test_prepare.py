@@ -7,7 +7,8 @@ import PIL.Image
 import pytest
 
 from leon_jax.cli import main
-from leon_jax.retrieval.prepared_folder import PreparedFolder
+from leon_jax.data.document_folder import DocumentFolder
+from leon_jax.retrieval.prepared_folder import PreparedFolder, encodings
 from tests import tiny
 
 
@@ -39,7 +40,7 @@ def leon(capsys, *arguments):
 
 def test_a_folder_of_images_is_prepared_audited_and_edited(capsys, tmp_path, images):
     out = tmp_path / "prepared"
-    source = f"--source=jsonl:{images}"
+    source = f"--source=train=jsonl:{images}"
     code, stdout, _ = leon(
         capsys, source, "--licence=CC-BY-4.0", "--attribution=me", f"--out={out}"
     )
@@ -47,14 +48,39 @@ def test_a_folder_of_images_is_prepared_audited_and_edited(capsys, tmp_path, ima
     assert "card.md" in stdout and (out / "card.md").is_file()
     assert {d["attribution"] for d in PreparedFolder(out).listing()} == {"me"}
     code, stdout, _ = leon(capsys, f"--out={out}", "--audit", "n2")
-    (document,) = json.loads(stdout)
-    assert code == 0 and document["licence"] == "CC-BY-4.0" and document["text"]
+    collected, encoded = json.loads(stdout)
+    assert code == 0 and collected["licence"] == "CC-BY-4.0" and collected["text"]
+    assert set(encoded["neighbours"]) == {"text", "image"}
     (tmp_path / "keys.txt").write_text("n2\nn9\n")
     code, stdout, _ = leon(capsys, f"--out={out}", "--remove-keys", tmp_path / "keys.txt")
     assert code == 0 and "removed 1 documents" in stdout and "1 keys are not in" in stdout
     assert [d["key"] for d in PreparedFolder(out).listing()] == ["n0", "n1", "n3"]
     code, stdout, _ = leon(capsys, source, "--licence=CC0-1.0", f"--out={out}")
     assert code == 0 and [d["key"] for d in PreparedFolder(out).listing()] == ["n0", "n1", "n3"]
+
+
+def test_documents_are_collected_without_models_and_encoded_later(capsys, tmp_path, images):
+    out = tmp_path / "documents"
+    arguments = [f"--source=jsonl:{images}", "--licence=CC-BY-4.0", f"--out={out}", "--side=24"]
+    code = main.run(["prepare", *arguments])
+    stdout = capsys.readouterr().out
+    # One of four groups is held out.
+    assert code == 0 and "(3 train, 1 held_out; 2 records rejected)" in stdout
+    assert DocumentFolder(out).records()[0].pixels.shape == (24, 24, 3)
+    code = main.run(["encode", f"--folder={out}", f"--model={tiny.folders()[0]}"])
+    stdout = capsys.readouterr().out
+    assert code == 0 and stdout == f"encoded: {encodings(out)[0]} (3 train, 1 held_out)\n"
+    assert PreparedFolder(out).records()[0].codes.shape == (tiny.GRID, tiny.GRID)
+    for arguments, message in (
+        ([], "--folder is missing"),
+        (["--folder=nowhere"], "nowhere is not a documents folder"),
+        ([f"--folder={out}", "--model=nowhere"], "there is no model folder nowhere"),
+        ([f"--folder={out}", "--text=nowhere"], "there is no file nowhere, which --text names"),
+        ([f"--folder={out}", "--beam=--x"], "--beam needs --runner"),
+    ):
+        code = main.run(["encode", *arguments])
+        error = capsys.readouterr().err
+        assert code == 2 and message in error and error.count("\n") == 1, error
 
 
 def test_splits_and_a_config_file(capsys, tmp_path, images):
@@ -78,7 +104,7 @@ def get_config():
     )
     code, stdout, error = leon(
         capsys, f"--config={tmp_path / 'filters.py'}", f"--out={out}", "--config.max_text=7",
-        f"--source=jsonl:{images}", "--licence=CC0-1.0",
+        f"--source=train=jsonl:{images}", "--licence=CC0-1.0",
     )  # fmt: skip
     assert code == 0 and "4 train" in stdout, error
     assert PreparedFolder(out).manifest["config"]["max_text"] == 7
@@ -98,7 +124,7 @@ def get_config():
         (["--source=csv:x"], "kind is 'csv'; it must be one of"),
         (["--source=jsonl:nowhere"], "nowhere"),
         (["--source=test=jsonl:nowhere"], "no source has the split 'train'; the splits are test"),
-        (["--audit=x", "--out=nowhere"], "nowhere is not a prepared folder"),
+        (["--audit=x", "--out=nowhere"], "nowhere is not a documents folder"),
         (["--licence=MIT"], "--licence and --attribution need --source"),
         (["--source=jsonl:{}", "--licence=GPL-9"], "--licence=GPL-9 is not an SPDX licence"),
         (["--beam=--x", "--source=jsonl:{}"], "--beam needs --runner"),

@@ -11,7 +11,7 @@ from leon_jax.data.sources.raw_record import REASONS, RawRecord, Reject, SourceC
 from leon_jax.documents import Text
 from leon_jax.prepare import record_reader
 from leon_jax.prepare.config import PrepareConfig
-from leon_jax.prepare.record_reader import RecordReader
+from leon_jax.prepare.record_reader import ModelInputs, RecordReader
 
 SOURCE = SourceConfig("jsonl", "cats", name="cats", licence="CC-BY-4.0", attribution="me")
 NO_LICENCE = SourceConfig("jsonl", "cats", name="cats")
@@ -40,10 +40,8 @@ def claiming(width, height):
 def read(*parts, source=SOURCE, config=None, key="cat", **fields):
     settings = {"min_side": 8, "max_aspect": 2.0, "max_text": 100, "max_tokens": 40}
     config = PrepareConfig((source,), "t", "e", "x", **settings | (config or {}))
-    reader = RecordReader(
-        config, source, resolution=16, codes=4, preprocess=lambda pixels: pixels[:9, :9],
-        count_tokens=len,
-    )  # fmt: skip
+    models = ModelInputs(16, 4, preprocess=lambda pixels: pixels[:9, :9], count_tokens=len)
+    reader = RecordReader(config, source, models)
     return reader(RawRecord(key, parts, **fields))
 
 
@@ -131,4 +129,4 @@ def test_a_document_with_exactly_the_maximum_number_of_ids_is_accepted():
 def test_rejects_of_a_source_pass_through():
     reject = Reject("shard 3", "unreadable_shard", "the tar ends early")
     config = PrepareConfig((SOURCE,), "t", "e", "x")
-    assert RecordReader(config, SOURCE, 16, 4, lambda p: p, len)(reject) is reject
+    assert RecordReader(config, SOURCE)(reject) is reject

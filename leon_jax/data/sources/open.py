@@ -10,6 +10,7 @@ _KINDS = {
     "tfds": ("leon_jax.data.sources.tfds:Tfds", "data"),
     "webdataset": ("leon_jax.data.sources.webdataset:WebDataset", "data"),
     "parquet": ("leon_jax.data.sources.parquet:Parquet", "data"),
+    "documents": ("leon_jax.data.sources.documents:Documents", "data"),
     "jsonl": ("leon_jax.data.sources.jsonl:Jsonl", "data"),
     "huggingface": ("leon_jax.data.sources.huggingface:HuggingFace", "huggingface"),
 }

@@ -16,7 +16,7 @@ class IndexedSource(abc.ABC):
 
     def __init__(self, config: SourceConfig):
         self.config = config
-        self.split = config.read_split or config.split
+        self.split = config.read_split or config.split or "train"
         self._rows: Any = self._open()
 
     @abc.abstractmethod
@@ -64,7 +64,7 @@ class IndexedSource(abc.ABC):
 
 
 def caption_records(
-    metadata: dict[str, str], texts: Sequence[str | bytes | None], image: bytes
+    metadata: dict[str, Any], texts: Sequence[str | bytes | None], image: bytes
 ) -> list[RawRecord | Reject]:
     """Returns one record per caption of an image; the records form a group.
 

@@ -36,6 +36,7 @@ Reason = Literal[
     "copy_near",
     "copy_of_evaluation",
     "removed_by_request",
+    "picture_held_out",  # an image of a held-out document
 ]
 REASONS: tuple[str, ...] = get_args(Reason)
 
@@ -53,6 +54,7 @@ class RawRecord:
       parts: texts (str) and encoded images (bytes), in reading order.
       licence, attribution, language, origin, group: the fields of
         `leon_jax.documents.Provenance` (`origin` is its `source`); "" if the record has none.
+      captions: alternative captions of the document; see `leon_jax.documents.Provenance`.
     """
 
     key: str
@@ -62,6 +64,7 @@ class RawRecord:
     language: str = ""
     origin: str = ""
     group: str = ""
+    captions: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,8 +90,9 @@ class SourceConfig:
       kind: the format, a kind that `open_source` knows.
       path: a file, a folder or a pattern with `*` or `{000..010}`. For "tfds" and "huggingface" the
         name of a dataset or its folder.
-      split: the split of the prepared folder that the records go to.
-      read_split: the split of the dataset to read, if it has splits; by default `split`.
+      split: the split that the records go to. "": train, and a share of the records is held out
+        (see `PrepareConfig.held_out`).
+      read_split: the split of the dataset to read, if it has splits; by default `split`, or train.
       name: default of `provenance.source`; by default the last part of `path`.
       licence, attribution, language: defaults for records without these fields. A record without
         any licence is rejected.
@@ -115,7 +119,7 @@ class SourceConfig:
     def __post_init__(self):
         if self.shard_size < 1:
             raise UserError(f"shard_size is {self.shard_size}; it must be at least 1")
-        if not self.split or not self.split.replace("_", "a").replace("-", "a").isalnum():
+        if self.split and not self.split.replace("_", "a").replace("-", "a").isalnum():
             raise UserError(
                 f"split is {self.split!r}; it becomes part of file names, so use letters, digits, "
                 "- and _"
