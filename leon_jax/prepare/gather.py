@@ -106,13 +106,19 @@ def gather(
             message += f"; the first, {first['key']}: {first['detail'] or first['reason']}"
             message += f"; for the others see {final}/{TRAIN}-*.{REJECTS}"
         raise UserError(message)
+    # Too few documents to hold some out: there is no such split.
+    splits = [
+        split
+        for split in config.splits
+        if split != HELD_OUT or part_names[split] or any(counts[name] for name in by_split[split])
+    ]
     return {
-        "splits": {split: sum(counts[name] for name in by_split[split]) for split in config.splits},
+        "splits": {split: sum(counts[name] for name in by_split[split]) for split in splits},
         "shards": {
             split: {name: counts[name] for name in by_split[split] if counts[name]}
-            for split in config.splits
+            for split in splits
         },
-        "counts": {split: count(final, by_split[split]) for split in config.splits},
+        "counts": {split: count(final, by_split[split]) for split in splits},
     }
 
 

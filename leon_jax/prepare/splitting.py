@@ -40,7 +40,8 @@ def connected_sets(groups: Digests, pictures: Digests) -> Int[np.ndarray, "n"]:
 def held_out(groups: Digests, pictures: Digests, share: float) -> Bool[np.ndarray, "n"]:
     """Returns a mask of the documents to hold out: about `share` of all sets.
 
-    At least one set is held out if there are two or more, and at least one is not.
+    At least one set is held out if `share` of all sets is half a set or more. At least one set is
+    not held out.
 
     Args:
       groups, pictures: see `connected_sets`.
@@ -54,7 +55,7 @@ def held_out(groups: Digests, pictures: Digests, share: float) -> Bool[np.ndarra
     _, starts = np.unique(sets[order], return_index=True)
     positions = np.array([_position(groups[row].tobytes()) for row in order[starts]])
     chosen = positions < share
-    if len(positions) > 1 and not chosen.any():
+    if len(positions) * share >= 0.5 and not chosen.any():
         chosen[np.argmin(positions)] = True
     if chosen.all():
         chosen[np.argmax(positions)] = False

@@ -62,9 +62,9 @@ def test_a_folder_of_images_is_prepared_audited_and_edited(capsys, tmp_path, ima
 def test_documents_are_collected_without_models_and_encoded_later(capsys, tmp_path, images):
     out = tmp_path / "documents"
     arguments = [f"--source=jsonl:{images}", "--licence=CC-BY-4.0", f"--out={out}", "--side=24"]
+    arguments.append("--held_out=0.2")
     code = main.run(["prepare", *arguments])
     stdout = capsys.readouterr().out
-    # One of four groups is held out.
     assert code == 0 and "(3 train, 1 held_out; 2 records rejected)" in stdout
     assert DocumentFolder(out).records()[0].pixels.shape == (24, 24, 3)
     code = main.run(["encode", f"--folder={out}", f"--model={tiny.folders()[0]}"])

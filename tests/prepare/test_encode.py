@@ -114,11 +114,13 @@ def test_what_is_held_out_does_not_depend_on_the_other_documents(tmp_path):
     assert few and few <= many and not few & trained
 
 
-def test_small_sets_hold_out_one_group_and_never_all():
-    digests = np.arange(3 * 16, dtype=np.uint8).reshape(3, 16)
-    assert splitting.held_out(digests, digests, 1e-9).sum() == 1
-    assert splitting.held_out(digests, digests, 1 - 1e-9).sum() == 2
+def test_a_small_share_holds_out_one_group_and_a_large_one_never_all(out):
+    digests = np.arange(5 * 16, dtype=np.uint8).reshape(5, 16)
+    assert splitting.held_out(digests[2:], digests[2:], 0.001).sum() == 0
+    assert splitting.held_out(digests[2:], digests[2:], 0.17).sum() == 1
+    assert splitting.held_out(digests, digests, 1 - 1e-9).sum() == 4
     assert not splitting.held_out(digests[:1], digests[:1], 0.5).any()
+    assert collect(out, {"": documents(3)}, held_out=0.01)["splits"] == {"train": 3}
 
 
 def test_groups_and_images_connect_documents():
