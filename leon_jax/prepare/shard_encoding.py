@@ -233,7 +233,7 @@ def describe(document: Document, size: tuple[int, int]) -> dict[str, Any]:
     """
     provenance = document.provenance
     assert provenance is not None, "prepared documents have a provenance"
-    return vars(provenance) | {"size": list(size)}
+    return provenance.to_dict() | {"size": list(size)}
 
 
 def count_lines(path: pathlib.Path) -> int:

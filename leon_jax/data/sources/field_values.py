@@ -112,7 +112,7 @@ def parse_object(data: bytes) -> dict[str, Any]:
     return value
 
 
-def read_metadata(record: Mapping[str, Any], config: SourceConfig) -> dict[str, str]:
+def read_metadata(record: Mapping[str, Any], config: SourceConfig) -> dict[str, Any]:
     """Returns the metadata of a record: the attributes of `RawRecord` except `parts`.
 
     A missing field gives "". If neither the record nor the configuration has an attribution, the

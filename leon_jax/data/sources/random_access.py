@@ -64,7 +64,7 @@ class IndexedSource(abc.ABC):
 
 
 def caption_records(
-    metadata: dict[str, str], texts: Sequence[str | bytes | None], image: bytes
+    metadata: dict[str, Any], texts: Sequence[str | bytes | None], image: bytes
 ) -> list[RawRecord | Reject]:
     """Returns one record per caption of an image; the records form a group.
 

@@ -53,6 +53,8 @@ class RawRecord:
       parts: texts (str) and encoded images (bytes), in reading order.
       licence, attribution, language, origin, group: the fields of
         `leon_jax.documents.Provenance` (`origin` is its `source`); "" if the record has none.
+      captions: alternative captions of the document; see `leon_jax.documents.Provenance`.
+      family: the family of the group; see `leon_jax.documents.Provenance`.
     """
 
     key: str
@@ -62,6 +64,8 @@ class RawRecord:
     language: str = ""
     origin: str = ""
     group: str = ""
+    captions: tuple[str, ...] = ()
+    family: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
