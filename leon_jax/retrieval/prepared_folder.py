@@ -24,7 +24,8 @@ import numpy as np
 from jaxtyping import Int32
 
 from leon_jax.config import UserError, build
-from leon_jax.data import records
+from leon_jax.data import document_folder, records
+from leon_jax.data.document_folder import DocumentFolder
 from leon_jax.data.image_variants import Variants
 from leon_jax.data.records import RecordSource
 from leon_jax.documents import Document
@@ -33,28 +34,24 @@ from leon_jax.retrieval.neighbour_table import Neighbours, row_type
 from leon_jax.retrieval.vector_index import VectorIndex, save_rows
 
 FORMAT = 3
-MANIFEST = "manifest.json"
-TRAIN = "train"
+MANIFEST, TRAIN = document_folder.MANIFEST, document_folder.TRAIN
 _REMOVED = "removed.jsonl"
 _KEYS = ("splits", "shards", "config", "sha256", "inputs", "counts")
 
 
-class PreparedFolder:
+class PreparedFolder(DocumentFolder):
     """Opens the files of a prepared folder.
 
     Attributes:
-      folder: its path.
-      manifest: `splits` (documents in each), `shards` (documents in each shard of each split),
-        `sha256` (digests of the model files; for weight files, of the contents), `config`,
-        `counts`.
+      manifest: beside `splits` and `shards`, it has `sha256` (digests of the model files; for
+        weight files, of the contents), `config` and `counts`.
 
     Raises:
       UserError: the folder is not a prepared folder, or is one of another version.
     """
 
-    def __init__(self, folder: str | os.PathLike):
-        self.folder = pathlib.Path(folder)
-        self.manifest = read_manifest(self.folder)
+    NAME = "a prepared folder"
+    FORMATS = (FORMAT,)
 
     @property
     def selection(self) -> SelectionConfig:
@@ -66,38 +63,6 @@ class PreparedFolder:
         if not self.manifest["config"]:
             raise UserError(f"{self.folder} was not made by leon prepare, so it cannot be searched")
         return build(SelectionConfig, self.manifest["config"]["selection"], "selection")
-
-    def shards(self, split: str) -> dict[str, int]:
-        """Returns the shards of a split: the number of documents by shard name.
-
-        Raises:
-          UserError: there is no such split.
-        """
-        splits = self.manifest["shards"]
-        if split not in splits:
-            raise UserError(
-                f"{self.folder} has no split {split!r}; its splits are {', '.join(splits)}"
-            )
-        return splits[split]
-
-    def paths(self, split: str, ending: str) -> list[pathlib.Path]:
-        """Returns the paths of one kind of file of a split, in row order."""
-        return [self.folder / f"{shard}.{ending}" for shard in self.shards(split)]
-
-    def listing(self, split: str = TRAIN) -> Iterator[dict[str, Any]]:
-        """Yields the lines of `.documents.jsonl` of a split, one for each document, in order."""
-        for path in self.paths(split, "documents.jsonl"):
-            try:
-                file = path.open(encoding="utf-8")
-            except OSError as error:
-                raise UserError(f"cannot read {path}: {error.strerror}") from error
-            with file:
-                yield from map(json.loads, file)
-
-    def records(self, split: str = TRAIN, *, pixels: bool = True) -> RecordSource:
-        """Opens the documents of a split."""
-        lengths = self.shards(split).values()
-        return RecordSource(self.paths(split, "array_record"), pixels=pixels, lengths=[*lengths])
 
     def vector_index(self) -> VectorIndex:
         """Opens the vector index; row i belongs to record i of `train`."""
@@ -127,20 +92,7 @@ def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
     Raises:
       UserError: there is no manifest, or it is of another version.
     """
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        version = manifest["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{folder} is not a prepared folder (it has no {MANIFEST} that can be read); "
-            "make one with leon prepare"
-        ) from error
-    if version != FORMAT:
-        raise UserError(
-            f"{folder} was prepared by another version (its format is {version}, this one reads "
-            f"{FORMAT}); run leon prepare again"
-        )
-    return manifest
+    return document_folder.read_manifest(folder, PreparedFolder.NAME, PreparedFolder.FORMATS)
 
 
 def read_removed(folder: pathlib.Path) -> set[tuple[str, str]]:
@@ -186,7 +138,7 @@ def write_split(
 
         def documents_listed() -> Iterator[Document]:
             for document in documents:
-                provenance = vars(document.provenance) if document.provenance else {}
+                provenance = document.provenance.to_dict() if document.provenance else {}
                 listing.write(json.dumps(provenance) + "\n")
                 yield document
 

@@ -1,0 +1,125 @@
+"""Reads a folder of documents, the data of every kind of training; `leon prepare` makes it.
+
+A folder has splits, and a split has shards. Each shard, SPLIT-NNNNN, has these files:
+
+    .array_record     documents with stored images (`leon_jax.data.records`)
+    .documents.jsonl  key, source, licence, attribution, language, ... and size of each document
+    .rejects.jsonl    rejected documents and the reasons
+
+manifest.json has the number of documents in each split (`splits`) and in each shard (`shards`).
+Rows are numbered through the shards of a split. A prepared folder
+(`leon_jax.retrieval.prepared_folder`) has these files as well, so it can be read as documents.
+"""
+
+import json
+import os
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
+
+from leon_jax.config import UserError
+from leon_jax.data.records import RecordSource
+
+MANIFEST = "manifest.json"
+TRAIN = "train"
+
+
+class DocumentFolder:
+    """Opens the files of a folder of documents.
+
+    Attributes:
+      folder: its path.
+      manifest: `splits` (documents in each), `shards` (documents in each shard of each split), and
+        the settings that it was made with.
+
+    Raises:
+      UserError: the folder is not a folder of documents, or is one of another version.
+    """
+
+    # What messages call such a folder, and the formats of manifest.json that are read.
+    NAME: ClassVar[str] = "a documents folder"
+    FORMATS: ClassVar[tuple[int, ...]] = (3, 4)
+
+    def __init__(self, folder: str | os.PathLike):
+        self.folder = pathlib.Path(folder)
+        self.manifest = read_manifest(self.folder, self.NAME, self.FORMATS)
+
+    @property
+    def splits(self) -> dict[str, int]:
+        """The number of documents of each split."""
+        return self.manifest["splits"]
+
+    def shards(self, split: str) -> dict[str, int]:
+        """Returns the shards of a split: the number of documents by shard name.
+
+        Raises:
+          UserError: there is no such split.
+        """
+        splits = self.manifest["shards"]
+        if split not in splits:
+            raise UserError(
+                f"{self.folder} has no split {split!r}; its splits are {', '.join(splits)}"
+            )
+        return splits[split]
+
+    def paths(self, split: str, ending: str) -> list[pathlib.Path]:
+        """Returns the paths of one kind of file of a split, in row order.
+
+        Raises:
+          UserError: there is no such split.
+        """
+        return [self.folder / f"{shard}.{ending}" for shard in self.shards(split)]
+
+    def listing(self, split: str = TRAIN) -> Iterator[dict[str, Any]]:
+        """Yields the lines of `.documents.jsonl` of a split, one for each document, in order.
+
+        Raises:
+          UserError: there is no such split, or a file cannot be read.
+        """
+        for path in self.paths(split, "documents.jsonl"):
+            try:
+                file = path.open(encoding="utf-8")
+            except OSError as error:
+                raise UserError(f"cannot read {path}: {error.strerror}") from error
+            with file:
+                yield from map(json.loads, file)
+
+    def records(self, split: str = TRAIN, pixels: bool = True) -> RecordSource:
+        """Opens the documents of a split, with random access.
+
+        Args:
+          split: name of the split.
+          pixels: whether to decode the pixels of images that have codes.
+
+        Raises:
+          UserError: there is no such split, or a file is missing or damaged.
+        """
+        lengths = self.shards(split).values()
+        return RecordSource(self.paths(split, "array_record"), pixels=pixels, lengths=[*lengths])
+
+
+def read_manifest(folder: pathlib.Path, name: str, formats: Sequence[int]) -> dict[str, Any]:
+    """Reads the manifest of a folder.
+
+    Args:
+      folder: the folder.
+      name: what the message calls such a folder, for example "a documents folder".
+      formats: the formats that can be read.
+
+    Raises:
+      UserError: there is no manifest, or it is of another version.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        version = manifest["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder} is not {name} (it has no {MANIFEST} that can be read); "
+            "make one with leon prepare"
+        ) from error
+    if version not in formats:
+        raise UserError(
+            f"{folder} was prepared by another version (its format is {version}, this one reads "
+            f"{' and '.join(map(str, formats))}); run leon prepare again"
+        )
+    return manifest
