@@ -1,6 +1,8 @@
 """CM3Leon's image tokenizer: 256 px images as 32 x 32 codes out of 8,192.
 
-    leon train --config=configs/vqgan_256.py --workdir=runs/vqgan_256 --config.data.dir=DATASET
+    leon train --config=configs/vqgan_256.py --workdir=runs/vqgan_256 --config.data.folder=FOLDER
+
+FOLDER is a folder of documents that `leon prepare` made; config.data.mixture takes several.
 
 The geometry is that of Make-A-Scene (Gafni et al. 2022), which CM3Leon used; the network and the
 losses are taming-transformers' f8 configuration (channels 128, multipliers 1, 1, 2, 4, attention at
@@ -47,7 +49,8 @@ def get_config() -> ConfigDict:
                 "beta2": 0.9,
                 "weight_decay": 0.0,
             },
-            "data": {"dir": "data/emoji"},
+            "augment": {"crop": 0.75, "mirror": 0.5},
+            "data": {"folder": "", "threads": 16},
             "loop": {},
         }
     )

@@ -146,11 +146,16 @@ class Provenance:
       licence: an SPDX licence identifier, for example "CC-BY-4.0".
       attribution: the credit line that the licence requires; may be empty.
       language: BCP 47 tag of the text.
-      group: documents of one group are variations of one thing; "" if the group is unknown. All
-        documents of a group are in one split, and training can weight groups.
+      group: documents of one group are variations of one thing; "" if the group is unknown. The
+        retrieval encoder learns that they match each other.
+      family: groups of one family are nearly alike, such as a thing in several colours; "" if the
+        group is the whole family. Training of a decoder can weight families.
+      captions: alternative captions of the document. The training of the retrieval encoder draws
+        one of them at random; if there are none, it uses the text of the document.
 
     Raises:
-      ValueError: key, source, licence or language is empty or not a string.
+      ValueError: key, source, licence or language is empty, a caption is empty, or a value is not
+        a string.
     """
 
     key: str
@@ -159,14 +164,35 @@ class Provenance:
     attribution: str
     language: str = "en"
     group: str = ""
+    family: str = ""
+    captions: tuple[str, ...] = ()
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if not isinstance(value, str) or (
-                not value and field.name not in ("attribution", "group")
+            if field.name == "captions":
+                self._check_captions()
+            elif not isinstance(value, str) or (
+                not value and field.name not in ("attribution", "group", "family")
             ):
                 raise ValueError(f"provenance.{field.name} is {value!r}; it must be a string")
+
+    def to_dict(self) -> dict[str, str | tuple[str, ...]]:
+        """Returns the values by name, without `family` and `captions` if they are empty."""
+        return {
+            name: value
+            for name, value in vars(self).items()
+            if value or name not in ("family", "captions")
+        }
+
+    def _check_captions(self) -> None:
+        if not isinstance(self.captions, tuple | list) or not all(
+            isinstance(caption, str) and caption for caption in self.captions
+        ):
+            raise ValueError(
+                f"provenance.captions is {self.captions!r}; it must be a tuple of strings"
+            )
+        object.__setattr__(self, "captions", tuple(self.captions))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -47,9 +47,8 @@ MAY_IMPORT = {
     "engine": {"config", "vocabulary", "sharding", "ops", "models"},
     # A model that has nothing to retrieve from prepares the demonstration's documents first.
     "generate": BELOW_TRAINING | {"engine", "model_folder", "prepare", "datasets"},
-    # A training run samples images, with the same engine as everyone else. The tokenizers and the
-    # encoder of the demonstration are trained on its data set.
-    "train": BELOW_TRAINING | {"engine", "datasets", "file_lock"},
+    # A training run samples images, with the same engine as everyone else.
+    "train": BELOW_TRAINING | {"engine", "file_lock"},
     # A plan compiles what training and decoding would run.
     "plan": BELOW_TRAINING | {"train", "engine"},
     # What is measured is the finished thing, as a person would use it.

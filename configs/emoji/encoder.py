@@ -7,8 +7,6 @@ docs/retrieval.md has the results.
 
 from ml_collections import ConfigDict
 
-TEXT_SIZE = 2048  # entries of runs/emoji/text; the encoder adds padding, start and end
-
 
 def get_config() -> ConfigDict:
     steps = 1600
@@ -18,6 +16,8 @@ def get_config() -> ConfigDict:
             "seed": 0,
             "steps": steps,
             "batch_size": 128,
+            # Both designs of a concept, so that the encoder ignores the design.
+            "views": 2,
             "model": {
                 "vision": {
                     "image_size": 48,
@@ -29,14 +29,15 @@ def get_config() -> ConfigDict:
                 },
                 "text": {
                     "context_length": 32,
-                    "vocab_size": TEXT_SIZE + 3,
+                    "vocab_size": 0,  # that of the text tokenizer
                     "width": 128,
                     "layers": 2,
                     "heads": 2,
                 },
                 "embed_dim": 128,
             },
-            "augment": {"zoom": 0.2, "shift": 0.08},
+            # Some emoji show text or a direction, so none is mirrored.
+            "augment": {"zoom": 0.2, "shift": 0.08, "mirror": 0.0},
             "optimizer": {
                 "learning_rate": 1e-3,
                 "warmup_steps": 50,
@@ -47,7 +48,10 @@ def get_config() -> ConfigDict:
                 "beta2": 0.98,
                 "weight_decay": 0.1,
             },
-            "data": {"dir": "data/emoji", "text": "runs/emoji/text/export/text.json"},
+            "data": {
+                "folder": "data/emoji_prepared",
+                "text": "runs/emoji/text/export/text.json",
+            },
             "loop": {},
         }
     )

@@ -7,4 +7,4 @@ from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    return ConfigDict({"kind": "text", "size": 2048, "data": {"dir": "data/emoji"}})
+    return ConfigDict({"kind": "text", "size": 2048, "data": {"folder": "data/emoji_prepared"}})

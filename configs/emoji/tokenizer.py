@@ -47,7 +47,7 @@ def get_config() -> ConfigDict:
                 "beta2": 0.95,
                 "weight_decay": 0.0,
             },
-            "data": {"dir": "data/emoji"},
+            "data": {"folder": "data/emoji_prepared"},
             "loop": {},
         }
     )

@@ -78,8 +78,9 @@ def main(argv: list[str]) -> None:
     if kind == "text":
         from leon_jax.train import text_tokenizer
 
-        tokenizer = text_tokenizer.run(configs.build(text_tokenizer.TextConfig, values), workdir)
-        print(f"{tokenizer.size} entries; saved to {workdir / 'export'}", file=sys.stderr)
+        config = configs.build(text_tokenizer.TextConfig, values)
+        summary = text_tokenizer.summary(text_tokenizer.run(config, workdir), config)
+        print(f"{summary}; saved to {workdir / 'export'}", file=sys.stderr)
         return
 
     _check_process_flags()

@@ -8,17 +8,45 @@ dark lines, and *outlining* adds dark lines where colours meet.
 import dataclasses
 
 import numpy as np
+import PIL.Image
 from jaxtyping import Float32, UInt8
+
+from leon_jax.config import UserError
 
 BACKGROUND = 255  # white, the background of the drawings and the colour outside the image
 LUMINANCE = np.array([0.299, 0.587, 0.114], np.float32)  # Rec. 601
 
 
 @dataclasses.dataclass(frozen=True)
-class AugmentConfig:
-    """Strengths of the random augmentations; all zeros give the resized image.
+class CropConfig:
+    """A random square crop.
 
     Attributes:
+      crop: the smallest side of the crop, as a share of the image's shorter side; above 0. The side
+        is uniform between this and the shorter side, and 1 always takes the largest square.
+      mirror: probability of swapping left and right.
+
+    Raises:
+      UserError: a value is out of range.
+    """
+
+    crop: float = 0.75
+    mirror: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0 < self.crop <= 1:
+            raise UserError(f"crop is {self.crop}; it must be above 0 and at most 1")
+        if not 0 <= self.mirror <= 1:
+            raise UserError(f"mirror is {self.mirror}; it must be between 0 and 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class AugmentConfig:
+    """Strengths of the random augmentations; all zeros, and `crop` 1, give the resized image.
+
+    Attributes:
+      crop: the smallest side of the random square crop, as a share of the image's shorter side. It
+        comes first. 1 always takes the largest square, at a random place of a longer image.
       zoom: the image is scaled by exp(uniform(-zoom, zoom)).
       aspect: the ratio of height to width is multiplied by exp(uniform(-aspect, aspect)).
       shift: maximum shift of the centre in each direction, as a fraction of the side.
@@ -32,6 +60,7 @@ class AugmentConfig:
       outline: probability of adding dark lines where colours meet.
     """
 
+    crop: float = 1.0
     zoom: float = 0.2
     aspect: float = 0.1
     shift: float = 0.08
@@ -45,23 +74,63 @@ class AugmentConfig:
     close: float = 0.3
     outline: float = 0.2
 
+    def __post_init__(self) -> None:
+        CropConfig(self.crop, self.mirror)
+
+
+def random_square(
+    sides: tuple[int, int], crop: float, rng: np.random.Generator
+) -> tuple[int, int, int]:
+    """Returns the top, the left and the side of a random square in an image, in pixels.
+
+    Args:
+      sides: height and width of the image.
+      crop: the smallest side of the square, as a share of the shorter side; in (0, 1].
+      rng: source of all random numbers.
+    """
+    side = max(1, round(min(sides) * rng.uniform(crop, 1.0)))
+    top, left = (int(rng.integers(0, length - side + 1)) for length in sides)
+    return top, left, side
+
+
+def random_crop(
+    pixels: UInt8[np.ndarray, "h w 3"],
+    size: int,
+    config: CropConfig,
+    rng: np.random.Generator,
+) -> UInt8[np.ndarray, "size size 3"]:
+    """Returns a random square of an image, resized (Lanczos) and mirrored at random.
+
+    Args:
+      pixels: the image, of any size.
+      size: height and width of the result in pixels.
+      config: the smallest square, and the probability of mirroring.
+      rng: source of all random numbers.
+    """
+    top, left, side = random_square(pixels.shape[:2], config.crop, rng)
+    image = PIL.Image.fromarray(pixels).crop((left, top, left + side, top + side))
+    image = image.resize((size, size), PIL.Image.Resampling.LANCZOS)
+    if rng.random() < config.mirror:
+        image = image.transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT)
+    return np.asarray(image)
+
 
 def augment(
     pixels: UInt8[np.ndarray, "h w 3"],
     size: int,
     config: AugmentConfig,
     rng: np.random.Generator,
-    mirror: bool = True,
 ) -> Float32[np.ndarray, "size size 3"]:
     """Returns a random augmentation of an image, RGB in [0, 1].
 
     Args:
-      pixels: the image.
+      pixels: the image, of any size.
       size: height and width of the result in pixels.
       config: the strengths of the augmentations.
       rng: source of all random numbers.
-      mirror: False disables mirroring, for images with text or with a left and a right.
     """
+    top, left, side = random_square(pixels.shape[:2], config.crop, rng)
+    pixels = pixels[top : top + side, left : left + side]
     chance = rng.random(3)
     if chance[0] < config.close:
         pixels = closing(pixels, int(rng.integers(1, 3)))
@@ -73,7 +142,7 @@ def augment(
     rows = _resampling(
         pixels.shape[0], size, np.exp(scale + stretch), up * config.shift, spread, False
     )
-    flip = mirror and chance[1] < config.mirror
+    flip = bool(chance[1] < config.mirror)
     columns = _resampling(
         pixels.shape[1], size, np.exp(scale - stretch), left * config.shift, spread, flip
     )

@@ -1,9 +1,110 @@
-"""Configuration of the decoder's training data: prepared folders, examples and packing."""
+"""Configuration of training data: folders and their weights; of a decoder, examples and packing."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Literal
 
 from leon_jax.config import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class FolderComponent:
+    """One folder of a mixture.
+
+    Attributes:
+      folder: a folder made by `leon prepare`.
+      split: the split of the folder to train on.
+      weight: share of the examples, relative to the other components; above 0.
+
+    Raises:
+      UserError: the weight is not above 0.
+    """
+
+    folder: str
+    split: str = "train"
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.weight > 0:
+            raise UserError(f"weight is {self.weight}; it must be above 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class FoldersConfig:
+    """Training data: one folder of documents, or a mixture of several.
+
+    Attributes:
+      folder: a folder made by `leon prepare`; "" for a mixture.
+      split: the split of the folder to train on.
+      mixture: several folders; examples are sampled in proportion to their weights.
+
+    Raises:
+      UserError: both a folder and a mixture are set.
+    """
+
+    folder: str = ""
+    split: str = "train"
+    mixture: tuple[FolderComponent, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.folder and self.mixture:
+            raise UserError(
+                f"folder is {self.folder!r} and mixture is not empty; set only one of them"
+            )
+
+    @property
+    def components(self) -> Sequence[FolderComponent]:
+        """The components to train on: one for `folder`, or the mixture."""
+        return (FolderComponent(self.folder, self.split),) if self.folder else self.mixture
+
+    @property
+    def keys(self) -> list[str]:
+        """The config key of each component, for messages.
+
+        Raises:
+          UserError: there are no components.
+        """
+        if not self.components:
+            raise UserError(
+                "config.data.folder is empty; name a folder made by leon prepare, or set "
+                "config.data.mixture"
+            )
+        if not self.mixture:
+            return ["config.data"]
+        return [f"config.data.mixture[{number}]" for number in range(len(self.mixture))]
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageDataConfig(FoldersConfig):
+    """Training data of an image tokenizer.
+
+    Attributes:
+      threads: number of threads that decode images in advance; 0 decodes them when they are needed.
+
+    Raises:
+      UserError: a value is out of range, or both a folder and a mixture are set.
+    """
+
+    threads: int = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.threads < 0:
+            raise UserError(f"threads is {self.threads}; it must be at least 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class CaptionedImageDataConfig(ImageDataConfig):
+    """Training data of a retrieval encoder.
+
+    Attributes:
+      text: path of the text tokenizer.
+
+    Raises:
+      UserError: a value is out of range, or both a folder and a mixture are set.
+    """
+
+    text: str = dataclasses.field(kw_only=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,9 +119,9 @@ class ExampleConfig:
       variants: number of image variants, at least 1 (see `leon_jax.data.image_variants`). An
         example with retrieved documents uses a random one; 1 means unchanged images.
       unchanged: probability in [0, 1] that an example uses unchanged images anyway.
-      balance: how queries are sampled. 0 samples all documents equally often, 1 all groups of
-        documents equally often (see `Provenance.group`). In between, a group of n documents has
-        the weight n ** (1 - balance).
+      balance: how queries are sampled. 0 samples all documents equally often, 1 all families of
+        documents equally often (see `Provenance.family`; a group without a family is one). In
+        between, a family of n documents has the weight n ** (1 - balance).
 
     Raises:
       UserError: a value is out of range.
@@ -52,26 +153,16 @@ DEFAULTS = ExampleConfig(retrieved=(1.0,), variants=1, unchanged=0.0, balance=0.
 
 
 @dataclasses.dataclass(frozen=True)
-class MixtureComponent(ExampleConfig):
-    """One prepared folder of a mixture.
-
-    Attributes:
-      folder: a folder made by `leon prepare`.
-      split: the split of the folder to train on.
-      weight: share of the examples, relative to the other components; above 0.
+class MixtureComponent(FolderComponent, ExampleConfig):
+    """One prepared folder of a decoder's mixture, with its settings.
 
     Raises:
       UserError: a value is out of range.
     """
 
-    folder: str
-    split: str = "train"
-    weight: float = 1.0
-
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.weight > 0:
-            raise UserError(f"weight is {self.weight}; it must be above 0")
+        FolderComponent.__post_init__(self)
+        ExampleConfig.__post_init__(self)
 
     def filled(self, defaults: ExampleConfig) -> "MixtureComponent":
         """Returns the component with the values of `defaults` for fields that are None."""
@@ -79,13 +170,10 @@ class MixtureComponent(ExampleConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class DataConfig(ExampleConfig):
+class DataConfig(FoldersConfig, ExampleConfig):
     """Training data of a decoder: one prepared folder, or a mixture of several.
 
     Attributes:
-      folder: a folder made by `leon prepare`; "" for a mixture.
-      split: the split of the folder to train on.
-      mixture: several folders; examples are sampled in proportion to their weights.
       text: path of the text tokenizer.
       image_shape: rows and columns of the codes of an image.
       length: tokens per row; at most the `max_length` of the model.
@@ -102,8 +190,6 @@ class DataConfig(ExampleConfig):
       UserError: a value is out of range, or both a folder and a mixture are set.
     """
 
-    folder: str = ""
-    split: str = "train"
     mixture: tuple[MixtureComponent, ...] = ()
     text: str = "runs/emoji/text/export/text.json"
     image_shape: tuple[int, ...] = (12, 12)
@@ -114,13 +200,10 @@ class DataConfig(ExampleConfig):
     threads: int = 2
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        ExampleConfig.__post_init__(self)
         for name, value in self._missing(DEFAULTS).items():
             object.__setattr__(self, name, value)
-        if self.folder and self.mixture:
-            raise UserError(
-                f"folder is {self.folder!r} and mixture is not empty; set only one of them"
-            )
+        FoldersConfig.__post_init__(self)
         for name in ("length", "per_modality", "packing_bins"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")

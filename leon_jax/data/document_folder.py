@@ -17,7 +17,7 @@ import json
 import os
 import pathlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 from leon_jax.config import UserError
 from leon_jax.data.records import RecordSource
@@ -40,11 +40,13 @@ class DocumentFolder:
       UserError: the folder is neither, or is one of another version.
     """
 
-    formats: tuple[int, ...] = (DOCUMENTS_FORMAT, PREPARED_FORMAT)
+    # What messages call such a folder, and the formats of manifest.json that are read.
+    NAME: ClassVar[str] = "a documents folder"
+    FORMATS: ClassVar[tuple[int, ...]] = (DOCUMENTS_FORMAT, PREPARED_FORMAT)
 
     def __init__(self, folder: str | os.PathLike):
         self.folder = pathlib.Path(folder)
-        self.manifest = read_manifest(self.folder, self.formats)
+        self.manifest = read_manifest(self.folder, self.NAME, self.FORMATS)
 
     @property
     def splits(self) -> dict[str, int]:
@@ -65,11 +67,19 @@ class DocumentFolder:
         return splits[split]
 
     def paths(self, split: str, ending: str) -> list[pathlib.Path]:
-        """Returns the paths of one kind of file of a split, in row order."""
+        """Returns the paths of one kind of file of a split, in row order.
+
+        Raises:
+          UserError: there is no such split.
+        """
         return [self.folder / f"{shard}.{ending}" for shard in self.shards(split)]
 
     def listing(self, split: str = TRAIN) -> Iterator[dict[str, Any]]:
-        """Yields the lines of `.documents.jsonl` of a split, one for each document, in order."""
+        """Yields the lines of `.documents.jsonl` of a split, one for each document, in order.
+
+        Raises:
+          UserError: there is no such split, or a file cannot be read.
+        """
         for path in self.paths(split, "documents.jsonl"):
             try:
                 file = path.open(encoding="utf-8")
@@ -79,28 +89,36 @@ class DocumentFolder:
                 yield from map(json.loads, file)
 
     def records(self, split: str = TRAIN, *, pixels: bool = True) -> RecordSource:
-        """Opens the documents of a split."""
+        """Opens the documents of a split, with random access.
+
+        Args:
+          split: name of the split.
+          pixels: whether to decode the pixels of images that have codes.
+
+        Raises:
+          UserError: there is no such split, or a file is missing or damaged.
+        """
         lengths = self.shards(split).values()
         return RecordSource(self.paths(split, "array_record"), pixels=pixels, lengths=[*lengths])
 
 
-def read_manifest(folder: pathlib.Path, formats: tuple[int, ...]) -> dict[str, Any]:
+def read_manifest(folder: pathlib.Path, name: str, formats: tuple[int, ...]) -> dict[str, Any]:
     """Reads the manifest of a folder that `leon prepare` wrote.
 
     Args:
       folder: the folder.
+      name: what the message calls such a folder, for example "a documents folder".
       formats: the formats that the caller can read.
 
     Raises:
       UserError: there is no manifest, or it has another format.
     """
-    kind = "documents folder" if DOCUMENTS_FORMAT in formats else "prepared folder"
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         version = manifest["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{folder} is not a {kind} (it has no {MANIFEST} that can be read); "
+            f"{folder} is not {name} (it has no {MANIFEST} that can be read); "
             "make one with leon prepare"
         ) from error
     if version == DOCUMENTS_FORMAT and version not in formats:

@@ -1,4 +1,4 @@
-"""The decoder's input pipeline: converts a mixture of documents into packed, masked token rows.
+"""Input pipelines: shuffled mixtures, and the packed, masked token rows of the decoder.
 
     documents -> examples (data/examples.py) -> mixture, sampled by weight
               -> rows (data/packing.py) -> batches
@@ -115,19 +115,47 @@ def examples(
     limits = Limits()
     if config.packing == "whole":
         limits = Limits(config.length, max_positions or config.length, part_step)
+    return shuffled_mixture(
+        [len(component.source) for component in components],
+        [MakeExample(component, encoder, masking, limits) for component in components],
+        [component.settings.weight for component in components],
+        seed=seed,
+        shard=shard,
+    )
+
+
+def shuffled_mixture(
+    lengths: Sequence[int],
+    transforms: Sequence[grain.transforms.RandomMap],
+    weights: Sequence[float],
+    *,
+    seed: int = 0,
+    shard: tuple[int, int] = (0, 1),
+) -> grain.MapDataset:
+    """Returns an endless dataset of a mixture, in which every component is shuffled every epoch.
+
+    Each component has its share of any consecutive examples of a shard, to within one example.
+    Shares follow the weights, rounded down to hundredths of the smallest weight.
+
+    Args:
+      lengths: number of items of each component, at least 1.
+      transforms: for each component, maps the index of an item to an example.
+      weights: weight of each component, above 0.
+      seed: seed of the order and of the transforms.
+      shard: (index, count); shards are disjoint parts of the same order.
+    """
+    index, count = shard
     datasets = []
-    for number, component in enumerate(components):
+    for number, (length, transform) in enumerate(zip(lengths, transforms, strict=True)):
         first_seed = seed + number * _SEED_STRIDE
         datasets.append(
-            grain.MapDataset.range(len(component.source))
+            grain.MapDataset.range(length)
             .seed(first_seed % 2**32)
             .shuffle()
             .repeat()
             # Map before slicing into shards, so that shards use different random numbers.
-            .random_map(
-                MakeExample(component, encoder, masking, limits), seed=(first_seed + 1) % 2**32
-            )
+            .random_map(transform, seed=(first_seed + 1) % 2**32)
             .slice(slice(index, None, count))
         )
     # Mix after slicing: slicing the mixture could put each component into a single shard.
-    return grain.MapDataset.mix(datasets, [component.settings.weight for component in components])
+    return grain.MapDataset.mix(datasets, list(weights))

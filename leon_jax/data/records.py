@@ -5,7 +5,8 @@ A record is a msgpack map in which all keys are always present:
     leon        1, the version of this layout
     parts       list of ["text", str], ["image", png or nil, codes or nil] or ["hole", modality];
                 png is a PNG file, codes is [rows, cols, little-endian int32 bytes]
-    provenance  nil or a map of strings: key, source, licence, attribution, language, group
+    provenance  nil or a map: key, source, licence, attribution, language, group; and, if they are
+                not empty, family and captions (a list). All others are strings
 
 A file is an ArrayRecord with one document per record (group size 1), so that reading one retrieved
 document costs one read. A file is written under a temporary name and renamed once it is complete.
@@ -49,7 +50,7 @@ def to_bytes(document: Document) -> bytes:
         {
             "leon": _VERSION,
             "parts": [_pack(part) for part in document.parts],
-            "provenance": None if provenance is None else vars(provenance),
+            "provenance": None if provenance is None else provenance.to_dict(),
         }
     )
 
@@ -81,6 +82,19 @@ def from_bytes(data: bytes, *, pixels: bool = True) -> Document:
     except UserError:
         raise
     except Exception as error:  # msgpack, PIL and the validation of documents raise different ones
+        raise UserError("the record cannot be read: it is damaged") from error
+
+
+def texts_of(data: bytes) -> list[str]:
+    """Returns the texts of a record in order. It decodes no image.
+
+    Raises:
+      UserError: the record is damaged, or is not a document.
+    """
+    try:
+        record = msgpack.unpackb(data)
+        return [str(part[1]) for part in record["parts"] if part[0] == "text"]
+    except Exception as error:  # as in `from_bytes`
         raise UserError("the record cannot be read: it is damaged") from error
 
 
@@ -190,13 +204,30 @@ class RecordSource:
         return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, index: int) -> Document:
+        file, row = self._locate(index)
+        return self._decode(self._record(file, row), file, row)
+
+    def texts(self, index: int) -> list[str]:
+        """Returns the texts of a document in order. It decodes no image.
+
+        Raises:
+          IndexError: the index is out of range.
+          UserError: the record is damaged.
+        """
+        file, row = self._locate(index)
+        try:
+            return texts_of(self._record(file, row))
+        except UserError as error:
+            raise UserError(f"record {row} of {self.paths[file]} is damaged ({error})") from error
+
+    def _locate(self, index: int) -> tuple[int, int]:
+        """Returns the file of a record and its row in the file."""
         index = int(index)
         if not -len(self) <= index < len(self):
             raise IndexError(f"record {index} of {len(self)} in {self!r}")
         index %= len(self)
         file = bisect.bisect_right(self._ends, index)
-        row = index - (self._ends[file - 1] if file else 0)
-        return self._decode(self._record(file, row), file, row)
+        return file, index - (self._ends[file - 1] if file else 0)
 
     def _record(self, file: int, row: int) -> bytes:
         reader = self._reader(file)

@@ -77,12 +77,15 @@ class VisionConfig:
 class TextConfig:
     """The text tower; the defaults are those of ViT-B/32.
 
+    `vocab_size` 0 leaves the size to the program that trains the encoder: it takes that of its text
+    tokenizer. A model needs a size.
+
     The last id of the vocabulary is end-of-text. The tower's output at this token is the embedding.
     The id before it is start-of-text. Ids after the end are never read, so any id may be padding.
     """
 
     context_length: int = 77
-    vocab_size: int = 49408
+    vocab_size: int = 0
     width: int = 512
     layers: int = 12
     heads: int = 8
@@ -90,7 +93,7 @@ class TextConfig:
     def __post_init__(self):
         if self.width % self.heads:
             raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
-        if self.context_length < 2 or self.vocab_size < 3:
+        if self.context_length < 2 or (self.vocab_size != 0 and self.vocab_size < 3):
             raise ValueError("the text tower needs room for a start and an end token")
 
     @property

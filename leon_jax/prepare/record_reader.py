@@ -143,12 +143,15 @@ class RecordReader:
                 attribution=raw.attribution or source.attribution,
                 language=raw.language or source.language,
                 group=raw.group,
+                family=raw.family,
+                captions=tuple(map(normalise_text, raw.captions)),
             )
         except ValueError as error:
             raise RejectError("missing_field", str(error)) from None
 
     def _check_length(self, raw: RawRecord) -> None:
         length = sum(len(part) for part in raw.parts if isinstance(part, str))
+        length = max(length, sum(map(len, raw.captions)))
         if length > self.config.max_text:
             raise RejectError(
                 "text_too_long", f"{length} characters; {self.config.max_text} are allowed"
@@ -158,7 +161,8 @@ class RecordReader:
         texts = [part for part in raw.parts if isinstance(part, str)]
         if not "".join(texts).strip():
             raise RejectError("no_text", "the record holds no text")
-        for text in (raw.key, raw.attribution, raw.language, raw.origin, raw.group, *texts):
+        metadata = (raw.key, raw.attribution, raw.language, raw.origin, raw.group, raw.family)
+        for text in (*metadata, *raw.captions, *texts):
             try:
                 text.encode()
             except UnicodeEncodeError:

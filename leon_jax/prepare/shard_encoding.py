@@ -295,7 +295,7 @@ def describe(document: Document, size: tuple[int, int], picture: bytes) -> dict[
     """
     provenance = document.provenance
     assert provenance is not None, "prepared documents have a provenance"
-    return vars(provenance) | {"size": list(size), "picture": picture.hex()}
+    return provenance.to_dict() | {"size": list(size), "picture": picture.hex()}
 
 
 def count_lines(path: pathlib.Path) -> int:

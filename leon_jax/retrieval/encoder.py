@@ -189,12 +189,16 @@ class RetrievalEncoder:
 
 
 def plain_square(pixels: UInt8[np.ndarray, "h w 3"], size: int) -> UInt8[np.ndarray, "size size 3"]:
-    """Resizes and crops an image for an encoder that leon_jax trained.
+    """Crops and resizes an image for an encoder that leon_jax trained.
 
-    This is `leon_jax.data.augment.plain`, rounded. Images of eight times the size and more are
-    first averaged over blocks of pixels, which is faster.
+    This is the square in the centre after `leon_jax.data.augment.plain`, rounded. Images of eight
+    times the size and more are first averaged over blocks of pixels, which is faster.
     """
-    factor = min(pixels.shape[:2]) // (4 * size)
+    height, width, _ = pixels.shape
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    pixels = pixels[top : top + side, left : left + side]
+    factor = side // (4 * size)
     if factor > 1:
         pixels = np.asarray(PIL.Image.fromarray(pixels).reduce(factor))
     return np.rint(255 * plain(pixels, size)).astype(np.uint8)

@@ -44,10 +44,8 @@ class PreparedFolder(DocumentFolder):
     """Opens the files of a prepared folder.
 
     Attributes:
-      folder: its path.
-      manifest: `splits` (documents in each), `shards` (documents in each shard of each split),
-        `sha256` (digests of the model files; for weight files, of the contents), `config`,
-        `counts`.
+      manifest: beside `splits` and `shards`, it has `sha256` (digests of the model files; for
+        weight files, of the contents), `config` and `counts`.
 
     Args:
       folder: a prepared folder, or a documents folder with a single encoding, which is opened.
@@ -57,7 +55,8 @@ class PreparedFolder(DocumentFolder):
         encodings.
     """
 
-    formats = (PREPARED_FORMAT,)
+    NAME = "a prepared folder"
+    FORMATS = (PREPARED_FORMAT,)
 
     def __init__(self, folder: str | os.PathLike):
         super().__init__(resolve(folder))
@@ -121,7 +120,9 @@ def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
     Raises:
       UserError: there is no manifest, or it is of another version.
     """
-    return document_folder.read_manifest(resolve(folder), PreparedFolder.formats)
+    return document_folder.read_manifest(
+        resolve(folder), PreparedFolder.NAME, PreparedFolder.FORMATS
+    )
 
 
 def read_removed(folder: pathlib.Path) -> set[tuple[str, str]]:
@@ -167,7 +168,7 @@ def write_split(
 
         def documents_listed() -> Iterator[Document]:
             for document in documents:
-                provenance = vars(document.provenance) if document.provenance else {}
+                provenance = document.provenance.to_dict() if document.provenance else {}
                 listing.write(json.dumps(provenance) + "\n")
                 yield document
 

@@ -22,13 +22,9 @@ def open_components(data: DataConfig) -> list[Component]:
       UserError: no folder is set, a file is missing or damaged, or a setting does not fit a
         folder; the message begins with the config key.
     """
-    if not data.components:
-        raise UserError("config.data.folder is empty; name a prepared folder, or set data.mixture")
-    if not data.mixture:
-        return [_open("config.data", data.components[0], data.per_modality)]
     return [
-        _open(f"config.data.mixture[{number}]", settings, data.per_modality)
-        for number, settings in enumerate(data.components)
+        _open(key, settings, data.per_modality)
+        for key, settings in zip(data.keys, data.components, strict=True)
     ]
 
 
@@ -48,7 +44,7 @@ def _open(key: str, settings: MixtureComponent, per_modality: int) -> Component:
             neighbours = neighbour_sampler(folder, settings.split, per_modality)
         weights = None
         if settings.balance:
-            weights = group_weights(folder.listing(settings.split), settings.balance)
+            weights = family_weights(folder.listing(settings.split), settings.balance)
         return Component(
             settings,
             source,
@@ -63,21 +59,21 @@ def _open(key: str, settings: MixtureComponent, per_modality: int) -> Component:
         raise UserError(f"{key}: {error}") from error
 
 
-def group_weights(
+def family_weights(
     listing: Iterable[Mapping[str, Any]], exponent: float
 ) -> Float64[np.ndarray, "documents"]:
-    """Returns a sampling weight for each document: (size of its group) ** -exponent.
+    """Returns a sampling weight for each document: (size of its family) ** -exponent.
 
-    A document without a group has weight 1. Without weights, concepts with many variants, such as
-    skin tones, would dominate the training data.
+    Without a family, the group of a document counts as its family. A document without a group has
+    weight 1. Without weights, things with many variants would dominate the training data.
     """
-    group_ids: dict[str, int] = {}
-    names = (document.get("group") for document in listing)
-    groups = np.fromiter(
-        (group_ids.setdefault(name, len(group_ids)) if name else -1 for name in names), np.int64
+    family_ids: dict[str, int] = {}
+    names = (document.get("family") or document.get("group") for document in listing)
+    families = np.fromiter(
+        (family_ids.setdefault(name, len(family_ids)) if name else -1 for name in names), np.int64
     )
-    counts = np.bincount(groups[groups >= 0], minlength=1)
-    sizes = np.where(groups >= 0, counts[groups], 1)
+    counts = np.bincount(families[families >= 0], minlength=1)
+    sizes = np.where(families >= 0, counts[families], 1)
     return sizes.astype(np.float64) ** -exponent
 
 

@@ -19,23 +19,18 @@ from jaxtyping import Array, Float, Int
 
 from leon_jax import config as configs
 from leon_jax import weight_files
-from leon_jax.datasets import demo
+from leon_jax.data.augment import CropConfig, random_crop
+from leon_jax.data.config import ImageDataConfig
 from leon_jax.models.discriminator import PatchDiscriminator, hinge_loss
 from leon_jax.models.perceptual import Network, lpips
 from leon_jax.models.vqgan import VQGAN, VQGANConfig, conv, quantize
 from leon_jax.tokenizers.image import fit_image, normalize, to_pixels
-from leon_jax.train import optimizer, perceptual_weights
+from leon_jax.train import document_data, optimizer, perceptual_weights
+from leon_jax.train.document_data import Component
 from leon_jax.train.state import TrainState, rows_of_shard
 
-# The smallest side of a random crop, as a share of the image's.
-MIN_CROP = 0.75
-
-
-@dataclasses.dataclass(frozen=True)
-class TokenizerData:
-    """The training data: a dataset folder written by `leon prepare`."""
-
-    dir: str
+# Images above and below each other in a sample.
+_SAMPLES = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,11 +66,12 @@ class TokenizerConfig:
     model: VQGANConfig
     losses: TokenizerLosses
     optimizer: optimizer.OptimizerConfig
-    data: TokenizerData
+    data: ImageDataConfig
     batch_size: int
     steps: int
     kind: Literal["tokenizer"] = "tokenizer"
     seed: int = 0
+    augment: CropConfig = dataclasses.field(default_factory=CropConfig)
 
 
 class AdversarialPair(nnx.Module):
@@ -116,7 +112,8 @@ class TokenizerProgram:
     def step(
         self, state: TrainState, batch: dict[str, Array]
     ) -> tuple[TrainState, dict[str, Array]]:
-        losses, images = self.config.losses, batch["images"]
+        """Updates both networks once; `batch` is {"images": uint8[b, h, w, 3]}."""
+        losses, images = self.config.losses, batch["images"].astype(jnp.float32) / 127.5 - 1
         generator, discriminator = state.model.generator, state.model.discriminator
         generator, idle, revived = self._revive(generator, state, images)
 
@@ -246,23 +243,40 @@ class TokenizerProgram:
         return generator, jnp.where(is_dead, 0, idle), is_dead.sum().astype(jnp.float32)
 
     def batches(self, shard: int = 0, shards: int = 1) -> grain.IterDataset:
+        """Returns endless shuffled batches of random crops, or one shard of them.
+
+        A batch is {"images": uint8[rows, resolution, resolution, 3]}.
+
+        Raises:
+          UserError: a folder is missing or damaged, or has fewer images than a batch.
+        """
         config = self.config
-        return (
-            grain.MapDataset.source(demo.source("train", config.data.dir))
-            .seed(config.seed)
-            .shuffle()
-            .repeat()
-            .slice(slice(shard, None, shards))
-            .random_map(Augment(config.model.resolution))
-            .batch(rows_of_shard(config.batch_size, shards))
-            .to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=64))
+        rows = rows_of_shard(config.batch_size, shards)
+        components = document_data.open_components(config.data)
+        lengths = [len(component.source) for component in components]
+        document_data.check_batch_size(config.batch_size, 1, sum(lengths), "images")
+        return document_data.batches(
+            components,
+            lengths,
+            [RandomCrop(part, config.model.resolution, config.augment) for part in components],
+            rows=rows,
+            seed=config.seed,
+            shard=(shard, shards),
+            threads=config.data.threads,
         )
 
     def samples(self, state: TrainState) -> dict[str, np.ndarray]:
-        """Returns sixteen images of `unseen_design` above their reconstructions."""
-        source = demo.source("unseen_design", self.config.data.dir)
-        resolution = self.config.model.resolution
-        pixels = np.stack([_fitted_pixels(source[i], resolution) for i in range(16)])
+        """Returns up to sixteen images above their reconstructions.
+
+        They are the first images of a held-out split, or of the training data if no folder has one.
+        """
+        components = document_data.open_components(self.config.data)
+        component = document_data.sample_component(components)
+        squares = [
+            fit_image(component.images(component.source[i], i)[0], self.config.model.resolution)
+            for i in range(min(_SAMPLES, len(component.source)))
+        ]
+        pixels = np.stack(squares)
         outputs = _reconstruct(state.model.generator, normalize(pixels))
         rows = [np.concatenate(list(row), axis=1) for row in (pixels, to_pixels(outputs))]
         return {"reconstructions": np.concatenate(rows, axis=0)}
@@ -278,28 +292,19 @@ class TokenizerProgram:
         )
 
 
-class Augment(grain.transforms.RandomMap):
-    """Maps a document to {"images": float32[r, r, 3] in [-1, 1]}.
+class RandomCrop(grain.transforms.RandomMap):
+    """Maps the index of a document to {"images": uint8[resolution, resolution, 3]}.
 
-    The image is a random square crop, mirrored with probability one half.
+    It is a random crop of one of its images, chosen at random.
     """
 
-    def __init__(self, resolution: int) -> None:
-        self.resolution = resolution
+    def __init__(self, component: Component, resolution: int, config: CropConfig) -> None:
+        self.component, self.resolution, self.config = component, resolution, config
 
-    def random_map(self, document, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        pixels = document.parts[1].pixels
-        side = round(pixels.shape[0] * rng.uniform(MIN_CROP, 1.0))
-        top, left = rng.integers(0, pixels.shape[0] - side + 1, 2)
-        pixels = pixels[top : top + side, left : left + side]
-        if rng.random() < 0.5:
-            pixels = pixels[:, ::-1]
-        pixels = fit_image(np.ascontiguousarray(pixels), self.resolution)
-        return {"images": normalize(pixels)}
-
-
-def _fitted_pixels(document, resolution: int) -> np.ndarray:
-    return fit_image(document.parts[1].pixels, resolution)
+    def random_map(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        images = self.component.images(self.component.source[index], index)
+        pixels = images[int(rng.integers(len(images)))]
+        return {"images": random_crop(pixels, self.resolution, self.config, rng)}
 
 
 @jax.jit

@@ -1,19 +1,13 @@
-"""Trains the text tokenizer on the captions of the training split."""
+"""Trains the text tokenizer on the texts of any folders of documents."""
 
 import dataclasses
 import pathlib
 from typing import Literal
 
-from leon_jax.datasets import demo
-from leon_jax.documents import Text
-from leon_jax.tokenizers.text import TextTokenizer
-
-
-@dataclasses.dataclass(frozen=True)
-class TextData:
-    """The training data: a dataset folder written by `leon prepare`."""
-
-    dir: str
+from leon_jax.config import UserError
+from leon_jax.data.config import FoldersConfig
+from leon_jax.tokenizers.text import SMALLEST, TextTokenizer
+from leon_jax.train import document_data
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,25 +15,49 @@ class TextConfig:
     """Configuration of a text tokenizer's training.
 
     Attributes:
-      data: the captions.
-      size: entries of the byte-level BPE vocabulary, 256 to 56,320. The result may be smaller if
-        the captions have too few pairs to merge.
+      data: the folders of documents, whose texts are used. With a mixture, pairs are counted in
+        proportion to the weights.
+      size: entries of the byte-level BPE vocabulary, 256 to 56,320. The result is smaller if the
+        texts have too few pairs to merge.
       kind: always "text".
     """
 
-    data: TextData
+    data: FoldersConfig
     size: int
     kind: Literal["text"] = "text"
 
 
 def run(config: TextConfig, workdir: pathlib.Path) -> TextTokenizer:
-    """Trains on the captions of the train split and writes `workdir/export/text.json`."""
-    source = demo.source("train", config.data.dir)
-    captions = (
-        part.text for document in source for part in document.parts if isinstance(part, Text)
-    )
-    tokenizer = TextTokenizer.train(captions, config.size)
+    """Trains on all texts of the training data and writes `workdir/export/text.json`.
+
+    The same data always gives the same file.
+
+    Raises:
+      UserError: a folder is missing or damaged, the documents have no text, `size` is out of
+        range, or the file cannot be written.
+    """
+    components = document_data.open_components(config.data)
+    tokenizer = TextTokenizer.train(document_data.weighted_texts(components), config.size)
+    if tokenizer.size == SMALLEST < config.size:
+        folders = ", ".join(component.name for component in components)
+        raise UserError(
+            f"the documents of {folders} have no word of two bytes, so no vocabulary can be "
+            "learnt; name a folder of documents with texts in config.data.folder"
+        )
     path = workdir / "export" / "text.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {path.parent}: {error.strerror}") from error
     tokenizer.save(path)
     return tokenizer
+
+
+def summary(tokenizer: TextTokenizer, config: TextConfig) -> str:
+    """Returns the number of entries in words, and the reason if it is smaller than asked for."""
+    if tokenizer.size == config.size:
+        return f"{tokenizer.size} entries"
+    return (
+        f"{tokenizer.size} entries instead of {config.size} (config.size), since the texts have no "
+        "more pairs to merge"
+    )

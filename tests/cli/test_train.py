@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from leon_jax.tokenizers.text import TextTokenizer
+from tests import document_folders
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 TEXT = f"--config={CONFIGS}/emoji/text.py"
@@ -31,12 +32,14 @@ def refused(*arguments: str) -> str:
     return result.stderr
 
 
-def test_a_text_tokenizer_is_trained_from_the_command_line(tmp_path, emoji_data_dir):
+def test_a_text_tokenizer_is_trained_from_the_command_line(tmp_path):
+    folder = document_folders.write(tmp_path / "drawings", document_folders.drawings())
     workdir = tmp_path / "text"
-    data = f"--config.data.dir={emoji_data_dir}"
-    result = train(TEXT, f"--workdir={workdir}", data, "--config.size=300")
+    result = train(TEXT, f"--workdir={workdir}", f"--config.data.folder={folder}")
     assert result.returncode == 0, result.stderr
-    assert TextTokenizer.load(workdir / "export" / "text.json").size == 300
+    size = TextTokenizer.load(workdir / "export" / "text.json").size
+    assert 256 < size < 2048
+    assert f"{size} entries instead of 2048 (config.size), since the texts have" in result.stderr
 
 
 def test_missing_flags_are_named(tmp_path):
@@ -79,7 +82,10 @@ def test_a_misspelt_key_in_a_file_is_named(tmp_path):
 
 
 def test_missing_data_names_the_command_to_run(tmp_path):
-    message = refused(TOKENIZER, f"--workdir={tmp_path}/w", f"--config.data.dir={tmp_path}/nothing")
+    message = refused(
+        TOKENIZER, f"--workdir={tmp_path}/w", f"--config.data.folder={tmp_path}/nothing"
+    )
+    assert "config.data: " in message and "nothing is not a documents folder" in message
     assert "leon prepare" in message
     assert not (tmp_path / "w").exists()
 
@@ -114,12 +120,14 @@ def test_a_key_that_is_not_in_the_file_can_be_overridden(tmp_path, name):
     assert "data_shards is 0; it must be at least 1" in message
 
 
-def test_a_run_with_another_configuration_is_not_resumed(tmp_path, emoji_data_dir):
+def test_a_run_with_another_configuration_is_not_resumed(tmp_path):
+    folder = document_folders.write(tmp_path / "drawings", document_folders.drawings())
     workdir = tmp_path / "w"
     (workdir / "checkpoints" / "100").mkdir(parents=True)
     saved = runpy.run_path(str(CONFIGS / "emoji" / "tokenizer.py"))["get_config"]().to_dict()
     codes = saved["model"]["codes"]
     saved["model"]["codes"] = codes + 1
     (workdir / "config.json").write_text(json.dumps(saved))
-    message = refused(TOKENIZER, f"--workdir={workdir}", f"--config.data.dir={emoji_data_dir}")
+    data = f"--config.data.folder={folder}", "--config.batch_size=4"
+    message = refused(TOKENIZER, f"--workdir={workdir}", *data)
     assert f"model.codes = {codes + 1}, but it is now {codes}" in message

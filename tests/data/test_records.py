@@ -30,7 +30,9 @@ parts = st.one_of(
     st.builds(Text, strings), images, st.builds(Hole, st.sampled_from(["text", "image"]))
 )
 filled = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
-provenances = st.none() | st.builds(Provenance, filled, filled, filled, strings, filled)
+provenances = st.none() | st.builds(
+    Provenance, filled, filled, filled, strings, filled, strings, strings, st.lists(filled)
+)
 documents = st.builds(Document, st.lists(parts, min_size=1, max_size=4), provenances)
 
 
@@ -62,6 +64,30 @@ def test_pixels_can_be_skipped_if_an_image_has_codes():
     read = records.from_bytes(records.to_bytes(with_codes), pixels=False)
     assert read.parts[1] == Image(codes=with_codes.parts[1].codes)
     assert records.from_bytes(records.to_bytes(without), pixels=False) == without
+
+
+def test_a_record_without_captions_has_the_bytes_of_earlier_versions():
+    document = Document((Text("a"),), Provenance("k", "s", "CC0-1.0", "", "en", "g"))
+    names = ("key", "source", "licence", "attribution", "language", "group")
+    earlier = {
+        "leon": 1,
+        "parts": [["text", "a"]],
+        "provenance": dict(zip(names, ("k", "s", "CC0-1.0", "", "en", "g"), strict=True)),
+    }
+    assert records.to_bytes(document) == msgpack.packb(earlier)
+    assert records.from_bytes(msgpack.packb(earlier)) == document
+
+
+def test_texts_are_read_without_decoding_images(tmp_path, monkeypatch):
+    records.write(tmp_path / "a.array_record", make_documents(4, codes=False))
+    source = records.RecordSource(tmp_path / "a.array_record")
+    source[0]  # the first read of a file checks a whole record
+    monkeypatch.setattr(records, "from_png", None)
+    assert [source.texts(row) for row in (2, -1)] == [["document 2"], ["document 3"]]
+    with pytest.raises(IndexError, match="record 4 of 4"):
+        source.texts(4)
+    with pytest.raises(UserError, match="it is damaged"):
+        records.texts_of(b"no record")
 
 
 def test_a_file_is_a_random_access_sequence(tmp_path):

@@ -25,7 +25,10 @@ def test_every_document_is_a_record(emoji_data_dir):
         metadata = {name: value for name, value in vars(raw).items() if name != "parts"}
         assert metadata.pop("origin") == document.provenance.source
         assert metadata == {name: getattr(document.provenance, name) for name in metadata}
-        assert raw.group
+        name = text.text.rpartition(", ")[0]
+        assert raw.captions == (name, name, f"{name}, OpenMoji style", f"{name}, Twemoji style")
+        assert raw.group == raw.key.partition("/")[2]
+        assert raw.family
 
 
 def test_a_split_can_be_read_into_another_split(emoji_data_dir):

@@ -18,7 +18,7 @@ from leon_jax.tokenizers.text import TextTokenizer
 from leon_jax.train.checkpoint import Checkpoints
 from leon_jax.train.decoder import DecoderProgram
 from leon_jax.train.decoder_config import DecoderTraining
-from leon_jax.train.decoder_data import group_weights, neighbour_sampler, open_components
+from leon_jax.train.decoder_data import family_weights, neighbour_sampler, open_components
 from leon_jax.train.global_batches import Feed
 from leon_jax.train.state import TrainState
 from leon_jax.vocabulary import Vocabulary
@@ -132,8 +132,13 @@ def test_config_json_holds_all_values_but_only_the_set_ones_of_a_component():
 
 def test_a_document_without_a_group_has_weight_one():
     listing = [{"group": name} for name in ("", "a", "a", "", "b")] + [{}]
-    np.testing.assert_allclose(group_weights(listing, 0.5), [1, 0.5**0.5, 0.5**0.5, 1, 1, 1])
-    assert len(group_weights([], 1.0)) == 0
+    np.testing.assert_allclose(family_weights(listing, 0.5), [1, 0.5**0.5, 0.5**0.5, 1, 1, 1])
+    assert len(family_weights([], 1.0)) == 0
+
+
+def test_groups_of_one_family_are_weighted_together():
+    listing = [{"group": "a1", "family": "a"}, {"group": "a2", "family": "a"}, {"group": "b"}]
+    np.testing.assert_allclose(family_weights(listing, 1.0), [0.5, 0.5, 1])
 
 
 @pytest.mark.parametrize(("per_modality", "expected"), [(1, {4, 9}), (2, {4, 5, 9, 10})])
@@ -149,7 +154,7 @@ def test_neighbours_are_sampled_from_the_nearest_of_each_modality(folder, per_mo
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({}, r"config\.data\.folder is empty; name a prepared folder, or set data\.mixture"),
+        ({}, r"config\.data\.folder is empty; name a folder .*, or set config\.data\.mixture"),
         ({"folder": "nowhere"}, r"config\.data: nowhere is not a prepared folder"),
         ({"mixture": [{"folder": "{web}"}, {"folder": "nowhere"}]},
          r"config\.data\.mixture\[1\]: nowhere is not a prepared folder"),

@@ -8,15 +8,20 @@ import numpy as np
 import pytest
 
 from leon_jax import weight_files
+from leon_jax.config import UserError
+from leon_jax.data.config import FolderComponent, ImageDataConfig
+from leon_jax.documents import Document, Provenance, Text
 from leon_jax.models.vqgan import VQGANConfig
+from leon_jax.tokenizers.image import fit_image
 from leon_jax.train.image_tokenizer import (
     TokenizerConfig,
-    TokenizerData,
     TokenizerLosses,
     TokenizerProgram,
     _adaptive_weight,
 )
 from leon_jax.train.optimizer import OptimizerConfig
+from leon_jax.train.state import TrainState
+from tests import document_folders
 
 CONFIG = TokenizerConfig(
     model=VQGANConfig(
@@ -30,7 +35,7 @@ CONFIG = TokenizerConfig(
     optimizer=OptimizerConfig(
         learning_rate=2e-3, total_steps=100, schedule="constant", weight_decay=0.0
     ),
-    data=TokenizerData(dir=""),
+    data=ImageDataConfig(),
     batch_size=4,
     steps=100,
 )  # fmt: skip
@@ -41,8 +46,8 @@ def batch():
     """Returns images of discs in four colours on white."""
     y, x = np.mgrid[:32, :32]
     inside = ((y - 16) ** 2 + (x - 16) ** 2 < 100)[..., None]
-    colours = [(1, -1, -1), (-1, 1, -1), (-1, -1, 1), (0, 0, 0)]
-    return {"images": jnp.float32(np.stack([np.where(inside, colour, 1) for colour in colours]))}
+    colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (127, 127, 127)]
+    return {"images": jnp.uint8(np.stack([np.where(inside, colour, 255) for colour in colours]))}
 
 
 @pytest.fixture(scope="module")
@@ -132,9 +137,67 @@ def test_the_exported_file_is_the_trained_generator(history, tmp_path):
     )
 
 
-def test_batches_are_augmented_images_of_the_train_split(emoji_data_dir):
-    config = dataclasses.replace(CONFIG, data=TokenizerData(dir=emoji_data_dir))
-    first, second = (next(iter(TokenizerProgram(config).batches())) for _ in range(2))
-    assert first["images"].shape == (4, 32, 32, 3) and first["images"].dtype == np.float32
-    assert -1 <= first["images"].min() < 0 < first["images"].max() <= 1
+def program_of(*folders: str, batch_size: int = 4) -> TokenizerProgram:
+    mixture = tuple(map(FolderComponent, folders))
+    data = ImageDataConfig(folders[0]) if len(folders) == 1 else ImageDataConfig(mixture=mixture)
+    return TokenizerProgram(dataclasses.replace(CONFIG, data=data, batch_size=batch_size))
+
+
+def test_batches_are_random_square_crops_of_images_of_any_size(tmp_path):
+    folder = document_folders.write(tmp_path / "drawings", document_folders.drawings())
+    first, second = (next(iter(program_of(folder).batches())) for _ in range(2))
+    assert first["images"].shape == (4, 32, 32, 3) and first["images"].dtype == np.uint8
+    assert len({image.tobytes() for image in first["images"]}) == 4
     np.testing.assert_array_equal(first["images"], second["images"])
+
+
+def test_batches_resume_exactly_from_a_saved_position(tmp_path):
+    folders = [
+        document_folders.write(tmp_path / name, documents)
+        for name, documents in (
+            ("drawings", document_folders.drawings()),
+            ("photographs", document_folders.photographs(5, 40)),
+        )
+    ]
+    iterator = iter(program_of(*folders).batches())
+    for _ in range(3):
+        next(iterator)
+    state = iterator.get_state()
+    expected = [next(iterator)["images"] for _ in range(3)]
+    resumed = iter(program_of(*folders).batches())
+    resumed.set_state(state)
+    for images in expected:
+        np.testing.assert_array_equal(next(resumed)["images"], images)
+
+
+def test_samples_show_a_held_out_split_or_else_the_training_images(tmp_path):
+    drawings, others = document_folders.drawings(), document_folders.photographs(3, 64)
+    folder = document_folders.write(tmp_path / "a", drawings, exam=others)
+    program = program_of(folder)
+    state = TrainState(jnp.int32(0), program.init(jax.random.key(0)).model, None, None)
+    image = program.samples(state)["reconstructions"]
+    assert image.shape == (64, 3 * 32, 3)
+    np.testing.assert_array_equal(image[:32, :32], fit_image(others[0].pixels, 32))
+    without = program_of(document_folders.write(tmp_path / "b", drawings))
+    image = without.samples(state)["reconstructions"]
+    assert image.shape == (64, 12 * 32, 3)
+    np.testing.assert_array_equal(image[:32, :32], fit_image(drawings[0].pixels, 32))
+
+
+def test_too_few_images_for_a_batch_are_refused(tmp_path):
+    folder = document_folders.write(tmp_path / "a", document_folders.drawings())
+    with pytest.raises(
+        UserError,
+        match=r"batch_size is 16, which takes 16 images, but the training data has 12; set "
+        r"config\.batch_size to at most 12, or train on at least 16 images",
+    ):
+        program_of(folder, batch_size=16).batches()
+    with pytest.raises(UserError, match=r"config\.data\.folder is empty"):
+        TokenizerProgram(CONFIG).batches()
+
+
+def test_a_document_without_an_image_is_named(tmp_path):
+    documents = [Document((Text("words"),), Provenance("k7", "s", "CC0-1.0", ""))] * 4
+    folder = document_folders.write(tmp_path / "a", documents)
+    with pytest.raises(UserError, match=r"document \d of .*a \(train\) \(k7\) has no stored image"):
+        next(iter(program_of(folder).batches()))

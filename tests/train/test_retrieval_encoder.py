@@ -10,57 +10,47 @@ import pytest
 
 from leon_jax import config as configuration
 from leon_jax.config import UserError
-from leon_jax.documents import Document, Image, Provenance, Text
+from leon_jax.data.config import CaptionedImageDataConfig, FolderComponent
+from leon_jax.documents import Document, Provenance, Text
 from leon_jax.models.clip import CLIPConfig, TextConfig, VisionConfig, create
 from leon_jax.retrieval.encoder import RetrievalEncoder, frame
 from leon_jax.tokenizers.text import TextTokenizer
-from leon_jax.train import retrieval_encoder as program_module
 from leon_jax.train.optimizer import OptimizerConfig
 from leon_jax.train.retrieval_encoder import (
     EncoderConfig,
-    EncoderData,
     EncoderProgram,
-    augment_caption,
     contrastive_loss,
-    training_example,
 )
-
-NAMES = ("red heart", "blue square", "green tree", "black cat", "yellow sun", "left arrow")
-
-
-def documents() -> list[Document]:
-    rng = np.random.default_rng(0)
-    dataset = []
-    for number, name in enumerate(NAMES):
-        base = rng.integers(0, 256, (2, 2, 3), np.uint8)
-        for style in ("flat", "outlined"):
-            pixels = np.repeat(np.repeat(base, 12, 0), 12, 1)
-            pixels = np.clip(pixels.astype(int) + rng.integers(-9, 9, pixels.shape), 0, 255)
-            source = Provenance(f"{style}/{number}", "test", "CC0-1.0", "")
-            parts = (Text(f"{name}, {style} style"), Image(pixels=pixels.astype(np.uint8)))
-            dataset.append(Document(parts, source))
-    return dataset
+from tests import document_folders
 
 
 @pytest.fixture
-def program(tmp_path, monkeypatch) -> EncoderProgram:
-    text = TextTokenizer.train([doc.parts[0].text for doc in documents()], 300)
-    text.save(tmp_path / "text.json")
-    monkeypatch.setattr(program_module.demo, "source", lambda split, folder: documents())
-    return EncoderProgram(tiny(tmp_path / "text.json", text.size))
+def program(tmp_path) -> EncoderProgram:
+    return EncoderProgram(make_config(tmp_path, document_folders.drawings()))
 
 
-def tiny(text_path: pathlib.Path, size: int) -> EncoderConfig:
+def make_config(folder: pathlib.Path, documents: list[Document], **values) -> EncoderConfig:
+    """Writes the documents and a text tokenizer into a folder, and returns a tiny configuration."""
+    text = TextTokenizer.train([document.text for document in documents], 300)
+    text.save(folder / "text.json")
+    data = document_folders.write(folder / "documents", documents)
+    config = tiny(data, str(folder / "text.json"))
+    return dataclasses.replace(config, **values)
+
+
+def tiny(folder: str, text: str) -> EncoderConfig:
+    """Returns a configuration for a folder of documents and a text tokenizer."""
     return EncoderConfig(
         model=CLIPConfig(
             vision=VisionConfig(16, 4, 16, 2, 2, "convolution"),
-            text=TextConfig(16, size + 3, 16, 1, 2),
+            text=TextConfig(16, 0, 16, 1, 2),
             embed_dim=8,
         ),
         optimizer=OptimizerConfig(1e-2, 60, 5, weight_decay=0.0),
         batch_size=8,
         steps=60,
-        data=EncoderData(text=str(text_path)),
+        views=2,
+        data=CaptionedImageDataConfig(folder, text=text),
     )
 
 
@@ -97,14 +87,61 @@ def test_batches_have_views_framed_texts_and_concept_numbers(program):
     assert batch["text"].shape == (8, 16) and batch["text"].dtype == np.int32
     assert (batch["text"][:, 0] == program.config.model.text.start).all()
     assert ((batch["text"] == program.config.model.text.end).sum(1) == 1).all()
-    # The two views of a concept are adjacent and show different designs.
+    # The two views of a group are adjacent and show different documents.
     np.testing.assert_array_equal(batch["concept"][0::2], batch["concept"][1::2])
     assert len(set(batch["concept"][0::2].tolist())) == 4
     assert all(
         (a != b).any() for a, b in zip(batch["image"][0::2], batch["image"][1::2], strict=True)
     )
-    flat, outlined, third = documents()[:3]
-    assert training_example(flat)[2] == training_example(outlined)[2] != training_example(third)[2]
+    text = program.text
+    frames = {text.decode(row[1 : list(row).index(program.config.model.text.end)])
+              for row in batch["text"]}  # fmt: skip
+    captions = {c for d in document_folders.drawings() for c in d.provenance.captions}
+    assert frames <= captions, "captions are not rewritten"
+
+
+def test_with_one_view_a_batch_has_every_document_at_most_once(tmp_path):
+    config = make_config(tmp_path, document_folders.drawings(), views=1, batch_size=12)
+    program = EncoderProgram(config)
+    batch = next(iter(program.batches()))
+    assert len({image.tobytes() for image in batch["image"]}) == 12
+    numbers, counts = np.unique(batch["concept"], return_counts=True)
+    assert len(numbers) == 6 and set(counts) == {2}, "documents of a group are positives"
+
+
+def test_equal_images_are_positives_and_texts_are_captions_without_groups(tmp_path):
+    first, second, *others = document_folders.drawings(grouped=False)
+    same = Document((Text("the same"), first.parts[1]), Provenance("x", "test", "CC0-1.0", ""))
+    config = make_config(tmp_path, [first, second, same, *others[:5]], views=1, batch_size=8)
+    program = EncoderProgram(config)
+    batch = next(iter(program.batches()))
+    end = program.config.model.text.end
+    by_text = {
+        program.text.decode(row[1 : list(row).index(end)]): number
+        for row, number in zip(batch["text"], batch["concept"], strict=True)
+    }
+    assert set(by_text) == {d.text for d in (first, second, same, *others[:5])}
+    assert by_text["the same"] == by_text[first.text] != by_text[second.text]
+    assert len(set(by_text.values())) == 7
+
+
+def test_groups_of_equal_names_in_different_folders_are_different_concepts(tmp_path):
+    drawings = document_folders.drawings()
+    config = make_config(tmp_path, drawings)
+    other = document_folders.write(tmp_path / "other", drawings)
+    parts = (FolderComponent(config.data.folder), FolderComponent(other))
+    data = CaptionedImageDataConfig(mixture=parts, text=config.data.text)
+    config = dataclasses.replace(config, data=data, views=1, batch_size=24)
+    batch = next(iter(EncoderProgram(config).batches()))
+    assert len(set(batch["concept"].tolist())) == 12
+
+
+def test_a_document_without_text_is_named(tmp_path):
+    image = document_folders.drawings()[0].parts[1]
+    documents = [Document((image,), Provenance("k7", "s", "CC0-1.0", ""))] * 4
+    config = make_config(tmp_path, documents, views=1, batch_size=4)
+    with pytest.raises(UserError, match=r"document \d of .* \(k7\) has no text"):
+        next(iter(EncoderProgram(config).batches()))
 
 
 def test_batches_resume_exactly_from_a_saved_position(program):
@@ -137,31 +174,22 @@ def test_training_lowers_the_loss_and_export_gives_the_trained_encoder(program, 
     assert program.samples(state) == {}
 
 
-def test_captions_lose_words_and_get_a_random_style():
-    rng = np.random.default_rng(0)
-    data = EncoderData(name_style=0.5, drop_words=0.5)
-    styles = ("flat style", "outlined style")
-    captions = {augment_caption("black cat, flat style", data, rng, styles) for _ in range(400)}
-    assert captions == {
-        words + style
-        for words in ("black cat", "black", "cat")
-        for style in ("", ", flat style", ", outlined style")
-    }
-    plain = dataclasses.replace(data, name_style=0.0, drop_words=0.0)
-    caption = augment_caption("kiss: woman, man, flat style", plain, rng, styles)
-    assert caption == "kiss: woman, man"
-    assert augment_caption("cat", dataclasses.replace(plain, name_style=1.0), rng) == "cat"
-
-
 def test_a_vocabulary_size_that_does_not_fit_the_tokenizer_is_refused(program):
     values = configuration.to_dict(program.config)
     values["model"]["text"]["vocab_size"] = 1000
     size = program.text.size
     with pytest.raises(UserError, match=rf"vocab_size is 1000; .* {size} entries, .* {size + 3}"):
         EncoderProgram(configuration.build(EncoderConfig, values))
+    del values["model"]["text"]["vocab_size"]
+    config = EncoderProgram(configuration.build(EncoderConfig, values)).config
+    assert config.model.text.vocab_size == size + 3
 
 
 def test_a_batch_larger_than_the_data_is_refused(program):
     program.config = dataclasses.replace(program.config, batch_size=64)
-    with pytest.raises(UserError, match="batch_size is 64"):
+    with pytest.raises(
+        UserError,
+        match=r"batch_size is 64, which takes 32 groups of documents, but the training data has 6; "
+        r"set config\.batch_size to at most 12, or train on at least 32 groups",
+    ):
         program.batches()

@@ -64,4 +64,6 @@ def _raw_record(document: Document) -> RawRecord:
         language=provenance.language,
         origin=provenance.source,
         group=provenance.group,
+        captions=provenance.captions,
+        family=provenance.family,
     )

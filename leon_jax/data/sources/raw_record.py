@@ -55,6 +55,7 @@ class RawRecord:
       licence, attribution, language, origin, group: the fields of
         `leon_jax.documents.Provenance` (`origin` is its `source`); "" if the record has none.
       captions: alternative captions of the document; see `leon_jax.documents.Provenance`.
+      family: the family of the group; see `leon_jax.documents.Provenance`.
     """
 
     key: str
@@ -65,6 +66,7 @@ class RawRecord:
     origin: str = ""
     group: str = ""
     captions: tuple[str, ...] = ()
+    family: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

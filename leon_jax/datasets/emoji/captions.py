@@ -2,7 +2,14 @@
 
 import functools
 
-from leon_jax.datasets.emoji.designs import OPENMOJI, TWEMOJI, Design, files, import_package
+from leon_jax.datasets.emoji.designs import (
+    DESIGNS,
+    OPENMOJI,
+    TWEMOJI,
+    Design,
+    files,
+    import_package,
+)
 from leon_jax.documents import normalise_text
 
 # The languages of the names besides English.
@@ -20,6 +27,19 @@ def caption(design: Design, concept: str, language: str) -> str:
       KeyError: the concept does not exist, or has no name in this language.
     """
     return f"{names()[concept][language]}, {design.style}"
+
+
+def variants(caption: str) -> tuple[str, ...]:
+    """Returns the captions that the encoder is trained with: half of them name no style.
+
+    The other half name each style once, whatever the style of the image. So the encoder learns to
+    ignore the style: retrieval should match concepts, not styles.
+
+    Args:
+      caption: name and style, as `caption` returns them.
+    """
+    name = caption.rpartition(", ")[0]
+    return (name,) * len(DESIGNS) + tuple(f"{name}, {design.style}" for design in DESIGNS)
 
 
 def clean(name: str) -> str:

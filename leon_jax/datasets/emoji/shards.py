@@ -5,6 +5,9 @@ from leon_jax.data.sources.raw_record import RawRecord, Reject, SourceConfig
 from leon_jax.datasets.emoji.make import make
 from leon_jax.datasets.emoji.source import VERSION, EmojiSource
 
+# Increase it when the fields of a record change, but the rendered dataset does not.
+_RECORDS = 2
+
 
 class EmojiShards(IndexedSource):
     """A split of the dataset in the folder `path`; a missing dataset is rendered first.
@@ -18,8 +21,8 @@ class EmojiShards(IndexedSource):
         super().__init__(config)
 
     def version(self, shard: str) -> str:
-        """Returns the version of the dataset, which increases with every change of its records."""
-        return VERSION
+        """Returns the versions of the dataset and of its records."""
+        return f"{VERSION}-{_RECORDS}"
 
     def _open(self) -> EmojiSource:
         return EmojiSource(self.split, self.config.path)
@@ -35,5 +38,7 @@ class EmojiShards(IndexedSource):
                 language=provenance.language,
                 origin=provenance.source,
                 group=provenance.group,
+                family=provenance.family,
+                captions=provenance.captions,
             )
         ]

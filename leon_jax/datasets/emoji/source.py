@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 from leon_jax.config import UserError
 from leon_jax.data.records import from_png
+from leon_jax.datasets.emoji.captions import variants
 from leon_jax.datasets.emoji.splits import family
 from leon_jax.documents import Document, Image, Provenance, Text
 
@@ -34,8 +35,9 @@ class EmojiSource:
         "unseen_concept" (both designs of concepts that are not in train).
       data_dir: the folder of `make.make`.
 
-    `source[i]` is Document((Text(caption), Image(pixels=uint8[96, 96, 3])), provenance). A source
-    can be pickled; another process opens the files again.
+    `source[i]` is Document((Text(caption), Image(pixels=uint8[96, 96, 3])), provenance). The group
+    of a document is its concept, and its family is that of `splits.family`. A source can be
+    pickled; another process opens the files again.
 
     Raises:
       UserError: the split or the dataset does not exist, or the dataset cannot be read.
@@ -67,8 +69,11 @@ class EmojiSource:
             if name != "picture"
         }
         caption = fields.pop("caption")
-        group = family(fields["key"].partition("/")[2])
-        return caption, record["picture"], Provenance(**fields, group=group)
+        concept = fields["key"].partition("/")[2]
+        provenance = Provenance(
+            **fields, group=concept, family=family(concept), captions=variants(caption)
+        )
+        return caption, record["picture"], provenance
 
     def __iter__(self) -> Iterator[Document]:
         return (self[index] for index in range(len(self)))
