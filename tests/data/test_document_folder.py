@@ -33,7 +33,7 @@ def test_a_later_format_is_read_but_is_no_prepared_folder(tmp_path):
     manifest = json.loads((tmp_path / "manifest.json").read_text()) | {"format": 4}
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     assert len(DocumentFolder(tmp_path).records()) == 12
-    with pytest.raises(UserError, match="its format is 4, this one reads 3"):
+    with pytest.raises(UserError, match="holds documents without codes"):
         PreparedFolder(tmp_path)
 
 
@@ -44,5 +44,5 @@ def test_mistakes_are_named(tmp_path):
     with pytest.raises(UserError, match="has no split 'exam'; its splits are train"):
         folder.records("exam")
     (tmp_path / "a" / "manifest.json").write_text('{"format": 9}')
-    with pytest.raises(UserError, match="its format is 9, this one reads 3 and 4"):
+    with pytest.raises(UserError, match="its format is 9, this one reads 4, 3"):
         DocumentFolder(tmp_path / "a")

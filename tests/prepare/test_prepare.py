@@ -52,7 +52,7 @@ def test_listings_hold_the_provenance_of_every_record(checkpoint, out):
         listed = list(PreparedFolder(out).listing(split))
         pictures = [line.pop("picture") for line in listed]
         assert len(set(pictures)) == len(pictures) == len(documents)
-        assert listed == [vars(d.provenance) | {"size": [16, 16]} for d in documents]
+        assert listed == [d.provenance.to_dict() | {"size": [16, 16]} for d in documents]
 
 
 def test_held_out_documents_are_neither_in_the_index_nor_neighbours(checkpoint, out):
