@@ -35,6 +35,7 @@ VERBS = {
     "generate": "generate images from a prompt, or a caption from an image",
     "prepare": "collect image-text pairs into a documents folder",
     "encode": "add codes, vectors and neighbours to a documents folder",
+    "thresholds": "measure the near-copy thresholds of a retrieval encoder",
     "train": "train a tokenizer, an encoder or a decoder from a config file",
     "plan": "estimate memory and speed of a config on a TPU pod, without the pod",
     "evaluate": "evaluate a trained model on held-out documents",

@@ -8,7 +8,6 @@ documents: renderings of one image, two designs of one concept, skin tones of on
 unrelated documents ("strangers"). docs/retrieval.md shows the result and discusses it.
 """
 
-import io
 import itertools
 import re
 import sys
@@ -16,15 +15,15 @@ from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
-import PIL.Image
 from absl import app, flags
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 
 from leon_jax import sharding
 from leon_jax.config import UserError
 from leon_jax.datasets import demo
 from leon_jax.documents import Document
 from leon_jax.retrieval.encoder import RetrievalEncoder, normalise
+from leon_jax.retrieval.near_copies import renderings
 from leon_jax.retrieval.neighbour_selection import text_and_pixels
 
 _ENCODER = flags.DEFINE_string(
@@ -57,21 +56,6 @@ def accuracy(
         result["image_to_text"].append(float((group.argmax(1) == expected).mean()))
         result["text_to_image"].append(float((group.argmax(0) == expected).mean()))
     return result
-
-
-def renderings(pixels: UInt8[np.ndarray, "h w 3"]) -> list[UInt8[np.ndarray, "h w 3"]]:
-    """Returns the image as JPEG of quality 60, at half size, shifted by two pixels, and darker."""
-    image = PIL.Image.fromarray(pixels)
-    buffer = io.BytesIO()
-    image.save(buffer, format="jpeg", quality=60)
-    size = (image.width // 2, image.height // 2)
-    small = image.resize(size, PIL.Image.Resampling.BILINEAR)
-    return [
-        np.asarray(PIL.Image.open(buffer).convert("RGB")),
-        np.asarray(small),
-        np.roll(pixels, (2, 2), (0, 1)),
-        (pixels * np.float32(0.9)).astype(np.uint8),
-    ]
 
 
 def pairs_by_kind(
