@@ -86,7 +86,7 @@ setup(
     license_files=["LICENSE", "NOTICE"],
     python_requires=">=3.12",
     packages=find_packages(include=["leon_jax", "leon_jax.*"]),
-    package_data={"leon_jax": ["weights/**/*", "datasets/**/*.json"]},
+    package_data={"leon_jax": ["weights/**/*", "datasets/**/*.json", "configs/**/*"]},
     entry_points={"console_scripts": ["leon = leon_jax.cli.main:main"]},
     install_requires=[
         "absl-py>=2.5",
@@ -104,6 +104,7 @@ setup(
         "orbax-checkpoint>=0.12.8",
         "pillow>=12.0",
         "safetensors>=0.8",
+        "scipy>=1.15",
         "tensorboardX>=2.6.5",
         "tokenizers>=0.23",
         "tqdm>=4.67",

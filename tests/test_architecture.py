@@ -13,7 +13,7 @@ PACKAGE = ROOT / "leon_jax"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 ALL_SOURCES = sorted(
     path
-    for folder in ("leon_jax", "configs", "tests", "launch", "notebooks", "benchmarks")
+    for folder in ("leon_jax", "tests", "launch", "notebooks", "benchmarks")
     for path in (ROOT / folder).rglob("*.py")
 )
 

@@ -25,6 +25,7 @@ from collections.abc import Iterator, Sequence
 from absl import flags
 
 from leon_jax.cli import flag_errors
+from leon_jax.cli.presets import find_preset
 from leon_jax.config import UserError
 
 # NumPy multiplies only small matrices here (augmentation, neighbours), and does so on several
@@ -32,6 +33,7 @@ from leon_jax.config import UserError
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 VERBS = {
+    "pipeline": "train everything from a folder of images: from data to a model folder",
     "generate": "generate images from a prompt, or a caption from an image",
     "prepare": "collect image-text pairs into a documents folder",
     "encode": "add codes, vectors and neighbours to a documents folder",
@@ -119,7 +121,7 @@ def run_verb(verb: str, arguments: Sequence[str]) -> int:
         if {"--help", "-h", "-help"} & set(arguments):
             print(describe(module, verb))
             return 0
-        positional = _parse(module, [name, *map(_with_underscores, arguments)])
+        positional = _parse(module, [name, *map(find_preset, map(_with_underscores, arguments))])
         if len(positional) > 1:
             raise UserError(f"{positional[1]!r} is not a flag; flags are written --name=value")
         module.main(positional)

@@ -1,0 +1,77 @@
+r"""Trains all models on your own images, from a folder of images to a model folder.
+
+    leon pipeline --config=configs/own.py --data=my_cats --licence=CC-BY-4.0 --workdir=runs/cats
+    leon generate --model=runs/cats/model --prompt="a grey cat"
+
+--data is a folder of images with captions beside them, or a source of `leon prepare`,
+[SPLIT=]KIND:PATH; it may be repeated. --size is tiny, small or base (see configs/own.py).
+
+The stages are: collect the documents, train the text tokenizer, the image tokenizer and the
+retrieval encoder, measure the encoder's thresholds, encode the documents, train the decoder, and
+write the model folder. Each stage prints the `leon` command that it runs, and can be run alone.
+
+Run the same command again to resume an interrupted pipeline. Finished stages are skipped.
+"""
+
+import pathlib
+
+from absl import flags
+
+from leon_jax.cli import config_flag
+from leon_jax.config import UserError
+
+FLAGS = flags.FlagValues()
+_CONFIG = config_flag.define(FLAGS)
+_DATA = flags.DEFINE_multi_string(
+    "data", [], "A folder of images with captions, or [SPLIT=]KIND:PATH; may be repeated.",
+    flag_values=FLAGS,
+)  # fmt: skip
+_WORKDIR = flags.DEFINE_string("workdir", None, "The folder for all files.", flag_values=FLAGS)
+_SIZE = flags.DEFINE_string(
+    "size", None, "The size of the models: tiny, small or base.", flag_values=FLAGS
+)
+_LICENCE = flags.DEFINE_string(
+    "licence", "", "The SPDX licence of records that have none.", flag_values=FLAGS
+)
+_ACCEPT = flags.DEFINE_multi_string(
+    "accept", [], "An additional SPDX licence to accept; may be repeated.", flag_values=FLAGS
+)
+_ATTRIBUTION = flags.DEFINE_string(
+    "attribution", "", "The credit line of records that have none.", flag_values=FLAGS
+)
+
+
+def main(argv: list[str]) -> None:
+    """Runs `leon pipeline`.
+
+    Raises:
+      UserError: a flag is missing, a stage failed, or the workdir belongs to another pipeline.
+    """
+    del argv
+    from leon_jax.pipeline import run, stages
+
+    values = config_flag.read(_CONFIG, "configs/own.py")
+    if values.get("kind") != "pipeline":
+        raise UserError(
+            f"config.kind is {values.get('kind')!r}; it must be pipeline, as in configs/own.py"
+        )
+    if not _DATA.value:
+        raise UserError("--data is missing; for example --data=my_cats")
+    if not _WORKDIR.value:
+        raise UserError("--workdir is missing; for example --workdir=runs/cats")
+    prepare_flags = [f"--accept={licence}" for licence in _ACCEPT.value]
+    for name, value in (("licence", _LICENCE.value), ("attribution", _ATTRIBUTION.value)):
+        if value:
+            prepare_flags.append(f"--{name}={value}")
+    workdir = pathlib.Path(_WORKDIR.value)
+    inputs = stages.Inputs([_source(data) for data in _DATA.value], prepare_flags, workdir)
+    run.run(stages.stages(values, inputs), workdir)
+
+
+def _source(data: str) -> str:
+    """Returns a source of `leon prepare`; the path of a folder is one of the kind "folder"."""
+    if pathlib.Path(data).is_dir():
+        return f"folder:{data}"
+    if ":" not in data:
+        raise UserError(f"there is no folder {data}")
+    return data

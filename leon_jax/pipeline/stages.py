@@ -1,0 +1,313 @@
+"""The stages of a pipeline: each is one `leon` command with a config file, and can be run alone."""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from leon_jax.config import UserError
+from leon_jax.data.document_folder import TRAIN, DocumentFolder
+from leon_jax.tokenizers.text import TextTokenizer
+
+# Fewer documents cannot train an encoder or measure thresholds.
+MIN_DOCUMENTS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """A `leon` command.
+
+    Attributes:
+      arguments: the command line after `leon`.
+      config: values of the config file that the arguments name, written before the command runs;
+        None: it has no config file.
+      notes: what was adapted to the data, one sentence each.
+    """
+
+    arguments: tuple[str, ...]
+    config: Mapping[str, Any] | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """A digest of the arguments and the config."""
+        content = json.dumps([self.arguments, self.config], sort_keys=True, default=list)
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One stage of a pipeline.
+
+    Attributes:
+      name: name of the stage, and of its folder in the workdir.
+      title: what it does, for the terminal.
+      make: returns the command. It is called when the stages before it are finished, because the
+        command depends on their results.
+      output: a file that exists once the stage is finished.
+      seconds: estimated duration on the reference machine.
+      is_repeated: whether the command runs every time, because it notices changed inputs itself.
+    """
+
+    name: str
+    title: str
+    make: Callable[[], Command]
+    output: pathlib.Path
+    seconds: float
+    is_repeated: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What a person gives to a pipeline.
+
+    Attributes:
+      sources: sources of `leon prepare`, `[SPLIT=]KIND:PATH`.
+      prepare_flags: further flags of `leon prepare`, for example "--licence=CC-BY-4.0".
+      workdir: the folder of the pipeline.
+    """
+
+    sources: Sequence[str]
+    prepare_flags: Sequence[str]
+    workdir: pathlib.Path
+
+
+class Layout:
+    """The paths of a pipeline's files.
+
+    Args:
+      workdir: the folder of the pipeline.
+    """
+
+    def __init__(self, workdir: pathlib.Path):
+        self.workdir = workdir
+        self.documents = workdir / "documents"
+        self.text = workdir / "text" / "export" / "text.json"
+        self.tokenizer = workdir / "tokenizer" / "export" / "tokenizer.safetensors"
+        self.encoder = workdir / "encoder" / "export" / "encoder.safetensors"
+        self.selection = self.encoder.with_name("selection.json")
+        self.model = workdir / "model"
+
+    def config(self, stage: str) -> pathlib.Path:
+        """Returns the path of a stage's config file."""
+        return self.workdir / "configs" / f"{stage}.py"
+
+    def decoder(self, stage: str) -> pathlib.Path:
+        """Returns the path of the decoder that a stage trains."""
+        return self.workdir / stage / "export" / "decoder.safetensors"
+
+
+def stages(values: Mapping[str, Any], inputs: Inputs) -> list[Stage]:
+    """Returns the stages that train all models and write a model folder.
+
+    Args:
+      values: the configuration, for example of configs/own.py.
+      inputs: the data and the workdir.
+
+    Raises:
+      UserError: a key is unknown or missing.
+    """
+    unknown = set(values) - {"kind", "size", "prepare", "encode", "stages", "seconds"}
+    if unknown:
+        raise UserError(f"config.{min(unknown)} is unknown")
+    for kind in ("text", "tokenizer", "encoder", "decoder"):
+        if kind not in {config.get("kind") for config in values["stages"].values()}:
+            raise UserError(f"config.stages has no stage of the kind {kind}")
+    files = Layout(inputs.workdir)
+    seconds = values.get("seconds", {})
+    result = [_documents(values, inputs, files)]
+    decoders = []
+    before_decoder = True
+    for name, config in values["stages"].items():
+        if config["kind"] == "decoder":
+            if before_decoder:
+                result += [_thresholds(files), _encode(values, files)]
+                before_decoder = False
+            result.append(
+                _decoder(name, config, files, decoders[-1] if decoders else None, seconds)
+            )
+            decoders.append(name)
+        else:
+            result.append(_training(name, config, files, seconds))
+    result.append(_export(decoders[-1], files))
+    return result
+
+
+def _documents(values: Mapping[str, Any], inputs: Inputs, files: Layout) -> Stage:
+    settings = values.get("prepare", {})
+
+    def make() -> Command:
+        config = files.config("documents")
+        return Command(
+            (
+                "prepare", f"--config={config}", *(f"--source={s}" for s in inputs.sources),
+                *inputs.prepare_flags, f"--out={files.documents}",
+            ),
+            settings,
+        )  # fmt: skip
+
+    return Stage(
+        "documents", "collect the documents", make, files.documents / "manifest.json", 60, True
+    )
+
+
+def _training(
+    name: str, config: Mapping[str, Any], files: Layout, seconds: Mapping[str, float]
+) -> Stage:
+    """Returns the stage that trains the text tokenizer, the image tokenizer or the encoder."""
+    kind = config["kind"]
+    titles = {
+        "text": "train the text tokenizer",
+        "tokenizer": "train the image tokenizer",
+        "encoder": "train the retrieval encoder",
+    }
+    if kind not in titles:
+        raise UserError(f"config.stages.{name}.kind is {kind!r}; it is not known")
+    output = {"text": files.text, "tokenizer": files.tokenizer, "encoder": files.encoder}[kind]
+    if name != kind:
+        raise UserError(f"config.stages.{name} is of the kind {kind}; it must be called {kind}")
+
+    def make() -> Command:
+        adapted, notes = _adapted(name, config, DocumentFolder(files.documents))
+        data = {**adapted.get("data", {}), "folder": str(files.documents)}
+        if kind == "encoder":
+            data["text"] = str(files.text)
+        return _train_command(name, {**adapted, "data": data}, files, notes)
+
+    return Stage(name, titles[kind], make, output, seconds.get(name, 5))
+
+
+def _adapted(
+    name: str, config: Mapping[str, Any], documents: DocumentFolder
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Returns the configuration of a stage, with a batch that the documents can fill.
+
+    Raises:
+      UserError: there are too few documents to train on.
+    """
+    count = documents.splits[TRAIN]
+    if count < MIN_DOCUMENTS:
+        raise UserError(
+            f"{documents.folder} has {count} documents to train on; at least {MIN_DOCUMENTS} are "
+            "needed"
+        )
+    if config["kind"] == "text":
+        return dict(config), ()
+    available = count
+    if config["kind"] == "encoder":
+        # A batch of the encoder has every group once.
+        lines = documents.listing(TRAIN)
+        available = len({line.get("group") or line.get("picture") for line in lines})
+    batch_size = config["batch_size"]
+    # Every batch of an epoch is full, so a batch of half the documents wastes few of them.
+    largest = max(2, 1 << max(available // 2, 1).bit_length() - 1)
+    if batch_size <= available:
+        return dict(config), ()
+    return {**config, "batch_size": largest}, (
+        f"{name}: batch_size is {largest} instead of {batch_size}, because there are {available} "
+        "different training examples",
+    )
+
+
+def _thresholds(files: Layout) -> Stage:
+    def make() -> Command:
+        return Command(("thresholds", f"--folder={files.documents}", f"--encoder={files.encoder}"))
+
+    return Stage("thresholds", "measure the encoder's thresholds", make, files.selection, 15)
+
+
+def _encode(values: Mapping[str, Any], files: Layout) -> Stage:
+    flags = tuple(f"--{key}={value}" for key, value in values.get("encode", {}).items())
+
+    def make() -> Command:
+        return Command(
+            (
+                "encode", f"--folder={files.documents}", f"--tokenizer={files.tokenizer}",
+                f"--encoder={files.encoder}", f"--text={files.text}", *flags,
+            )
+        )  # fmt: skip
+
+    return Stage(
+        "encode", "encode the documents and find neighbours", make,
+        files.documents / "encoded", 60, True,
+    )  # fmt: skip
+
+
+def _decoder(
+    name: str,
+    config: Mapping[str, Any],
+    files: Layout,
+    previous: str | None,
+    seconds: Mapping[str, float],
+) -> Stage:
+    """Returns the stage that trains the decoder, from the weights of `previous` if it is set."""
+
+    def make() -> Command:
+        adapted, notes = _adapted(name, config, DocumentFolder(files.documents))
+        text_tokens = TextTokenizer.load(files.text).size
+        layout = dict(adapted.get("vocabulary", {}))
+        layout.setdefault("sentinels", 16)
+        layout["image_codes"] = _codes(files.tokenizer)
+        least = 4 + layout["image_codes"] + 2 + layout["sentinels"]
+        layout["text_start"] = max(layout.get("text_start", 0), least)
+        layout["text_tokens"] = text_tokens
+        model = {**adapted["model"], "vocab_size": layout["text_start"] + text_tokens}
+        data = {
+            **adapted["data"],
+            "folder": str(files.documents),
+            "text": str(files.text),
+        }
+        samples = {"captions": _captions(files.documents), **adapted.get("samples", {})}
+        samples["image"] = str(files.tokenizer)
+        loop = dict(adapted.get("loop", {}))
+        if previous is not None:
+            loop["init_from"] = str(files.decoder(previous))
+        values = {
+            **adapted, "vocabulary": layout, "model": model, "data": data, "samples": samples,
+            "loop": loop,
+        }  # fmt: skip
+        return _train_command(name, values, files, notes)
+
+    return Stage(name, "train the decoder", make, files.decoder(name), seconds.get(name, 60))
+
+
+def _codes(tokenizer: pathlib.Path) -> int:
+    """Returns the number of codes of an image tokenizer."""
+    from leon_jax import weight_files
+
+    return weight_files.read_config(tokenizer, "tokenizer")["codes"]
+
+
+def _captions(folder: pathlib.Path, count: int = 4) -> tuple[str, ...]:
+    """Returns captions of held-out documents, or else of train, for the sample images."""
+    documents = DocumentFolder(folder)
+    held_out = [split for split, size in documents.splits.items() if split != TRAIN and size]
+    records = documents.records(held_out[0] if held_out else TRAIN)
+    step = max(1, len(records) // count)
+    return tuple(records[row].text for row in range(0, len(records), step)[:count])
+
+
+def _export(decoder: str, files: Layout) -> Stage:
+    def make() -> Command:
+        return Command(
+            (
+                "export", f"--workdir={files.workdir / decoder}", f"--tokenizer={files.tokenizer}",
+                f"--encoder={files.encoder}", f"--text={files.text}",
+                f"--selection={files.selection}", f"--index={files.documents}",
+                f"--out={files.model}",
+            )
+        )  # fmt: skip
+
+    return Stage("model", "write the model folder", make, files.model / "model.json", 5)
+
+
+def _train_command(
+    name: str, values: Mapping[str, Any], files: Layout, notes: tuple[str, ...]
+) -> Command:
+    return Command(
+        ("train", f"--config={files.config(name)}", f"--workdir={files.workdir / name}"),
+        values,
+        notes,
+    )
