@@ -11,6 +11,7 @@ _KINDS = {
     "webdataset": ("leon_jax.data.sources.webdataset:WebDataset", "data"),
     "parquet": ("leon_jax.data.sources.parquet:Parquet", "data"),
     "jsonl": ("leon_jax.data.sources.jsonl:Jsonl", "data"),
+    "folder": ("leon_jax.data.sources.image_folder:ImageFolder", "data"),
     "huggingface": ("leon_jax.data.sources.huggingface:HuggingFace", "huggingface"),
 }
 
