@@ -26,6 +26,9 @@ DATA = [
     "tensorflow-datasets>=4.9.10",
 ]
 
+# Image formats that Pillow does not read itself: HEIC, JPEG XL and SVG drawings.
+IMAGES = ["pillow-heif>=1.8", "pillow-jxl-plugin>=1.3.8", "resvg-py>=0.5"]
+
 # What only some need for preparing data: a cluster engine, datasets of Hugging Face's library, and
 # an index for serving on CPUs.
 BEAM = [*DATA, "apache-beam>=2.77"]
@@ -53,6 +56,7 @@ DEV = [
     *BEAM,
     *HUGGINGFACE,
     *FAISS,
+    *IMAGES,
     "beartype>=0.22",
     "build>=1.3",
     "hypothesis>=6.170",
@@ -116,6 +120,7 @@ setup(
         "beam": BEAM,
         "huggingface": HUGGINGFACE,
         "faiss": FAISS,
+        "images": IMAGES,
         "eval": EVAL,
         # Only for checkpoints in PyTorch's own format; safetensors files need no extra.
         "convert": ["torch>=2.9"],

@@ -1,8 +1,9 @@
 """The `leon` command: `leon VERB --flag=value ...`.
 
-A verb is a module of this package with a docstring, its own absl flags and `main(argv)`. It is
-imported only when it is used, so `leon --help` is quick. A verb uses absl's global flags, or its
-own `FlagValues` called FLAGS, which lets several verbs run in one process.
+A verb is a module of this package with a docstring, its own absl flags, `main(argv)` and, if a flag
+changes others, `rewritten(arguments)`. It is imported only when it is used, so `leon --help` is
+quick. A verb uses absl's global flags, or its own `FlagValues` called FLAGS, which lets several
+verbs run in one process.
 
 An error that the user can fix prints one sentence on stderr and exits with code 2. Ctrl-C exits
 with code 130. A closed output pipe exits with code 141 and prints nothing, like other programs.
@@ -121,7 +122,10 @@ def run_verb(verb: str, arguments: Sequence[str]) -> int:
         if {"--help", "-h", "-help"} & set(arguments):
             print(describe(module, verb))
             return 0
-        positional = _parse(module, [name, *map(find_preset, map(_with_underscores, arguments))])
+        arguments = [*map(find_preset, map(_with_underscores, arguments))]
+        if hasattr(module, "rewritten"):
+            arguments = module.rewritten(arguments)
+        positional = _parse(module, [name, *arguments])
         if len(positional) > 1:
             raise UserError(f"{positional[1]!r} is not a flag; flags are written --name=value")
         module.main(positional)

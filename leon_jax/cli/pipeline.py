@@ -68,6 +68,19 @@ def main(argv: list[str]) -> None:
     run.run(stages.stages(values, inputs), workdir)
 
 
+def rewritten(arguments: list[str]) -> list[str]:
+    """Returns the arguments with the value of --size as the argument of the config file."""
+    sizes = [argument.partition("=")[2] for argument in arguments if argument.startswith("--size=")]
+    if not sizes:
+        return arguments
+    return [
+        f"{argument}:{sizes[-1]}"
+        if argument.startswith("--config=") and ":" not in argument
+        else argument
+        for argument in arguments
+    ]
+
+
 def _source(data: str) -> str:
     """Returns a source of `leon prepare`; the path of a folder is one of the kind "folder"."""
     if pathlib.Path(data).is_dir():

@@ -1,13 +1,14 @@
 r"""Collects image-text pairs into a documents folder for training and retrieval.
 
-    leon prepare --source=jsonl:my_cats --licence=CC-BY-4.0 --out=data/my_cats
+    leon prepare --source=folder:my_cats --licence=CC-BY-4.0 --out=data/my_cats
     leon prepare --source=train=webdataset:shards/*.tar --source=test=jsonl:held_out \
         --out=data/photographs
     leon prepare
 
-A source is [SPLIT=]KIND:PATH. KIND is jsonl, webdataset, parquet, tfds, huggingface or emoji. All
-splits but train are held out. Of sources without a split, --held_out of the documents are held out.
-A config file can name the sources and all other settings instead (see configs/prepare.py).
+A source is [SPLIT=]KIND:PATH. KIND is folder (of images with captions beside them), jsonl,
+webdataset, parquet, tfds, huggingface or emoji. All splits but train are held out. Of sources
+without a split, --held_out of the documents are held out. A config file can name the sources and
+all other settings instead (see configs/prepare.py).
 
 The tokenizers and the encoder train on the documents folder. `leon encode` then adds codes, vectors
 and neighbours, which the decoder and retrieval need. With --tokenizer, --encoder or --text this
@@ -29,6 +30,7 @@ Two flags work on an existing folder and on its encodings:
 import dataclasses
 import json
 import pathlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
@@ -57,6 +59,18 @@ _ACCEPT = flags.DEFINE_multi_string(
 _ATTRIBUTION = flags.DEFINE_string(
     "attribution", "", "The credit line of records that have none.", flag_values=FLAGS
 )
+_TEXT_FIELD = flags.DEFINE_string(
+    "text_field", "", "The field, column or ending with the captions (default: text, caption or "
+    "another usual name).", flag_values=FLAGS,
+)  # fmt: skip
+_IMAGE_FIELD = flags.DEFINE_string(
+    "image_field", "", "The field, column or ending with the images (default: image, file_name, "
+    "path or another usual name).", flag_values=FLAGS,
+)  # fmt: skip
+_CAPTION_FROM_NAME = flags.DEFINE_bool(
+    "caption_from_name", False, "For folder:PATH: images without a caption take the words of "
+    "their file names.", flag_values=FLAGS,
+)  # fmt: skip
 _DATA_DIR = flags.DEFINE_string(
     "data_dir", "data/emoji", "The folder of emoji images; rendered if missing.", flag_values=FLAGS
 )
@@ -122,13 +136,10 @@ def main(argv: list[str]) -> None:
             _remove(_OUT.value, _REMOVE_KEYS.value)
         return
     demonstration = not _CONFIG.present and not _SOURCE.value
-    if (_LICENCE.value or _ATTRIBUTION.value) and not _SOURCE.value:
-        raise UserError(
-            "--licence and --attribution need --source; in a config file, set licence and "
-            "attribution of each source"
-        )
+    _check_source_flags()
     if _LICENCE.value and licences.normal(_LICENCE.value) is None:
-        raise UserError(f"--licence={_LICENCE.value} is not an SPDX licence expression")
+        problem = licences.explain(_LICENCE.value).removeprefix("its licence ")
+        raise UserError(f"--licence: {problem}")
     if demonstration or _DATASET_ONLY.value:
         _prepare_emoji()
         return
@@ -141,6 +152,20 @@ def main(argv: list[str]) -> None:
     if encode_config is not None:
         folder, manifest = encode(_OUT.value, encode_config, run=run)
         _report("encoded", folder, manifest)
+
+
+def _check_source_flags() -> None:
+    """Checks that flags that describe sources are given with a source."""
+    if _SOURCE.value:
+        return
+    for flag, setting in (
+        (_LICENCE, "licence"), (_ATTRIBUTION, "attribution"), (_TEXT_FIELD, "text"),
+        (_IMAGE_FIELD, "picture"), (_CAPTION_FROM_NAME, "caption_from_name"),
+    ):  # fmt: skip
+        if flag.value:
+            raise UserError(
+                f"--{flag.name} needs --source; in a config file, set {setting} of each source"
+            )
 
 
 def _prepare_emoji() -> None:
@@ -175,11 +200,15 @@ def _prepare_emoji() -> None:
 
 
 def _report(name: str, folder: "str | pathlib.Path", manifest: dict[str, Any]) -> None:
-    """Prints how many documents a folder holds, and where its card is."""
+    """Prints how many documents a folder holds, where its card is, and what was rejected."""
+    from leon_jax.prepare import reject_summary
+
     counts = ", ".join(f"{count} {split}" for split, count in manifest["splits"].items())
     rejected = sum(sum(c["rejected"].values()) for c in manifest["counts"].values())
     print(f"{name}: {folder} ({counts}; {rejected} records rejected)")
     print(f"contents and reasons for rejection: {pathlib.Path(folder) / 'card.md'}")
+    for line in reject_summary.lines(folder, manifest):
+        print(line, file=sys.stderr)
 
 
 def _configurations() -> "tuple[PrepareConfig, EncodeConfig | None]":
@@ -245,6 +274,9 @@ def _source(text: str) -> "SourceConfig":
         split=split,
         licence=_LICENCE.value,
         attribution=_ATTRIBUTION.value,
+        text=_TEXT_FIELD.value,
+        picture=_IMAGE_FIELD.value,
+        caption_from_name=_CAPTION_FROM_NAME.value,
     )
 
 

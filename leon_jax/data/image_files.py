@@ -1,10 +1,12 @@
 """Reads untrusted image files safely, and writes PNG files with metadata.
 
-The header of a file is checked before any pixel is decoded, so a file that claims a huge image
-costs no memory. A written file carries metadata as PNG text chunks (prompt, seed, model, licences
-of the retrieved documents) and is renamed to its final name once it is complete.
+`leon prepare` and `leon generate` read images with `decode`, so both treat a file alike. The header
+of a file is checked before any pixel is decoded, so a file that claims a huge image costs no
+memory. A written file carries metadata as PNG text chunks (prompt, seed, model, licences of the
+retrieved documents) and is renamed to its final name once it is complete.
 """
 
+import io
 import os
 import pathlib
 import tempfile
@@ -17,33 +19,24 @@ from jaxtyping import UInt8
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from leon_jax.config import UserError
-from leon_jax.data.sources.raw_record import Reason
+from leon_jax.data import colours, image_formats, svg_files
+from leon_jax.data.image_error import ImageError
 
-# Formats whose decoders are self-contained (no interpreter, no external program).
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 MAX_SIDE = 16_384  # pixels
 MAX_PIXELS = 64 * 2**20
-_PLAIN_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")
-
-
-class ImageError(UserError):
-    """An image that cannot be used.
-
-    Attributes:
-      reason: the reject reason, for counting.
-    """
-
-    def __init__(self, message: str, reason: Reason = "picture_unreadable"):
-        super().__init__(message)
-        self.reason = reason
+_HEAD_BYTES = 2**16
+# Files of these formats may hold more pictures than the one to show, and are no animations: a
+# camera's JPEG with a preview, and a phone's HEIC with a burst.
+_FIRST_OF_MANY = ("MPO", "HEIF")
+_REDUCED = 254  # the TIFF tag NewSubfileType; its bit 0 marks a smaller copy
 
 
 def read(path: str | os.PathLike) -> Image.Image:
     """Reads an image file. The image is upright, in mode RGB, with transparency on white.
 
     Raises:
-      ImageError: the file is missing, empty, truncated, not an image in one of `FORMATS`, or has
-        more than `MAX_SIDE` pixels on a side or `MAX_PIXELS` pixels in total.
+      ImageError: the file is missing, empty or not readable, has more than `MAX_SIDE` pixels on a
+        side or `MAX_PIXELS` pixels in total, or cannot be used for another reason (`decode`).
     """
     path = pathlib.Path(path)
     if not path.exists():
@@ -51,7 +44,7 @@ def read(path: str | os.PathLike) -> Image.Image:
     if not path.is_file():
         raise ImageError(f"{path} is not a file; give the path of an image")
     if path.stat().st_size == 0:
-        raise ImageError(f"{path} is empty; give a {' or '.join(FORMATS[:2])} image")
+        raise ImageError(f"{path} is empty; give a PNG or JPEG image")
     try:
         with path.open("rb") as file:
             return decode(file, str(path))
@@ -59,55 +52,97 @@ def read(path: str | os.PathLike) -> Image.Image:
         raise ImageError(f"{path} is not readable; check its permissions") from None
 
 
-def decode(file: BinaryIO, name: str, *, plain: bool = False) -> Image.Image:
+def decode(file: BinaryIO, name: str) -> Image.Image:
     """Decodes an open image file. The image is upright, in mode RGB, with transparency on white.
+
+    Colours are converted to 8-bit sRGB (`colours.py`), and SVG drawings are rasterised. Of a
+    camera's JPEG with several pictures the first one is taken.
 
     Args:
       file: the open file, read from its start. The size in its header is checked before decoding.
       name: name of the image in error messages.
-      plain: whether to reject images that do not convert to RGB unambiguously: animations, and
-        colours other than 8-bit RGB, grey or a palette (16-bit grey would be clipped, CMYK needs
-        its colour profile).
 
     Raises:
-      ImageError: the image is damaged, too large, in another format, or rejected by `plain`. Its
-        `reason` is one of `leon_jax.data.sources.raw_record.REASONS`.
+      ImageError: the image is damaged, too large, an animation, in another format, in a format
+        whose package is not installed, or has colours that cannot be converted. Its `reason` is
+        one of `leon_jax.data.sources.raw_record.REASONS`.
     """
+    head = file.read(_HEAD_BYTES)
+    file.seek(0)
+    drawing = svg_files.is_svg(head)
+    if drawing:
+        file = io.BytesIO(svg_files.rasterise(file.read(), name))
+    formats = ("PNG",) if drawing else image_formats.readable_formats(head, name)
+    if image_formats.is_jpeg_xl(head):
+        _check_jpeg_xl(head, name)
     try:
         with warnings.catch_warnings():
             # Pillow warns about large images; `_check_size` has a lower limit.
             warnings.simplefilter("ignore")
-            with Image.open(file, formats=FORMATS) as image:
+            with Image.open(file, formats=formats) as image:
                 _check_size(image.size, name)
-                if plain and image.mode not in _PLAIN_MODES:
-                    raise ImageError(
-                        f"{name} has the colour mode {image.mode}; it must be 8-bit RGB, grey or "
-                        "a palette",
-                        "picture_mode",
-                    )
-                if plain and getattr(image, "is_animated", False):
-                    raise ImageError(f"{name} is an animation", "picture_animated")
+                if _is_animation(image):
+                    raise ImageError(f"{name} is an animation or has several pages; give one "
+                                     "picture of it", "picture_animated")  # fmt: skip
                 image.load()
-                return on_white(ImageOps.exif_transpose(image))
+                if drawing and image.mode == "RGBA" and image.getchannel("A").getbbox() is None:
+                    raise ImageError(f"{name} is an SVG drawing that shows nothing")
+                return colours.to_rgb(_upright(image), name)
     except ImageError:
         raise
     except Image.DecompressionBombError:
         raise ImageError(_too_large(name), "picture_too_large") from None
     except UnidentifiedImageError:
-        raise ImageError(f"{name} is not an image in {', '.join(FORMATS)} format") from None
+        names = ", ".join(name for name in image_formats.FORMATS if name != "MPO")
+        raise ImageError(
+            f"{name} is not an image in {names}, HEIC, JPEG XL or SVG format"
+        ) from None
     except Exception as error:  # decoders raise many kinds of exceptions for damaged files
         raise ImageError(f"{name} is damaged or truncated") from error
 
 
 def on_white(image: Image.Image) -> Image.Image:
-    """Returns a copy of an image in mode RGB, with transparency composited on white."""
-    if image.mode == "RGB":
-        return image.copy()
-    if image.mode == "RGBA" or "transparency" in image.info or image.mode in ("LA", "PA"):
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
+    """Returns a copy of a loaded image in 8-bit sRGB, mode RGB, with transparency on white.
+
+    Raises:
+      ImageError: the colours cannot be converted (`colours.to_rgb`).
+    """
+    return colours.to_rgb(image, "the image")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Returns an image that is rotated as its EXIF data says."""
+    # The decoder of JPEG XL has rotated the image, unless it restored a JPEG.
+    if image.format == "JXL" and not getattr(image, "jpeg", False):
+        return image
+    upright = ImageOps.exif_transpose(image)
+    if upright is not image:  # what `colours.to_rgb` reads of the file
+        upright.format = image.format
+        upright.tag_v2 = getattr(image, "tag_v2", {})  # type: ignore[attr-defined]
+    return upright
+
+
+def _is_animation(image: Image.Image) -> bool:
+    """Tells whether a file has several pictures of which none is the one to show."""
+    if not getattr(image, "is_animated", False) or image.format in _FIRST_OF_MANY:
+        return False
+    if image.format != "TIFF":
+        return True
+    try:
+        for number in range(1, image.n_frames):  # type: ignore[attr-defined]
+            image.seek(number)
+            if not image.tag_v2.get(_REDUCED, 0) & 1:  # type: ignore[attr-defined]
+                return True
+    finally:
+        image.seek(0)
+    return False
+
+
+def _check_jpeg_xl(head: bytes, name: str) -> None:
+    size = image_formats.jpeg_xl_size(head)
+    if size is None:
+        raise ImageError(f"{name} is damaged or truncated")
+    _check_size(size, name)
 
 
 def write_png(

@@ -118,7 +118,7 @@ def stages(values: Mapping[str, Any], inputs: Inputs) -> list[Stage]:
     files = Layout(inputs.workdir)
     seconds = values.get("seconds", {})
     result = [_documents(values, inputs, files)]
-    decoders = []
+    decoders: list[str] = []
     before_decoder = True
     for name, config in values["stages"].items():
         if config["kind"] == "decoder":

@@ -24,7 +24,7 @@ _HEADINGS = {
     "rejected": "Rejected records",
 }
 
-_MEANINGS = {
+MEANINGS = {
     "unreadable_shard": "the rest of a file could not be read",
     "unreadable_record": "the record could not be read",
     "unsafe_name": "a name that leads out of its folder",
@@ -40,8 +40,8 @@ _MEANINGS = {
     "picture_too_large": "an image with too many pixels",
     "picture_too_small": "an image with too few pixels",
     "picture_too_narrow": "one side is much longer than the other",
-    "picture_animated": "an animated image",
-    "picture_mode": "colours other than 8-bit RGB, grey or a palette",
+    "picture_animated": "an animation, or several pages",
+    "picture_mode": "colours that cannot be converted to 8-bit RGB",
     "licence_unknown": "no licence, or not an SPDX expression",
     "licence_not_allowed": "a licence that is not accepted",
     "key_repeated": "the key of an earlier document",
@@ -202,7 +202,7 @@ def _sorted(name: str, table: dict[str, Any]) -> dict[str, int]:
 
 
 def _label(name: str, key: str) -> str:
-    return f"{key}: {_MEANINGS[key]}" if name == "rejected" else key
+    return f"{key}: {MEANINGS[key]}" if name == "rejected" else key
 
 
 def _escaped(text: str) -> str:

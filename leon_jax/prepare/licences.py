@@ -5,13 +5,7 @@ import re
 from typing import Any
 
 from leon_jax.config import UserError
-
-# Datasets of web images often give a Creative Commons licence as its URL.
-_CREATIVE_COMMONS = re.compile(
-    r"https?://(?:www\.)?creativecommons\.org/(?:licenses|publicdomain)/([a-z-]+)/([0-9.]+)/?"
-    r"(?:deed(?:\.[a-z-]+)?|legalcode)?/?",
-    re.IGNORECASE,
-)
+from leon_jax.prepare import licence_names
 
 # The SPDX syntax for a licence that SPDX does not list.
 _REFERENCE = re.compile(r"LicenseRef-[A-Za-z0-9.-]+")
@@ -22,7 +16,8 @@ def normal(licence: str) -> str | None:
     """Returns the normalised SPDX expression of a licence field, or None if it is not valid.
 
     The field may hold SPDX identifiers and expressions in any case (`cc-by-4.0`,
-    `MIT OR Apache-2.0`), `LicenseRef-...`, or the URL of a Creative Commons licence.
+    `MIT OR Apache-2.0`), `LicenseRef-...`, the URL of a Creative Commons licence, or the name of
+    one licence as people write it (`CC BY 4.0`, `MIT License`, `public domain`).
 
     Raises:
       UserError: the package license-expression is missing.
@@ -31,16 +26,46 @@ def normal(licence: str) -> str | None:
     return _normal(licence) if len(licence) <= _MAX_LENGTH else None
 
 
+def explain(licence: str) -> str:
+    """Returns why `normal` refuses a licence field, and what would be right."""
+    licence = licence.strip()
+    if not licence:
+        return "neither the record nor its source states a licence (--licence=SPDX states one)"
+    quoted = repr(licence if len(licence) <= 80 else licence[:80] + "...")
+    candidates = licence_names.candidates(licence) if len(licence) <= _MAX_LENGTH else ()
+    if candidates:
+        return f"its licence {quoted} may be {' or '.join(candidates)}; write which one"
+    return f"its licence {quoted} is not an SPDX expression, such as CC-BY-4.0 or LicenseRef-NAME"
+
+
 @functools.lru_cache(4096)
 def _normal(licence: str) -> str | None:
-    if not licence:
+    if not licence or licence_names.candidates(licence):
         return None
-    if match := _CREATIVE_COMMONS.fullmatch(licence):
-        name, version = match[1].lower(), match[2]
-        names = {"zero": "CC0-1.0", "mark": "LicenseRef-Public-Domain-Mark"}
-        licence = names.get(name, f"CC-{name}-{version}")
-    parsed = _parse(licence)
-    return None if parsed is None else str(parsed)
+    for spelling in (licence, *licence_names.spellings(licence)):
+        parsed = _parse(spelling)
+        if parsed is not None:
+            return str(parsed)
+    return None
+
+
+def missing(accepted: tuple[str, ...], expression: str) -> tuple[str, ...]:
+    """Returns the licences of an SPDX expression that a list must also have to allow it.
+
+    Of `A OR B` these are the licences of the first.
+    """
+    return tuple(dict.fromkeys(_missing(_parse(expression), accepted)))
+
+
+def _missing(node: Any, accepted: tuple[str, ...]) -> list[str]:
+    if node is None or _allowed(node, accepted):
+        return []
+    operator = getattr(node, "operator", "").strip()
+    if operator == "OR":
+        return _missing(node.args[0], accepted)
+    if operator == "AND":
+        return [name for argument in node.args for name in _missing(argument, accepted)]
+    return [str(node)]
 
 
 def check_list(accepted: tuple[str, ...]) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from leon_jax.data import image_files
+from leon_jax.data.image_error import ImageError
 from leon_jax.data.sources.raw_record import (
     MAX_IMAGE_BYTES,
     RawRecord,
@@ -127,14 +128,14 @@ class RecordReader:
         stated = raw.licence or source.licence
         licence = licences.normal(stated)
         if licence is None:
-            raise RejectError(
-                "licence_unknown",
-                f"its licence {stated!r} is not an SPDX expression"
-                if stated
-                else "neither the record nor its source states a licence",
-            )
+            raise RejectError("licence_unknown", licences.explain(stated))
         if not licences.allows(self.config.licences, licence):
-            raise RejectError("licence_not_allowed", f"its licence is {licence}")
+            flags = " ".join(
+                f"--accept={name}" for name in licences.missing(self.config.licences, licence)
+            )
+            raise RejectError(
+                "licence_not_allowed", f"its licence is {licence}, which {flags} would accept"
+            )
         try:
             return Provenance(
                 key=raw.key,
@@ -183,8 +184,8 @@ class RecordReader:
         if len(data) > MAX_IMAGE_BYTES:
             raise RejectError("record_too_large", f"an image of {len(data)} bytes")
         try:
-            image = image_files.decode(io.BytesIO(data), "the image", plain=True)
-        except image_files.ImageError as error:
+            image = image_files.decode(io.BytesIO(data), "the image")
+        except ImageError as error:
             raise RejectError(error.reason, str(error)) from None
         shorter, longer = sorted(image.size)
         size = f"{image.width} x {image.height} pixels"

@@ -41,9 +41,12 @@ def leon(capsys, *arguments):
 def test_a_folder_of_images_is_prepared_audited_and_edited(capsys, tmp_path, images):
     out = tmp_path / "prepared"
     source = f"--source=train=jsonl:{images}"
-    code, stdout, _ = leon(
-        capsys, source, "--licence=CC-BY-4.0", "--attribution=me", f"--out={out}"
+    code, stdout, error = leon(
+        capsys, source, "--licence=CC BY 4.0", "--attribution=me", f"--out={out}"
     )
+    assert "2 of 6 records were rejected:\n" in error
+    assert "1: its licence is CC-BY-NC-4.0, which --accept=CC-BY-NC-4.0 would accept\n" in error
+    assert "  1 missing_picture: the image file does not exist\n    for example n5: " in error
     assert code == 0 and "4 train; 2 records rejected" in stdout
     assert "card.md" in stdout and (out / "card.md").is_file()
     assert {d["attribution"] for d in PreparedFolder(out).listing()} == {"me"}
@@ -81,6 +84,23 @@ def test_documents_are_collected_without_models_and_encoded_later(capsys, tmp_pa
         code = main.run(["encode", *arguments])
         error = capsys.readouterr().err
         assert code == 2 and message in error and error.count("\n") == 1, error
+
+
+def test_a_folder_of_images_with_captions_beside_them_is_prepared(capsys, tmp_path, images):
+    (images / "captions.jsonl").unlink()
+    out = tmp_path / "prepared"
+    arguments = (f"--source=folder:{images}", "--licence=public domain", f"--out={out}")
+    code, _, error = leon(capsys, *arguments, "--accept=LicenseRef-Public-Domain")
+    assert code == 2 and "put it into 0.txt beside the image" in error
+    (images / "0.txt").write_text("noise")
+    (images / "1.png").rename(images / "grey-noise_1.png")
+    code, _, error = leon(capsys, *arguments)
+    assert code == 2 and "--accept=LicenseRef-Public-Domain would accept" in error
+    arguments += ("--accept=LicenseRef-Public-Domain",)
+    code, stdout, error = leon(capsys, *arguments, "--caption_from_name")
+    assert code == 0 and "2 train; 4 records rejected" in stdout
+    assert "4 missing_field" in error and "to take them: --text_field=NAME" in error
+    assert [document.text for document in PreparedFolder(out).records()] == ["noise", "grey noise"]
 
 
 def test_splits_and_a_config_file(capsys, tmp_path, images):
@@ -125,8 +145,10 @@ def get_config():
         (["--source=jsonl:nowhere"], "nowhere"),
         (["--source=test=jsonl:nowhere"], "no source has the split 'train'; the splits are test"),
         (["--audit=x", "--out=nowhere"], "nowhere is not a documents folder"),
-        (["--licence=MIT"], "--licence and --attribution need --source"),
-        (["--source=jsonl:{}", "--licence=GPL-9"], "--licence=GPL-9 is not an SPDX licence"),
+        (["--licence=MIT"], "--licence needs --source; in a config file, set licence of each"),
+        (["--caption_from_name"], "--caption_from_name needs --source"),
+        (["--source=jsonl:{}", "--licence=x y"], "--licence: 'x y' is not an SPDX expression"),
+        (["--source=jsonl:{}", "--licence=GPL-2"], "'GPL-2' may be GPL-2.0-only or GPL-2.0-or-"),
         (["--beam=--x", "--source=jsonl:{}"], "--beam needs --runner"),
     ],
 )

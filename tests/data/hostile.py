@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from tests.data import hostile_tar
 from tests.data.hostile_contents import (
     MISSING,
+    NO_TEXT,
     NOT_UTF8,
     RECORD_TOO_LARGE,
     UNREADABLE,
@@ -89,7 +90,8 @@ _LINES: list[tuple[Callable[[str], bytes], frozenset[str]]] = [
     (_good_with(text=None), MISSING),
     (_good_with(text=7), UNREADABLE),
     (_good_with(text=True), UNREADABLE),
-    (_good_with(text=["a", ["b"]]), UNREADABLE),
+    (_good_with(text=[["b"]]), UNREADABLE),
+    (_good_with(text=[]), NO_TEXT),
     (_good_with(text={"en": "a"}), UNREADABLE),
     (_good_with(text="\ud800"), NOT_UTF8),
     (_good_with(image="\udfff.jpg"), NOT_UTF8),
@@ -262,7 +264,7 @@ def _parquet_files(rng) -> list[tuple[str, pa.Table | bytes, frozenset[str]]]:
     return [
         ("a dates as keys", table(key=pa.array([2**40] * 4, pa.timestamp("s"))), UNREADABLE),
         ("b numbers as captions", table(caption=[1, 2, 3, 4]), UNREADABLE),
-        ("c lists as captions", table(caption=[[text] for text in texts]), UNREADABLE),
+        ("c lists as captions", table(caption=[[text] for text in texts]), VALID),
         ("d texts as images", table(jpg=texts), UNREADABLE),
         ("e no captions", table(caption=pa.nulls(4)), MISSING),
         ("f no images", table(jpg=pa.nulls(4, pa.binary())), MISSING),

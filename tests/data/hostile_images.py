@@ -170,16 +170,16 @@ HOSTILE: dict[str, tuple[Callable[[np.random.Generator], bytes], frozenset[str]]
     "wrong sum of the data": (lambda rng: _bad_sum(rng, b"IDAT"), TOLERATED),
     "16-bit grey": (
         lambda rng: encoded(rng.integers(0, 2**16, (_SIDE, _SIDE), dtype=np.uint16), "png"),
-        MODE,
+        frozenset({USED}),
     ),
     "16-bit colours": (
         lambda rng: png(
             _SIDE, _SIDE, rows(rng.integers(0, 2**16, (_SIDE, _SIDE, 3)).astype(">u2")), depth=16
         ),
-        MODE | {USED},
+        frozenset({USED}),
     ),
     "floats": (lambda rng: encoded(rng.random((_SIDE, _SIDE), np.float32), "tiff"), MODE),
-    "cmyk": (_cmyk, MODE),
+    "cmyk": (_cmyk, frozenset({USED})),
     "animated gif": (lambda rng: _animated(rng, "gif"), ANIMATED),
     "animated webp": (lambda rng: _animated(rng, "webp"), ANIMATED),
     "animated png": (lambda rng: _animated(rng, "png"), ANIMATED),

@@ -89,4 +89,4 @@ def test_both_cards_have_the_same_counts_and_escape_markup(folder):
 
 
 def test_the_card_explains_every_reject_reason():
-    assert set(data_card._MEANINGS) == set(REASONS)
+    assert set(data_card.MEANINGS) == set(REASONS)

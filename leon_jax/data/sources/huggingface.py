@@ -5,23 +5,22 @@ images are read as they are stored.
 """
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import datasets
 
 from leon_jax.config import UserError
+from leon_jax.data.sources import field_names
 from leon_jax.data.sources.field_values import (
     METADATA_NAMES,
     RecordError,
     check_image,
-    check_text,
     read_metadata,
 )
 from leon_jax.data.sources.files import fingerprint, read_inside
-from leon_jax.data.sources.random_access import IndexedSource, caption_records
+from leon_jax.data.sources.random_access import IndexedSource
 from leon_jax.data.sources.raw_record import MAX_IMAGE_BYTES, RawRecord, Reject, SourceConfig
-
-TEXT_NAMES = ("text", "caption", "captions")
 
 
 class HuggingFace(IndexedSource):
@@ -29,8 +28,9 @@ class HuggingFace(IndexedSource):
 
     `path` is a folder made by `save_to_disk`, a folder that `load_dataset` understands (such as
     images with a `metadata.jsonl`), or a name on the hub. Unless the configuration names columns,
-    the image is the first column of images and the text the first of `TEXT_NAMES`. A list of texts
-    is read as captions of one image; they become one record each and form a group.
+    the image is the first column of images and the text the first of `field_names.TEXT_NAMES`. A
+    list of texts is read as captions of one image; they become one record each and form a
+    group.
 
     Raises:
       UserError: the dataset, split or column does not exist or cannot be read.
@@ -48,8 +48,13 @@ class HuggingFace(IndexedSource):
     def _open(self) -> datasets.Dataset:
         rows = self._load()
         images = [name for name, kind in rows.features.items() if _is_image(kind)]
-        self._image = _column(rows, self.config.picture, images, "images")
-        self._text = _column(rows, self.config.text, list(TEXT_NAMES), "texts")
+        encoded = [
+            name
+            for name in (*field_names.IMAGE_NAMES, *field_names.ENCODED_NAMES)
+            if name in rows.column_names and not _is_string(rows.features[name])
+        ]
+        self._image = _column(rows, self.config.picture, images + encoded, "image")
+        self._text = _column(rows, self.config.text, field_names.TEXT_NAMES, "text")
         columns = dict.fromkeys((self._text, self._image, *METADATA_NAMES))
         rows = rows.select_columns([name for name in columns if name in rows.column_names])
         # The Arrow format returns the stored bytes; other formats decode images.
@@ -80,10 +85,11 @@ class HuggingFace(IndexedSource):
         metadata = read_metadata(row, self.config)
         metadata["key"] = metadata["key"] or f"{self.split}/{index}"
         image = self._image_bytes(row[self._image])
-        text = row[self._text]
-        if isinstance(text, list):
-            return caption_records(metadata, text, image)
-        return [RawRecord(**metadata, parts=(check_text(text, self._text), image))]
+        captions = row[self._text]
+        if captions is None:
+            error = RecordError("missing_field", f"{self._text} is missing")
+            captions = field_names.title_or(error, image)
+        return field_names.caption_records(metadata, captions, image, self._text)
 
     def _image_bytes(self, value: Any) -> bytes:
         """Returns the image in a cell, or in the file of the dataset's folder that it names."""
@@ -106,10 +112,15 @@ def _is_image(kind: Any) -> bool:
     return isinstance(kind, datasets.Image)
 
 
-def _column(rows: datasets.Dataset, configured: str, defaults: list[str], content: str) -> str:
-    """Returns the configured column or the first existing default column."""
-    for name in [configured] if configured else defaults:
+def _is_string(kind: Any) -> bool:
+    return getattr(kind, "dtype", "") in ("string", "large_string")
+
+
+def _column(rows: datasets.Dataset, configured: str, usual: Sequence[str], content: str) -> str:
+    """Returns the configured column or the first existing usual column."""
+    for name in (configured,) if configured else usual:
         if name in rows.column_names:
             return name
-    missing = f"column {configured!r}" if configured else f"column of {content}"
-    raise UserError(f"the dataset has no {missing}; its columns are {', '.join(rows.column_names)}")
+    preferred = usual or field_names.IMAGE_NAMES
+    text = field_names.missing(rows.column_names, configured, preferred, content, "column")
+    raise UserError(f"the dataset cannot be used: {text}")

@@ -6,7 +6,8 @@ Each line is a JSON object in one of three forms:
     {"parts": [{"text": "first"}, {"image": "a.png"}, {"text": "then"}, {"image": "b.png"}]}
     {"source": "a.png", "instruction": "make it night", "target": "b.png"}
 
-Images are named by their paths relative to the folder of the JSONL file, and lie below it.
+The first form may use the other names of `field_names.py`, and a list of captions. Images are named
+by their paths relative to the folder of the JSONL file, and lie below it.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from leon_jax.config import UserError
+from leon_jax.data.sources import field_names
 from leon_jax.data.sources.field_values import RecordError, check_text, parse_object, read_metadata
 from leon_jax.data.sources.files import find_files, fingerprint, read_inside
 from leon_jax.data.sources.raw_record import (
@@ -34,15 +36,19 @@ _BLOCK = 2**20
 
 @dataclasses.dataclass(frozen=True)
 class _LineRange:
-    """The lines of a shard: the byte offset and the number (from 1) of the first line."""
+    """The lines of a shard: the byte offset and number (from 1) of the first, and their count."""
 
     file: str
     offset: int
     line: int
+    count: int
 
 
 class Jsonl:
-    """A source of JSONL files; a shard is a range of `shard_size` lines of a file.
+    """A source of JSONL files; a shard is a range of at most `shard_size` lines of a file.
+
+    A small file has several shards too (`SourceConfig.records_per_shard`), so that a run that was
+    stopped continues within the file.
 
     All images of a record together have at most `MAX_IMAGE_BYTES`, and a line has at most
     `MAX_TEXT_BYTES`. A longer line is skipped without being read into memory.
@@ -56,7 +62,7 @@ class Jsonl:
         self._folder, self._files = find_files(config.path, (".jsonl",))
 
     def shards(self) -> list[str]:
-        """Returns the names of all shards, e.g. `cats.jsonl:10001` for the lines from 10,001 on."""
+        """Returns the names of all shards, e.g. `cats.jsonl:257` for the lines from 257 on."""
         return list(self._ranges)
 
     def version(self, shard: str) -> str:
@@ -71,8 +77,8 @@ class Jsonl:
         try:
             with open(path, "rb") as file:
                 file.seek(lines.offset)
-                for number, line in _lines(file, lines.line, self.config.shard_size):
-                    yield self._record(f"{lines.file}:{number}", line, image_folder)
+                for number, line in numbered_lines(file, lines.line, lines.count):
+                    yield from self._records(f"{lines.file}:{number}", line, image_folder)
         except OSError as error:
             yield RecordError("unreadable_shard", f"{path}: {error.strerror}").reject(shard)
 
@@ -80,18 +86,20 @@ class Jsonl:
     def _ranges(self) -> dict[str, _LineRange]:
         """All shards by name; this reads all files once."""
         ranges = {}
+        step = self.config.records_per_shard(0)  # every shard has a multiple of it
         for name in self._files:
             try:
                 with open(os.path.join(self._folder, name), "rb") as file:
-                    offsets = _offsets(file, self.config.shard_size)
+                    offsets = _offsets(file, step)
             except OSError as error:
                 raise UserError(f"cannot read {name}: {error.strerror}") from error
-            for index, offset in enumerate(offsets):
-                line = index * self.config.shard_size + 1
-                ranges[f"{name}:{line}"] = _LineRange(name, offset, line)
+            count = self.config.records_per_shard(len(offsets) * step)
+            for index, offset in enumerate(offsets[:: count // step]):
+                line = index * count + 1
+                ranges[f"{name}:{line}"] = _LineRange(name, offset, line, count)
         return ranges
 
-    def _record(self, key: str, line: bytes | None, image_folder: str) -> RawRecord | Reject:
+    def _records(self, key: str, line: bytes | None, image_folder: str) -> list[RawRecord | Reject]:
         try:
             if line is None:
                 raise RecordError("record_too_large", f"the line has over {MAX_TEXT_BYTES} bytes")
@@ -110,14 +118,27 @@ class Jsonl:
                     images.read(record.get("target"), "target"),
                 )
             else:
-                text, image = self.config.text or "text", self.config.picture or "image"
-                parts = (
-                    check_text(record.get(text), text),
-                    images.read(record.get(image), image),
-                )
-            return RawRecord(**{**metadata, "key": key}, parts=parts)
+                return self._captioned({**metadata, "key": key}, record, images)
+            return [RawRecord(**{**metadata, "key": key}, parts=parts)]
         except RecordError as error:
-            return error.reject(key)
+            return [error.reject(key)]
+
+    def _captioned(
+        self, metadata: dict[str, str], record: dict[str, Any], images: "_ImageReader"
+    ) -> list[RawRecord | Reject]:
+        """Returns the records of an image and its captions."""
+        names = field_names.filled(record)
+        image_names = (*field_names.IMAGE_NAMES, *field_names.ENCODED_NAMES)
+        try:
+            text = field_names.choose(names, self.config.text, field_names.TEXT_NAMES, "text")
+            captions, problem = record[text], None
+        except RecordError as error:
+            text, captions, problem = "caption", None, error
+        image = field_names.choose(names, self.config.picture, image_names, "image")
+        data = images.read(record[image], image)
+        if problem is not None:
+            captions = field_names.title_or(problem, data)
+        return field_names.caption_records(metadata, captions, data, text)
 
 
 class _ImageReader:
@@ -152,7 +173,7 @@ def _interleaved(values: Any, images: _ImageReader) -> tuple[str | bytes, ...]:
     return tuple(parts)
 
 
-def _lines(file: BinaryIO, first: int, count: int) -> Iterator[tuple[int, bytes | None]]:
+def numbered_lines(file: BinaryIO, first: int, count: int) -> Iterator[tuple[int, bytes | None]]:
     """Yields the next non-blank lines with their numbers; None replaces a line that is too long."""
     for number in range(first, first + count):
         line = file.readline(MAX_TEXT_BYTES + 1)

@@ -12,6 +12,7 @@ _KINDS = {
     "parquet": ("leon_jax.data.sources.parquet:Parquet", "data"),
     "documents": ("leon_jax.data.sources.documents:Documents", "data"),
     "jsonl": ("leon_jax.data.sources.jsonl:Jsonl", "data"),
+    "folder": ("leon_jax.data.sources.image_folder:ImageFolder", "data"),
     "huggingface": ("leon_jax.data.sources.huggingface:HuggingFace", "huggingface"),
 }
 

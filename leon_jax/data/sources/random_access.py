@@ -1,10 +1,10 @@
 """Sources with random access to their records; a shard is a range of indices."""
 
 import abc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
-from leon_jax.data.sources.field_values import RecordError, check_text
+from leon_jax.data.sources.field_values import RecordError
 from leon_jax.data.sources.raw_record import RawRecord, Reject, SourceConfig
 
 
@@ -61,30 +61,3 @@ class IndexedSource(abc.ABC):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._rows = self._open()
-
-
-def caption_records(
-    metadata: dict[str, Any], texts: Sequence[str | bytes | None], image: bytes
-) -> list[RawRecord | Reject]:
-    """Returns one record per caption of an image; the records form a group.
-
-    Args:
-      metadata: attributes of `RawRecord`, with the key of the image.
-      texts: captions of the image.
-      image: the encoded image.
-
-    Raises:
-      RecordError: there are no captions.
-    """
-    if not texts:
-        raise RecordError("no_text", "the list of captions is empty")
-    records: list[RawRecord | Reject] = []
-    for number, text in enumerate(texts):
-        key = f"{metadata['key']}/{number}"
-        try:
-            parts = (check_text(text, "caption"), image)
-            group = metadata.get("group") or metadata["key"]
-            records.append(RawRecord(**{**metadata, "key": key, "group": group}, parts=parts))
-        except RecordError as error:
-            records.append(error.reject(key))
-    return records

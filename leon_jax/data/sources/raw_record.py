@@ -28,7 +28,7 @@ Reason = Literal[
     "picture_too_small",
     "picture_too_narrow",
     "picture_animated",
-    "picture_mode",  # colours that are not 8-bit RGB, grey or a palette
+    "picture_mode",  # colours that cannot be converted to 8-bit RGB
     "licence_unknown",
     "licence_not_allowed",
     "key_repeated",
@@ -43,6 +43,8 @@ REASONS: tuple[str, ...] = get_args(Reason)
 # Maximum size of an encoded image, and of a line or a text, that is read into memory.
 MAX_IMAGE_BYTES = 64 * 2**20
 MAX_TEXT_BYTES = 2**20
+# See `SourceConfig.records_per_shard`.
+_SHARD_STEP, _SHARDS = 256, 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,8 +101,10 @@ class SourceConfig:
       licence, attribution, language: defaults for records without these fields. A record without
         any licence is rejected.
       text, picture: names of the fields, columns or file extensions to read, if the kind has a
-        choice; by default the usual names of the format.
-      shard_size: number of records per shard, if the format has no shards; at least 1.
+        choice; by default the usual names (`leon_jax.data.sources.field_names`).
+      caption_from_name: whether the kind "folder" takes the name of an image file as its caption
+        if nothing else gives one.
+      shard_size: maximum number of records per shard, if the format has no shards; at least 1.
 
     Raises:
       UserError: `shard_size` or `split` is invalid.
@@ -116,6 +120,7 @@ class SourceConfig:
     language: str = "en"
     text: str = ""
     picture: str = ""
+    caption_from_name: bool = False
     shard_size: int = 10_000
 
     def __post_init__(self):
@@ -126,6 +131,19 @@ class SourceConfig:
                 f"split is {self.split!r}; it becomes part of file names, so use letters, digits, "
                 "- and _"
             )
+
+    def records_per_shard(self, count: int) -> int:
+        """Returns the number of records of each shard of one file or folder.
+
+        A run that is stopped repeats one shard at most, so a small file has shards too: about
+        `_SHARDS`, of a multiple of `_SHARD_STEP` records. `shard_size` is the maximum.
+
+        Args:
+          count: number of records, at least 0.
+        """
+        step = min(_SHARD_STEP, self.shard_size)
+        steps = max(1, -(-count // (step * _SHARDS)))
+        return step * min(steps, self.shard_size // step)
 
     @property
     def title(self) -> str:

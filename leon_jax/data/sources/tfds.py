@@ -11,19 +11,19 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.proto import tf_example_pb2
 
 from leon_jax.config import UserError
+from leon_jax.data.sources import field_names
 from leon_jax.data.sources.field_values import (
     METADATA_NAMES,
-    RecordError,
     check_image,
     check_text,
     read_metadata,
 )
 from leon_jax.data.sources.files import fingerprint
-from leon_jax.data.sources.random_access import IndexedSource, caption_records
+from leon_jax.data.sources.random_access import IndexedSource
 from leon_jax.data.sources.raw_record import RawRecord, Reject, SourceConfig
 
-IMAGE_NAMES = ("image", "picture")
-TEXT_NAMES = ("caption", "text")
+IMAGE_NAMES = ("image", "picture", "img", *field_names.ENCODED_NAMES)
+TEXT_NAMES = ("caption", "captions", "captions/text", *field_names.TEXT_NAMES)
 # The flat features of a record: "captions/text" holds the texts of the sequence `captions`.
 Features = Any
 
@@ -34,7 +34,8 @@ class Tfds(IndexedSource):
     `path` is a folder with a `dataset_info.json`, or a name such as `coco_captions` or `covr`. A
     named dataset is downloaded and built if it does not exist, if that works without TensorFlow.
     `read_split` may use the syntax of TensorFlow Datasets, such as `train+restval` or
-    `train[:1%]`. A dataset without an adapter in `_ADAPTERS` gives pairs of one text and one image.
+    `train[:1%]`. A dataset without an adapter in `_ADAPTERS` gives pairs of a caption and an image,
+    one for each caption of an image.
 
     Raises:
       UserError: the dataset or split does not exist, or cannot be read without TensorFlow.
@@ -129,7 +130,9 @@ def _coco_captions(features: Features, key: str, config: SourceConfig) -> list[R
     """Returns one record per caption of an image."""
     metadata = {"key": str(features["image/id"].int64_list.value[0])}
     image = check_image(_first_value(features, "image"), "image")
-    return caption_records(metadata, features["captions/text"].bytes_list.value, image)
+    return field_names.caption_records(
+        metadata, list(features["captions/text"].bytes_list.value), image
+    )
 
 
 def _covr(features: Features, key: str, config: SourceConfig) -> list[RawRecord | Reject]:
@@ -143,31 +146,21 @@ def _covr(features: Features, key: str, config: SourceConfig) -> list[RawRecord 
 
 
 def _pair(features: Features, key: str, config: SourceConfig) -> list[RawRecord | Reject]:
-    """Returns a record of the text and the image that the configuration or the defaults name."""
-    text = _feature_name(features, config.text, TEXT_NAMES)
-    image = _feature_name(features, config.picture, IMAGE_NAMES)
+    """Returns a record for each text of an image; the configuration may name both features."""
+    names = sorted(features)
+    text = field_names.choose(names, config.text, TEXT_NAMES, "text", "feature")
+    image = field_names.choose(names, config.picture, IMAGE_NAMES, "image", "feature")
     values = {name: _first_value(features, name) for name in METADATA_NAMES if name in features}
     metadata = read_metadata(values, config)
-    return [
-        RawRecord(
-            **{**metadata, "key": metadata["key"] or key},
-            parts=(
-                check_text(_first_value(features, text), text),
-                check_image(_first_value(features, image), image),
-            ),
-        )
-    ]
+    metadata["key"] = metadata["key"] or key
+    data = check_image(_first_value(features, image), image)
+    captions = (
+        list(features[text].bytes_list.value) or list(features[text].int64_list.value) or None
+    )
+    return field_names.caption_records(metadata, captions, data, text)
 
 
 _ADAPTERS = {"coco_captions": _coco_captions, "covr": _covr}
-
-
-def _feature_name(features: Features, configured: str, defaults: tuple[str, ...]) -> str:
-    """Returns the configured name, or the first default name that the features have."""
-    for name in (configured,) if configured else defaults:
-        if name in features:
-            return name
-    raise RecordError("missing_field", f"there is no feature {configured or ' or '.join(defaults)}")
 
 
 def _first_value(features: Features, name: str) -> Any:

@@ -1,18 +1,20 @@
 """Reads WebDataset: tar files whose members form samples by name, as img2dataset writes them.
 
-`0001.jpg`, `0001.txt` and `0001.json` are one sample. A tar file is read sequentially with the
+`0001.jpg`, `0001.txt` and `0001.json` are one sample. So are `a.01.jpg` and `a.01.txt`, although
+WebDataset cuts a name at its first dot (`tar_samples.py`). A tar file is read sequentially with the
 standard library, and nothing is unpacked to disk. The files are untrusted: the memory and time for
 each header and each member are limited.
 """
 
-import dataclasses
 import gzip
 import io
 import os
 import tarfile
 from collections.abc import Iterator
+from typing import Any
 
-from leon_jax.data.sources.field_values import RecordError, check_text, parse_object, read_metadata
+from leon_jax.data.sources import field_names
+from leon_jax.data.sources.field_values import RecordError, parse_object, read_metadata
 from leon_jax.data.sources.files import find_files, fingerprint
 from leon_jax.data.sources.raw_record import (
     MAX_IMAGE_BYTES,
@@ -21,8 +23,12 @@ from leon_jax.data.sources.raw_record import (
     Reject,
     SourceConfig,
 )
+from leon_jax.data.sources.tar_samples import Group, Sample
 
-IMAGE_NAMES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm")
+IMAGE_NAMES = (
+    "jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "avif", "heic", "heif", "jxl",
+    "svg",
+)  # fmt: skip
 _ARCHIVES = (".tar", ".tar.gz", ".tgz")
 _GZIP = b"\x1f\x8b"
 # Gzip barely compresses encoded images, so a higher ratio is a decompression bomb.
@@ -35,7 +41,8 @@ _MAX_HEADER_BYTES = 2**13
 class WebDataset:
     """A source of tar files, plain or gzipped; each file is a shard.
 
-    The text of a sample is its `.txt`, or else `caption` or `text` of its `.json`. The metadata
+    The text of a sample is its `.txt`, or else `caption`, `text` or another usual name
+    (`field_names.CAPTION_FIRST`) in its `.json`; a list there is several captions. The metadata
     (`field_values.METADATA_FIELDS`) comes from the `.json`. `text` and `picture` of the
     configuration name other extensions, and `text` may also name a field of the `.json`.
 
@@ -60,35 +67,55 @@ class WebDataset:
     def read(self, shard: str) -> Iterator[RawRecord | Reject]:
         """Yields the samples of a tar file, in order. A sample that is cut off is left out."""
         name = shard.removesuffix(".gz").removesuffix(".tar").removesuffix(".tgz")
+        group = None
         try:
-            for sample in self._samples(os.path.join(self._folder, shard)):
-                yield self._record(f"{name}/{sample.name}", sample)
+            for member, archive in _members(os.path.join(self._folder, shard)):
+                error = _member_error(member)
+                stem, extension = _split(member.name)
+                # Hidden files and files without an extension belong to no sample.
+                if member.isdir() or (not extension and error is None):
+                    continue
+                if group is None or stem != group.stem:
+                    if group is not None:
+                        yield from group.end()
+                    group = Group(stem, self._split_dotted, lambda s: self._records(name, s))
+                sample, extension, outcomes = group.sample(extension)
+                yield from outcomes
+                self._add(sample, extension, error, member, archive)
+            if group is not None:
+                yield from group.end()
         except RecordError as error:
             yield error.reject(shard)
 
-    def _samples(self, path: str) -> Iterator["_Sample"]:
-        sample = None
-        for member, archive in _members(path):
-            error = _member_error(member)
-            name, extension = _split(member.name)
-            # Hidden files and files without an extension belong to no sample.
-            if member.isdir() or (not extension and error is None):
-                continue
-            if sample is None or name != sample.name:
-                if sample is not None:
-                    yield sample
-                sample = _Sample(name)
-            error = error or self._file_error(sample, extension, member.size)
-            if error is not None:
-                sample.error = sample.error or error
-            elif (
-                extension in self._image_extensions + self._text_extensions and sample.error is None
-            ):
-                sample.files[extension] = archive.contents(member)
-        if sample is not None:
-            yield sample
+    def _split_dotted(self, extension: str) -> tuple[str, str]:
+        """Splits an extension with dots, such as "01.jpg", into a rest of the key and "jpg".
 
-    def _file_error(self, sample: "_Sample", extension: str, size: int) -> RecordError | None:
+        An extension that is not an image or a text stays whole; so do all, if the configuration
+        names one with a dot.
+        """
+        known = self._image_extensions + self._text_extensions
+        rest, _, last = extension.rpartition(".")
+        if not rest or last not in known or any("." in name for name in known):
+            return "", extension
+        return rest, last
+
+    def _add(
+        self,
+        sample: Sample,
+        extension: str,
+        error: RecordError | None,
+        member: tarfile.TarInfo,
+        archive: "_LimitedFile",
+    ) -> None:
+        """Adds a member to its sample: its contents, or its error."""
+        sample.list(extension)
+        error = error or self._file_error(sample, extension, member.size)
+        if error is not None:
+            sample.error = sample.error or error
+        elif extension in self._image_extensions + self._text_extensions and sample.error is None:
+            sample.files[extension] = archive.contents(member)
+
+    def _file_error(self, sample: Sample, extension: str, size: int) -> RecordError | None:
         """Returns why a file of `size` bytes cannot be added to a sample, or None."""
         if extension in sample.files:
             return RecordError("unreadable_record", f"it has two files ending in .{extension}")
@@ -105,38 +132,37 @@ class WebDataset:
             )
         return None
 
-    def _record(self, key: str, sample: "_Sample") -> RawRecord | Reject:
+    def _records(self, archive: str, sample: Sample) -> list[RawRecord | Reject]:
+        key = f"{archive}/{sample.name}"
         try:
             if sample.error:
                 raise sample.error
             fields = parse_object(sample.files["json"]) if "json" in sample.files else {}
             metadata = read_metadata(fields, self.config)
-            key = metadata["key"] or key
-            extension = self._text_extensions[0]
-            if extension in sample.files:
-                # Editors add the byte order mark and the final newline.
-                data = sample.files[extension].removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n")
-                text = check_text(data, f".{extension}")
-            else:
-                names = (self.config.text,) if self.config.text else ("caption", "text")
-                values = [fields[name] for name in names if fields.get(name) is not None]
-                text = check_text(values[0] if values else None, f"the {names[0]}")
+            key = metadata["key"] = metadata["key"] or key
             images = [sample.files[name] for name in self._image_extensions if name in sample.files]
             if not images:
                 extensions = " or .".join(self._image_extensions)
-                raise RecordError("missing_field", f"no file ends in .{extensions}")
-            return RawRecord(**{**metadata, "key": key}, parts=(text, images[0]))
+                raise RecordError("missing_field", f"no file ends in .{extensions}{sample.listed}")
+            name, captions = self._captions(sample, fields, images[0])
+            return field_names.caption_records(metadata, captions, images[0], name)
         except RecordError as error:
-            return error.reject(key)
+            return [error.reject(key)]
 
-
-@dataclasses.dataclass
-class _Sample:
-    """The files of a sample by extension, and its first error."""
-
-    name: str
-    files: dict[str, bytes] = dataclasses.field(default_factory=dict)
-    error: RecordError | None = None
+    def _captions(self, sample: Sample, fields: dict[str, Any], image: bytes) -> tuple[str, Any]:
+        """Returns the name of the field with the caption or captions of a sample, and its value."""
+        extension = self._text_extensions[0]
+        if extension in sample.files:
+            # Editors add the byte order mark and the final newline.
+            data = sample.files[extension].removeprefix(b"\xef\xbb\xbf").rstrip(b"\r\n")
+            return f".{extension}", data
+        names = field_names.filled(fields)
+        try:
+            name = field_names.choose(names, self.config.text, field_names.CAPTION_FIRST, "text")
+        except RecordError as error:
+            detail = f"no file ends in .{extension}{sample.listed}; in its .json {error}"
+            return "title", field_names.title_or(RecordError(error.reason, detail), image)
+        return f"the {name}", fields[name]
 
 
 class _LimitedFile:

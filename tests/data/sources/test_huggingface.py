@@ -70,10 +70,10 @@ def test_several_captions_of_an_image_form_a_group(tmp_path):
     rows, images = table(captions=[["a", None], [], ["c"]])
     rows.save_to_disk(tmp_path / "cats")
     assert read(tmp_path / "cats") == [
-        RawRecord("train/0/0", ("a", images[0]), group="train/0"),
-        Reject("train/0/1", "missing_field", "caption is missing"),
-        Reject("train/1", "no_text", "the list of captions is empty"),
-        RawRecord("train/2/0", ("c", images[2]), group="train/2"),
+        RawRecord("train/0#1", ("a", images[0]), group="train/0"),
+        Reject("train/0#2", "missing_field", "captions is missing"),
+        Reject("train/1", "no_text", "captions is an empty list"),
+        RawRecord("train/2", ("c", images[2])),
     ]
 
 
@@ -82,7 +82,7 @@ def test_the_configuration_names_other_columns(tmp_path):
     rows.save_to_disk(tmp_path / "cats")
     parts = [raw.parts for raw in read(tmp_path / "cats", text="titel", picture="other")]
     assert parts == [("x", b"0"), ("y", b"1"), ("z", b"2")]
-    with pytest.raises(UserError, match="no column 'title'; its columns are image, text, titel"):
+    with pytest.raises(UserError, match="no column title; the columns are image, text, titel"):
         read(tmp_path / "cats", text="title")
 
 
@@ -92,7 +92,9 @@ def invalid_images():
 
 def test_a_dataset_without_a_column_of_images_raises_an_error(tmp_path):
     datasets.Dataset.from_dict({"text": ["a"]}).save_to_disk(tmp_path / "cats")
-    with pytest.raises(UserError, match="no column of images; its columns are text"):
+    with pytest.raises(
+        UserError, match=r"no column holds the image; the columns are text; .*--image_field=NAME"
+    ):
         read(tmp_path / "cats")
 
 

@@ -87,7 +87,48 @@ class TestForms:
 
     def test_a_reject_has_the_key_of_its_record(self, folder):
         write(folder, {"key": "cat/1", "image": "a.png"})
-        assert read(folder) == [Reject("cat/1", "missing_field", "text is missing")]
+        [reject] = read(folder)
+        assert (reject.key, reject.reason) == ("cat/1", "missing_field")
+
+    def test_the_usual_names_of_fields_are_read(self, folder):
+        write(
+            folder, {"file_name": "a.png", "caption": "a cat"}, {"path": "a.png", "TEXT": "a cat"},
+            {"img": "a.png", "title": "a cat"}, {"image_path": "a.png", "description": "a cat"},
+            {"image": "a.png", "file_name": "none.png", "text": "a cat", "caption": "no"},
+            {"image": None, "file_name": "a.png", "text": None, "caption": "a cat"},
+        )  # fmt: skip
+        assert [raw.parts for raw in read(folder)] == [("a cat", b"picture a.png")] * 6
+
+    def test_a_record_without_a_usual_name_names_its_fields_and_the_setting(self, folder):
+        write(folder, {"image": "a.png", "label": "a cat"}, {"photo": "a.png", "text": "a cat"})
+        first, second = read(folder)
+        assert first.detail == (
+            "no field holds the text; the fields are image, label; choose one with "
+            "--text_field=NAME (text of the source), or use text, caption"
+        )
+        assert "the fields are photo, text; choose one with --image_field=NAME" in second.detail
+
+    def test_several_captions_of_an_image_form_a_group(self, folder):
+        write(
+            folder, {"image": "a.png", "captions": ["one", 2, "three"]},
+            {"key": "cat", "image": "b.png", "text": ["a", "b"], "group": "cats"},
+            {"image": "b.png", "text": ["only"]},
+        )  # fmt: skip
+        group, image = "cats.jsonl:1", b"picture a.png"
+        assert read(folder) == [
+            RawRecord("cats.jsonl:1#1", ("one", image), group=group),
+            Reject("cats.jsonl:1#2", "unreadable_record", "captions is a int, not a text"),
+            RawRecord("cats.jsonl:1#3", ("three", image), group=group),
+            RawRecord("cat#1", ("a", b"picture b.png"), group="cats"),
+            RawRecord("cat#2", ("b", b"picture b.png"), group="cats"),
+            RawRecord("cats.jsonl:3", ("only", b"picture b.png")),
+        ]
+
+    def test_the_title_of_a_drawing_is_the_caption_if_nothing_else_gives_one(self, folder):
+        drawing = b'<svg xmlns="http://www.w3.org/2000/svg"><title>a drawn cat</title></svg>'
+        (folder / "a.svg").write_bytes(drawing)
+        write(folder, {"image": "a.svg"}, {"image": "a.svg", "text": "a cat"})
+        assert [raw.parts[0] for raw in read(folder)] == ["a drawn cat", "a cat"]
 
 
 class TestShards:
@@ -107,6 +148,16 @@ class TestShards:
         assert read(tmp_path, shard_size=size) == expected
         source = open_source(SourceConfig("jsonl", str(tmp_path), shard_size=size))
         assert len(source.shards()) == -(-21 // size)
+
+    @pytest.mark.parametrize(
+        ("lines", "size", "expected"),
+        [(256, 10_000, [256]), (600, 10_000, [256, 256, 88]), (600, 300, [256, 256, 88]),
+         (40_000, 10_000, [768] * 52 + [64]), (600, 100, [100] * 6)],
+    )  # fmt: skip
+    def test_a_small_file_has_shards_too(self, lines, size, expected, tmp_path):
+        (tmp_path / "a.jsonl").write_text('{"parts": [{"text": "a"}]}\n' * lines)
+        source = open_source(SourceConfig("jsonl", str(tmp_path), shard_size=size))
+        assert [sum(1 for _ in source.read(shard)) for shard in source.shards()] == expected
 
     def test_lines_may_cross_the_blocks_that_are_read(self, tmp_path, monkeypatch):
         monkeypatch.setattr("leon_jax.data.sources.jsonl._BLOCK", 7)

@@ -82,13 +82,30 @@ def test_the_configuration_names_other_columns(tmp_path):
     assert record.parts == ("yes", b"yes")
 
 
+def test_paths_of_images_and_several_captions_are_read(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"png")
+    cells = [{"bytes": None, "path": "a.png"}, {"bytes": b"cell", "path": "none"}]
+    pq.write_table(pa.table({"text": [["x", "y"], ["z"]], "image": cells}), tmp_path / "a.parquet")
+    names = {"TEXT": ["a", "b"], "file_name": ["a.png", "../a.png"]}
+    pq.write_table(pa.table(names), tmp_path / "b.parquet")
+    *records, reject = read(tmp_path)
+    assert records == [
+        RawRecord("a.parquet:1#1", ("x", b"png"), group="a.parquet:1"),
+        RawRecord("a.parquet:1#2", ("y", b"png"), group="a.parquet:1"),
+        RawRecord("a.parquet:2", ("z", b"cell")),
+        RawRecord("b.parquet:1", ("a", b"png")),
+    ]
+    assert (reject.key, reject.reason) == ("b.parquet:2", "unsafe_name")
+
+
 def test_a_missing_column_gives_a_reject_that_lists_the_columns(tmp_path):
     pq.write_table(pa.table({"alt": ["a"], "jpg": [b"a"]}), tmp_path / "a.parquet")
     [outcome] = read(tmp_path)
     assert outcome == Reject(
         "a.parquet",
         "unreadable_shard",
-        "there is no column caption or text; the columns are alt, jpg",
+        "no column holds the text; the columns are alt, jpg; choose one with --text_field=NAME "
+        "(text of the source), or use caption, captions",
     )
 
 

@@ -118,10 +118,13 @@ class TestCocoCaptions:
         folder, images = captions
         outcomes = {outcome.key: outcome for outcome in read(folder, name="coco")}
         expected = {
-            f"{image}/{n}": RawRecord(f"{image}/{n}", (text, jpeg), group=str(image))
+            f"{image}#{n}": RawRecord(f"{image}#{n}", (text, jpeg), group=str(image))
             for image, (texts, jpeg) in images.items()
-            for n, text in enumerate(texts)
+            if len(texts) > 1
+            for n, text in enumerate(texts, start=1)
         }
+        # The image with one caption keeps its key.
+        expected["101"] = RawRecord("101", (images[101][0][0], images[101][1]))
         rejects = [outcome for key, outcome in outcomes.items() if key not in expected]
         assert [reject.reason for reject in rejects] == ["no_text"]
         assert {key: outcomes[key] for key in expected} == expected

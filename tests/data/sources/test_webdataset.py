@@ -94,6 +94,18 @@ class TestSamples:
             )
         ]  # fmt: skip
 
+    def test_a_list_of_captions_and_other_names_in_the_json_are_read(self, tmp_path):
+        archive(
+            tmp_path / "a.tar", a__jpg=b"jpg", a__json=b'{"captions": ["one", "two"]}',
+            b__jpg=b"jpg", b__json=b'{"title": "three"}', c__jpg=b"jpg", c__json=b'{"label": "x"}',
+            d__svg=b"<svg><title>four</title></svg>",
+        )  # fmt: skip
+        one, two, three, reject, four = read(tmp_path)
+        assert (one.key, one.group, one.parts) == ("a/a#1", "a/a", ("one", b"jpg"))
+        assert (two.key, two.parts[0]) == ("a/a#2", "two")
+        assert (three.key, three.parts[0], four.parts[0]) == ("a/b", "three", "four")
+        assert "the fields are label; choose one with --text_field=NAME" in reject.detail
+
     def test_keys_of_samples_include_the_name_of_the_archive(self, tmp_path):
         for name in ("b.tar", "a.tar"):
             archive(tmp_path / name, a__jpg=b"jpg", a__txt=b"a cat\n")
@@ -126,6 +138,57 @@ class TestSamples:
         assert keys == ["009/a", "010/a", "011/a"]
         with pytest.raises(UserError, match=r"there is no file .*012\.tar"):
             read(tmp_path / "{009..012}.tar")
+
+
+class TestDots:
+    """Names with dots: WebDataset cuts at the first dot, people mean the last."""
+
+    def test_members_with_dots_form_samples_by_the_last_dot(self, tmp_path):
+        names = {}
+        for key in ("22__01", "22__02", "22__03", "v1__2__3"):
+            names |= {f"{key}__png": b"png", f"{key}__txt": key.encode()}
+            names[f"{key}__json"] = b'{"license": "CC0-1.0"}'
+        outcomes = read(archive(tmp_path / "a.tar", **names))
+        assert [(raw.key, raw.parts[0]) for raw in outcomes] == [
+            ("a/22.01", "22__01"), ("a/22.02", "22__02"), ("a/22.03", "22__03"),
+            ("a/v1.2.3", "v1__2__3"),
+        ]  # fmt: skip
+        assert {raw.licence for raw in outcomes} == {"CC0-1.0"}
+
+    def test_every_incomplete_sample_with_dots_is_counted(self, tmp_path):
+        path = archive(
+            tmp_path / "a.tar", **{"22__01__png": b"a", "22__02__png": b"b", "22__02__txt": b"cat",
+                                   "22__03__txt": b"c", "23__cls": b"1"},
+        )  # fmt: skip
+        outcomes = read(path)
+        assert sorted(outcome.key for outcome in outcomes) == [
+            "a/22.01", "a/22.02", "a/22.03", "a/23",
+        ]  # fmt: skip
+        details = {o.key: o.detail for o in outcomes if not isinstance(o, RawRecord)}
+        assert "(its files end in .png)" in details["a/22.01"]
+        assert details["a/22.03"].endswith("(its files end in .txt)")
+        assert details["a/23"].endswith("(its files end in .cls)")
+
+    def test_further_files_of_a_sample_are_no_samples(self, tmp_path):
+        path = archive(
+            tmp_path / "a.tar", a__jpg=b"jpg", a__seg__png=b"mask", a__txt=b"a cat", a__x__y=b"",
+            b__big__jpg=b"big", b__big__txt=b"b", b__jpg=b"small", b__txt=b"a dog",
+        )  # fmt: skip
+        assert [(raw.key, raw.parts) for raw in read(path)] == [
+            ("a/a", ("a cat", b"jpg")), ("a/b.big", ("b", b"big")), ("a/b", ("a dog", b"small")),
+        ]  # fmt: skip
+
+    def test_two_files_of_one_name_are_told_apart_or_rejected(self, tmp_path):
+        members = [("1.a.jpg", b"x"), ("1.a.jpg", b"y"), ("1.a.txt", b"t")]
+        with open(tmp_path / "a.tar", "wb") as file:
+            file.write(b"".join(member(name, data) for name, data in members) + END)
+        [reject] = read(tmp_path)
+        assert (reject.key, reject.detail) == ("a/1.a", "it has two files ending in .jpg")
+
+    def test_rejects_that_wait_for_the_end_of_a_group_are_bounded(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("leon_jax.data.sources.tar_samples._MAX_HELD", 5)
+        path = archive(tmp_path / "a.tar", **{f"v1__{n:02}__jpg": b"x" for n in range(12)})
+        assert [reject.key for reject in read(path)] == [f"a/v1.{n:02}" for n in range(12)]
 
 
 class TestLimits:
