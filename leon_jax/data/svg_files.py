@@ -17,7 +17,7 @@ from xml.etree import ElementTree
 from leon_jax.data.image_error import ImageError
 
 # The longer side of the image in pixels; a drawing has no pixels of its own.
-SIDE = 1024
+SIDE = 512
 MAX_BYTES = 16 * 2**20
 # Limits of drawing: seconds of the processor.
 _SECONDS = 20
@@ -34,7 +34,8 @@ except ImportError:
 import resvg_py
 side = int(sys.argv[2])
 sys.stdout.buffer.write(bytes(resvg_py.svg_to_bytes(
-    svg_string=sys.stdin.buffer.read().decode(), width=side, height=side, skip_system_fonts=True
+    svg_string=sys.stdin.buffer.read().decode(), width=side, height=side, dpi=96,
+    skip_system_fonts=True,
 )))
 """
 _GZIP = b"\x1f\x8b"

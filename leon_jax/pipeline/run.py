@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import pprint
+import shlex
 import subprocess
 import sys
 import time
@@ -84,7 +85,7 @@ class _Progress:
             print(f"  {note}")
         if command.config is not None:
             _write_config(self.workdir / "configs" / f"{stage.name}.py", command)
-        print(f"  leon {' '.join(command.arguments)}", flush=True)
+        print(f"  leon {shlex.join(command.arguments)}", flush=True)
         self.record[stage.name] = {"key": key, "finished": False}
         self._save()
         start = time.monotonic()
@@ -136,7 +137,7 @@ def _write_config(path: pathlib.Path, command: Command) -> None:
     values: Mapping[str, Any] = command.config or {}
     text = pprint.pformat(json.loads(json.dumps(values, default=list)), sort_dicts=False)
     text = (
-        f'"""Written by leon pipeline. It runs\n\n    leon {" ".join(command.arguments)}\n"""\n\n'
+        f'"""Written by leon pipeline. It runs\n\n    leon {shlex.join(command.arguments)}\n"""\n\n'
         "from ml_collections import ConfigDict\n\n\n"
         f"def get_config():\n    return ConfigDict(\n{_indented(text)}\n    )\n"
     )

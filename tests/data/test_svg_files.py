@@ -20,6 +20,8 @@ def svg(content, attributes='width="20" height="10"'):
 
 
 RED = svg('<rect width="10" height="10" fill="red"/>')
+# Inkscape writes sizes in points; a point is 4/3 pixels.
+POINTS = svg('<rect width="20" height="20" fill="red"/>', 'width="30pt" height="15pt"')
 
 
 def decode(data):
@@ -28,7 +30,13 @@ def decode(data):
 
 @pytest.mark.parametrize(
     "data",
-    [RED, gzip.compress(RED), b"\xef\xbb\xbf" + RED, b"<?xml version='1.0'?>\n<!-- cat -->" + RED],
+    [
+        RED,
+        gzip.compress(RED),
+        b"\xef\xbb\xbf" + RED,
+        b"<?xml version='1.0'?>\n<!-- cat -->" + RED,
+        POINTS,
+    ],
 )
 def test_a_drawing_is_rasterised_on_white(data):
     image = decode(data)

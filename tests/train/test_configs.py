@@ -29,5 +29,33 @@ def test_a_config_file_can_be_built(name):
     if name == "prepare.py":
         assert len(configs.build(PrepareConfig, values).sources) == 3
         return
+    if values["kind"] == "pipeline":
+        return  # test_the_stages_of_every_size_can_be_built
     configs.build(LoopConfig, values.pop("loop", {}), "config.loop")
     assert configs.build(KINDS[values["kind"]], values).kind == values["kind"]
+
+
+@pytest.mark.parametrize("size", ["tiny", "small", "base"])
+def test_the_stages_of_every_size_can_be_built(size):
+    values = runpy.run_path(str(CONFIGS / "own.py"))["get_config"](size).to_dict()
+    for name, stage in values["stages"].items():
+        configs.build(LoopConfig, stage.pop("loop", {}), f"config.stages.{name}.loop")
+        if stage["kind"] == "encoder":
+            stage["data"] = {"text": "text.json"}
+        if stage["kind"] == "text":
+            stage["data"] = {}
+        if stage["kind"] == "tokenizer":
+            stage["data"] = {}
+        if stage["kind"] == "decoder":  # the pipeline knows the vocabulary after the tokenizers
+            codes, sentinels = values["stages"]["tokenizer"]["model"]["codes"], 64
+            start = 4 + codes + 2 + sentinels
+            layout = {"image_codes": codes, "sentinels": sentinels, "text_start": start}
+            stage["vocabulary"] = layout | {"text_tokens": 1000}
+            stage["model"]["vocab_size"] = start + 1000
+            rows, columns = stage["data"]["image_shape"]
+            sides = values["stages"]["tokenizer"]["model"]
+            factor = 2 ** (len(sides["multipliers"]) - 1)
+            assert (rows * factor, columns * factor) == (sides["resolution"],) * 2
+            retrieved = len(stage["data"]["retrieved"]) - 1
+            assert stage["data"]["length"] >= (retrieved + 1) * (rows * columns + 20)
+        assert configs.build(KINDS[stage["kind"]], stage).kind == stage["kind"]
