@@ -82,8 +82,7 @@ def decode(file: BinaryIO, name: str) -> Image.Image:
             with Image.open(file, formats=formats) as image:
                 _check_size(image.size, name)
                 if _is_animation(image):
-                    raise ImageError(f"{name} is an animation or has several pages; give one "
-                                     "picture of it", "picture_animated")  # fmt: skip
+                    raise _animation(name)
                 image.load()
                 if drawing and image.mode == "RGBA" and image.getchannel("A").getbbox() is None:
                     raise ImageError(f"{name} is an SVG drawing that shows nothing")
@@ -139,10 +138,18 @@ def _is_animation(image: Image.Image) -> bool:
 
 
 def _check_jpeg_xl(head: bytes, name: str) -> None:
-    size = image_formats.jpeg_xl_size(head)
-    if size is None:
+    header = image_formats.jpeg_xl_header(head)
+    if header is None:
         raise ImageError(f"{name} is damaged or truncated")
-    _check_size(size, name)
+    _check_size(header.size, name)
+    if header.animated:
+        raise _animation(name)
+
+
+def _animation(name: str) -> ImageError:
+    return ImageError(
+        f"{name} is an animation or has several pages; give one picture of it", "picture_animated"
+    )
 
 
 def write_png(

@@ -5,6 +5,7 @@ pillow-jxl-plugin; both register themselves with Pillow. SVG drawings are raster
 (`svg_files.py`).
 """
 
+import dataclasses
 from collections.abc import Callable
 
 from leon_jax.data.image_error import ImageError
@@ -56,8 +57,21 @@ def is_jpeg_xl(data: bytes) -> bool:
     return data.startswith((_JXL_CODESTREAM, _JXL_CONTAINER))
 
 
-def jpeg_xl_size(data: bytes) -> tuple[int, int] | None:
-    """Reads the size of a JPEG XL image from its header (ISO 18181-1, D.2).
+@dataclasses.dataclass(frozen=True)
+class JpegXlHeader:
+    """What the header of a JPEG XL image says.
+
+    Attributes:
+      size: (width, height) in pixels.
+      animated: whether the image is an animation.
+    """
+
+    size: tuple[int, int]
+    animated: bool
+
+
+def jpeg_xl_header(data: bytes) -> JpegXlHeader | None:
+    """Reads the header of a JPEG XL image (ISO 18181-1, annex D).
 
     Its decoder decodes the image when it opens the file, so the size is checked before.
 
@@ -65,12 +79,26 @@ def jpeg_xl_size(data: bytes) -> tuple[int, int] | None:
       data: the file, or its first 64 KiB.
 
     Returns:
-      (width, height) in pixels, or None if the header is not there.
+      The header, or None if it is not there.
     """
     start = _codestream(data)
     if start is None:
         return None
-    bits = _Bits(data[start + 2 : start + 18])
+    bits = _Bits(data[start + 2 : start + 64])
+    size = _jxl_size(bits)
+    all_default = bits.read(1)
+    animated = False
+    if not all_default and bits.read(1):
+        bits.read(3)  # the orientation
+        if bits.read(1):
+            _jxl_size(bits)  # the size to show it in
+        has_preview = bits.read(1)
+        # A preview has a header of its own before this bit; such a file is read as a picture.
+        animated = not has_preview and bool(bits.read(1))
+    return JpegXlHeader(size, animated)
+
+
+def _jxl_size(bits: "_Bits") -> tuple[int, int]:
     small = bits.read(1)
     height = _jxl_length(bits, small)
     ratio = bits.read(3)

@@ -14,6 +14,7 @@ from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from leon_jax.data import image_files, image_formats
 from leon_jax.data.image_error import ImageError
+from leon_jax.data.image_formats import JpegXlHeader
 from leon_jax.generate.inputs import image_part
 from tests.data.hostile_images import chunk, png, rows
 
@@ -211,11 +212,20 @@ class TestFormats:
     )
     def test_the_size_of_jpeg_xl_is_read_before_it_is_decoded(self, size, monkeypatch):
         data = encoded(PIL.Image.new("RGB", size), "JXL", use_container=size[0] > size[1])
-        assert image_formats.jpeg_xl_size(data) == size
+        assert image_formats.jpeg_xl_header(data) == JpegXlHeader(size, animated=False)
         monkeypatch.setattr(image_files, "MAX_SIDE", max(size) - 1)
         monkeypatch.setattr(PIL.Image, "open", lambda *args, **kwargs: pytest.fail("was opened"))
         with pytest.raises(ImageError, match=rf"x has {size[0]} x {size[1]} pixels"):
             pixels(data)
+
+    def test_an_animation_in_jpeg_xl_is_refused(self):
+        # small, height 8, ratio 1:1; not all_default, extra fields, no orientation, size or
+        # preview, an animation; the lowest bit comes first
+        bits = "1" + "00000" + "100" + "0" + "1" + "000" + "0" + "0" + "1"
+        header = int(bits[::-1], 2).to_bytes(8, "little")
+        with pytest.raises(ImageError, match="is an animation") as error:
+            pixels(b"\xff\x0a" + header)
+        assert error.value.reason == "picture_animated"
 
     def test_damaged_files_of_the_extras_are_refused(self):
         rng = np.random.default_rng(0)
