@@ -3,6 +3,11 @@ r"""Trains all models on your own images, from a folder of images to a model fol
     leon pipeline --config=configs/own.py --data=my_cats --licence=CC-BY-4.0 --workdir=runs/cats
     leon generate --model=runs/cats/model --prompt="a grey cat"
 
+    leon pipeline --config=configs/finetune.py --from=runs/cats/model --data=my_kittens \
+        --licence=CC-BY-4.0 --workdir=runs/kittens
+
+The first command trains a model, the last one fine-tunes it on more images.
+
 --data is a folder of images with captions beside them, or a source of `leon prepare`,
 [SPLIT=]KIND:PATH; it may be repeated. --size is tiny, small or base (see configs/own.py).
 
@@ -14,11 +19,15 @@ Run the same command again to resume an interrupted pipeline. Finished stages ar
 """
 
 import pathlib
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from leon_jax.cli import config_flag
 from leon_jax.config import UserError
+
+if TYPE_CHECKING:
+    from leon_jax.model_folder import ModelFolder
 
 FLAGS = flags.FlagValues()
 _CONFIG = config_flag.define(FLAGS)
@@ -26,6 +35,9 @@ _DATA = flags.DEFINE_multi_string(
     "data", [], "A folder of images with captions, or [SPLIT=]KIND:PATH; may be repeated.",
     flag_values=FLAGS,
 )  # fmt: skip
+_FROM = flags.DEFINE_string(
+    "from", None, "The model folder to fine-tune (default: the shipped model).", flag_values=FLAGS
+)
 _WORKDIR = flags.DEFINE_string("workdir", None, "The folder for all files.", flag_values=FLAGS)
 _SIZE = flags.DEFINE_string(
     "size", None, "The size of the models: tiny, small or base.", flag_values=FLAGS
@@ -51,10 +63,14 @@ def main(argv: list[str]) -> None:
     from leon_jax.pipeline import run, stages
 
     values = config_flag.read(_CONFIG, "configs/own.py")
-    if values.get("kind") != "pipeline":
+    kind = values.get("kind")
+    if kind not in ("pipeline", "finetune"):
         raise UserError(
-            f"config.kind is {values.get('kind')!r}; it must be pipeline, as in configs/own.py"
+            f"config.kind is {kind!r}; it must be pipeline or finetune, as in configs/own.py and "
+            "configs/finetune.py"
         )
+    if _FROM.value is not None and kind != "finetune":
+        raise UserError("--from is for fine-tuning; use --config=configs/finetune.py")
     if not _DATA.value:
         raise UserError("--data is missing; for example --data=my_cats")
     if not _WORKDIR.value:
@@ -65,7 +81,21 @@ def main(argv: list[str]) -> None:
             prepare_flags.append(f"--{name}={value}")
     workdir = pathlib.Path(_WORKDIR.value)
     inputs = stages.Inputs([_source(data) for data in _DATA.value], prepare_flags, workdir)
-    run.run(stages.stages(values, inputs), workdir)
+    if kind == "pipeline":
+        run.run(stages.stages(values, inputs), workdir)
+        return
+    from leon_jax.model_folder import ModelFolder
+    from leon_jax.pipeline import finetune
+
+    model = ModelFolder.open(_FROM.value)
+    run.run(finetune.stages(values, inputs, model, _index(model)), workdir)
+
+
+def _index(model: "ModelFolder") -> pathlib.Path | None:
+    """Returns the documents that a model retrieves; None if it has none on this machine."""
+    from leon_jax.generate.retriever import existing_index
+
+    return existing_index(model)
 
 
 def rewritten(arguments: list[str]) -> list[str]:

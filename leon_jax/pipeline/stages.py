@@ -139,14 +139,7 @@ def _documents(values: Mapping[str, Any], inputs: Inputs, files: Layout) -> Stag
     settings = values.get("prepare", {})
 
     def make() -> Command:
-        config = files.config("documents")
-        return Command(
-            (
-                "prepare", f"--config={config}", *(f"--source={s}" for s in inputs.sources),
-                *inputs.prepare_flags, f"--out={files.documents}",
-            ),
-            settings,
-        )  # fmt: skip
+        return prepare_command("documents", inputs, files, settings, files.documents)
 
     return Stage(
         "documents", "collect the documents", make, files.documents / "manifest.json", 60, True
@@ -170,17 +163,20 @@ def _training(
         raise UserError(f"config.stages.{name} is of the kind {kind}; it must be called {kind}")
 
     def make() -> Command:
-        adapted, notes = _adapted(name, config, DocumentFolder(files.documents))
+        adapted, notes = adapt_batch(name, config, DocumentFolder(files.documents))
         data = {**adapted.get("data", {}), "folder": str(files.documents)}
         if kind == "encoder":
             data["text"] = str(files.text)
-        return _train_command(name, {**adapted, "data": data}, files, notes)
+        return train_command(name, {**adapted, "data": data}, files, notes)
 
     return Stage(name, titles[kind], make, output, seconds.get(name, 5))
 
 
-def _adapted(
-    name: str, config: Mapping[str, Any], documents: DocumentFolder
+def adapt_batch(
+    name: str,
+    config: Mapping[str, Any],
+    documents: DocumentFolder,
+    least: int = MIN_DOCUMENTS,
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Returns the configuration of a stage, with a batch that the documents can fill.
 
@@ -188,10 +184,9 @@ def _adapted(
       UserError: there are too few documents to train on.
     """
     count = documents.splits[TRAIN]
-    if count < MIN_DOCUMENTS:
+    if count < least:
         raise UserError(
-            f"{documents.folder} has {count} documents to train on; at least {MIN_DOCUMENTS} are "
-            "needed"
+            f"{documents.folder} has {count} documents to train on; at least {least} are needed"
         )
     if config["kind"] == "text":
         return dict(config), ()
@@ -219,15 +214,10 @@ def _thresholds(files: Layout) -> Stage:
 
 
 def _encode(values: Mapping[str, Any], files: Layout) -> Stage:
-    flags = tuple(f"--{key}={value}" for key, value in values.get("encode", {}).items())
+    models = {"tokenizer": files.tokenizer, "encoder": files.encoder, "text": files.text}
 
     def make() -> Command:
-        return Command(
-            (
-                "encode", f"--folder={files.documents}", f"--tokenizer={files.tokenizer}",
-                f"--encoder={files.encoder}", f"--text={files.text}", *flags,
-            )
-        )  # fmt: skip
+        return encode_command(files.documents, models, values.get("encode", {}))
 
     return Stage(
         "encode", "encode the documents and find neighbours", make,
@@ -245,7 +235,7 @@ def _decoder(
     """Returns the stage that trains the decoder, from the weights of `previous` if it is set."""
 
     def make() -> Command:
-        adapted, notes = _adapted(name, config, DocumentFolder(files.documents))
+        adapted, notes = adapt_batch(name, config, DocumentFolder(files.documents))
         text_tokens = TextTokenizer.load(files.text).size
         layout = dict(adapted.get("vocabulary", {}))
         layout.setdefault("sentinels", 16)
@@ -259,8 +249,8 @@ def _decoder(
             "folder": str(files.documents),
             "text": str(files.text),
         }
-        samples = {"captions": _captions(files.documents), **adapted.get("samples", {})}
-        samples["image"] = str(files.tokenizer)
+        samples = {"captions": sample_captions(files.documents), **adapted.get("samples", {})}
+        samples |= {"image": str(files.tokenizer)}
         loop = dict(adapted.get("loop", {}))
         if previous is not None:
             loop["init_from"] = str(files.decoder(previous))
@@ -268,7 +258,7 @@ def _decoder(
             **adapted, "vocabulary": layout, "model": model, "data": data, "samples": samples,
             "loop": loop,
         }  # fmt: skip
-        return _train_command(name, values, files, notes)
+        return train_command(name, values, files, notes)
 
     return Stage(name, "train the decoder", make, files.decoder(name), seconds.get(name, 60))
 
@@ -280,7 +270,7 @@ def _codes(tokenizer: pathlib.Path) -> int:
     return weight_files.read_config(tokenizer, "tokenizer")["codes"]
 
 
-def _captions(folder: pathlib.Path, count: int = 4) -> tuple[str, ...]:
+def sample_captions(folder: pathlib.Path, count: int = 4) -> tuple[str, ...]:
     """Returns captions of held-out documents, or else of train, for the sample images."""
     documents = DocumentFolder(folder)
     held_out = [split for split, size in documents.splits.items() if split != TRAIN and size]
@@ -303,7 +293,48 @@ def _export(decoder: str, files: Layout) -> Stage:
     return Stage("model", "write the model folder", make, files.model / "model.json", 5)
 
 
-def _train_command(
+def prepare_command(
+    name: str,
+    inputs: Inputs,
+    files: Layout,
+    settings: Mapping[str, Any],
+    out: pathlib.Path,
+) -> Command:
+    """Returns the command that collects documents into the folder `out`."""
+    sources = [f"--source={source}" for source in inputs.sources]
+    return Command(
+        (
+            "prepare",
+            f"--config={files.config(name)}",
+            *sources,
+            *inputs.prepare_flags,
+            f"--out={out}",
+        ),
+        settings,
+    )
+
+
+def encode_command(
+    folder: pathlib.Path, models: Mapping[str, pathlib.Path], flags: Mapping[str, Any]
+) -> Command:
+    """Returns the command that encodes a documents folder.
+
+    Args:
+      folder: the documents folder.
+      models: paths of "tokenizer", "encoder" and "text".
+      flags: further flags of `leon encode`, for example {"variants": 16}.
+    """
+    return Command(
+        (
+            "encode",
+            f"--folder={folder}",
+            *(f"--{kind}={path}" for kind, path in models.items()),
+            *(f"--{name}={value}" for name, value in flags.items()),
+        )
+    )
+
+
+def train_command(
     name: str, values: Mapping[str, Any], files: Layout, notes: tuple[str, ...]
 ) -> Command:
     return Command(

@@ -1,9 +1,9 @@
-"""Reads a documents folder as a source, for `leon encode`."""
+"""Reads a documents folder, or a prepared folder with pixels, as a source."""
 
 from collections.abc import Iterator
 
 from leon_jax.config import UserError
-from leon_jax.data.document_folder import DOCUMENTS_FORMAT, TRAIN, DocumentFolder
+from leon_jax.data.document_folder import TRAIN, DocumentFolder
 from leon_jax.data.records import RecordSource, to_png
 from leon_jax.data.sources.files import fingerprint
 from leon_jax.data.sources.raw_record import RawRecord, Reject, SourceConfig
@@ -13,15 +13,15 @@ from leon_jax.documents import Document, Image, Text
 class Documents:
     """A source of one split of a documents folder. A shard is a shard of the folder.
 
+    The codes of a prepared folder are not used.
+
     Raises:
-      UserError: `path` is not a documents folder, or lacks the split.
+      UserError: `path` is neither folder, or lacks the split.
     """
 
     def __init__(self, config: SourceConfig):
         self.config = config
         self.folder = DocumentFolder(config.path)
-        if self.folder.manifest["format"] != DOCUMENTS_FORMAT:
-            raise UserError(f"{config.path} is a prepared folder; it is encoded already")
         self.split = config.read_split or config.split or TRAIN
         self.folder.shards(self.split)
 
