@@ -22,6 +22,8 @@ from leon_jax.pipeline.stages import (
     train_command,
 )
 
+# OpenAI's CLIPs take images of this size, or of 336 pixels.
+_CLIP_SIDE = 224
 _KEYS = {"kind", "prepare", "encode", "share", "decoder", "seconds"}
 
 
@@ -41,7 +43,7 @@ def stages(
     """
     if unknown := set(values) - _KEYS:
         raise UserError(
-            f"config.{min(unknown)} is unknown; its keys are {', '.join(sorted(_KEYS))}"
+            f"config.{min(unknown)} is unknown; the keys are {', '.join(sorted(_KEYS))}"
         )
     if not 0 < values["share"] <= 1:
         raise UserError(f"config.share is {values['share']}; it must be above 0 and at most 1")
@@ -51,10 +53,7 @@ def stages(
         "encoder": encoder_path(model.path),
         "text": model.path / "text.json",
     }
-    side = {
-        "picture_side": weight_files.read_config(models["tokenizer"], "tokenizer")["resolution"]
-    }
-    settings = {**side, **values.get("prepare", {})}
+    settings = {"picture_side": _side(models), **values.get("prepare", {})}
     encode_flags = values.get("encode", {})
     everything = inputs.workdir / "all_documents"
 
@@ -141,6 +140,15 @@ def stages(
               seconds.get("decoder", 60)),
         Stage("model", "write the model folder", export, files.model / "model.json", 5),
     ]  # fmt: skip
+
+
+def _side(models: Mapping[str, pathlib.Path]) -> int:
+    """Returns the side of stored images that the image tokenizer and the encoder need, in pixels."""
+    side = weight_files.read_config(models["tokenizer"], "tokenizer")["resolution"]
+    if models["encoder"].is_dir():
+        return max(side, _CLIP_SIDE)
+    encoder = weight_files.read_config(models["encoder"], "encoder")
+    return max(side, encoder["vision"]["image_size"])
 
 
 def _data_of(model: ModelFolder) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from leon_jax.config import UserError
 from leon_jax.data.document_folder import TRAIN, DocumentFolder
 from leon_jax.tokenizers.text import TextTokenizer
 
+# The kinds of training, in the order of their dependencies.
+_KINDS = ("text", "tokenizer", "encoder", "decoder")
 # Fewer documents cannot train an encoder or measure thresholds.
 MIN_DOCUMENTS = 8
 
@@ -112,7 +114,7 @@ def stages(values: Mapping[str, Any], inputs: Inputs) -> list[Stage]:
     unknown = set(values) - {"kind", "size", "prepare", "encode", "stages", "seconds"}
     if unknown:
         raise UserError(f"config.{min(unknown)} is unknown")
-    for kind in ("text", "tokenizer", "encoder", "decoder"):
+    for kind in _KINDS:
         if kind not in {config.get("kind") for config in values["stages"].values()}:
             raise UserError(f"config.stages has no stage of the kind {kind}")
     files = Layout(inputs.workdir)
@@ -120,7 +122,7 @@ def stages(values: Mapping[str, Any], inputs: Inputs) -> list[Stage]:
     result = [_documents(values, inputs, files)]
     decoders: list[str] = []
     before_decoder = True
-    for name, config in values["stages"].items():
+    for name, config in sorted(values["stages"].items(), key=_position):
         if config["kind"] == "decoder":
             if before_decoder:
                 result += [_thresholds(files), _encode(values, files)]
@@ -133,6 +135,13 @@ def stages(values: Mapping[str, Any], inputs: Inputs) -> list[Stage]:
             result.append(_training(name, config, files, seconds))
     result.append(_export(decoders[-1], files))
     return result
+
+
+def _position(item: tuple[str, Mapping[str, Any]]) -> tuple[int, str]:
+    """Returns the position of a stage: by kind, and several decoders by name."""
+    name, config = item
+    kind = config.get("kind", "")
+    return (_KINDS.index(kind) if kind in _KINDS else len(_KINDS)), name
 
 
 def _documents(values: Mapping[str, Any], inputs: Inputs, files: Layout) -> Stage:
