@@ -39,6 +39,7 @@ VERBS = {
     "export": "write a model folder from its parts, with a model card",
     "evaluate": "evaluate a trained model on held-out documents",
     "cache": "show or clear the cache of compiled programs and prepared data",
+    "doctor": "print versions, devices, extras, caches and settings, for a bug report",
     "demo": "run every step once on real data and write an HTML report",
 }
 
