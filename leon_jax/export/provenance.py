@@ -164,5 +164,9 @@ def _training_data(part: str, folder: pathlib.Path, split: str) -> TrainingData:
         documents,
         counts.get("licence", {}),
         counts.get("source", {}),
-        tuple(credit for credit in counts.get("credit", {}) if credit != OTHERS),
+        tuple(
+            credit
+            for credit in counts.get("credit", {})
+            if credit != OTHERS and not credit.endswith("(no credit line)")
+        ),
     )

@@ -39,8 +39,8 @@ class ExportSettings:
 
     Attributes:
       title: heading of the card; "": the name of the folder.
-      prompt: a prompt for the command of the card; "": a sample prompt of the run, or the first
-        caption of the index.
+      prompt: a prompt for the command of the card; "": the first caption of the index, or a sample
+        prompt of the run.
       guidance, top_p: generation defaults; None: those of the model that the decoder comes from, or
         the guidance of the run's samples.
       num_docs: the default number of documents; None: 2, and no more than fit or were trained.
@@ -296,13 +296,12 @@ def _trained_docs(data: dict[str, Any]) -> int:
 
 
 def _prompt(training: dict[str, Any], index: IndexAddress, folder: ModelFolder) -> str:
-    captions = ((training.get("config") or {}).get("samples") or {}).get("captions")
-    if captions:
-        return captions[0]
     if index.folder:
         records = PreparedFolder(folder.path / index.folder).records(pixels=False)
-        return records[0].text if len(records) else ""
-    return ""
+        if len(records) and records[0].text:
+            return records[0].text
+    captions = ((training.get("config") or {}).get("samples") or {}).get("captions")
+    return captions[0] if captions else ""
 
 
 def _check_out(out: pathlib.Path) -> None:

@@ -173,7 +173,8 @@ class DecoderProgram:
         if not parts.unknown:
             values = configuration.to_dict(config)
             known = provenance.of_run(KIND, directory.parent, values)
-            write.complete(target, parts, directory, write.ExportSettings(), known)
+            settings = write.ExportSettings(title=directory.absolute().parent.name)
+            write.complete(target, parts, directory, settings, known)
 
     def check_export(self, directory: pathlib.Path) -> str:
         """Checks the files that `export` needs, and returns a sentence on what it will write.
