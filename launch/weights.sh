@@ -32,8 +32,7 @@ cp configs/emoji/selection.json "$runs/encoder/export/selection.json"
   --config.samples.image="$runs/tokenizer/export/tokenizer.safetensors" \
   --config.loop.init_from="$runs/decoder/export/decoder.safetensors"
 
-mkdir -p "$weights"
-cp "$runs/text/export/text.json" "$runs/tokenizer/export/tokenizer.safetensors" \
-  "$runs/encoder/export/encoder.safetensors" "$runs/decoder_second/export/decoder.safetensors" "$weights"
-cp configs/emoji/selection.json "$weights/selection.json"
+"$leon" export --workdir="$runs/decoder_second" --index=prepare:demo --licence=CC-BY-SA-4.0 \
+  --title="The demonstration models: emoji, 32 px" --prompt="cat face, Twemoji style" \
+  --notes=configs/emoji/model_notes.md --out="$weights"
 ls -l "$weights"

@@ -5,6 +5,7 @@ leon.generate("cat face, Twemoji style", num_images=4)[0].image
 leon.caption("cat.png").text
 """
 
+import functools
 import os
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -14,7 +15,7 @@ from tqdm import tqdm
 from leon_jax.config import UserError
 from leon_jax.documents import Document, Hole, Text, normalise_text
 from leon_jax.engine.engine import Sample
-from leon_jax.engine.guidance import ClassifierFree, TwoConditions
+from leon_jax.engine.guidance import TwoConditions
 from leon_jax.engine.kv_cache import CacheDtype
 from leon_jax.engine.likelihood import log_likelihoods
 from leon_jax.engine.sampling_params import MAX_TOKENS, SamplingParams
@@ -27,7 +28,7 @@ from leon_jax.generate.inputs import ImageInput, image_part, text_part
 from leon_jax.generate.model import Model
 from leon_jax.generate.prompt_builder import Draft, Request
 from leon_jax.generate.results import Caption, GeneratedImage
-from leon_jax.generate.retriever import Retriever, find_index
+from leon_jax.generate.retriever import Retriever, check_index, fill_settings, find_index
 from leon_jax.model_folder import ModelFolder
 from leon_jax.models.weight_conversion import WeightType
 
@@ -35,7 +36,6 @@ __all__ = ["Caption", "GeneratedImage", "ImageSettings", "Leon", "SamplingParams
 
 # Maximum number of requests that wait for slots. Their documents are already retrieved.
 _WINDOW = 64
-_GUIDED = SamplingParams(ClassifierFree(3.0))
 # The guidance weights of CM3Leon, section 4.1.
 _EDITING = SamplingParams(TwoConditions(1.5, 7.5))
 
@@ -51,7 +51,6 @@ class Leon:
     def __init__(self, model: Model, index: str | os.PathLike | None = None):
         self.model = model
         self._index = index
-        self._retriever: Retriever | None = None
 
     @classmethod
     def load(
@@ -64,10 +63,9 @@ class Leon:
         """Reads a model folder.
 
         Args:
-          model: a folder with decoder.safetensors, tokenizer.safetensors, text.json, and either
-            encoder.safetensors or a folder `encoder` (OpenAI's CLIP); None: the package's model.
-          index: the prepared folder to retrieve from; None: finds or creates one at the first
-            retrieval (see `leon_jax.generate.retriever.find_index`).
+          model: a model folder, or a `.tar` of one (docs/model_folder.md); None: the package's.
+          index: the prepared folder to retrieve from; None: the one that the model folder names
+            (see `leon_jax.generate.retriever.find_index`).
           weights: dtype of the decoder's weights: "float32", "bfloat16" or "int8".
           cache: dtype of the KV cache: "compute" (the decoder's compute dtype) or "int8".
 
@@ -76,7 +74,7 @@ class Leon:
         """
         folder = model if isinstance(model, ModelFolder) else ModelFolder.open(model)
         if index is not None:
-            find_index(folder.path, index)
+            check_index(index, folder.path)
         return cls(Model.load(folder, weights, cache), index)
 
     @property
@@ -84,22 +82,19 @@ class Leon:
         """Name and version of the model."""
         return self.model.folder.name
 
-    @property
+    @functools.cached_property
     def retriever(self) -> Retriever:
         """The documents and their index. They are opened, or created, at the first access."""
-        if self._retriever is None:
-            with jax.set_mesh(self.model.mesh):
-                folder = find_index(self.model.folder.path, self._index)
-                self._retriever = Retriever(folder, self.model.encoder)
-        return self._retriever
+        with jax.set_mesh(self.model.mesh):
+            return Retriever(find_index(self.model.folder, self._index), self.model.encoder)
 
     def generate(
         self,
         prompt: str,
         num_images: int = 1,
-        num_docs: int = 2,
-        guidance: float = 3.0,
-        temperature: float = 1.0,
+        num_docs: int | None = None,
+        guidance: float | None = None,
+        temperature: float | None = None,
         top_p: float | None = None,
         top_k: int | None = None,
         seed: int = 0,
@@ -112,15 +107,15 @@ class Leon:
         Args:
           prompt: the prompt, for example "cat face, Twemoji style" for the demo model.
           num_images, num_docs, seed, best_of, rank_by: see `ImageSettings`.
-          guidance: weight of classifier-free guidance; 1 is no guidance.
-          temperature, top_p, top_k: see `leon_jax.engine.samplers.make_sampler`.
+          guidance: weight of classifier-free guidance; 1 is no guidance; None: the model's.
+          temperature, top_p, top_k: see `SamplingParams.replace`; None: the model's.
           params: replaces the four values above; see `ImageSettings`. None: these values are used.
 
         Raises:
           UserError: an argument is out of range, or the prompt does not fit the context.
         """
         if params is None:
-            params = SamplingParams.of(
+            params = self.model.folder.defaults.sampling.replace(
                 guidance=guidance, temperature=temperature, top_p=top_p, top_k=top_k
             )
         several = (params,) if isinstance(params, SamplingParams) else tuple(params)
@@ -148,9 +143,9 @@ class Leon:
         """
         if isinstance(prompts, str):
             raise UserError("prompts is one text; give a list of them, or use generate")
-        settings = settings or ImageSettings()
-        context_limits.check_num_docs(self.model.folder, settings.num_docs)
-        if settings.num_docs:
+        settings = fill_settings(settings or ImageSettings(), self.model.folder, self._index)
+        context_limits.check_num_docs(self.model.folder, settings.max_docs)
+        if settings.max_docs:
             _ = self.retriever  # if it fails, all prompts fail
         requests = (
             image_request(self.model, self.retrieve_fitting, prompt, settings) for prompt in prompts
@@ -195,7 +190,7 @@ class Leon:
         rows: float = 0.5,
         num_images: int = 1,
         seed: int = 0,
-        params: SamplingParams = _GUIDED,
+        params: SamplingParams | None = None,
     ) -> list[GeneratedImage]:
         """Keeps the upper part of an image and generates the rest.
 
@@ -207,12 +202,13 @@ class Leon:
           prompt: a description of the whole image.
           rows: fraction of the image to keep, above 0 and below 1; rounded to rows of tokens.
           num_images, seed: see `ImageSettings`.
-          params: sampling parameters; by default classifier-free guidance of weight 3.
+          params: sampling parameters; None: the model's.
 
         Raises:
           UserError: see `generate`; or the image cannot be read, or no row or every row is kept.
         """
         document, kept_rows = extend_document(self.model, image, prompt, rows)
+        params = params or self.model.folder.defaults.sampling
         settings = ImageSettings((params,), num_images, 0, seed)
         return self._generate_last(document, prompt, settings, f"extend, {kept_rows}")
 
@@ -380,11 +376,8 @@ class Leon:
         Raises:
           UserError: the prepared folder cannot be read, found or created.
         """
-        if num_docs < 1:
-            return []
-        retriever = self.retriever
         with jax.set_mesh(self.model.mesh):
-            return retriever.retrieve(document, num_docs)
+            return self.retriever.retrieve(document, num_docs) if num_docs > 0 else []
 
     def retrieve_fitting(
         self, document: Document, num_docs: int, new_tokens: int
@@ -411,8 +404,9 @@ class Leon:
         Raises:
           UserError: a setting or `prompts` is out of range, or the images do not fit the context.
         """
-        context_limits.check_num_docs(self.model.folder, settings.num_docs)
-        self.retrieve(Document((Text("a"),)), settings.num_docs)
+        settings = fill_settings(settings, self.model.folder, self._index)
+        context_limits.check_num_docs(self.model.folder, settings.max_docs)
+        self.retrieve(Document((Text("a"),)), settings.max_docs)
         return warm_up(self.model, settings, min(prompts, _WINDOW))
 
     def save(self, folder: str | os.PathLike) -> None:

@@ -1,7 +1,7 @@
 """A model folder and its files.
 
-Training, conversion and tuning write a model folder. Generation and evaluation load one. Opening a
-folder does not read the weights.
+`leon export` and the end of a decoder's training run write a model folder (`leon_jax.export`).
+Generation and evaluation load one. Opening a folder does not read the weights.
 """
 
 import dataclasses
@@ -12,10 +12,13 @@ import pathlib
 import shutil
 
 import jax
+import numpy as np
 from flax import nnx
+from jaxtyping import Int
 
-from leon_jax import __version__, weight_digests, weight_files
+from leon_jax import __version__, model_archive, model_description, weight_digests, weight_files
 from leon_jax.config import UserError, build
+from leon_jax.model_description import GenerationDefaults, IndexAddress, ModelDescription
 from leon_jax.models.decoder import Decoder, DecoderConfig
 from leon_jax.models.weight_conversion import WeightType, convert_weights, unstack
 from leon_jax.tokenizers.documents import DocumentTokenizer
@@ -25,6 +28,10 @@ from leon_jax.vocabulary import Vocabulary
 FILES = ("decoder.safetensors", "tokenizer.safetensors", "text.json")
 # The retrieval encoder: a file of leon_jax, or a folder with OpenAI's CLIP as transformers writes.
 ENCODERS = ("encoder.safetensors", "encoder")
+SELECTION = "selection.json"
+CARD = "README.md"
+# A prepared folder inside the model folder; `model.json` then names it as the index.
+INDEX = "index"
 
 
 def encoder_path(folder: pathlib.Path) -> pathlib.Path:
@@ -35,12 +42,25 @@ def encoder_path(folder: pathlib.Path) -> pathlib.Path:
     """
     for name in ENCODERS:
         path = folder / name
-        if path.is_dir() or (path.is_file() and path.stat().st_size):
+        if path.is_dir() or _has_content(path):
             return path
-    raise UserError(
-        f"the model folder {folder} has no {ENCODERS[0]} or it is empty, and it has no folder "
-        f"{ENCODERS[1]} with a CLIP"
-    )
+    raise UserError(f"the model folder {folder} has no {_ENCODER_NAMES}, or it is empty")
+
+
+# How messages call the encoder.
+_ENCODER_NAMES = f"{ENCODERS[0]} (or folder {ENCODERS[1]} with a CLIP)"
+
+
+def missing_files(folder: pathlib.Path) -> list[str]:
+    """Returns the names of the necessary files that a folder lacks or that are empty."""
+    missing = [name for name in FILES if not _has_content(folder / name)]
+    if not any((folder / name).is_dir() or _has_content(folder / name) for name in ENCODERS):
+        missing.append(_ENCODER_NAMES)
+    return missing
+
+
+def _has_content(path: pathlib.Path) -> bool:
+    return path.is_file() and path.stat().st_size > 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,30 +71,40 @@ class ModelFolder:
       path: the folder.
       config: configuration of the decoder.
       tokenizer: the document tokenizer, with the text tokenizer and the vocabulary.
+      description: the content of `model.json`; None: the folder has none.
     """
 
     path: pathlib.Path
     config: DecoderConfig
     tokenizer: DocumentTokenizer
+    description: ModelDescription | None = None
 
     @classmethod
     def open(cls, folder: str | os.PathLike | None = None) -> "ModelFolder":
-        """Reads the text tokenizer and the header of the decoder, but no weights.
+        """Reads `model.json`, the text tokenizer and the header of the decoder, but no weights.
 
         Args:
-          folder: the model folder; None: the model that the package includes.
+          folder: the model folder, or a `.tar` of one, which is unpacked once into the cache
+            folder; None: the model that the package includes.
 
         Raises:
-          UserError: the folder, one of `FILES` or the encoder is missing, empty or damaged.
+          UserError: the folder does not exist; files of it are missing or empty (the message lists
+            all of them), or damaged.
         """
         folder = shipped_folder() if folder is None else pathlib.Path(folder)
+        if folder.is_file():
+            folder = model_archive.unpack(folder)
         if not folder.is_dir():
             expected = ", ".join((*FILES, ENCODERS[0]))
             raise UserError(f"there is no model folder {folder}; a model folder has {expected}")
-        for name in FILES:
-            if not (folder / name).is_file() or not (folder / name).stat().st_size:
-                raise UserError(f"the model folder {folder} has no {name}, or it is empty")
-        encoder_path(folder)
+        if missing := missing_files(folder):
+            is_run = (folder / "config.json").is_file() and (folder / "checkpoints").is_dir()
+            hint = f"run leon export --workdir={folder} --out=FOLDER" if is_run else (
+                "leon export writes a complete folder"
+            )  # fmt: skip
+            raise UserError(
+                f"the model folder {folder} has no {', '.join(missing)}, or they are empty; {hint}"
+            )
         path = folder / "decoder.safetensors"
         header = weight_files.read_config(path, "decoder")
         try:
@@ -84,7 +114,8 @@ class ModelFolder:
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"the header of {path} is not a decoder's: {error}") from error
         text = TextTokenizer.load(folder / "text.json")
-        return cls(folder, config, DocumentTokenizer(vocabulary, text, (rows, columns)))
+        tokenizer = DocumentTokenizer(vocabulary, text, (rows, columns))
+        return cls(folder, config, tokenizer, model_description.read(folder))
 
     def load_decoder(self, weights: WeightType = "float32") -> Decoder:
         """Reads the decoder for inference, with unstacked layers. Needs a mesh to be set.
@@ -109,7 +140,8 @@ class ModelFolder:
         folder.mkdir(parents=True, exist_ok=True)
         if folder.samefile(self.path):
             return
-        for name in (*FILES, "selection.json", encoder_path(self.path).name):
+        optional = (SELECTION, CARD, INDEX, model_description.FILE)
+        for name in (*FILES, encoder_path(self.path).name, *optional):
             source, temporary = self.path / name, folder / f"{name}.tmp"
             if source.is_file():
                 shutil.copyfile(source, temporary)
@@ -139,6 +171,47 @@ class ModelFolder:
     def context(self) -> int:
         """The number of positions of the decoder."""
         return self.config.max_length
+
+    @property
+    def index(self) -> IndexAddress:
+        """Where the model's documents are; an empty address without `model.json`."""
+        return IndexAddress() if self.description is None else self.description.index
+
+    @property
+    def index_path(self) -> pathlib.Path:
+        """The path of the prepared folder that `index` names. It may not exist."""
+        return self.path / self.index.folder
+
+    @functools.cached_property
+    def defaults(self) -> GenerationDefaults:
+        """The generation defaults; without `model.json` guidance 3 and the 2 documents that fit."""
+        if self.description is not None:
+            return self.description.defaults()
+        defaults = GenerationDefaults()
+        return dataclasses.replace(defaults, num_docs=min(defaults.num_docs, self.max_docs))
+
+    @property
+    def max_docs(self) -> int:
+        """The number of retrieved documents that fit beside the shortest request for an image."""
+        vocabulary = self.tokenizer.vocabulary
+        shortest = np.array([vocabulary.eos, vocabulary.text_start, vocabulary.break_id])
+        return max(0, self.docs_beside(self.extent(shortest) + self.tokenizer.image_tokens))
+
+    def docs_beside(self, used: int) -> int:
+        """Returns the number of the shortest documents that fit; negative if `used` is too much.
+
+        The shortest document is a text of one token and an image, each with a <break>.
+
+        Args:
+          used: positions of the request and of its result.
+        """
+        step = self.config.part_step
+        shortest = sum(-(-part // step) * step for part in (2, self.tokenizer.image_tokens + 1))
+        return (self.context - used) // shortest
+
+    def extent(self, ids: Int[np.ndarray, "n"]) -> int:
+        """Returns the number of positions of a sequence of ids."""
+        return self.tokenizer.vocabulary.extent(ids, self.config.part_step)
 
 
 def shipped_folder() -> pathlib.Path:

@@ -42,17 +42,24 @@ MAY_IMPORT = {
     "prepare": BELOW_TRAINING | {"file_lock"},
     # A data set brings its own source, and says how it is prepared.
     "datasets": BELOW_TRAINING | {"prepare"},
-    "model_folder": BELOW_DATA,
+    # The generation defaults are sampling parameters.
+    "model_description": {"config", "engine"},
+    "model_archive": {"config", "compilation_cache"},
+    "model_folder": BELOW_DATA | {"engine", "model_archive", "model_description"},
+    # What a model was trained on stands in the prepared folders of its run.
+    "export": BELOW_TRAINING | {"model_folder", "model_description", "prepare"},
     # The engine knows ids: no documents, no files.
     "engine": {"config", "vocabulary", "sharding", "ops", "models"},
     # A model that has nothing to retrieve from prepares the demonstration's documents first.
-    "generate": BELOW_TRAINING | {"engine", "model_folder", "prepare", "datasets"},
-    # A training run samples images, with the same engine as everyone else.
-    "train": BELOW_TRAINING | {"engine", "file_lock"},
+    "generate": BELOW_TRAINING
+    | {"engine", "model_folder", "model_description", "prepare", "datasets"},
+    # A training run samples images, with the same engine as everyone else. A decoder's run ends in
+    # a model folder.
+    "train": BELOW_TRAINING | {"engine", "file_lock", "export"},
     # A plan compiles what training and decoding would run.
     "plan": BELOW_TRAINING | {"train", "engine"},
     # Runs commands, each in a process.
-    "pipeline": BELOW_TRAINING | {"file_lock"},
+    "pipeline": BELOW_TRAINING | {"file_lock", "model_folder"},
     # Config files are run by path; nothing imports them.
     "configs": set(),
     # What is measured is the finished thing, as a person would use it.

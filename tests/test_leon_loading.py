@@ -1,5 +1,6 @@
 """Loading and saving models, on a tiny one with random weights."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -10,6 +11,8 @@ import pytest
 from leon_jax.config import UserError
 from leon_jax.generate import retriever
 from leon_jax.leon import Leon
+from leon_jax.model_description import IndexAddress, ModelDescription
+from leon_jax.model_folder import ModelFolder
 from leon_jax.prepare import prepare
 from tests import tiny
 from tests.retrieval import clip_folder
@@ -79,21 +82,32 @@ def test_an_index_of_another_model_is_refused(tmp_path):
         Leon.load(checkpoint, tmp_path)
 
 
-def test_a_prepared_folder_lying_around_is_used_if_it_fits(monkeypatch):
-    checkpoint, prepared = tiny.folders()
+@pytest.fixture
+def demo_folder() -> ModelFolder:
+    """Returns a model folder whose index is the documents of the demonstration."""
+    description = ModelDescription("demo", index=IndexAddress(prepare="demo"))
+    return dataclasses.replace(ModelFolder.open(tiny.folders()[0]), description=description)
+
+
+def test_the_demonstrations_documents_lying_around_are_used_if_they_fit(monkeypatch, demo_folder):
+    _, prepared = tiny.folders()
     monkeypatch.setattr(retriever, "DEFAULT_FOLDER", prepared)
-    assert retriever.find_index(checkpoint, None) == prepared
-    assert retriever.find_index(checkpoint, prepared) == prepared
+    assert retriever.find_index(demo_folder) == prepared
+    assert retriever.find_index(demo_folder, prepared) == prepared
+    # Another model finds no index, even if the folder would fit.
+    with pytest.raises(UserError, match="the model tiny has no index; give --index=FOLDER"):
+        retriever.find_index(ModelFolder.open(tiny.folders()[0]))
 
 
-def test_without_a_prepared_folder_one_is_made_in_the_cache(monkeypatch, tmp_path, capsys):
-    checkpoint, _ = tiny.folders()
+def test_without_a_prepared_folder_one_is_made_in_the_cache(
+    monkeypatch, tmp_path, capsys, demo_folder
+):
     made = []
     monkeypatch.setenv("LEON_CACHE", str(tmp_path))
     monkeypatch.setattr(
         retriever.demo, "prepare_documents", lambda data, out, **files: made.extend((data, out))
     )
-    folder = retriever.find_index(checkpoint, None)
+    folder = retriever.find_index(demo_folder)
     assert folder.parent == tmp_path
     assert made == [tmp_path / "emoji", folder]
     assert "once" in capsys.readouterr().err

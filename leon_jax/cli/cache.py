@@ -5,8 +5,8 @@
     leon cache --clear --workdir=runs/emoji/decoder
 
 The cache holds compiled programs, so that the next command starts without compiling. It also holds
-the retrieval documents that leon prepares when you load a model without --index. Everything in it
-is rebuilt when needed.
+the retrieval documents of the demonstration, and the models that were unpacked from .tar files.
+Everything in it is rebuilt when needed.
 
 The cache is the folder LEON_CACHE, by default ~/.cache/leon_jax. Compiled programs take at most
 5 GB, or LEON_CACHE_LIMIT, for example 500MB. The least recently used programs are removed first.
@@ -22,8 +22,11 @@ from leon_jax.config import UserError
 FLAGS = flags.FlagValues()
 _CLEAR = flags.DEFINE_bool("clear", False, "Remove the compiled programs.", flag_values=FLAGS)
 _CLEAR_ALL = flags.DEFINE_bool(
-    "clear_all", False, "Remove the compiled programs and prepared documents.", flag_values=FLAGS
-)
+    "clear_all", False, "Remove the compiled programs, prepared documents and unpacked models.",
+    flag_values=FLAGS,
+)  # fmt: skip
+# `leon_jax.model_archive.CACHE`, whose module would make --help slow.
+_MODELS = "models"
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Use the compiled programs of this training run instead.", flag_values=FLAGS
 )
@@ -38,7 +41,7 @@ def main(argv: list[str]) -> None:
     """
     del argv
     if _WORKDIR.value is None:
-        compiled, prepared = compilation_cache.compiled_folder(), _prepared()
+        compiled, prepared = compilation_cache.compiled_folder(), prepared_folders()
     else:
         if _CLEAR_ALL.value:
             raise UserError("--clear_all cannot be used with --workdir; use --clear")
@@ -62,8 +65,8 @@ def main(argv: list[str]) -> None:
     print(f"limit of compiled programs: {_megabytes(compilation_cache.limit())}")
 
 
-def _prepared() -> dict[pathlib.Path, str]:
-    """Returns the cache's folders of prepared data and a description of each one's contents."""
+def prepared_folders() -> dict[pathlib.Path, str]:
+    """Returns the cache's other folders and a description of each one's contents."""
     folder = compilation_cache.cache_folder()
     contents = {}
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
@@ -71,6 +74,8 @@ def _prepared() -> dict[pathlib.Path, str]:
             contents[path] = "prepared documents"
         elif path.name.lstrip(".").startswith("emoji"):
             contents[path] = "emoji images"
+        elif path.name == _MODELS:
+            contents[path] = "unpacked models"
     return contents
 
 

@@ -21,7 +21,9 @@ from leon_jax.config import UserError
 
 _OUT = flags.DEFINE_string("out", "out/demo", "The folder of the report.")
 _DATA = flags.DEFINE_string("data", "data", "The folder of the dataset and its prepared folder.")
-_MODEL = flags.DEFINE_string("model", None, "A model folder; by default the shipped one.")
+_MODEL = flags.DEFINE_string(
+    "model", None, "A model folder, or a .tar of one; by default the shipped one."
+)
 
 # Documents of `unseen_design` that the metrics use, and rows in the report.
 _MEASURED, _SHOWN = 50, 16
@@ -51,10 +53,10 @@ def main(argv: list[str]) -> None:
     from leon_jax.evaluate import demo_page, meanings, measurements
     from leon_jax.generate.retriever import model_files
     from leon_jax.leon import Leon
-    from leon_jax.model_folder import shipped_folder
+    from leon_jax.model_folder import ModelFolder
     from leon_jax.retrieval.prepared_folder import PreparedFolder
 
-    model = pathlib.Path(_MODEL.value) if _MODEL.value else shipped_folder()
+    model = ModelFolder.open(_MODEL.value).path
     prepared = data / "emoji_prepared"
     _log("1/5 rendering the dataset of 7,900 emoji")
     dataset.make_dataset(data / "emoji")
@@ -62,7 +64,7 @@ def main(argv: list[str]) -> None:
     dataset.prepare_documents(data / "emoji", prepared, **model_files(model))
 
     _log("3/5 generating images and captions for held-out documents")
-    leon = Leon.load(_MODEL.value, prepared)
+    leon = Leon.load(model, prepared)
     held_out = PreparedFolder(prepared).records("unseen_design")
     documents = [held_out[i] for i in range(_MEASURED)]
     reconstruction = measurements.reconstruct(leon, [held_out[i] for i in range(len(held_out))])

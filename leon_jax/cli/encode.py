@@ -21,6 +21,7 @@ from leon_jax.config import UserError
 
 if TYPE_CHECKING:
     from leon_jax.prepare.prepare import Runner
+    from leon_jax.retrieval.neighbour_selection import SelectionConfig
 
 FLAGS = flags.FlagValues()
 _FOLDER = flags.DEFINE_string("folder", None, "The documents folder.", flag_values=FLAGS)
@@ -75,7 +76,6 @@ def main(argv: list[str]) -> None:
       UserError: a folder or file is missing or damaged, a flag is invalid, or the disk is full.
     """
     del argv
-    from leon_jax.generate import retriever
     from leon_jax.prepare.encode import EncodeConfig, encode
 
     if _FOLDER.value is None:
@@ -91,7 +91,7 @@ def main(argv: list[str]) -> None:
     if files is None:
         raise UserError("--model is missing; no shipped model is installed")
     values |= {kind: str(path) for kind, path in files.items()}
-    values["selection"] = configs.to_dict(retriever.selection(files["encoder"].parent))
+    values["selection"] = configs.to_dict(selection(files, pathlib.Path(_FOLDER.value)))
     config = configs.build(EncodeConfig, values)
     folder, manifest = encode(_FOLDER.value, config, run=runner(_RUNNER.value, _BEAM.value))
     counts = ", ".join(f"{count} {split}" for split, count in manifest["splits"].items())
@@ -137,6 +137,43 @@ def model_files(
     if paths.get(kind) is None:
         raise UserError(f"there is no {files[kind]}; --{kind} can name the file")
     raise UserError(f"there is no file {files[kind]}, which --{kind} names")
+
+
+def selection(files: dict[str, pathlib.Path], folder: pathlib.Path) -> "SelectionConfig":
+    """Returns the selection rules of an encoder: those beside it, CLIP's, or measured ones.
+
+    Args:
+      files: the model files by kind.
+      folder: the documents folder on which the thresholds are measured.
+
+    Raises:
+      UserError: `folder` is not a documents folder, or a file is damaged.
+    """
+    import jax
+
+    from leon_jax import sharding
+    from leon_jax.data.document_folder import TRAIN, DocumentFolder
+    from leon_jax.generate import retriever
+    from leon_jax.retrieval import near_copies
+    from leon_jax.retrieval.encoder import RetrievalEncoder
+    from leon_jax.retrieval.neighbour_selection import SelectionConfig
+    from leon_jax.tokenizers.text import TextTokenizer
+
+    encoder = files["encoder"]
+    if encoder.is_dir() or (encoder.parent / "selection.json").is_file():
+        return retriever.selection(encoder.parent)
+    documents = DocumentFolder(folder)
+    if documents.splits[TRAIN] < near_copies.MIN_DOCUMENTS:
+        print("too few documents to measure the encoder's thresholds; those of CLIP are used")
+        return SelectionConfig()
+    with jax.set_mesh(sharding.make_mesh()):
+        loaded = RetrievalEncoder.load(encoder, TextTokenizer.load(files["text"]))
+        measured = near_copies.measure(loaded, documents.records(TRAIN))
+    print(
+        f"{encoder.parent} has no selection.json, so the encoder's thresholds were measured: "
+        f"documents {measured.document}, images {measured.image}"
+    )
+    return measured.apply(SelectionConfig())
 
 
 def runner(name: str | None, options: str) -> "Runner | None":

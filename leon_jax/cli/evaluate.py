@@ -3,30 +3,48 @@
     leon evaluate --index=data/emoji_prepared
     leon evaluate --model=leon_jax/weights/emoji --index=data/emoji_prepared --groups=4
 
---model names a folder with decoder.safetensors, tokenizer.safetensors, encoder.safetensors and
-text.json. The default is the shipped model. --index names a folder written by `leon prepare`.
-Each metric is also printed on stderr with its unit and its definition as soon as it is known.
+--model names a model folder, or a .tar of one. The default is the shipped model. --index names a
+folder written by `leon prepare`, with a held-out split. The metrics with documents use at most 2,
+and no more than fit the context of the model. Each metric is also printed on stderr with its unit
+and its definition as soon as it is known.
 """
 
 import json
 import sys
 from statistics import fmean
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from leon_jax.config import UserError
 
-_MODEL = flags.DEFINE_string("model", None, "A model folder; by default the shipped model.")
-_INDEX = flags.DEFINE_string("index", "data/emoji_prepared", "A prepared folder.")
-_SPLIT = flags.DEFINE_enum(
-    "split", "unseen_design", ["unseen_design", "unseen_concept"], "The held-out split."
+if TYPE_CHECKING:
+    from leon_jax.data.records import RecordSource
+    from leon_jax.retrieval.prepared_folder import PreparedFolder
+
+# Images of the held-out designs were always measured with it.
+_DEFAULT_TOP_P = 0.9
+
+_MODEL = flags.DEFINE_string(
+    "model", None, "A model folder, or a .tar of one; by default the shipped model."
+)
+_INDEX = flags.DEFINE_string(
+    "index", None, "A prepared folder; by default the one that the model folder names."
+)
+_SPLIT = flags.DEFINE_string(
+    "split", None, "The held-out split; by default the first split that is not train."
 )
 _CANDIDATES = flags.DEFINE_integer(
     "candidates", 50, "Documents in each group; the matching metrics rank within a group."
 )
 _GROUPS = flags.DEFINE_integer("groups", 1, "Groups of documents; metrics are their mean.")
-_GUIDANCE = flags.DEFINE_float("guidance", 3.0, "Classifier-free guidance weight of images.")
-_TOP_P = flags.DEFINE_float("top_p", 0.9, "Nucleus sampling probability of images, above 0 to 1.")
+_GUIDANCE = flags.DEFINE_float(
+    "guidance", None, "Classifier-free guidance weight of images; by default the model's."
+)
+_TOP_P = flags.DEFINE_float(
+    "top_p", None, "Nucleus sampling probability of images, above 0 to 1; by default the model's, "
+    f"or {_DEFAULT_TOP_P} if it samples from all tokens.",
+)  # fmt: skip
 _CAPTION_DOCS = flags.DEFINE_multi_integer(
     "caption_docs",
     [0],
@@ -43,13 +61,14 @@ def main(argv: list[str]) -> None:
     del argv
     import numpy as np
 
+    from leon_jax.engine.samplers import Categorical
     from leon_jax.evaluate import measurements
     from leon_jax.evaluate.meanings import MEANINGS, Number, format_metric
     from leon_jax.leon import Leon
     from leon_jax.retrieval.prepared_folder import PreparedFolder
 
     leon = Leon.load(_MODEL.value, _INDEX.value)
-    source = PreparedFolder(_INDEX.value).records(_SPLIT.value)
+    source = _held_out(PreparedFolder(leon.retriever.folder))
     size, num_groups = _CANDIDATES.value, _GROUPS.value
     if not 2 <= size <= len(source):
         raise UserError(f"--candidates is {size}; it must be 2 to {len(source)}")
@@ -57,6 +76,10 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--groups is {num_groups}; it must be 1 to {len(source) // size}")
     documents = [source[i] for i in range(len(source))]
     groups = [documents[start : start + size] for start in range(0, num_groups * size, size)]
+    max_docs = min(2, leon.model.folder.max_docs)
+    own_sampler, top_p = leon.model.folder.defaults.sampling.image, _TOP_P.value
+    if top_p is None and not (isinstance(own_sampler, Categorical) and own_sampler.top_p):
+        top_p = _DEFAULT_TOP_P
     reconstruction = measurements.reconstruct(leon, documents)
     metrics: dict[str, Number] = {}
 
@@ -71,12 +94,15 @@ def main(argv: list[str]) -> None:
     record("real_match_share", fmean(measurements.real_match(leon, group) for group in groups))
     record(
         "image_perplexity_by_documents",
-        {str(docs): measurements.image_perplexity(leon, documents, docs) for docs in (0, 1, 2)},
+        {
+            str(docs): measurements.image_perplexity(leon, documents, docs)
+            for docs in range(max_docs + 1)
+        },
     )
     matches = {}
-    for docs in (0, 2):
+    for docs in sorted({0, max_docs}):
         generated = (
-            measurements.generate(leon, group, docs, guidance=_GUIDANCE.value, top_p=_TOP_P.value)
+            measurements.generate(leon, group, docs, guidance=_GUIDANCE.value, top_p=top_p)
             for group in groups
         )
         matches[str(docs)] = fmean(measurements.prompt_match(leon, group) for group in generated)
@@ -89,3 +115,20 @@ def main(argv: list[str]) -> None:
         rank1_shares[str(docs)] = float((ranks == 0).mean())
     record("caption_rank1_share_by_documents", rank1_shares)
     print(json.dumps(metrics, indent=1))
+
+
+def _held_out(prepared: "PreparedFolder") -> "RecordSource":
+    """Opens the split of --split, or the first one that is not train.
+
+    Raises:
+      UserError: there is no such split.
+    """
+    from leon_jax.data.document_folder import TRAIN
+
+    splits = [split for split in prepared.manifest["splits"] if split != TRAIN]
+    if _SPLIT.value is None and not splits:
+        raise UserError(
+            f"{prepared.folder} has no held-out split; prepare one with leon prepare "
+            "--source=test=KIND:PATH"
+        )
+    return prepared.records(_SPLIT.value or splits[0])

@@ -4,8 +4,10 @@
     leon generate --prompts=prompts.txt --num_images=1 --out=images
     leon generate --task=caption --image=cat.png
 
-Without --model it uses the model that comes with the package. Each image is a PNG. Its metadata
-holds the prompt, the seed, the settings, the model and the licences of the retrieved documents.
+Without --model it uses the model that comes with the package. Guidance, sampling and the number of
+retrieved documents are those of the model folder, if no flag sets them. Each image is a PNG. Its
+metadata holds the prompt, the seed, the settings, the model and the licences of the retrieved
+documents.
 
 --prompts names a file with one prompt a line. Images are written as they are done. A prompt whose
 images are finished with the same settings is skipped, so the same command continues a job that was
@@ -29,12 +31,13 @@ _TASKS = ("text_to_image", "caption")
 
 FLAGS = flags.FlagValues()
 _MODEL = flags.DEFINE_string(
-    "model", None, "model folder; the shipped model if not given", flag_values=FLAGS
-)
+    "model", None, "model folder, or a .tar of one; the shipped model if not given",
+    flag_values=FLAGS,
+)  # fmt: skip
 _INDEX = flags.DEFINE_string(
     "index",
     None,
-    "prepared folder to retrieve from; found or made once if not given",
+    "prepared folder to retrieve from; the one that the model folder names if not given",
     flag_values=FLAGS,
 )
 _TASK = flags.DEFINE_enum("task", _TASKS[0], list(_TASKS), "what to generate", flag_values=FLAGS)
@@ -53,24 +56,28 @@ _RANK_BY = flags.DEFINE_enum(
 )  # fmt: skip
 _IMAGE = flags.DEFINE_string("image", None, "the image to caption", flag_values=FLAGS)
 _GUIDANCE = flags.DEFINE_float(
-    "guidance", 3.0, "classifier-free guidance weight; 1 is none", flag_values=FLAGS
-)
+    "guidance", None, "classifier-free guidance weight; 1 is none; the model's if not given",
+    flag_values=FLAGS,
+)  # fmt: skip
 _NUM_DOCS = flags.DEFINE_integer(
-    "num_docs", 2, "how many documents to retrieve and read first", flag_values=FLAGS
-)
+    "num_docs", None, "how many documents to retrieve and read first; the model's number if not "
+    "given", flag_values=FLAGS,
+)  # fmt: skip
 _NUM_IMAGES = flags.DEFINE_integer(
     "num_images", 4, "how many images of each prompt", flag_values=FLAGS
 )
 _TOP_P = flags.DEFINE_float(
-    "top_p", 1.0, "sample from the most likely tokens of this total probability", flag_values=FLAGS
-)
+    "top_p", None, "sample from the most likely tokens of this total probability; the model's for "
+    "images, 1 for captions, if not given", flag_values=FLAGS,
+)  # fmt: skip
 _TOP_K = flags.DEFINE_integer(
-    "top_k", 0, "sample from this many of the most likely tokens; 0: from all", flag_values=FLAGS
-)
+    "top_k", None, "sample from this many of the most likely tokens; 0: from all; the model's for "
+    "images, 0 for captions, if not given", flag_values=FLAGS,
+)  # fmt: skip
 _TEMPERATURE = flags.DEFINE_float(
     "temperature",
     None,
-    "0 is greedy; 1 for images and 0 for captions if not given",
+    "0 is greedy; the model's for images and 0 for captions if not given",
     flag_values=FLAGS,
 )
 _SEED = flags.DEFINE_integer(
@@ -102,12 +109,12 @@ def main(argv: list[str]) -> None:
     """
     del argv
     from leon_jax.compilation_cache import compiled_folder, use_compilation_cache
-    from leon_jax.generate.retriever import check_index
+    from leon_jax.generate.retriever import find_index
     from leon_jax.model_folder import ModelFolder
 
     folder = ModelFolder.open(_MODEL.value)
     is_caption = _TASK.value == "caption"
-    settings = _settings(is_caption)
+    settings = _settings(folder, is_caption)
     # Programs that were compiled once are found again by the next process.
     use_compilation_cache(compiled_folder())
     if _WARM.value:
@@ -115,36 +122,41 @@ def main(argv: list[str]) -> None:
             raise UserError("--warm is for images; captions compile little")
         _warm(folder, settings)
         return
-    if _INDEX.value is not None:
-        check_index(pathlib.Path(_INDEX.value), folder.path)
+    if _INDEX.value is not None or (settings.max_docs and not folder.index.prepare):
+        find_index(folder, _INDEX.value)
     if is_caption:
         _caption(folder, settings)
     else:
         _generate(folder, settings)
 
 
-def _settings(is_caption: bool) -> "ImageSettings":
-    """The settings that the flags give; those of a caption have one sample.
+def _settings(folder: "ModelFolder", is_caption: bool) -> "ImageSettings":
+    """The settings of the flags, and of the model; those of a caption have one sample.
 
     Raises:
       UserError: a flag is out of range.
     """
-    from leon_jax.engine.sampling_params import SamplingParams
+    from leon_jax.engine.sampling_params import MAX_TOKENS, SamplingParams
+    from leon_jax.generate import context_limits, retriever
     from leon_jax.generate.image_settings import ImageSettings
 
-    temperature = _TEMPERATURE.value
-    if temperature is None:
-        temperature = 0.0 if is_caption else 1.0
+    num_docs, sampling = _NUM_DOCS.value, folder.defaults.sampling
+    if num_docs is None:
+        num_docs = retriever.usable_defaults(folder, _INDEX.value).num_docs
+        if is_caption:
+            num_docs = min(num_docs, context_limits.fitting_docs(folder, MAX_TOKENS))
     num_images, best_of = (1, None) if is_caption else (_NUM_IMAGES.value, _BEST_OF.value)
+    if is_caption:
+        sampling = SamplingParams.of(temperature=0.0)
     rank_by: Any = _RANK_BY.value
     try:
-        params = SamplingParams.of(
+        params = sampling.replace(
             guidance=_GUIDANCE.value,
-            temperature=temperature,
+            temperature=_TEMPERATURE.value,
             top_p=_TOP_P.value,
             top_k=_TOP_K.value,
         )
-        return ImageSettings((params,), num_images, _NUM_DOCS.value, _SEED.value, best_of, rank_by)
+        return ImageSettings((params,), num_images, num_docs, _SEED.value, best_of, rank_by)
     except UserError as error:  # it begins with the argument, which is the flag
         raise UserError(f"--{error}") from error
 
@@ -162,7 +174,7 @@ def _warm(folder: "ModelFolder", settings: "ImageSettings") -> None:
     from leon_jax.generate import context_limits
 
     num_prompts = 1 if _PROMPTS.value is None else len(_prompts())
-    context_limits.check_num_docs(folder, settings.num_docs)
+    context_limits.check_num_docs(folder, settings.max_docs)
     print("compiling, which takes a minute or so for a small model ...", file=sys.stderr)
     lengths = _load(folder).warm(settings, num_prompts)
     print(
@@ -182,10 +194,10 @@ def _generate(folder: "ModelFolder", settings: "ImageSettings") -> None:
     prompts = _prompts()
     if _IMAGE.value is not None:
         raise UserError("--image is for --task=caption; images are generated from --prompt alone")
-    context_limits.check_num_docs(folder, settings.num_docs)
+    context_limits.check_num_docs(folder, settings.max_docs)
     is_single = _PROMPTS.value is None
     if is_single:
-        context_limits.check_prompt(folder, prompts[1], settings.num_docs)
+        context_limits.check_prompt(folder, prompts[1], settings.max_docs)
     journal = Journal(image_files.check_folder(_OUT.value))
     lines = list(prompts)
     if not is_single:
@@ -256,11 +268,11 @@ def _caption(folder: "ModelFolder", settings: "ImageSettings") -> None:
         raise UserError("--image is missing; it is the image to caption")
     if _PROMPT.value is not None or _PROMPTS.value is not None:
         raise UserError("--prompt is for --task=text_to_image; a caption needs --image only")
-    context_limits.check_caption(folder, MAX_TOKENS, settings.num_docs)
+    context_limits.check_caption(folder, MAX_TOKENS, settings.max_docs)
     image = image_files.read(_IMAGE.value)
     caption = _load(folder).caption(
         image,
-        num_docs=settings.num_docs,
+        num_docs=settings.max_docs,
         temperature=_TEMPERATURE.value or 0.0,
         top_p=_TOP_P.value,
         top_k=_TOP_K.value,

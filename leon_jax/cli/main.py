@@ -41,8 +41,10 @@ VERBS = {
     "thresholds": "measure the near-copy thresholds of a retrieval encoder",
     "train": "train a tokenizer, an encoder or a decoder from a config file",
     "plan": "estimate memory and speed of a config on a TPU pod, without the pod",
+    "export": "write a model folder from its parts, with a model card",
     "evaluate": "evaluate a trained model on held-out documents",
     "cache": "show or clear the cache of compiled programs and prepared data",
+    "doctor": "print versions, devices, extras, caches and settings, for a bug report",
     "demo": "run every step once on real data and write an HTML report",
 }
 

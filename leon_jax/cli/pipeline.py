@@ -93,9 +93,12 @@ def main(argv: list[str]) -> None:
 
 def _index(model: "ModelFolder") -> pathlib.Path | None:
     """Returns the documents that a model retrieves; None if it has none on this machine."""
-    from leon_jax.generate.retriever import existing_index
+    from leon_jax.generate import retriever
 
-    return existing_index(model)
+    if reason := retriever.missing_index(model):
+        print(f"{reason}, so only the new images will be retrieved")
+        return None
+    return retriever.find_index(model)
 
 
 def rewritten(arguments: list[str]) -> list[str]:

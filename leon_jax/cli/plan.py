@@ -7,6 +7,10 @@ compiler and reports memory, collectives and a roofline estimate of the time. Th
 any Linux machine, without a TPU, an account or a network. Install it with
 pip install 'leon_jax[tpu]'.
 
+    leon plan --program=decode --model=models/cats --topology=v5e:2x2
+
+With --program=decode, --model takes the place of --config: a model folder, or a .tar of one.
+
 --search looks for the fastest setting that fits in memory, or for the smallest change that makes
 the config fit. The exit code is 3 if the program does not fit.
 
@@ -33,6 +37,10 @@ from leon_jax.config import UserError
 
 FLAGS = flags.FlagValues()
 _CONFIG = config_flag.define(FLAGS)
+_MODEL = flags.DEFINE_string(
+    "model", None, "A model folder, or a .tar of one (decode); takes the place of --config.",
+    flag_values=FLAGS,
+)  # fmt: skip
 _TOPOLOGY = flags.DEFINE_string(
     "topology", None, "A chip and a shape, for example v5p:8x8x4 or v5e:4x4.", flag_values=FLAGS
 )
@@ -57,8 +65,9 @@ _ROWS = flags.DEFINE_integer(
     "rows", 32, "Images in a batch (decode).", lower_bound=1, flag_values=FLAGS
 )
 _GUIDANCE = flags.DEFINE_float(
-    "guidance", 3.0, "Classifier-free guidance weight (decode).", flag_values=FLAGS
-)
+    "guidance", None, "Classifier-free guidance weight (decode); by default the model's, or 3.",
+    flag_values=FLAGS,
+)  # fmt: skip
 _PROMPT = flags.DEFINE_integer(
     "prompt",
     None,
@@ -88,10 +97,12 @@ def main(argv: list[str]) -> None:
       SystemExit: the program does not fit in memory; code 3.
     """
     del argv
-    values = config_flag.read(_CONFIG, "configs/cm3leon_7b.py")
+    if _MODEL.value and (_CONFIG.present or _PROGRAM.value != "decode"):
+        raise UserError("--model is for --program=decode, and takes the place of --config")
+    values = {} if _MODEL.value else config_flag.read(_CONFIG, "configs/cm3leon_7b.py")
     if not _TOPOLOGY.value:
         raise UserError("--topology is missing; for example --topology=v5p:8x8x4")
-    if values.get("kind") != "decoder":
+    if values and values.get("kind") != "decoder":
         raise UserError(f"config.kind is {values.get('kind')!r}; leon plan needs 'decoder'")
 
     from leon_jax.plan import plan_page, topology
@@ -100,7 +111,7 @@ def main(argv: list[str]) -> None:
     from leon_jax.train.training_loop import LoopConfig
 
     loop = configs.build(LoopConfig, values.pop("loop", {}), "config.loop")
-    config = configs.build(DecoderTraining, values)
+    config = _of_model() if _MODEL.value else configs.build(DecoderTraining, values)
     pod = topology.find(_TOPOLOGY.value)
     try:
         plan = _decode(config, pod) if _PROGRAM.value == "decode" else _train(config, loop, pod)
@@ -109,7 +120,7 @@ def main(argv: list[str]) -> None:
         if _PROGRAM.value == "train":
             print("leon plan: --search looks for the smallest change that fits", file=sys.stderr)
         raise SystemExit(DOES_NOT_FIT) from error
-    source = _config_path()
+    source = _MODEL.value or _config_path()
     print(plan_page.text(plan, source))
     if _OUT.value:
         folder = pathlib.Path(_OUT.value)
@@ -138,6 +149,28 @@ def _train(config, loop, pod):
     return plan
 
 
+def _of_model():
+    """Returns a training configuration with the decoder of --model; only its shape matters."""
+    from leon_jax.data.config import DataConfig
+    from leon_jax.model_folder import ModelFolder
+    from leon_jax.train.decoder_config import DecoderTraining
+    from leon_jax.train.optimizer import OptimizerConfig
+
+    folder = ModelFolder.open(_MODEL.value)
+    data = DataConfig(image_shape=folder.tokenizer.image_shape, length=folder.context)
+    vocabulary, optimizer = folder.tokenizer.vocabulary, OptimizerConfig(0.0, total_steps=1)
+    return DecoderTraining(folder.config, vocabulary, optimizer, batch_size=1, steps=1, data=data)
+
+
+def _guidance() -> float:
+    """Returns --guidance, or else the weight of the model's default guidance, or 3."""
+    from leon_jax.model_folder import ModelFolder
+
+    if _GUIDANCE.value is not None or not _MODEL.value:
+        return 3.0 if _GUIDANCE.value is None else _GUIDANCE.value
+    return getattr(ModelFolder.open(_MODEL.value).defaults.sampling.guidance, "weight", 1.0)
+
+
 def _decode(config, pod):
     from leon_jax.plan import decode
 
@@ -148,7 +181,7 @@ def _decode(config, pod):
     setting = decode.Setting(
         mesh,
         _ROWS.value,
-        _GUIDANCE.value,
+        _guidance(),
         prompt,
         _WEIGHTS.value,  # type: ignore[arg-type]  # absl checks the values
         _CACHE.value,  # type: ignore[arg-type]

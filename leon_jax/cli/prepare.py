@@ -37,7 +37,7 @@ from absl import flags
 
 from leon_jax import config as configs
 from leon_jax.cli import config_flag
-from leon_jax.cli.encode import model_files, runner
+from leon_jax.cli.encode import model_files, runner, selection
 from leon_jax.config import UserError
 
 if TYPE_CHECKING:
@@ -145,11 +145,14 @@ def main(argv: list[str]) -> None:
         return
     if _OUT.value is None:
         raise UserError("--out is missing; for example --out=data/my_cats")
-    config, encode_config = _configurations()
+    config, encode_config, encoder_files = _configurations()
     run = runner(_RUNNER.value, _BEAM.value)
     manifest = preparing.prepare(config, _OUT.value, run=run)
     _report("documents", _OUT.value, manifest)
     if encode_config is not None:
+        if encoder_files is not None:
+            rules = selection(encoder_files, pathlib.Path(_OUT.value))
+            encode_config = dataclasses.replace(encode_config, selection=rules)
         folder, manifest = encode(_OUT.value, encode_config, run=run)
         _report("encoded", folder, manifest)
 
@@ -211,9 +214,14 @@ def _report(name: str, folder: "str | pathlib.Path", manifest: dict[str, Any]) -
         print(line, file=sys.stderr)
 
 
-def _configurations() -> "tuple[PrepareConfig, EncodeConfig | None]":
-    """Returns the configuration of the documents, and of their encoding if models are given."""
-    from leon_jax.generate import retriever
+def _configurations() -> (
+    "tuple[PrepareConfig, EncodeConfig | None, dict[str, pathlib.Path] | None]"
+):
+    """Returns the configurations of the documents and of their encoding.
+
+    The second is None if no models are given. The third has the model files if the selection rules
+    are not configured, but those of the encoder.
+    """
     from leon_jax.prepare.config import LICENCES, PrepareConfig
     from leon_jax.prepare.encode import EncodeConfig
 
@@ -241,13 +249,12 @@ def _configurations() -> "tuple[PrepareConfig, EncodeConfig | None]":
     paths = _model_paths(values)
     config = configs.build(PrepareConfig, values)
     if not any(paths.values()):
-        return config, None
+        return config, None, None
     files = model_files(paths)
     assert files is not None
     encoding |= {kind: str(path) for kind, path in files.items()}
-    if "selection" not in encoding:
-        encoding["selection"] = configs.to_dict(retriever.selection(files["encoder"].parent))
-    return config, configs.build(EncodeConfig, encoding)
+    encode_config = configs.build(EncodeConfig, encoding)
+    return config, encode_config, None if "selection" in encoding else files
 
 
 def _model_paths(values: dict[str, Any]) -> dict[str, str | None]:

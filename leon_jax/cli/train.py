@@ -118,8 +118,14 @@ def _train(kind: str, values: dict[str, Any], workdir: pathlib.Path) -> None:
         mesh = sharding.make_mesh(settings.mesh, slices=settings.slices)
     except ValueError as error:
         raise UserError(f"config.loop.mesh: {error}") from error
+    program = _make_program(kind, values)
+    if check_export := getattr(program, "check_export", None):
+        # What is missing for the end of the run is said at its start.
+        sentence = check_export(workdir / "export")
+        if jax.process_index() == 0:
+            print(f"leon train: {sentence}", file=sys.stderr)
     with jax.set_mesh(mesh):
-        training_loop.run(_make_program(kind, values), settings, workdir)
+        training_loop.run(program, settings, workdir)
 
 
 def _check_process_flags() -> None:

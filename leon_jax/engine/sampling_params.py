@@ -93,6 +93,41 @@ class SamplingParams:
         params.check()
         return params
 
+    def replace(
+        self,
+        *,
+        guidance: float | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+    ) -> "SamplingParams":
+        """Returns these parameters with other values; None keeps a value.
+
+        A new `temperature`, `top_p` or `top_k` applies to images and texts. The other two are then
+        those of the image sampler.
+
+        Args:
+          guidance: the weight of classifier-free guidance, 0 or more; 1 is no guidance.
+          temperature, top_p, top_k: see `leon_jax.engine.samplers.make_sampler`.
+
+        Raises:
+          UserError: a number is out of range.
+        """
+        params = self
+        if guidance is not None:
+            params = dataclasses.replace(params, guidance=make_guidance(guidance))
+        if (temperature, top_p, top_k) != (None, None, None):
+            values: dict[str, Any] = {"temperature": 0.0}  # of any other sampler than `Categorical`
+            if isinstance(self.image, Categorical):
+                values = dataclasses.asdict(self.image)
+            new = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+            sampler = make_sampler(
+                **values | {name: value for name, value in new.items() if value is not None}
+            )
+            params = dataclasses.replace(params, image=sampler, text=sampler)
+        params.check()
+        return params
+
     def check(self) -> None:
         """Checks all parameters, because compiled programs cannot check them.
 

@@ -113,9 +113,9 @@ def generate(
     leon: Leon,
     documents: Sequence[Document],
     num_docs: int,
-    guidance: float,
+    guidance: float | None = None,
     top_p: float | None = None,
-    temperature: float = 1.0,
+    temperature: float | None = None,
     seed: int = 0,
 ) -> list[GeneratedImage]:
     """Generates one image for each document's caption, all in one batch.
@@ -124,12 +124,14 @@ def generate(
       leon: the model.
       documents: their captions are the prompts.
       num_docs: number of documents retrieved by each caption and put before it.
-      guidance: classifier-free guidance weight.
-      top_p: nucleus sampling probability, above 0 to 1; None samples from all tokens.
-      temperature: sampling temperature.
+      guidance: classifier-free guidance weight; None: the model's.
+      top_p: nucleus sampling probability, above 0 to 1; None: the model's.
+      temperature: sampling temperature; None: the model's.
       seed: seed of the first image; each further image adds 1.
     """
-    params = SamplingParams.of(guidance=guidance, top_p=top_p, temperature=temperature)
+    params = leon.model.folder.defaults.sampling.replace(
+        guidance=guidance, top_p=top_p, temperature=temperature
+    )
     prompts = [Document((Text(document.text), Hole("image"))) for document in documents]
     retrieved = _retrieved(leon, documents, num_docs)
     images = leon.complete(

@@ -22,14 +22,14 @@ def check_prompt(folder: ModelFolder, prompt: str, num_docs: int) -> None:
         document = Document((Text(prompt), Hole("image")))
     except ValueError as error:
         raise UserError(f"the prompt cannot be read: {error}") from error
-    used = _extent(folder, folder.tokenizer.encode(document)) + folder.tokenizer.image_tokens
+    used = folder.extent(folder.tokenizer.encode(document)) + folder.tokenizer.image_tokens
     if used > folder.context:
         tokens = len(folder.tokenizer.text.encode(prompt))
         raise UserError(
             f"the prompt has {len(prompt)} characters or {tokens} tokens; with the image "
             f"there is room for {tokens + folder.context - used} tokens, so make it shorter"
         )
-    _check_documents(folder, used, num_docs)
+    _check_documents(folder, num_docs, folder.docs_beside(used))
 
 
 def check_caption(folder: ModelFolder, max_tokens: int, num_docs: int) -> None:
@@ -41,17 +41,18 @@ def check_caption(folder: ModelFolder, max_tokens: int, num_docs: int) -> None:
     """
     if max_tokens < 1:
         raise UserError(f"max_tokens is {max_tokens}; a caption has at least 1 token")
-    vocabulary = folder.tokenizer.vocabulary
-    image = [vocabulary.image_start] * folder.tokenizer.image_tokens
-    prefix = [vocabulary.eos, vocabulary.sentinel(0), vocabulary.break_id, *image]
-    used = _extent(folder, np.array([*prefix, vocabulary.eos, vocabulary.sentinel(0)]))
-    used += max_tokens
+    used = _caption_extent(folder) + max_tokens
     if used > folder.context:
         raise UserError(
             f"max_tokens is {max_tokens}; with an image there is room for "
             f"{max_tokens + folder.context - used}"
         )
-    _check_documents(folder, used, num_docs)
+    _check_documents(folder, num_docs, folder.docs_beside(used))
+
+
+def fitting_docs(folder: ModelFolder, max_tokens: int) -> int:
+    """Returns the number of documents that fit beside an image and a caption of `max_tokens`."""
+    return max(0, folder.docs_beside(_caption_extent(folder) + max_tokens))
 
 
 def check_num_docs(folder: ModelFolder, num_docs: int) -> None:
@@ -60,18 +61,18 @@ def check_num_docs(folder: ModelFolder, num_docs: int) -> None:
     Raises:
       UserError: `num_docs` is negative, or the documents cannot fit even with the shortest prompt.
     """
-    vocabulary = folder.tokenizer.vocabulary
-    shortest = np.array([vocabulary.eos, vocabulary.text_start, vocabulary.break_id])
-    _check_documents(folder, _extent(folder, shortest) + folder.tokenizer.image_tokens, num_docs)
+    _check_documents(folder, num_docs, folder.max_docs)
 
 
-def _check_documents(folder: ModelFolder, used: int, num_docs: int) -> None:
+def _check_documents(folder: ModelFolder, num_docs: int, limit: int) -> None:
     if num_docs < 0:
         raise UserError(f"num_docs is {num_docs}; it must be 0 or more")
-    # The shortest retrieved document is a one-token text and an image, each with a <break>.
-    step = folder.config.part_step
-    shortest = sum(-(-part // step) * step for part in (2, folder.tokenizer.image_tokens + 1))
-    limit = (folder.context - used) // shortest
+    if num_docs and limit < 1:
+        raise UserError(
+            f"num_docs is {num_docs}, but a context of {folder.context} tokens holds no retrieved "
+            f"document beside an image of {folder.tokenizer.image_tokens} tokens and this request; "
+            "use 0"
+        )
     if num_docs > limit:
         raise UserError(
             f"num_docs is {num_docs}; the model's context of {folder.context} positions holds "
@@ -96,12 +97,16 @@ def select_fitting(
     fitting = list(retrieved)
     while fitting:
         # One more position, because a query that is not open is followed by a sentinel.
-        used = _extent(folder, folder.tokenizer.encode([*fitting[::-1], query])) + 1
+        used = folder.extent(folder.tokenizer.encode([*fitting[::-1], query])) + 1
         if used + new_tokens <= folder.context:
             break
         fitting.pop()
     return fitting[::-1]
 
 
-def _extent(folder: ModelFolder, ids: np.ndarray) -> int:
-    return folder.tokenizer.vocabulary.extent(ids, folder.config.part_step)
+def _caption_extent(folder: ModelFolder) -> int:
+    """Returns the positions of an image with a hole for its caption, without the caption."""
+    vocabulary = folder.tokenizer.vocabulary
+    image = [vocabulary.image_start] * folder.tokenizer.image_tokens
+    prefix = [vocabulary.eos, vocabulary.sentinel(0), vocabulary.break_id, *image]
+    return folder.extent(np.array([*prefix, vocabulary.eos, vocabulary.sentinel(0)]))

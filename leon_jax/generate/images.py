@@ -32,19 +32,19 @@ def image_request(
       model: the loaded model.
       retrieve: retrieves documents that fit the context.
       prompt: the prompt.
-      settings: the settings of the images.
+      settings: the settings of the images, filled (see `ImageSettings.filled`).
     """
     tokenizer = model.tokenizer
     try:
         text = text_part("prompt", prompt)
-        context_limits.check_prompt(model.folder, text.text, settings.num_docs)
+        context_limits.check_prompt(model.folder, text.text, settings.max_docs)
         document = Document((text, Hole("image")))
         if settings.best_of is not None and settings.rank_by == "likelihood":
             # The prompt will be scored as a caption, which needs more tokens than generation.
             blank = Image(codes=np.zeros(tokenizer.image_shape, int))
             ids, _ = ranking.scored_ids(tokenizer, document.replace(1, blank), 0)
             likelihood.check_sequence(model.engine, ids)
-        retrieved = retrieve(document, settings.num_docs, tokenizer.image_tokens)
+        retrieved = retrieve(document, settings.max_docs, tokenizer.image_tokens)
     except UserError as error:
         return error
     return Request(document, retrieved, settings.samples)
@@ -87,7 +87,7 @@ def finished_images(
                 PIL.Image.fromarray(image.pixels), prompt, sample.seed, sample.params,
                 request.retrieved, model.folder.name,
                 settings_text(
-                    sample.params, model.state, settings.num_docs, settings.best_of,
+                    sample.params, model.state, settings.max_docs, settings.best_of,
                     settings.rank_by, task,
                 ),
             )

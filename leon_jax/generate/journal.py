@@ -123,7 +123,7 @@ class FinishedImages:
 
     Args:
       journal: the journal of the folder.
-      settings: the settings of the images.
+      settings: the settings of the images, filled (see `ImageSettings.filled`).
       model: the model of the images.
       former_digests: digests of the same decoder in earlier versions of this project.
     """
@@ -136,7 +136,7 @@ class FinishedImages:
         former_digests: Sequence[str] = (),
     ):
         self._keys, self._model, self._num_images = journal.keys, model.name, settings.num_images
-        rest = settings.num_docs, settings.best_of, settings.rank_by
+        rest = settings.max_docs, settings.best_of, settings.rank_by
         former = [
             ModelState(model.name, digest, model.weights, model.cache) for digest in former_digests
         ]

@@ -1,5 +1,6 @@
 """Retrieves documents for a prompt from a prepared folder, and finds or creates that folder."""
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -18,7 +19,9 @@ from leon_jax.config import UserError, build
 from leon_jax.data.document_folder import MANIFEST
 from leon_jax.datasets import demo
 from leon_jax.documents import Document, Image, Text
-from leon_jax.model_folder import encoder_path
+from leon_jax.generate.image_settings import ImageSettings
+from leon_jax.model_description import GenerationDefaults
+from leon_jax.model_folder import ModelFolder, encoder_path
 from leon_jax.prepare.encoding_models import digest, matches
 from leon_jax.retrieval.encoder import RetrievalEncoder, normalise
 from leon_jax.retrieval.neighbour_selection import SelectionConfig, select
@@ -145,22 +148,98 @@ class Retriever:
 _WORD = re.compile(r"[^\W\d_]+")
 
 
-def find_index(model: pathlib.Path, index: str | os.PathLike | None) -> pathlib.Path:
-    """Returns the prepared folder for a model, and creates it if necessary.
+def find_index(folder: ModelFolder, index: str | os.PathLike | None = None) -> pathlib.Path:
+    """Returns the prepared folder that a model retrieves from.
 
     Args:
-      model: the model folder.
-      index: a prepared folder. None: `DEFAULT_FOLDER`, or else a folder in the cache ($LEON_CACHE,
-        or ~/.cache/leon_jax), if it was made with the same model files; otherwise a new folder in
-        the cache, made from the emoji packages.
+      folder: the model folder.
+      index: a prepared folder; None: the index in `model.json`. If that is the documents of the
+        demonstration, they are prepared if necessary.
 
     Raises:
-      UserError: `index` is not a prepared folder or was made with other model files, or a new
-        folder cannot be made.
+      UserError: the model has no index; or the index is not a prepared folder, was made with other
+        model files, or cannot be made.
     """
     if index is not None:
-        check_index(pathlib.Path(index), model)
-        return pathlib.Path(index)
+        path = pathlib.Path(index)
+    elif folder.index.prepare:
+        return _demo_documents(folder.path)
+    elif reason := missing_index(folder):
+        raise UserError(f"{reason}; give {_INDEX_ADVICE}, or use num_docs=0")
+    else:
+        path = folder.index_path
+    check_index(path, folder.path)
+    return path
+
+
+_INDEX_ADVICE = "--index=FOLDER (index=FOLDER in Python), made by leon prepare with its files"
+
+
+def missing_index(folder: ModelFolder) -> str | None:
+    """Returns why a model has no index of its own, the beginning of a sentence; None: it has one.
+
+    Args:
+      folder: the model folder.
+    """
+    name = folder.path.absolute().name
+    if folder.index.prepare:
+        return None
+    if not folder.index.folder:
+        return f"the model {name} has no index"
+    if not (folder.index_path / MANIFEST).is_file():
+        return f"the index of the model {name}, {folder.index_path}, is not on this machine"
+    return None
+
+
+def usable_defaults(
+    folder: ModelFolder, index: str | os.PathLike | None = None
+) -> GenerationDefaults:
+    """Returns a model's generation defaults, with 0 documents if it has no index.
+
+    In that case it says so on stderr, once in a process.
+
+    Args:
+      folder: the model folder.
+      index: the prepared folder that is used instead of the model's index; None: no other.
+    """
+    defaults = folder.defaults
+    if index is not None or not defaults.num_docs or not (reason := missing_index(folder)):
+        return defaults
+    _say_once(
+        f"{reason}, so it generates without retrieved documents; to change this, give "
+        f"{_INDEX_ADVICE}"
+    )
+    return dataclasses.replace(defaults, num_docs=0)
+
+
+def fill_settings(
+    settings: ImageSettings, folder: ModelFolder, index: str | os.PathLike | None = None
+) -> ImageSettings:
+    """Returns settings with the defaults of a model for `params` and `num_docs` of None.
+
+    Args:
+      settings: the settings.
+      folder, index: see `usable_defaults`.
+    """
+    has_number = settings.num_docs is not None
+    return settings.filled(folder.defaults if has_number else usable_defaults(folder, index))
+
+
+@functools.cache
+def _say_once(sentence: str) -> None:
+    print(sentence, file=sys.stderr)
+
+
+def _demo_documents(model: pathlib.Path) -> pathlib.Path:
+    """Returns a folder with the documents of the demonstration, prepared with a model's files.
+
+    It is `DEFAULT_FOLDER`, or else a folder in the cache ($LEON_CACHE, or ~/.cache/leon_jax), if it
+    was made with the same model files; otherwise a new folder in the cache, made from the emoji
+    packages.
+
+    Raises:
+      UserError: a new folder cannot be made.
+    """
     if _suits(DEFAULT_FOLDER, model):
         return DEFAULT_FOLDER
     paths = model_files(model)
@@ -183,12 +262,13 @@ def find_index(model: pathlib.Path, index: str | os.PathLike | None) -> pathlib.
     return folder
 
 
-def check_index(index: pathlib.Path, model: pathlib.Path) -> None:
+def check_index(index: str | os.PathLike, model: pathlib.Path) -> None:
     """Checks that a prepared folder was made with the files of a model folder.
 
     Raises:
       UserError: it was made with other files, or is not a prepared folder.
     """
+    index = pathlib.Path(index)
     read_manifest(index)
     if kind := _differing_file(index, model):
         raise UserError(

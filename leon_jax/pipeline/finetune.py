@@ -71,7 +71,10 @@ def stages(
         )
 
     result = [
-        Stage("documents", "collect the new documents", collect, files.documents / MANIFEST, 20, True),
+        Stage(
+            "documents", "collect the new documents", collect,
+            files.documents / MANIFEST, 20, True,
+        ),
         Stage(
             "encode", "encode the new documents",
             lambda: encode_command(files.documents, models, encode_flags),
@@ -143,7 +146,7 @@ def stages(
 
 
 def _side(models: Mapping[str, pathlib.Path]) -> int:
-    """Returns the side of stored images that the image tokenizer and the encoder need, in pixels."""
+    """Returns the side of stored images, in pixels, that both models need."""
     side = weight_files.read_config(models["tokenizer"], "tokenizer")["resolution"]
     if models["encoder"].is_dir():
         return max(side, _CLIP_SIDE)

@@ -197,6 +197,9 @@ def settings(config: PrepareConfig, sources: Sources, shards: Iterable[Shard]) -
         values["duplicates"] = {"exact": config.duplicates.exact}
         values["picture_side"] = config.picture_side or DEFAULT_SIDE
     values = {name: value for name, value in values.items() if name not in ignored}
+    for source in values["sources"]:
+        if not source["caption_from_name"]:  # older folders do not have this setting
+            del source["caption_from_name"]
     return {
         "format": FORMAT if config.has_models else DOCUMENTS_FORMAT,
         "config": json.loads(json.dumps(values)),

@@ -20,7 +20,7 @@ from leon_jax.retrieval.neighbour_selection import SelectionConfig, text_and_pix
 
 # Almost all strangers are below the first percentile, most copies above the second.
 _STRANGERS, _COPIES = 99.5, 25.0
-_MIN_DOCUMENTS = 8
+MIN_DOCUMENTS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,9 +64,9 @@ def measure(
       UserError: there are fewer than 8 documents, or one lacks text or an image.
     """
     count = len(documents)
-    if count < _MIN_DOCUMENTS:
+    if count < MIN_DOCUMENTS:
         raise UserError(
-            f"there are {count} documents; thresholds need at least {_MIN_DOCUMENTS} to be measured"
+            f"there are {count} documents; thresholds need at least {MIN_DOCUMENTS} to be measured"
         )
     rng = np.random.default_rng(seed)
     chosen = np.sort(rng.permutation(count)[:limit])

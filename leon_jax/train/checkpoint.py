@@ -253,9 +253,9 @@ def load_weights(
 def check_config(path: pathlib.Path, config: dict[str, Any]) -> None:
     """Compares a run's configuration with the saved one, then saves it.
 
-    Nothing is compared if the run has no checkpoint yet. Keys of `MAY_CHANGE` and of `loop` may
-    differ, so that a run can be extended. A key of `REMOVED` may be missing in `config` if the run
-    had the value that this version always uses.
+    Nothing is compared if the run has no checkpoint yet. Keys of `MAY_CHANGE`, of `loop` and of
+    `export` may differ, so that a run can be extended. A key of `REMOVED` may be missing in
+    `config` if the run had the value that this version always uses.
 
     Args:
       path: the file of the saved configuration; the folder `checkpoints` is next to it.
@@ -274,7 +274,7 @@ def check_config(path: pathlib.Path, config: dict[str, Any]) -> None:
                         f"{path.parent} holds a run with {key} = {old!r}, but this version always "
                         f"uses {REMOVED[key]!r}; use another --workdir"
                     )
-            elif key not in MAY_CHANGE and not key.startswith("loop."):
+            elif key not in MAY_CHANGE and key.split(".")[0] not in ("loop", "export"):
                 raise UserError(
                     f"{path.parent} holds a run with {key} = {old!r}, but it is now {new!r}; "
                     "use another --workdir or restore the value"

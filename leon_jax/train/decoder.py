@@ -4,6 +4,7 @@ The loss is the plain cross-entropy of every token of every document, retrieved 
 (arXiv 2309.02591, section 2.2), unless the masking configuration weights tokens differently.
 """
 
+import dataclasses
 import functools
 import pathlib
 from collections.abc import Sequence
@@ -26,6 +27,8 @@ from leon_jax.engine.engine import Engine, Sample, TokenRequest
 from leon_jax.engine.grammar import ImageSpan
 from leon_jax.engine.guidance import make_guidance
 from leon_jax.engine.sampling_params import SamplingParams
+from leon_jax.export import provenance, write
+from leon_jax.export.parts import Parts, of_run
 from leon_jax.models.decoder import Decoder
 from leon_jax.tokenizers.documents import DocumentTokenizer
 from leon_jax.tokenizers.image import ImageTokenizer, to_pixels
@@ -148,16 +151,62 @@ class DecoderProgram:
         return {"samples": np.concatenate(list(images), axis=1)}
 
     def export(self, state: TrainState, directory: pathlib.Path) -> None:
-        """Writes `decoder.safetensors` and its text tokenizer `text.json`."""
+        """Writes the model folder `directory`, if all its files are known.
+
+        Otherwise writes `decoder.safetensors` and its text tokenizer `text.json` only.
+
+        Raises:
+          UserError: a file of the model folder is missing, damaged or does not fit the decoder.
+        """
         directory, config = pathlib.Path(directory), self.config
+        parts = self._folder_parts(directory)
+        target = directory if parts.unknown else write.staging_folder(directory)
         header = {
             "model": configuration.to_dict(config.model),
             "vocabulary": configuration.to_dict(config.vocabulary),
             "image_shape": list(config.data.image_shape),
         }
-        weight_files.save(directory / "decoder.safetensors", state.model, KIND, header)
-        if jax.process_index() == 0:
-            self.text.save(directory / "text.json")
+        weight_files.save(target / "decoder.safetensors", state.model, KIND, header)
+        if jax.process_index() != 0:
+            return
+        self.text.save(target / "text.json")
+        if not parts.unknown:
+            values = configuration.to_dict(config)
+            known = provenance.of_run(KIND, directory.parent, values)
+            settings = write.ExportSettings(title=directory.absolute().parent.name)
+            write.complete(target, parts, directory, settings, known)
+
+    def check_export(self, directory: pathlib.Path) -> str:
+        """Checks the files that `export` needs, and returns a sentence on what it will write.
+
+        Raises:
+          UserError: a file that the configuration names does not exist or does not fit.
+        """
+        parts = self._folder_parts(directory)
+        parts.check_files(_PART_KEYS)
+        if not parts.unknown:
+            return f"the run ends in the model folder {directory}"
+        keys = " and ".join(_PART_KEYS[name] for name in parts.unknown)
+        return (
+            f"the run ends in a decoder and its text tokenizer in {directory}; set {keys} for a "
+            "model folder, or make one with leon export"
+        )
+
+    def _folder_parts(self, directory: pathlib.Path) -> Parts:
+        """Returns the parts of the model folder that the run ends in."""
+        return dataclasses.replace(
+            of_run(configuration.to_dict(self.config)),
+            decoder=directory / "decoder.safetensors",
+            text=pathlib.Path(self.config.data.text),
+        )
+
+
+# The config key of each part of the model folder.
+_PART_KEYS = {
+    "tokenizer": "config.export.tokenizer",
+    "text": "config.data.text",
+    "encoder": "config.export.encoder",
+}
 
 
 def check_divisible(

@@ -29,6 +29,25 @@ class SampleConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ExportConfig:
+    """The other files of the model folder that a run writes at its end (docs/model_folder.md).
+
+    Attributes:
+      tokenizer: the image tokenizer's file; "": `samples.image`, or the file that made the data.
+      encoder: the retrieval encoder, a file or a folder; "": the one that made the data, if it is
+        beside the tokenizers or in a run beside theirs.
+      selection: a file with the encoder's selection rules; "": `selection.json` beside the encoder,
+        or the rules of the data.
+      index: the prepared folder that the model retrieves from; "": the data.
+    """
+
+    tokenizer: str = ""
+    encoder: str = ""
+    selection: str = ""
+    index: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
 class DecoderTraining:
     """Configuration of `leon_jax.train.decoder.DecoderProgram`.
 
@@ -43,6 +62,7 @@ class DecoderTraining:
       data: the training data.
       masking: the CM3 objective.
       samples: the images generated during training.
+      export: the other files of the model folder that the run ends in.
       loss_chunk: tokens per device whose logits are in memory at a time.
       microbatches: number of parts of a batch, whose gradients are accumulated one after the
         other to save memory; the update is the same.
@@ -60,6 +80,7 @@ class DecoderTraining:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     masking: MaskingConfig = dataclasses.field(default_factory=MaskingConfig)
     samples: SampleConfig = dataclasses.field(default_factory=SampleConfig)
+    export: ExportConfig = dataclasses.field(default_factory=ExportConfig)
     loss_chunk: int = 2048
     microbatches: int = 1
     z_loss: float = 0.0

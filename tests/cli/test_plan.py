@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from tests import tpu
+from leon_jax.model_folder import ModelFolder
+from tests import tiny, tpu
 
 TINY = """
 import pathlib, runpy
@@ -153,3 +154,15 @@ def test_a_missing_compiler_gives_the_install_command(config):
         env=environment, cwd=tpu.ROOT, capture_output=True, text=True,
     )  # fmt: skip
     assert result.returncode == 2 and "pip install 'leon_jax[tpu]'" in result.stderr
+
+
+@pytest.mark.slow
+def test_a_model_folder_takes_the_place_of_a_config(tmp_path):
+    flags = f"--model={tiny.folders()[0]}", "--topology=v5e:2x2", "--mesh=4,1,1,1", "--rows=4"
+    result = leon_plan("--program=decode", *flags, f"--out={tmp_path}")
+    assert result.returncode == 0, result.stderr
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert plan["parameters"] == ModelFolder.open(tiny.folders()[0]).config.parameter_count()
+    assert plan["setting"]["guidance"] == 3.0
+    result = leon_plan(*flags)
+    assert result.returncode == 2 and "--model is for --program=decode" in result.stderr

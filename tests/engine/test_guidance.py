@@ -12,6 +12,8 @@ from leon_jax.engine.guidance import (
     TwoConditions,
     make_guidance,
 )
+from leon_jax.engine.samplers import Greedy
+from leon_jax.engine.sampling_params import SamplingParams
 
 
 @pytest.fixture
@@ -82,3 +84,15 @@ def test_weight_one_needs_one_stream():
 def test_impossible_weights_are_refused(weight):
     with pytest.raises(UserError, match="guidance"):
         make_guidance(weight)
+
+
+def test_replace_changes_the_given_values_and_no_others():
+    params = SamplingParams.of(guidance=2.0, temperature=0.5, top_p=0.7, max_tokens=5)
+    assert params.replace() == params
+    changed = params.replace(guidance=1.0, top_k=3)
+    assert changed == SamplingParams.of(temperature=0.5, top_p=0.7, top_k=3, max_tokens=5)
+    assert params.replace(temperature=0.0).image == Greedy()
+    # Another sampler has no temperature to keep, so it stays greedy.
+    assert SamplingParams.of(temperature=0.0).replace(top_p=0.9).image == Greedy()
+    with pytest.raises(UserError, match="top_p is 2"):
+        params.replace(top_p=2.0)

@@ -15,8 +15,9 @@ from leon_jax.generate.image_metadata import ModelState, former_settings_text, s
 from leon_jax.generate.image_settings import ImageSettings
 from leon_jax.generate.journal import JOURNAL, FinishedImages, Journal, file_name
 from leon_jax.generate.results import GeneratedImage
+from leon_jax.model_description import GenerationDefaults
 
-SETTINGS = ImageSettings(num_images=2, num_docs=0, seed=5)
+SETTINGS = ImageSettings(num_images=2, num_docs=0, seed=5).filled(GenerationDefaults())
 MODEL = ModelState("leon_jax 0 tiny", "0123456789ab", "float32", "compute")
 
 
@@ -69,7 +70,8 @@ def test_images_of_other_settings_or_weights_are_not_finished(tmp_path):
         (SETTINGS, ModelState(MODEL.name, "f" * 12, "float32", "compute")),
         (SETTINGS, ModelState(MODEL.name, MODEL.digest, "int8", "compute")),
     ):
-        assert "a cat" not in FinishedImages(Journal(tmp_path), settings, model)
+        filled = settings.filled(GenerationDefaults())
+        assert "a cat" not in FinishedImages(Journal(tmp_path), filled, model)
     # A file that was written anew counts for its new settings alone.
     changed = ModelState(MODEL.name, "f" * 12, "float32", "compute")
     first.add(images("a cat", model=changed))

@@ -1,12 +1,19 @@
 """Which prepared folder a model retrieves from."""
 
+import dataclasses
+
 import pytest
 
 from leon_jax.config import UserError
 from leon_jax.documents import Document, Text
 from leon_jax.generate import retriever
 from leon_jax.leon import Leon
+from leon_jax.model_description import IndexAddress, ModelDescription
+from leon_jax.model_folder import ModelFolder
 from tests import tiny
+
+# A model whose documents are those of the demonstration.
+DEMO = ModelDescription("demo", index=IndexAddress(prepare="demo"))
 
 
 def test_a_folder_in_the_cache_serves_whatever_its_name_is(monkeypatch, tmp_path):
@@ -16,7 +23,8 @@ def test_a_folder_in_the_cache_serves_whatever_its_name_is(monkeypatch, tmp_path
     monkeypatch.setattr(retriever, "cache_folder", lambda: tmp_path)
     (tmp_path / "emoji-0123456789ab").symlink_to(prepared)
     (tmp_path / "emoji-0000").mkdir()
-    assert retriever.find_index(checkpoint, None) == tmp_path / "emoji-0123456789ab"
+    folder = dataclasses.replace(ModelFolder.open(checkpoint), description=DEMO)
+    assert retriever.find_index(folder) == tmp_path / "emoji-0123456789ab"
 
 
 def test_a_word_is_lower_case_only_where_captions_spell_it_so(tmp_path, monkeypatch):

@@ -194,3 +194,14 @@ def test_arrays_of_another_shape_are_refused_without_quoting_the_library(tmp_pat
         with pytest.raises(UserError, match=message) as raised:
             load()
         assert "\n" not in str(raised.value) and "orbax" not in str(raised.value).lower()
+
+
+def test_the_files_of_the_model_folder_may_change_between_starts(tmp_path):
+    """They have no effect on training, and runs of earlier versions have no such keys."""
+    path = tmp_path / "config.json"
+    (tmp_path / "checkpoints" / "1").mkdir(parents=True)
+    for config in ({"seed": 0}, {"seed": 0, "export": {"encoder": ""}}):
+        check_config(path, config)
+    check_config(path, {"seed": 0, "export": {"encoder": "models/encoder"}})
+    with pytest.raises(UserError, match="seed = 0, but it is now 1"):
+        check_config(path, {"seed": 1, "export": {"encoder": "models/encoder"}})

@@ -14,6 +14,9 @@ from leon_jax import config as configuration
 from leon_jax import sharding, weight_files
 from leon_jax.config import ConfigError, UserError
 from leon_jax.documents import Document, Image, Text
+from leon_jax.leon import Leon
+from leon_jax.model_folder import ModelFolder
+from leon_jax.models.clip import CLIPConfig, TextConfig, VisionConfig, create
 from leon_jax.models.decoder import Decoder, DecoderConfig
 from leon_jax.models.vqgan import VQGAN, VQGANConfig
 from leon_jax.retrieval.prepared_folder import write_split
@@ -236,6 +239,54 @@ def test_the_export_restores_the_model_the_vocabulary_and_the_text_tokenizer(tra
     model = weight_files.restore(abstract, arrays)
     ids = np.arange(10, dtype=np.int32)[None]
     np.testing.assert_array_equal(model(ids), state.model(ids))
+
+
+def write_encoder(folder: pathlib.Path) -> pathlib.Path:
+    """Writes a random encoder for the text tokenizer of a folder."""
+    vocab_size = TextTokenizer.load(folder / "text.json").size + 3
+    shape = CLIPConfig(
+        VisionConfig(image_size=8, patch_size=4, width=16, layers=1, heads=2),
+        TextConfig(context_length=8, vocab_size=vocab_size, width=16, layers=1, heads=2),
+        embed_dim=8,
+    )
+    encoder = jax.jit(lambda: create(shape, jax.random.key(0)))()
+    path = folder / "encoder.safetensors"
+    weight_files.save(path, encoder, "encoder", configuration.to_dict(shape))
+    return path
+
+
+def test_a_run_ends_in_a_model_folder_if_its_config_names_the_files(trained, folder, tmp_path):
+    program, state, _ = trained
+    export = tmp_path / "run" / "export"
+    sentence = program.check_export(export)
+    assert "ends in a decoder and its text tokenizer" in sentence
+    assert "set config.export.encoder for a model folder" in sentence
+    config = make_config(folder)
+    config.export = ConfigDict({"encoder": str(write_encoder(folder))})
+    program = build_program(config)
+    assert program.check_export(export) == f"the run ends in the model folder {export}"
+    program.export(state, export)
+    assert [path.name for path in export.parent.iterdir()] == ["export"]
+    opened = ModelFolder.open(export)
+    assert opened.defaults.sampling.guidance.weight == 2.0
+    # The run was trained with at most one document, and its data record no licence.
+    assert opened.defaults.num_docs == 1
+    assert opened.description.unknown_licences == ("decoder", "tokenizer", "text", "encoder")
+    assert opened.description.training["decoder"]["steps"] == 60
+    assert opened.description.data[0].documents == 4
+    (image,) = Leon.load(export).generate("red heart", num_docs=0)
+    assert image.image.size == (8, 8)
+    program.export(state, export)  # a run that was made longer writes it again
+    assert ModelFolder.open(export).description == opened.description
+
+
+def test_files_that_the_end_of_a_run_needs_are_missed_at_its_start(folder, tmp_path):
+    config = make_config(folder)
+    config.export = ConfigDict({"encoder": "nowhere.safetensors"})
+    config.samples.image = "nothing.safetensors"
+    message = r"config\.export\.tokenizer names nothing\.saf.*config\.export\.encoder names nowhere"
+    with pytest.raises(UserError, match=message):
+        build_program(config).check_export(tmp_path)
 
 
 @pytest.mark.parametrize(
