@@ -11,7 +11,11 @@ from orbax.checkpoint import v1 as ocp
 from leon_jax import weight_files
 
 # Metrics of the training itself; all others depend on time.
-LOGGED = ("step", "loss", "loss_text", "loss_image", "gradient_norm", "learning_rate", "skipped")
+LOGGED = (
+    "step", "loss", "loss_text", "loss_image", "gradient_norm", "learning_rate", "skipped",
+    "l1", "lpips", "psnr_db", "codebook_loss", "codes_used", "codes_revived", "generator_gan_loss",
+    "discriminator_loss", "adaptive_weight", "score_real", "score_fake", "accuracy", "scale",
+)  # fmt: skip
 
 
 def differences(one: pathlib.Path, other: pathlib.Path) -> list[str]:
@@ -30,7 +34,7 @@ def differences(one: pathlib.Path, other: pathlib.Path) -> list[str]:
 
 
 def contents(workdir: pathlib.Path) -> dict[str, Any]:
-    """Returns the results of a finished decoder run that must not depend on interruptions, by name.
+    """Returns the results of a finished run that must not depend on interruptions, by name.
 
     These are the newest checkpoint with all arrays (parameters, optimizer, random key) and the data
     position, the logged metrics of each step, and the exported model.
@@ -52,7 +56,8 @@ def contents(workdir: pathlib.Path) -> dict[str, Any]:
         logged = {name: values[name] for name in LOGGED if name in values}
         results[f"metrics of step {values['step']}"] = logged
     # Compare arrays, not files: safetensors writes the entries of a header in any order.
-    arrays, config = weight_files.load(workdir / "export" / "decoder.safetensors", "decoder")
+    (exported,) = (workdir / "export").glob("*.safetensors")
+    arrays, config = weight_files.load(exported, exported.stem)
     results |= {f"exported {name}": array for name, array in arrays.items()}
     return results | {"exported configuration": config}
 

@@ -18,7 +18,7 @@ import statistics
 import sys
 from collections.abc import Callable
 
-from benchmarks import input_data
+from benchmarks import image_feed, input_data
 from benchmarks.input_reader import ALLOWED, ROOT, STAGES, Case, Reader
 from benchmarks.quiet import Watch, wait
 from leon_jax.train.peak_flops import CHIPS
@@ -290,8 +290,10 @@ def main() -> None:
         text = page(Measure(options))
     except Busy as error:
         sys.exit(str(error))
+    # benchmarks/image_feed.py writes the rest of the page.
+    _, heading, images = options.out.read_text().partition(f"\n{image_feed.HEADING}\n")
     temporary = options.out.with_name(options.out.name + ".tmp")
-    temporary.write_text(text)
+    temporary.write_text(text + heading + images)
     temporary.replace(options.out)
 
 

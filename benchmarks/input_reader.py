@@ -11,9 +11,8 @@ import numpy as np
 
 from benchmarks.stopwatch import Stopwatch
 from leon_jax import config as configuration
-from leon_jax.data import examples, records
+from leon_jax.data import document_folder, examples, records
 from leon_jax.documents import Document
-from leon_jax.retrieval import prepared_folder
 from leon_jax.retrieval.prepared_folder import PreparedFolder
 from leon_jax.tokenizers.documents import DocumentTokenizer
 from leon_jax.tokenizers.text import TextTokenizer
@@ -93,7 +92,7 @@ class Reader:
         }
         self.program = DecoderProgram(configuration.build(DecoderTraining, config))
         pin(case.cores)
-        prepared_folder.RecordSource = DelayedRecords  # type: ignore[misc]
+        document_folder.RecordSource = DelayedRecords  # type: ignore[misc]
         DelayedRecords.delay = case.delay
         self._batches = iter(self.program.batches(0, HOSTS))
         # So many batches are filled in parallel, so only whole turns are timed.
