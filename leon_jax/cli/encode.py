@@ -12,6 +12,7 @@ the same command again to resume an interrupted run.
 
 import pathlib
 import shlex
+import sys
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
@@ -164,14 +165,18 @@ def selection(files: dict[str, pathlib.Path], folder: pathlib.Path) -> "Selectio
         return retriever.selection(encoder.parent)
     documents = DocumentFolder(folder)
     if documents.splits[TRAIN] < near_copies.MIN_DOCUMENTS:
-        print("too few documents to measure the encoder's thresholds; those of CLIP are used")
+        print(
+            "too few documents to measure the encoder's thresholds; those of CLIP are used",
+            file=sys.stderr,
+        )
         return SelectionConfig()
     with jax.set_mesh(sharding.make_mesh()):
         loaded = RetrievalEncoder.load(encoder, TextTokenizer.load(files["text"]))
         measured = near_copies.measure(loaded, documents.records(TRAIN))
     print(
         f"{encoder.parent} has no selection.json, so the encoder's thresholds were measured: "
-        f"documents {measured.document}, images {measured.image}"
+        f"documents {measured.document}, images {measured.image}",
+        file=sys.stderr,
     )
     return measured.apply(SelectionConfig())
 
