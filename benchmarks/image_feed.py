@@ -19,6 +19,7 @@ import pathlib
 import runpy
 import statistics
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 
@@ -68,6 +69,9 @@ time of the process, so that other programs distort them less. These used up to 
 {table}
 
 {needs}
+
+`data.threads` threads decode the images. How their speed grows over the many cores of such a host
+has not been measured: decoding and resizing run without Python's lock, the rest takes turns.
 """
 
 
@@ -207,7 +211,7 @@ def needs(folder: pathlib.Path, rates: dict[tuple[str, str], float]) -> str:
             f"An update of the {name} takes {flops / 1e9:,.0f}e9 operations an image, so a host "
             f"consumes at most {speed:,.0f} images a second. That needs {cores}."
         )
-    return "\n".join(sentences)
+    return "\n\n".join(sentences)
 
 
 def tokenizer_flops(program: TokenizerProgram) -> float:
@@ -268,7 +272,11 @@ def main() -> None:
         needs=needs(options.folder, rates),
     )  # fmt: skip
     before = options.out.read_text().partition(f"\n{HEADING}\n")[0].rstrip()
-    options.out.write_text(f"{before}\n\n{section}")
+    paragraphs = [
+        part if part.startswith(("`" * 3, "|", "#")) else textwrap.fill(part, 105)
+        for part in section.split("\n\n")
+    ]
+    options.out.write_text("\n\n".join([before, *paragraphs]) + "\n")
 
 
 if __name__ == "__main__":

@@ -12,12 +12,15 @@ weights=${WEIGHTS:-leon_jax/weights/emoji}
 echo "Retraining all four models takes about two and a half hours on 2 CPU cores and minutes on a GPU;"
 echo "it writes into $data and $runs, and at the end replaces $weights."
 
-"$leon" prepare --data_dir="$data/emoji" --dataset_only
-"$leon" train --config=configs/emoji/text.py --workdir="$runs/text" --config.data.dir="$data/emoji"
+# The documents that the first three models train on; their codes are not used.
+documents="$data/emoji_documents"
+"$leon" prepare --data_dir="$data/emoji" --out="$documents"
+"$leon" train --config=configs/emoji/text.py --workdir="$runs/text" \
+  --config.data.folder="$documents"
 "$leon" train --config=configs/emoji/tokenizer.py --workdir="$runs/tokenizer" \
-  --config.data.dir="$data/emoji"
+  --config.data.folder="$documents"
 "$leon" train --config=configs/emoji/encoder.py --workdir="$runs/encoder" \
-  --config.data.dir="$data/emoji" --config.data.text="$runs/text/export/text.json"
+  --config.data.folder="$documents" --config.data.text="$runs/text/export/text.json"
 # The thresholds for this encoder; docs/retrieval.md explains them.
 cp configs/emoji/selection.json "$runs/encoder/export/selection.json"
 "$leon" prepare --data_dir="$data/emoji" --out="$data/emoji_prepared" \

@@ -77,6 +77,12 @@ class AugmentConfig:
     def __post_init__(self) -> None:
         CropConfig(self.crop, self.mirror)
 
+    @property
+    def is_crop(self) -> bool:
+        """Whether the crop and the mirroring are the only changes."""
+        changes = dataclasses.asdict(self)
+        return not any(changes[name] for name in changes if name not in ("crop", "mirror"))
+
 
 def random_square(
     sides: tuple[int, int], crop: float, rng: np.random.Generator
@@ -120,8 +126,8 @@ def augment(
     size: int,
     config: AugmentConfig,
     rng: np.random.Generator,
-) -> Float32[np.ndarray, "size size 3"]:
-    """Returns a random augmentation of an image, RGB in [0, 1].
+) -> UInt8[np.ndarray, "size size 3"]:
+    """Returns a random augmentation of an image.
 
     Args:
       pixels: the image, of any size.
@@ -129,6 +135,8 @@ def augment(
       config: the strengths of the augmentations.
       rng: source of all random numbers.
     """
+    if config.is_crop:  # several times as fast
+        return random_crop(pixels, size, CropConfig(config.crop, config.mirror), rng)
     top, left, side = random_square(pixels.shape[:2], config.crop, rng)
     pixels = pixels[top : top + side, left : left + side]
     chance = rng.random(3)
@@ -148,7 +156,7 @@ def augment(
     )
     view = _resample(pixels, rows, columns)
     colour, offset = _colour(config, rng, gray=bool(chance[2] < config.gray))
-    return np.clip(view @ colour + offset, 0, 1)
+    return np.round(255 * np.clip(view @ colour + offset, 0, 1)).astype(np.uint8)
 
 
 def plain(pixels: UInt8[np.ndarray, "h w 3"], size: int) -> Float32[np.ndarray, "size size 3"]:

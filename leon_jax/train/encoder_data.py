@@ -105,9 +105,8 @@ class Views(grain.transforms.RandomMap):
         if not caption:
             raise self.component.error(row, "has no text, but the encoder learns from captions")
         pixels = images[int(rng.integers(len(images)))]
-        view = augment(pixels, self.model.vision.image_size, self.config, rng)
         return {
-            "image": np.round(view * 255).astype(np.uint8),
+            "image": augment(pixels, self.model.vision.image_size, self.config, rng),
             "text": frame(self.text.encode(caption), self.model.text),
             "concept": np.array(concept(document, images, self.folder), np.int32),
         }

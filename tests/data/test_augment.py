@@ -1,5 +1,7 @@
 """Tests random square crops and augmentation of images of any size."""
 
+import dataclasses
+
 import numpy as np
 import PIL.Image
 import pytest
@@ -11,6 +13,7 @@ NO_CHANGE = AugmentConfig(
     zoom=0, aspect=0, shift=0, mirror=0, blur=0, brightness=0, contrast=0, saturation=0, hue=0,
     gray=0, close=0, outline=0,
 )  # fmt: skip
+HARDLY = dataclasses.replace(NO_CHANGE, zoom=1e-9)
 
 
 @pytest.mark.parametrize("sides", [(9, 30), (30, 9), (16, 16), (1, 5)])
@@ -37,14 +40,26 @@ def test_a_crop_is_the_square_resized_and_mirrored(sides):
         np.testing.assert_array_equal(result, expected)
 
 
-def test_the_encoder_sees_squares_of_long_images_without_distortion():
+@pytest.mark.parametrize("config", [NO_CHANGE, HARDLY])
+def test_the_encoder_sees_squares_of_long_images_without_distortion(config):
     """The image has five bands of 20 columns; a squeezed one would show all of them."""
     pixels = np.repeat(np.arange(5, dtype=np.uint8) * 50, 20)[None, :, None]
     pixels = np.broadcast_to(pixels, (20, 100, 3))
     for seed in range(10):
-        view = augment(np.array(pixels), 20, NO_CHANGE, np.random.default_rng(seed))
-        assert view.shape == (20, 20, 3)
-        assert np.ptp(view) < 90 / 255
+        view = augment(np.array(pixels), 20, config, np.random.default_rng(seed))
+        assert view.shape == (20, 20, 3) and view.dtype == np.uint8
+        assert np.ptp(view) < 90
+
+
+def test_a_crop_without_other_changes_shows_what_the_general_resampling_shows():
+    y, x = np.mgrid[:60, :80]
+    pixels = np.stack([2 * y, 2 * x, y + x], axis=-1).astype(np.uint8)
+    config = [dataclasses.replace(one, crop=0.5) for one in (NO_CHANGE, HARDLY)]
+    for seed in range(5):
+        first, second = (augment(pixels, 32, one, np.random.default_rng(seed)) for one in config)
+        # At the edges the general resampling blends with the white outside.
+        difference = np.abs(first.astype(int) - second)[2:-2, 2:-2]
+        assert difference.max() <= 4
 
 
 @pytest.mark.parametrize("values", [{"crop": 0.0}, {"crop": 1.1}, {"mirror": -0.1}])
