@@ -253,14 +253,15 @@ def _encode_images(models: Models, batch: list[PreprocessedDocument]) -> list[Do
 def _digests(documents: list[Document]) -> dict[str, list[np.ndarray]]:
     """Returns the digests of documents by the names in `DIGESTS`.
 
-    A document without a group has the group of its images.
+    The group is the family, if the document has one; without both it is that of its images.
     """
     pictures = [_picture_digest(document) for document in documents]
     groups = []
     for document, picture in zip(documents, pictures, strict=True):
         provenance = document.provenance
         assert provenance is not None
-        groups.append(_digest(provenance.group.encode()) if provenance.group else picture)
+        group = provenance.family or provenance.group
+        groups.append(_digest(group.encode()) if group else picture)
     return {
         "content": [_content_digest(document) for document in documents],
         "key": [_key_digest(document) for document in documents],
