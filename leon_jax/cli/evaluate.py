@@ -20,6 +20,7 @@ from leon_jax.config import UserError
 
 if TYPE_CHECKING:
     from leon_jax.data.records import RecordSource
+    from leon_jax.models.perceptual import Weights
     from leon_jax.retrieval.prepared_folder import PreparedFolder
 
 # Images of the held-out designs were always measured with it.
@@ -62,7 +63,7 @@ def main(argv: list[str]) -> None:
     import numpy as np
 
     from leon_jax.engine.samplers import Categorical
-    from leon_jax.evaluate import measurements
+    from leon_jax.evaluate import measurements, perceptual_match
     from leon_jax.evaluate.meanings import MEANINGS, Number, format_metric
     from leon_jax.leon import Leon
     from leon_jax.retrieval.prepared_folder import PreparedFolder
@@ -99,14 +100,26 @@ def main(argv: list[str]) -> None:
             for docs in range(max_docs + 1)
         },
     )
-    matches = {}
+    matches, lpips_matches = {}, {}
+    weights = _lpips_weights()
     for docs in sorted({0, max_docs}):
-        generated = (
+        generated = [
             measurements.generate(leon, group, docs, guidance=_GUIDANCE.value, top_p=top_p)
             for group in groups
-        )
+        ]
         matches[str(docs)] = fmean(measurements.prompt_match(leon, group) for group in generated)
+        if weights is not None:
+            lpips_matches[str(docs)] = fmean(
+                perceptual_match.match_share(
+                    [np.asarray(image.image) for image in images],
+                    [document.pixels for document in group],
+                    weights,
+                )
+                for images, group in zip(generated, groups, strict=True)
+            )
     record("prompt_match_share_by_documents", matches)
+    if lpips_matches:
+        record("lpips_match_share_by_documents", lpips_matches)
     rank1_shares = {}
     for docs in _CAPTION_DOCS.value:
         ranks = np.concatenate(
@@ -115,6 +128,17 @@ def main(argv: list[str]) -> None:
         rank1_shares[str(docs)] = float((ranks == 0).mean())
     record("caption_rank1_share_by_documents", rank1_shares)
     print(json.dumps(metrics, indent=1))
+
+
+def _lpips_weights() -> "Weights | None":
+    """Returns the weights of LPIPS, or says that their package is missing and returns None."""
+    from leon_jax.train import perceptual_weights
+
+    try:
+        return perceptual_weights.load("vgg16")
+    except UserError as error:
+        print(f"lpips_match_share_by_documents is left out: {error}", file=sys.stderr)
+        return None
 
 
 def _held_out(prepared: "PreparedFolder") -> "RecordSource":

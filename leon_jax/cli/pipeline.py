@@ -71,8 +71,6 @@ def main(argv: list[str]) -> None:
         )
     if _FROM.value is not None and kind != "finetune":
         raise UserError("--from is for fine-tuning; use --config=configs/finetune.py")
-    if not _DATA.value:
-        raise UserError("--data is missing; for example --data=my_cats")
     if not _WORKDIR.value:
         raise UserError("--workdir is missing; for example --workdir=runs/cats")
     prepare_flags = [f"--accept={licence}" for licence in _ACCEPT.value]

@@ -123,6 +123,7 @@ def main(argv: list[str]) -> None:
       UserError: a file is missing or damaged, a flag is invalid, or a folder cannot be written.
     """
     del argv
+    import leon_jax.datasets.demo  # noqa: F401  # registers the source kind of the emoji
     from leon_jax.prepare import licences
     from leon_jax.prepare import prepare as preparing
     from leon_jax.prepare.encode import encode

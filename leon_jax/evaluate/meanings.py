@@ -16,6 +16,8 @@ MEANINGS = {
     "image_perplexity_by_documents": "perplexity per token of a held-out image given its caption",
     "prompt_match_share_by_documents": "share of generated images that the retrieval encoder "
     "matches to their own prompt among all candidates",
+    "lpips_match_share_by_documents": "share of generated images whose nearest real image among "
+    "all candidates, by LPIPS (VGG16), is the one of their own prompt",
     "caption_rank1_share_by_documents": "share of held-out images whose own caption is the most "
     "likely of all candidates; each caption follows the documents that it retrieves",
     "seconds": "wall-clock time of the whole demo",

@@ -1,5 +1,6 @@
 """Runs the stages of a pipeline in order, each as a process, and resumes where it was stopped."""
 
+import hashlib
 import json
 import os
 import pathlib
@@ -85,13 +86,17 @@ class _Progress:
             print(f"  {note}")
         if command.config is not None:
             _write_config(self.workdir / "configs" / f"{stage.name}.py", command)
-        print(f"  leon {shlex.join(command.arguments)}", flush=True)
+        for path, text in command.files.items():
+            _write(pathlib.Path(path), text)
+        if command.arguments:
+            print(f"  leon {shlex.join(command.arguments)}", flush=True)
         self.record[stage.name] = {"key": key, "finished": False}
         self._save()
         start = time.monotonic()
-        code = subprocess.run(
-            [sys.executable, "-m", "leon_jax.cli.main", *command.arguments], check=False
-        ).returncode
+        code = 0
+        if command.arguments:
+            process = [sys.executable, "-m", "leon_jax.cli.main", *command.arguments]
+            code = subprocess.run(process, check=False).returncode
         if code:
             raise UserError(
                 f"stage {stage.name} ended with exit code {code}; its message is above. Run the "
@@ -105,10 +110,7 @@ class _Progress:
         print(f"  took {_duration(seconds)}", flush=True)
 
     def _save(self) -> None:
-        path = self.workdir / _RECORD
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(json.dumps(self.record, indent=1) + "\n")
-        os.replace(temporary, path)
+        _write(self.workdir / _RECORD, json.dumps(self.record, indent=1) + "\n")
 
 
 def _read_record(path: pathlib.Path) -> dict[str, Any]:
@@ -123,8 +125,6 @@ def _read_record(path: pathlib.Path) -> dict[str, Any]:
 
 def _chained(key: str, stage: Stage) -> str:
     """Returns the digest that later stages depend on: the key, and the documents of the stage."""
-    import hashlib
-
     digest = hashlib.sha256(key.encode())
     manifest = stage.output if stage.output.name == MANIFEST else None
     if manifest is not None:
@@ -141,6 +141,11 @@ def _write_config(path: pathlib.Path, command: Command) -> None:
         "from ml_collections import ConfigDict\n\n\n"
         f"def get_config():\n    return ConfigDict(\n{_indented(text)}\n    )\n"
     )
+    _write(path, text)
+
+
+def _write(path: pathlib.Path, text: str) -> None:
+    """Writes a file atomically."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)

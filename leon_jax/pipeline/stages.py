@@ -13,6 +13,7 @@ from leon_jax.tokenizers.text import TextTokenizer
 
 # The kinds of training, in the order of their dependencies.
 _KINDS = ("text", "tokenizer", "encoder", "decoder")
+_KEYS = {"kind", "size", "prepare", "encode", "selection", "stages", "seconds"}
 # Fewer documents cannot train an encoder or measure thresholds.
 MIN_DOCUMENTS = 8
 
@@ -22,20 +23,23 @@ class Command:
     """A `leon` command.
 
     Attributes:
-      arguments: the command line after `leon`.
+      arguments: the command line after `leon`; empty: nothing runs.
       config: values of the config file that the arguments name, written before the command runs;
         None: it has no config file.
       notes: what was adapted to the data, one sentence each.
+      files: texts of files to write, by path.
     """
 
     arguments: tuple[str, ...]
     config: Mapping[str, Any] | None = None
     notes: tuple[str, ...] = ()
+    files: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def key(self) -> str:
-        """A digest of the arguments and the config."""
-        content = json.dumps([self.arguments, self.config], sort_keys=True, default=list)
+        """A digest of the arguments, the config and the files."""
+        values = [self.arguments, self.config, dict(self.files)]
+        content = json.dumps(values, sort_keys=True, default=list)
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
@@ -111,9 +115,11 @@ def stages(values: Mapping[str, Any], inputs: Inputs) -> list[Stage]:
     Raises:
       UserError: a key is unknown or missing.
     """
-    unknown = set(values) - {"kind", "size", "prepare", "encode", "stages", "seconds"}
-    if unknown:
-        raise UserError(f"config.{min(unknown)} is unknown")
+    if unknown := set(values) - _KEYS:
+        keys = ", ".join(sorted(_KEYS))
+        raise UserError(f"config.{min(unknown)} is unknown; the keys are {keys}")
+    if not inputs.sources and not values.get("prepare", {}).get("sources"):
+        raise UserError("--data is missing; for example --data=my_cats")
     for kind in _KINDS:
         if kind not in {config.get("kind") for config in values["stages"].values()}:
             raise UserError(f"config.stages has no stage of the kind {kind}")
@@ -125,7 +131,7 @@ def stages(values: Mapping[str, Any], inputs: Inputs) -> list[Stage]:
     for name, config in sorted(values["stages"].items(), key=_position):
         if config["kind"] == "decoder":
             if before_decoder:
-                result += [_thresholds(files), _encode(values, files)]
+                result += [_thresholds(values.get("selection"), files), _encode(values, files)]
                 before_decoder = False
             result.append(
                 _decoder(name, config, files, decoders[-1] if decoders else None, seconds)
@@ -215,8 +221,12 @@ def adapt_batch(
     )
 
 
-def _thresholds(files: Layout) -> Stage:
+def _thresholds(selection: Mapping[str, Any] | None, files: Layout) -> Stage:
+    """Returns the stage that measures selection rules, or writes those of the configuration."""
+
     def make() -> Command:
+        if selection is not None:
+            return Command((), files={str(files.selection): json.dumps(dict(selection)) + "\n"})
         return Command(("thresholds", f"--folder={files.documents}", f"--encoder={files.encoder}"))
 
     return Stage("thresholds", "measure the encoder's thresholds", make, files.selection, 15)

