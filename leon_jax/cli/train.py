@@ -216,6 +216,9 @@ def _make_program(kind: str, values: dict[str, Any]) -> "Program":
             return EncoderProgram(configs.build(EncoderConfig, values))
         case _:
             from leon_jax.train.decoder import DecoderProgram
-            from leon_jax.train.decoder_config import DecoderTraining
+            from leon_jax.train.decoder_config import DecoderTraining, retrieval_notice
 
-            return DecoderProgram(configs.build(DecoderTraining, values))
+            config = configs.build(DecoderTraining, values)
+            if notice := retrieval_notice(config):
+                print(f"leon train: {notice}", file=sys.stderr)
+            return DecoderProgram(config)

@@ -1,6 +1,7 @@
 """Configuration of a decoder's training run."""
 
 import dataclasses
+import math
 
 from leon_jax.config import UserError
 from leon_jax.data.config import DataConfig
@@ -104,3 +105,30 @@ class DecoderTraining:
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
         rows_of_shard(self.batch_size, self.microbatches, "microbatches")
+
+
+def retrieval_notice(config: DecoderTraining) -> str | None:
+    """Returns one sentence if rows are too short for all retrieved documents, else None.
+
+    With `data.packing` "whole", retrieved documents that do not fit a row are left out.
+
+    Args:
+      config: the configuration.
+    """
+    data = config.data
+    image_tokens = math.prod(data.image_shape)
+    # A document has at least one text token, two <break> and the image.
+    document = image_tokens + 3
+    retrieved = [component.retrieved or (1.0,) for component in data.components]
+    wanted = max(
+        (count for shares in retrieved for count, share in enumerate(shares) if share), default=0
+    )
+    fitting = max(0, data.length // document - 1)
+    if data.packing != "whole" or fitting >= wanted:
+        return None
+    return (
+        f"a row of {data.length} tokens holds {fitting or 'no'} retrieved "
+        f"image{'s' * (fitting > 1)} of {image_tokens} tokens, but config.data.retrieved asks for "
+        f"up to {wanted}; set config.data.length >= {(wanted + 1) * document}, or shorten "
+        f"config.data.retrieved to {fitting + 1} probabilities"
+    )

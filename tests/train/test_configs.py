@@ -7,7 +7,7 @@ import pytest
 
 from leon_jax import config as configs
 from leon_jax.prepare.config import PrepareConfig
-from leon_jax.train.decoder_config import DecoderTraining
+from leon_jax.train.decoder_config import DecoderTraining, retrieval_notice
 from leon_jax.train.image_tokenizer import TokenizerConfig
 from leon_jax.train.retrieval_encoder import EncoderConfig
 from leon_jax.train.text_tokenizer import TextConfig
@@ -59,3 +59,22 @@ def test_the_stages_of_every_size_can_be_built(size):
             retrieved = len(stage["data"]["retrieved"]) - 1
             assert stage["data"]["length"] >= (retrieved + 1) * (rows * columns + 20)
         assert configs.build(KINDS[stage["kind"]], stage).kind == stage["kind"]
+
+
+def test_rows_that_are_too_short_for_retrieval_are_told_at_the_start():
+    values = runpy.run_path(str(CONFIGS / "emoji" / "decoder.py"))["get_config"]().to_dict()
+    values.pop("loop")
+
+    def notice(**data):
+        changed = values | {"data": values["data"] | data}
+        return retrieval_notice(configs.build(DecoderTraining, changed))
+
+    assert notice() is None
+    assert notice(image_shape=(16, 16)) == (
+        "a row of 384 tokens holds no retrieved image of 256 tokens, but config.data.retrieved "
+        "asks for up to 3; set config.data.length >= 1036, or shorten config.data.retrieved to 1 "
+        "probabilities"
+    )
+    assert "holds 1 retrieved image of 144 tokens" in notice(image_shape=(12, 12))
+    assert notice(image_shape=(16, 16), retrieved=(1.0,)) is None
+    assert notice(image_shape=(16, 16), packing="stream") is None
