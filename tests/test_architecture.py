@@ -67,9 +67,6 @@ MAY_IMPORT = {
 }
 MAY_IMPORT_ANYTHING = {"leon", "cli"}
 
-# Programs that import more than their room may; nothing of leon_jax imports them.
-PROGRAMS_MAY_IMPORT = {"retrieval/near_copy_thresholds.py": {"datasets"}}
-
 # The only file of `datasets` that other rooms import.
 DOOR = "datasets.demo"
 
@@ -78,11 +75,6 @@ def room(path: Path) -> str:
     """The room a source file belongs to: `models`, `vocabulary`, ... (`""`: the package itself)."""
     first = path.relative_to(PACKAGE).parts[0]
     return "" if first == "__init__.py" else first.removesuffix(".py")
-
-
-def key(path: Path) -> str:
-    """How the tables call a source file: `retrieval/thresholds.py`."""
-    return path.relative_to(PACKAGE).as_posix()
 
 
 def outside_functions(node: ast.AST) -> Iterator[ast.AST]:
@@ -146,7 +138,7 @@ def test_a_room_imports_only_what_lies_below_it(name):
         for path in SOURCES
         if room(path) == name
         for imported, line in imported_rooms(path).items()
-        if imported not in MAY_IMPORT[name] | {name} | PROGRAMS_MAY_IMPORT.get(key(path), set())
+        if imported not in MAY_IMPORT[name] | {name}
     ]
     assert not offences, "\n".join(offences)
 
@@ -160,11 +152,6 @@ def test_data_sets_are_reached_through_one_door():
         if name.split(".")[0] == "datasets" and not f"{name}.".startswith(f"{DOOR}.")
     ]
     assert not offences, "\n".join(offences)
-
-
-def test_nothing_imports_the_programs_that_may_import_more():
-    programs = {PACKAGE / name for name in PROGRAMS_MAY_IMPORT}
-    assert not [path for path in SOURCES if programs & imported_files(path)]
 
 
 def test_the_package_itself_loads_neither_jax_nor_flax():

@@ -30,7 +30,7 @@ _MEASURED, _SHOWN = 50, 16
 _GUIDANCE, _TOP_P = 3.0, 0.9
 _FIRST_STEPS, _ALL_STEPS = 60, 120
 
-_CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "emoji" / "decoder.py"
+_CONFIG = pathlib.Path(__file__).parents[1] / "configs" / "emoji" / "decoder.py"
 
 
 def main(argv: list[str]) -> None:

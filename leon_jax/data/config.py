@@ -191,7 +191,7 @@ class DataConfig(FoldersConfig, ExampleConfig):
     """
 
     mixture: tuple[MixtureComponent, ...] = ()
-    text: str = "runs/emoji/text/export/text.json"
+    text: str = ""
     image_shape: tuple[int, ...] = (12, 12)
     length: int = 512
     per_modality: int = 2

@@ -57,8 +57,10 @@ class DecoderProgram:
         """The text tokenizer `config.data.text`.
 
         Raises:
-          UserError: its file is missing or damaged.
+          UserError: it is not named, or its file is missing or damaged.
         """
+        if not self.config.data.text:
+            raise UserError("config.data.text is empty; name the text tokenizer's file, text.json")
         return TextTokenizer.load(self.config.data.text)
 
     @functools.cached_property

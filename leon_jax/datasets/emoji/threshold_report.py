@@ -1,6 +1,6 @@
 r"""Measures how an encoder scores pairs of known kinds, for choosing its near-copy thresholds.
 
-    python -m leon_jax.retrieval.near_copy_thresholds \
+    python -m leon_jax.datasets.emoji.threshold_report \
         --encoder=runs/emoji/encoder/export/encoder.safetensors
 
 prints how well the encoder matches held-out images to captions, and the scores of pairs of training
@@ -159,5 +159,5 @@ if __name__ == "__main__":
     try:
         app.run(main)
     except UserError as error:
-        print(f"near_copy_thresholds: {error}", file=sys.stderr)
+        print(f"threshold_report: {error}", file=sys.stderr)
         sys.exit(2)
