@@ -13,6 +13,7 @@ document costs one read. A file is written under a temporary name and renamed on
 """
 
 import bisect
+import dataclasses
 import errno
 import functools
 import io
@@ -306,6 +307,47 @@ class RecordSource:
                 f"{self.lengths[number]}; run: leon prepare"
             )
         return reader
+
+
+class JoinedSource(RecordSource):
+    """Encoded documents with the pixels of the same documents in other files.
+
+    Args:
+      encoded: documents with codes.
+      stored: documents with pixels.
+      rows: int[n], for each encoded document its row in `stored`.
+    """
+
+    def __init__(self, encoded: RecordSource, stored: RecordSource, rows: np.ndarray):
+        self.stored, self.rows = stored, np.asarray(rows, np.int64)
+        super().__init__(encoded.paths, pixels=True, lengths=encoded.lengths)
+
+    def __getitem__(self, index: int) -> Document:
+        encoded = super().__getitem__(index)
+        return _joined(encoded, self.stored[int(self.rows[index])])
+
+    def read(self, indices: Iterable[int]) -> Iterator[Document]:
+        """Yields documents in the order of `indices`; see `RecordSource.read`."""
+        indices = list(indices)
+        stored = self.stored.read(int(self.rows[index]) for index in indices)
+        return map(_joined, super().read(indices), stored)
+
+    def __repr__(self) -> str:
+        return f"JoinedSource({super().__repr__()}, {self.stored!r})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"stored": self.stored, "rows": self.rows}
+
+
+def _joined(encoded: Document, stored: Document) -> Document:
+    """Returns the encoded document with the pixels of the stored one."""
+    parts = tuple(
+        Image(pixels.pixels, part.codes)
+        if isinstance(part, Image) and isinstance(pixels, Image)
+        else part
+        for part, pixels in zip(encoded.parts, stored.parts, strict=True)
+    )
+    return dataclasses.replace(encoded, parts=parts)
 
 
 def _reader(path: str) -> array_record_data_source.ArrayRecordDataSource:

@@ -29,8 +29,9 @@ def match_share(
       weights: the LPIPS weights of VGG16 (see `leon_jax.train.perceptual_weights`).
     """
     side = max(_MIN_SIDE, *generated[0].shape[:2])
-    squares = [[fit_image(image, side) for image in images] for images in (generated, real)]
-    nearest = distances(*squares, weights).argmin(axis=1)
+    squares = [fit_image(image, side) for image in generated]
+    real_squares = [fit_image(image, side) for image in real]
+    nearest = distances(squares, real_squares, weights).argmin(axis=1)
     return float((nearest == np.arange(len(real))).mean())
 
 

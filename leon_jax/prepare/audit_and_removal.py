@@ -187,7 +187,8 @@ def _remove(folder: pathlib.Path, keys: set[tuple[str, str]]) -> tuple[int, list
     _write_remaining(documents, new, keys, masks)
     for encoding in encodings(folder):
         prepared = PreparedFolder(encoding)
-        _write_remaining(prepared, new / ENCODED / encoding.name, keys, _masks(prepared, keys)[0])
+        target = new / ENCODED / encoding.name
+        _write_remaining(prepared, target, keys, _masks(prepared, keys)[0], masks)
     folder_lock.replace(folder, new)
     return removed_count, unknown
 
@@ -197,6 +198,7 @@ def _write_remaining(
     new: pathlib.Path,
     keys: set[tuple[str, str]],
     masks: dict[str, np.ndarray],
+    document_masks: dict[str, np.ndarray] | None = None,
 ) -> None:
     """Writes the folder `new` with the remaining documents.
 
@@ -205,6 +207,7 @@ def _write_remaining(
       new: the folder to write.
       keys: the removed (source, key) pairs, which the new folder remembers.
       masks: for each shard a mask of the documents that remain.
+      document_masks: for an encoding, the masks of the shards of its documents folder.
 
     Raises:
       UserError: no train documents would remain.
@@ -217,6 +220,11 @@ def _write_remaining(
     new_rows = np.append(np.where(keep, np.cumsum(keep) - 1, NONE), NONE).astype(np.int32)
     for shard, mask in masks.items():
         _copy_shard(documents.folder, new, shard, mask, new_rows)
+        rows_path = documents.folder / f"{shard}.rows.npy"
+        if rows_path.exists() and document_masks is not None and mask.any():
+            document_mask = document_masks[documents.manifest["inputs"][shard]["shard"]]
+            rows = np.cumsum(document_mask)[np.load(rows_path)[mask]] - 1
+            save_rows(new / rows_path.name, rows.astype(np.int32))
     for path in documents.folder.glob("*.jsonl"):  # files of shards without documents
         if not (new / path.name).exists():
             shutil.copyfile(path, new / path.name)

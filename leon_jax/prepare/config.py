@@ -86,6 +86,8 @@ class PrepareConfig:
       selection: how neighbours are selected.
       variants: number of encoded variants of each train image, at least 1
         (`leon_jax.data.image_variants`).
+      pixels: whether encoded documents keep their images. False: they have codes only, and their
+        images are read from the documents folder that they come from.
       block: number of documents that are encoded at a time; it bounds memory.
 
     Raises:
@@ -107,6 +109,7 @@ class PrepareConfig:
     duplicates: DuplicatesConfig = DuplicatesConfig()
     selection: SelectionConfig = dataclasses.field(default_factory=SelectionConfig)
     variants: int = 1
+    pixels: bool = True
     block: int = 256
 
     def __post_init__(self):

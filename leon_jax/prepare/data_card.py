@@ -11,10 +11,11 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from leon_jax.data.document_folder import DocumentFolder
+from leon_jax.data.document_folder import PREPARED_FORMAT, DocumentFolder
 from leon_jax.data.records import to_png
 from leon_jax.documents import Document
 from leon_jax.prepare.gather import OTHERS
+from leon_jax.retrieval.prepared_folder import PreparedFolder
 
 _HEADINGS = {
     "licence": "Licences",
@@ -122,7 +123,8 @@ def page(prepared: DocumentFolder) -> str:
 
 def samples(prepared: DocumentFolder) -> list[Document]:
     """Returns up to 12 evenly spaced documents of train."""
-    records = prepared.records()
+    is_encoded = prepared.manifest["format"] == PREPARED_FORMAT
+    records = (PreparedFolder(prepared.folder) if is_encoded else prepared).records()
     step = max(1, len(records) // _SAMPLES)
     return [records[row] for row in range(0, len(records), step)[:_SAMPLES]]
 

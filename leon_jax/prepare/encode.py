@@ -100,6 +100,7 @@ def encode(
             ),
             selection=config.selection,
             variants=config.variants,
+            pixels=False,
         ),
         out,
         run=run,

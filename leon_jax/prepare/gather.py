@@ -22,6 +22,7 @@ from leon_jax.prepare.shard_encoding import (
     DOCUMENTS,
     RECORDS,
     REJECTS,
+    ROWS,
     Shard,
     count_lines,
     line,
@@ -318,6 +319,8 @@ def _write_shard(
     if name.rpartition("-")[0] == TRAIN and (part / "document.npy").exists():
         vectors = np.load(part / "document.npy", mmap_mode="r")
         save_rows(final / f"{name}.vectors.npy", vectors[rows])
+    if (part / ROWS).exists():
+        save_rows(final / f"{name}.rows.npy", np.load(part / ROWS)[rows])
     if mask.all():
         shutil.copyfile(part / RECORDS, path.with_name(path.name + ".tmp"))
         os.replace(path.with_name(path.name + ".tmp"), path)

@@ -32,9 +32,9 @@ from leon_jax import sharding
 from leon_jax.config import UserError, to_dict
 from leon_jax.data import image_variants
 from leon_jax.data.document_folder import DOCUMENTS_FORMAT, MANIFEST
-from leon_jax.data.records import RecordSource
 from leon_jax.data.sources.open import open_source
 from leon_jax.data.sources.raw_record import ShardedSource, SourceConfig
+from leon_jax.documents import Document, Source
 from leon_jax.prepare import folder_lock, gather, licences
 from leon_jax.prepare.config import DEFAULT_SIDE, TRAIN, PrepareConfig
 from leon_jax.prepare.data_card import write_card
@@ -197,6 +197,8 @@ def settings(config: PrepareConfig, sources: Sources, shards: Iterable[Shard]) -
         values["duplicates"] = {"exact": config.duplicates.exact}
         values["picture_side"] = config.picture_side or DEFAULT_SIDE
     values = {name: value for name, value in values.items() if name not in ignored}
+    if config.pixels:  # older folders do not have this setting
+        del values["pixels"]
     for source in values["sources"]:
         if not source["caption_from_name"]:  # older folders do not have this setting
             del source["caption_from_name"]
@@ -310,15 +312,33 @@ def _groups(shards: dict[str, int]) -> Iterator[dict[str, int]]:
 def _encode_variants(config: PrepareConfig, prepared: PreparedFolder, progress: bool) -> None:
     """Writes the image codes of every variant of all train images."""
     models = load_models(config.tokenizer, config.encoder, config.text)
+    records, start = prepared.records(TRAIN), 0
     with jax.set_mesh(models.mesh):
-        for shard in tqdm(prepared.shards(TRAIN), desc="variants", disable=not progress):
+        shards = prepared.shards(TRAIN)
+        for shard, count in tqdm(shards.items(), desc="variants", disable=not progress):
             path = prepared.folder / f"{shard}.variants.npy"
             if not path.exists():
-                documents = RecordSource(prepared.folder / f"{shard}.array_record")
+                documents = _Range(records, start, count)
                 label = f"variants of {shard}" if progress else None
                 save_rows(
                     path, image_variants.encode(documents, models.tokenizer, config.variants, label)
                 )
+            start += count
+
+
+@dataclasses.dataclass(frozen=True)
+class _Range:
+    """A range of the documents of a source."""
+
+    source: Source
+    start: int
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Document:
+        return self.source[self.start + index]
 
 
 def neighbour_rows(

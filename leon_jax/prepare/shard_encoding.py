@@ -5,6 +5,8 @@
     content.npy, key.npy   uint8[n, 16] digests that identify duplicates
     picture.npy, group.npy uint8[n, 16] digests of the stored images, and of the group
     rejects.jsonl          one line per rejected record: key, reason, detail
+    row.npy                int32[n], the number of each record in its source shard, if the records
+                           have no images (`PrepareConfig.pixels`)
 
 With models also
 
@@ -50,6 +52,7 @@ REJECTS = "rejects.jsonl"
 _BLOCK_BYTES = 256 * 2**20
 VECTORS = ("document", "text", "image")
 DIGESTS = ("content", "key", "picture", "group")
+ROWS = "row.npy"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,6 +162,7 @@ class Worker:
             vectors = np.zeros((0, models.encoder.dimensions), np.float16)
             chunks |= {name: [vectors] for name in VECTORS}
         train = (config.split or TRAIN) == TRAIN
+        source_rows: list[int] = []
         with (
             (folder / DOCUMENTS).open("w", encoding="utf-8") as listing,
             (folder / REJECTS).open("w", encoding="utf-8") as rejects,
@@ -166,13 +170,16 @@ class Worker:
         ):
 
             def read_documents() -> Iterator[Document]:
+                start = 0
                 for block in _blocks(source.read(shard.shard), self.config.block):
                     batch: list[PreprocessedDocument] = []
-                    for result in threads.map(reader, block):
+                    for row, result in enumerate(threads.map(reader, block), start):
                         if isinstance(result, Reject):
                             rejects.write(line(dataclasses.asdict(result)))
                         else:
                             batch.append(result)
+                            source_rows.append(row)
+                    start += len(block)
                     self.report(len(batch), len(block) - len(batch))
                     if not batch:
                         continue
@@ -180,7 +187,7 @@ class Worker:
                     digests = _digests(documents)
                     arrays = {name: np.stack(rows) for name, rows in digests.items()}
                     if models is not None:
-                        documents = _encode_images(models, batch)
+                        documents = _encode_images(models, batch, self.config.pixels)
                         arrays |= self._vectors(models, batch, arrays["key"], train)
                     for name, array in arrays.items():
                         chunks[name].append(array)
@@ -193,6 +200,8 @@ class Worker:
             records.write(folder / RECORDS, read_documents())
         for name, arrays in chunks.items():
             save_rows(folder / f"{name}.npy", np.concatenate(arrays))
+        if not self.config.pixels:
+            save_rows(folder / ROWS, np.array(source_rows, np.int32))
 
     def _vectors(
         self, models: Models, batch: list[PreprocessedDocument], keys: np.ndarray, train: bool
@@ -236,14 +245,16 @@ def _model_inputs(models: Models) -> ModelInputs:
     )
 
 
-def _encode_images(models: Models, batch: list[PreprocessedDocument]) -> list[Document]:
-    """Returns the documents with image codes beside the pixels of every image."""
+def _encode_images(
+    models: Models, batch: list[PreprocessedDocument], pixels: bool
+) -> list[Document]:
+    """Returns the documents with image codes beside the pixels of every image, or without them."""
     squares = [square for item in batch for square in item.squares]
     codes = iter(models.tokenizer.encode(normalize(np.stack(squares))))
     documents = []
     for item in batch:
         parts = [
-            Image(part.pixels, next(codes)) if isinstance(part, Image) else part
+            Image(part.pixels if pixels else None, next(codes)) if isinstance(part, Image) else part
             for part in item.document.parts
         ]
         documents.append(dataclasses.replace(item.document, parts=tuple(parts)))

@@ -7,6 +7,8 @@ Each shard, SPLIT-NNNNN, has these files:
     .rejects.jsonl    rejected documents and the reasons
     .neighbours.npy   for each record, the train documents that it may retrieve (`Neighbours`)
     .vectors.npy      `train` only: the rows that are searched (`VectorIndex`)
+    .rows.npy         encodings of a documents folder only: the row of each document in the shard
+                      that its images are in
     .variants.npy     `train` only, with --variants: the codes of several variants of each image
 
 The folder also has manifest.json, card.md, card.html and removed.jsonl. Each line of removed.jsonl
@@ -14,6 +16,7 @@ has the source (or "" for any source) and the key of a removed document, which l
 Rows are numbered through the shards of a split.
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -25,9 +28,15 @@ from jaxtyping import Int32
 
 from leon_jax.config import UserError, build
 from leon_jax.data import document_folder, records
-from leon_jax.data.document_folder import MANIFEST, PREPARED_FORMAT, TRAIN, DocumentFolder
+from leon_jax.data.document_folder import (
+    DOCUMENTS_FORMAT,
+    MANIFEST,
+    PREPARED_FORMAT,
+    TRAIN,
+    DocumentFolder,
+)
 from leon_jax.data.image_variants import Variants
-from leon_jax.data.records import RecordSource
+from leon_jax.data.records import JoinedSource, RecordSource
 from leon_jax.documents import Document
 from leon_jax.retrieval.neighbour_selection import SelectionConfig
 from leon_jax.retrieval.neighbour_table import Neighbours, row_type
@@ -71,6 +80,44 @@ class PreparedFolder(DocumentFolder):
         if not self.manifest["config"]:
             raise UserError(f"{self.folder} was not made by leon prepare, so it cannot be searched")
         return build(SelectionConfig, self.manifest["config"]["selection"], "selection")
+
+    def records(self, split: str = TRAIN, *, pixels: bool = True) -> RecordSource:
+        """Opens the documents of a split, with random access.
+
+        The images of an encoding are read from its documents folder. If that is missing, the
+        documents have codes only.
+
+        Args:
+          split: name of the split.
+          pixels: whether to read and decode the pixels of images.
+
+        Raises:
+          UserError: there is no such split, or a file is missing or damaged.
+        """
+        records = super().records(split, pixels=pixels)
+        paths = self.paths(split, "rows.npy")
+        documents = self.documents_folder if pixels and all(p.is_file() for p in paths) else None
+        if documents is None or not paths:
+            return records
+        inputs = [self.manifest["inputs"][shard]["shard"] for shard in self.shards(split)]
+        lengths = documents.shards(split)
+        stored = RecordSource(
+            [documents.folder / f"{name}.array_record" for name in inputs],
+            lengths=[lengths[name] for name in inputs],
+        )
+        starts = np.cumsum([0, *(lengths[name] for name in inputs[:-1])])
+        rows = [np.load(path) + start for path, start in zip(paths, starts, strict=True)]
+        return JoinedSource(records, stored, np.concatenate(rows))
+
+    @property
+    def documents_folder(self) -> DocumentFolder | None:
+        """The documents folder that this folder is an encoding of; None if it is not inside one."""
+        for parent in list(self.folder.absolute().parents)[:4]:
+            with contextlib.suppress(UserError):
+                documents = DocumentFolder(parent)
+                if documents.manifest["format"] == DOCUMENTS_FORMAT:
+                    return documents
+        return None
 
     def vector_index(self) -> VectorIndex:
         """Opens the vector index; row i belongs to record i of `train`."""

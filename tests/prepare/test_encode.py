@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import json
+import pickle
 import shutil
 
 import jax
@@ -11,6 +12,7 @@ import pytest
 
 from leon_jax.config import UserError
 from leon_jax.data.document_folder import DocumentFolder
+from leon_jax.data.records import RecordSource
 from leon_jax.data.sources.raw_record import SourceConfig
 from leon_jax.documents import Document, Image, Provenance, Text
 from leon_jax.prepare import audit_and_removal, splitting
@@ -158,6 +160,38 @@ def test_encoding_adds_codes_vectors_and_neighbours(out, encode_config, checkpoi
         np.testing.assert_array_equal(document.pixels, original.pixels)
         assert document.provenance == original.provenance
     assert len(prepared.vector_index()) == 9 and len(prepared.neighbours("exam")) == 3
+
+
+def test_an_encoding_stores_no_images_and_reads_those_of_the_documents(out, encode_config):
+    """Also when documents were dropped, and after a removal."""
+    collect(out, {"train": documents(20), "exam": documents(24)[20:]})
+    config = dataclasses.replace(encode_config, near=0.999, variants=2)
+    path, manifest = encode(out, config, progress=False)
+    for shard in manifest["shards"]["train"]:
+        (first, *_) = RecordSource(path / f"{shard}.array_record")
+        assert first.parts[1].pixels is None
+    assert PreparedFolder(out).variants(PreparedFolder(out).records()).count == 2
+
+    def check():
+        stored = {
+            d.provenance.key: d for s in ("train", "exam") for d in DocumentFolder(out).records(s)
+        }
+        for split in ("train", "exam"):
+            records = pickle.loads(pickle.dumps(PreparedFolder(out).records(split)))
+            rows = range(len(records))
+            for document in [*records, *records.read(reversed(rows))]:
+                original = stored[document.provenance.key]
+                np.testing.assert_array_equal(document.pixels, original.pixels)
+                assert document.codes is not None and document.text == original.text
+            assert records.texts(0) == [records[0].text]
+
+    check()
+    audit_and_removal.remove(out, {("", "0/0"), ("", "9/0"), ("", "21/0")})
+    check()
+    # Without the documents folder the codes remain.
+    shutil.copytree(PreparedFolder(out).folder, out.parent / "alone")
+    alone = PreparedFolder(out.parent / "alone").records()
+    assert alone[0].parts[1].pixels is None and alone[0].codes is not None
 
 
 def test_the_sources_are_not_read_again_for_another_model(out, encode_config, checkpoint, tmp_path):
