@@ -140,8 +140,8 @@ def test_the_wheel_holds_every_module_and_every_data_file(tmp_path):
         packed = {name for name in archive.namelist() if name.startswith("leon_jax/")}
     files = {
         path.relative_to(ROOT).as_posix()
-        for pattern in ("**/*.py", "weights/**/*", "datasets/**/*.json", "configs/**/*.json")
+        for pattern in ("**/*.py", "weights/**/*", "datasets/**/*.json", "configs/**/*")
         for path in (ROOT / "leon_jax").glob(pattern)
-        if path.is_file()
+        if path.is_file() and path.suffix != ".pyc"
     }
     assert packed == files
