@@ -5,9 +5,9 @@ r"""Encodes a documents folder with models: adds codes, vectors and neighbours.
         --encoder=runs/encoder/export/encoder.safetensors --text=runs/text/export/text.json
 
 The result is a prepared folder, FOLDER/encoded/DIGEST, where DIGEST identifies the models. The
-decoder trains on it and retrieval searches it; FOLDER stands for it while it is the only one. The
-models default to those of the shipped model. The sources of the documents are not read again. Run
-the same command again to resume an interrupted run.
+decoder trains on it and retrieval searches it. If there is only one encoding, other commands take
+FOLDER in its place. The models default to those of the shipped model. The sources of the documents
+are not read again. Run the same command again to resume an interrupted run.
 """
 
 import pathlib

@@ -8,8 +8,9 @@ r"""Trains all models on your own images, from a folder of images to a model fol
 
 The first command trains a model, the last one fine-tunes it on more images.
 
---data is a folder of images with captions beside them, or a source of `leon prepare`,
-[SPLIT=]KIND:PATH; it may be repeated. --size is tiny, small or base (see configs/own.py).
+--data is a folder of images with captions beside them, or of jsonl, tar or parquet files, or a
+source of `leon prepare`, [SPLIT=]KIND:PATH; it may be repeated. --size is tiny, small or base (see
+configs/own.py).
 
 The stages are: collect the documents, train the text tokenizer, the image tokenizer and the
 retrieval encoder, measure the encoder's thresholds, encode the documents, train the decoder, and
@@ -113,8 +114,16 @@ def rewritten(arguments: list[str]) -> list[str]:
 
 
 def _source(data: str) -> str:
-    """Returns a source of `leon prepare`; the path of a folder is one of the kind "folder"."""
-    if pathlib.Path(data).is_dir():
+    """Returns a source of `leon prepare`; the kind of a folder follows from its files."""
+    folder = pathlib.Path(data)
+    if folder.is_dir():
+        for kind, pattern in (
+            ("jsonl", "*.jsonl"),
+            ("webdataset", "*.tar"),
+            ("parquet", "*.parquet"),
+        ):
+            if any(path.name != "metadata.jsonl" for path in folder.glob(pattern)):
+                return f"{kind}:{data}"
         return f"folder:{data}"
     if ":" not in data:
         raise UserError(f"there is no folder {data}")

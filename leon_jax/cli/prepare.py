@@ -1,18 +1,18 @@
 r"""Collects image-text pairs into a documents folder for training and retrieval.
 
     leon prepare --source=folder:my_cats --licence=CC-BY-4.0 --out=data/my_cats
-    leon prepare --source=train=webdataset:shards/*.tar --source=test=jsonl:held_out \
+    leon prepare "--source=train=webdataset:shards/*.tar" --source=test=jsonl:held_out \
         --out=data/photographs
     leon prepare
 
 A source is [SPLIT=]KIND:PATH. KIND is folder (of images with captions beside them), jsonl,
-webdataset, parquet, tfds, huggingface or emoji. All splits but train are held out. Of sources
-without a split, --held_out of the documents are held out. A config file can name the sources and
+webdataset, parquet, tfds, huggingface or emoji. All splits but train are held out. In
+a source without a split name, the share --held_out of the documents is held out. A config file can name the sources and
 all other settings instead (see configs/prepare.py).
 
 The tokenizers and the encoder train on the documents folder. `leon encode` then adds codes, vectors
 and neighbours, which the decoder and retrieval need. With --tokenizer, --encoder or --text this
-command encodes the documents too; a model file that is not given is the shipped model's.
+command encodes the documents too; for models that are not given, the shipped ones are used.
 
 Without --source and --config the command renders the emoji, and prepares them for the shipped model
 in data/emoji_prepared.
