@@ -2,9 +2,9 @@
 
     leon thresholds --folder=data/my_cats --encoder=runs/encoder/export/encoder.safetensors
 
-This command writes selection.json beside the encoder. `leon encode` and model folders use it. Retrieval skips
-documents that are near copies of the query or of each other, so that they differ. The similarity at
-which two documents are near copies depends on the encoder and on the data.
+This command writes selection.json beside the encoder. `leon encode` and model folders use it.
+Retrieval skips documents that are near copies of the query or of each other, so that they differ.
+The similarity at which two documents are near copies depends on the encoder and on the data.
 """
 
 import json
