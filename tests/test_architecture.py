@@ -239,7 +239,7 @@ def test_no_file_is_in_a_circle_of_imports():
     while idle := set(waiting) - set().union(*waiting.values()):
         for path in idle:
             del waiting[path]
-    assert not waiting, f"these import each other: {sorted(map(key, waiting))}"
+    assert not waiting, f"these import each other: {sorted(map(str, waiting))}"
 
 
 def test_every_file_can_be_loaded():

@@ -149,5 +149,7 @@ def test_what_leon_needs_not_is_not_loaded():
     allowed = {
         "PIL", "array_record", "jaxtyping", "leon_jax", "mmap", "resource", "safetensors",
         "tokenizers", "tqdm", "unicodedata",
+        # The parser of SVG drawings, from the standard library.
+        "_elementtree", "pyexpat",
     }  # fmt: skip
     assert set(done.stdout.split()) <= allowed

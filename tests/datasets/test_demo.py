@@ -19,6 +19,8 @@ FILES = {"tokenizer": "a", "encoder": "b", "text": "c"}
 def test_the_configuration_is_as_recorded_in_prepared_folders():
     values = json.loads(json.dumps(configs.to_dict(demo.prepare_config("data/emoji", **FILES))))
     splits = ("train", "unseen_design", "unseen_concept")
+    # Manifests leave out later settings that are not set.
+    assert not any(source.pop("caption_from_name") for source in values["sources"])
     assert values["sources"] == [RECORDED_SOURCE | {"split": split} for split in splits]
     assert (values["picture_side"], values["min_side"]) == (96, 32)
     assert values["duplicates"] == RECORDED_DUPLICATES

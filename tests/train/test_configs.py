@@ -31,6 +31,12 @@ def test_a_config_file_can_be_built(name):
         return
     if values["kind"] == "pipeline":
         return  # test_the_stages_of_every_size_can_be_built
+    if values["kind"] == "finetune":  # the model to tune brings the other keys
+        values = values["decoder"]
+        values |= {"model": {"vocab_size": 1000, "max_length": 512, "layers": 1, "embed": 8,
+                             "heads": 1, "mlp": 8}}  # fmt: skip
+        layout = {"image_codes": 500, "sentinels": 4, "text_start": 510, "text_tokens": 490}
+        values |= {"vocabulary": layout}
     configs.build(LoopConfig, values.pop("loop", {}), "config.loop")
     assert configs.build(KINDS[values["kind"]], values).kind == values["kind"]
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from leon_jax.cli import main
+from leon_jax.data.document_folder import DocumentFolder
 from leon_jax.data.sources.open import open_source
 from leon_jax.data.sources.raw_record import RawRecord, SourceConfig
-from leon_jax.retrieval.prepared_folder import PreparedFolder
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "bring_data.md"
 # A block of Python, and the command that prepares its data.
@@ -21,22 +21,22 @@ EXAMPLES = re.findall(
 
 def test_every_format_has_an_example():
     kinds = [kind for _, _, kind in EXAMPLES]
-    assert kinds == ["jsonl", "webdataset", "parquet", "huggingface"]
+    assert kinds == ["folder", "jsonl", "webdataset", "parquet", "huggingface"]
 
 
 @pytest.mark.parametrize(
     ("program", "command", "kind"), EXAMPLES, ids=[kind for _, _, kind in EXAMPLES]
 )
 def test_an_example_is_prepared(program, command, kind, tmp_path, monkeypatch):
-    """Creates and prepares data as the page shows, with the models of the package."""
+    """Creates and prepares data as the page shows."""
     monkeypatch.chdir(tmp_path)
     exec(program, {})
     assert main.run(command.split()) == 0
     (out,) = (tmp_path / "data").glob("[!.]*")
-    prepared = PreparedFolder(out)
-    assert prepared.manifest["splits"]["train"] >= 2
-    assert prepared.manifest["counts"]["train"]["rejected"] == {}
-    for document in prepared.records():
+    documents = DocumentFolder(out)
+    assert documents.splits["train"] >= 2
+    assert documents.manifest["counts"]["train"]["rejected"] == {}
+    for document in documents.records():
         assert "cat" in document.text and document.provenance.licence.startswith("CC")
 
 
