@@ -55,9 +55,9 @@ def contents(workdir: pathlib.Path) -> dict[str, Any]:
         values = json.loads(line)
         logged = {name: values[name] for name in LOGGED if name in values}
         results[f"metrics of step {values['step']}"] = logged
-    # Compare arrays, not files: safetensors writes the entries of a header in any order.
-    (exported,) = (workdir / "export").glob("*.safetensors")
-    arrays, config = weight_files.load(exported, exported.stem)
+    # A decoder's export is a model folder, with the files of the other models.
+    kind = json.loads((workdir / "config.json").read_text())["kind"]
+    arrays, config = weight_files.load(workdir / "export" / f"{kind}.safetensors", kind)
     results |= {f"exported {name}": array for name, array in arrays.items()}
     return results | {"exported configuration": config}
 

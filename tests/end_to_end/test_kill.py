@@ -56,6 +56,7 @@ def finished(tmp_path):
             {"step": 2, "loss": loss, "seconds_per_step": 0.1},
         ]
         (workdir / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        (workdir / "config.json").write_text('{"kind": "decoder"}')
         weight_files.save(workdir / "export" / "decoder.safetensors", model, "decoder", {})
         return workdir
 

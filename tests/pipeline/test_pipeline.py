@@ -28,7 +28,7 @@ def get_config():
     stages["text"]["size"] = 300
     values["prepare"]["picture_side"] = stages["tokenizer"]["model"]["resolution"] = 32
     stages["tokenizer"]["model"] |= dict(channels=8, latent=8, code_dim=4, codes=32, groups=4)
-    stages["encoder"]["model"]["vision"] |= dict(image_size=16, width=32, layers=1)
+    stages["encoder"]["model"]["vision"] |= dict(image_size=16, width=32, layers=1, heads=2)
     stages["encoder"]["model"]["text"] |= dict(width=32, layers=1)
     stages["decoder"]["model"] |= dict(layers=1, embed=32, mlp=64)
     stages["decoder"]["data"] |= dict(image_shape=(4, 4), length=160)
