@@ -86,12 +86,6 @@ def test_images_become_a_model_that_can_be_fine_tuned(tmp_path, monkeypatch):
 
     second = leon(*command)
     assert second.returncode == 0 and second.stdout.count("finished before") == 6
-    # New images make every later stage stale, and the message says what to do.
-    (tmp_path / "cats" / "0.txt").write_text("another caption")
-    third = leon(*command)
-    assert third.returncode == 2
-    assert "stage text was begun with other data or settings" in third.stderr
-
     tuning = tmp_path / "tuning.py"
     tuning.write_text(FINETUNE.format(path="configs/finetune.py"))
     tuned = tmp_path / "tuned"
@@ -108,3 +102,9 @@ def test_images_become_a_model_that_can_be_fine_tuned(tmp_path, monkeypatch):
     Leon.load(tuned / "model").generate("noise number 3 of 1")
     record = json.loads((tuned / "pipeline.json").read_text())
     assert all(entry["finished"] for entry in record.values())
+
+    # New images make every later stage stale, and the message says what to do.
+    (tmp_path / "cats" / "0.txt").write_text("another caption")
+    third = leon(*command)
+    assert third.returncode == 2
+    assert "stage text was begun with other data or settings" in third.stderr
