@@ -44,6 +44,7 @@ def get_config():
     decoder = values["decoder"]
     decoder["steps"] = decoder["optimizer"]["total_steps"] = 2
     decoder["batch_size"] = 2
+    decoder["optimizer"]["warmup_steps"] = 1
     values["encode"]["variants"] = 2
     return ConfigDict(values)
 """
