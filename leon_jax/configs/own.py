@@ -7,8 +7,8 @@ pipeline --size=small` is the same.
 
 | size  | images  | codes of an image | decoder        | meant for                       |
 |-------|---------|-------------------|----------------|---------------------------------|
-| tiny  | 64 px   | 8 x 8 of 512      | 3 million      | two CPU cores, under an hour    |
-| small | 128 px  | 16 x 16 of 2,048  | 26 million     | one GPU, hours                  |
+| tiny  | 64 px   | 8 x 8 of 512      | 3 million      | two CPU cores, about an hour    |
+| small | 128 px  | 16 x 16 of 2,048  | 31 million     | one GPU, hours                  |
 | base  | 256 px  | 32 x 32 of 8,192  | CM3Leon-350M   | a TPU pod or many GPUs, days    |
 """
 
@@ -35,7 +35,8 @@ SIZES = {
         "decoder_batch": 8,
         "variants": 16,
         "text_positions": 32,
-        # Measured on two cores of a Xeon with AMX that multiplies matrices at 290 GFLOP/s.
+        # On two cores of a Xeon with AMX that multiplies matrices at 290 GFLOP/s. The decoder's is
+        # an estimate.
         "seconds": {"tokenizer": 740, "encoder": 550, "decoder": 950},
     },
     "small": {

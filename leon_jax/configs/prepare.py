@@ -2,8 +2,9 @@
 
     leon prepare --config=configs/prepare.py --out=data/my_dataset
 
-Missing keys have the defaults of `leon_jax.prepare.config.PrepareConfig`. Paths are relative to the
-current folder.
+Missing keys have the defaults of `leon_jax.prepare.config.PrepareConfig` and
+`leon_jax.prepare.encode.EncodeConfig`. The documents are encoded too, because the file names the
+models. Paths are relative to the current folder.
 """
 
 from ml_collections import ConfigDict

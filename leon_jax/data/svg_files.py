@@ -71,8 +71,8 @@ def caption(data: bytes) -> str:
         root = _parse(data, "the drawing")
     except ImageError:
         return ""
-    own = {_local(child.tag): "".join(child.itertext()) for child in reversed(root)}
-    texts = [own.get("title", ""), own.get("desc", "")]
+    texts_by_tag = {_local(child.tag): "".join(child.itertext()) for child in reversed(root)}
+    texts = [texts_by_tag.get("title", ""), texts_by_tag.get("desc", "")]
     for metadata in (child for child in root if _local(child.tag) == "metadata"):
         # The titles of a licence or of a person are deeper.
         for work in (node for node in metadata.iter() if _local(node.tag) == "Work"):

@@ -120,15 +120,15 @@ def retrieval_notice(config: DecoderTraining) -> str | None:
     # A document has at least one text token, two <break> and the image.
     document = image_tokens + 3
     retrieved = [component.retrieved or (1.0,) for component in data.components]
-    wanted = max(
+    max_retrieved = max(
         (count for shares in retrieved for count, share in enumerate(shares) if share), default=0
     )
     fitting = max(0, data.length // document - 1)
-    if data.packing != "whole" or fitting >= wanted:
+    if data.packing != "whole" or fitting >= max_retrieved:
         return None
     return (
         f"a row of {data.length} tokens holds {fitting or 'no'} retrieved "
         f"image{'s' * (fitting > 1)} of {image_tokens} tokens, but config.data.retrieved asks for "
-        f"up to {wanted}; set config.data.length >= {(wanted + 1) * document}, or shorten "
-        f"config.data.retrieved to {fitting + 1} probabilities"
+        f"up to {max_retrieved}; set config.data.length >= {(max_retrieved + 1) * document}, or "
+        f"shorten config.data.retrieved to {fitting + 1} probabilities"
     )
