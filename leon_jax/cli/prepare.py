@@ -92,6 +92,10 @@ _ENCODER = flags.DEFINE_string(
 _TEXT = flags.DEFINE_string("text", None, "The text tokenizer's file.", flag_values=FLAGS)
 _OUT = flags.DEFINE_string("out", None, "The folder; replaced if outdated (default: "
                            "data/emoji_prepared, for the emoji).", flag_values=FLAGS)  # fmt: skip
+_REPLACE = flags.DEFINE_bool(
+    "replace", True, "Replace a folder of other inputs or settings; --noreplace stops instead.",
+    flag_values=FLAGS,
+)  # fmt: skip
 _VARIANTS = flags.DEFINE_integer(
     "variants", None, "Augmented variants to encode of each train image, for training the decoder.",
     lower_bound=1, flag_values=FLAGS,
@@ -148,7 +152,7 @@ def main(argv: list[str]) -> None:
         raise UserError("--out is missing; for example --out=data/my_cats")
     config, encode_config, encoder_files = _configurations()
     run = runner(_RUNNER.value, _BEAM.value)
-    manifest = preparing.prepare(config, _OUT.value, run=run)
+    manifest = preparing.prepare(config, _OUT.value, run=run, replace=_REPLACE.value)
     _report("documents", _OUT.value, manifest)
     if encode_config is not None:
         if encoder_files is not None:
@@ -199,7 +203,9 @@ def _prepare_emoji() -> None:
     _report(
         "prepared folder",
         out,
-        preparing.prepare(config, out, run=runner(_RUNNER.value, _BEAM.value)),
+        preparing.prepare(
+            config, out, run=runner(_RUNNER.value, _BEAM.value), replace=_REPLACE.value
+        ),
     )
 
 

@@ -327,6 +327,8 @@ def prepare_command(
             f"--config={files.config(name)}",
             *sources,
             *inputs.prepare_flags,
+            # Later stages may have been made from the documents that are there.
+            "--noreplace",
             f"--out={out}",
         ),
         settings,

@@ -74,6 +74,11 @@ def test_documents_are_collected_without_models_and_encoded_later(capsys, tmp_pa
     stdout = capsys.readouterr().out
     assert code == 0 and stdout == f"encoded: {encodings(out)[0]} (3 train, 1 held_out)\n"
     assert PreparedFolder(out).records()[0].codes.shape == (tiny.GRID, tiny.GRID)
+    code = main.run(["prepare", *arguments, "--side=20", "--noreplace"])
+    error = capsys.readouterr().err
+    assert code == 2 and f"{out} was made with other inputs or settings" in error
+    assert main.run(["prepare", *arguments, "--noreplace"]) == 0
+    assert DocumentFolder(out).records()[0].pixels.shape == (24, 24, 3) and encodings(out)
     for arguments, message in (
         ([], "--folder is missing"),
         (["--folder=nowhere"], "nowhere is not a documents folder"),
