@@ -7,9 +7,13 @@
 folder written by `leon prepare`, with a held-out split. The metrics with documents use at most 2,
 and no more than fit the context of the model. Each metric is also printed on stderr with its unit
 and its definition as soon as it is known.
+
+--out names a folder for a report: index.html with the metrics and images, and metrics.json.
 """
 
+import html
 import json
+import pathlib
 import sys
 from statistics import fmean
 from typing import TYPE_CHECKING
@@ -20,6 +24,7 @@ from leon_jax.config import UserError
 
 if TYPE_CHECKING:
     from leon_jax.data.records import RecordSource
+    from leon_jax.leon import Leon
     from leon_jax.models.perceptual import Weights
     from leon_jax.retrieval.prepared_folder import PreparedFolder
 
@@ -51,6 +56,9 @@ _CAPTION_DOCS = flags.DEFINE_multi_integer(
     [0],
     "Documents retrieved before each ranked caption; may be repeated, for several results.",
 )
+_OUT = flags.DEFINE_string("out", None, "A folder for the report, index.html and metrics.json.")
+
+_SHOWN = 16  # documents in the report
 
 
 def main(argv: list[str]) -> None:
@@ -62,12 +70,15 @@ def main(argv: list[str]) -> None:
     del argv
     import numpy as np
 
+    from leon_jax.data import image_files
     from leon_jax.engine.samplers import Categorical
-    from leon_jax.evaluate import measurements, perceptual_match
+    from leon_jax.evaluate import measurements, perceptual_match, report_page
     from leon_jax.evaluate.meanings import MEANINGS, Number, format_metric
     from leon_jax.leon import Leon
     from leon_jax.retrieval.prepared_folder import PreparedFolder
 
+    if _OUT.value is not None:
+        image_files.check_folder(_OUT.value)
     leon = Leon.load(_MODEL.value, _INDEX.value)
     source = _held_out(PreparedFolder(leon.retriever.folder))
     size, num_groups = _CANDIDATES.value, _GROUPS.value
@@ -100,13 +111,14 @@ def main(argv: list[str]) -> None:
             for docs in range(max_docs + 1)
         },
     )
-    matches, lpips_matches = {}, {}
+    matches, lpips_matches, shown = {}, {}, {}
     weights = _lpips_weights()
     for docs in sorted({0, max_docs}):
         generated = [
             measurements.generate(leon, group, docs, guidance=_GUIDANCE.value, top_p=top_p)
             for group in groups
         ]
+        shown[docs] = generated[0][:_SHOWN]
         matches[str(docs)] = fmean(measurements.prompt_match(leon, group) for group in generated)
         if weights is not None:
             lpips_matches[str(docs)] = fmean(
@@ -128,6 +140,35 @@ def main(argv: list[str]) -> None:
         rank1_shares[str(docs)] = float((ranks == 0).mean())
     record("caption_rank1_share_by_documents", rank1_shares)
     print(json.dumps(metrics, indent=1))
+    if _OUT.value is not None:
+        folder = pathlib.Path(_OUT.value)
+        sections = [
+            ("About this report", _about(leon, len(documents))),
+            ("Metrics", report_page.metrics_table(metrics)),
+            (
+                "Images for held-out prompts",
+                report_page.generated_images(
+                    groups[0][:_SHOWN], shown[0], shown[max_docs], max_docs
+                ),
+            ),
+            (
+                "Reconstructions of the image tokenizer",
+                report_page.reconstructions(reconstruction.images),
+            ),
+        ]
+        report_page.write(folder, f"Evaluation of {leon.name}", sections, metrics)
+        print(f"report: {folder / 'index.html'}", file=sys.stderr)
+
+
+def _about(leon: "Leon", count: int) -> str:
+    """Returns the first section of the report, as HTML."""
+    side, folder = leon.model.image_tokenizer.resolution, html.escape(str(leon.retriever.folder))
+    return (
+        f"<p>The model <code>{html.escape(leon.name)}</code> was measured on {count} documents "
+        f"that were held out of training, in <code>{folder}</code>. "
+        f"The images below are those of the first documents. Generated images are {side} pixels "
+        "a side, shown larger. The retrieved documents are shown with their licences.</p>"
+    )
 
 
 def _lpips_weights() -> "Weights | None":
