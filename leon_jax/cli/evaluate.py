@@ -31,32 +31,53 @@ if TYPE_CHECKING:
 # Images of the held-out designs were always measured with it.
 _DEFAULT_TOP_P = 0.9
 
+FLAGS = flags.FlagValues()
 _MODEL = flags.DEFINE_string(
-    "model", None, "A model folder, or a .tar of one; by default the shipped model."
+    "model",
+    None,
+    "A model folder, or a .tar of one; by default the shipped model.",
+    flag_values=FLAGS,
 )
 _INDEX = flags.DEFINE_string(
-    "index", None, "A prepared folder; by default the one that the model folder names."
+    "index",
+    None,
+    "A prepared folder; by default the one that the model folder names.",
+    flag_values=FLAGS,
 )
 _SPLIT = flags.DEFINE_string(
-    "split", None, "The held-out split; by default the first split that is not train."
+    "split",
+    None,
+    "The held-out split; by default the first split that is not train.",
+    flag_values=FLAGS,
 )
 _CANDIDATES = flags.DEFINE_integer(
-    "candidates", 50, "Documents in each group; the matching metrics rank within a group."
+    "candidates",
+    50,
+    "Documents in each group; the matching metrics rank within a group.",
+    flag_values=FLAGS,
 )
-_GROUPS = flags.DEFINE_integer("groups", 1, "Groups of documents; metrics are their mean.")
+_GROUPS = flags.DEFINE_integer(
+    "groups", 1, "Groups of documents; metrics are their mean.", flag_values=FLAGS
+)
 _GUIDANCE = flags.DEFINE_float(
-    "guidance", None, "Classifier-free guidance weight of images; by default the model's."
+    "guidance",
+    None,
+    "Classifier-free guidance weight of images; by default the model's.",
+    flag_values=FLAGS,
 )
 _TOP_P = flags.DEFINE_float(
     "top_p", None, "Nucleus sampling probability of images, above 0 to 1; by default the model's, "
-    f"or {_DEFAULT_TOP_P} if it samples from all tokens.",
+    f"or {_DEFAULT_TOP_P} if it samples from all tokens.", flag_values=FLAGS
 )  # fmt: skip
 _CAPTION_DOCS = flags.DEFINE_multi_integer(
     "caption_docs",
     [0],
     "Documents retrieved before each ranked caption; may be repeated, for several results.",
+    flag_values=FLAGS,
 )
-_OUT = flags.DEFINE_string("out", None, "A folder for the report, index.html and metrics.json.")
+_OUT = flags.DEFINE_string(
+    "out", None, "A folder for the report, index.html and metrics.json.", flag_values=FLAGS
+)
 
 _SHOWN = 16  # documents in the report
 
