@@ -215,5 +215,5 @@ class ModelFolder:
 
 
 def shipped_folder() -> pathlib.Path:
-    """Returns the folder of the model that the package includes."""
+    """Returns the model folder of the shipped model."""
     return pathlib.Path(str(importlib.resources.files("leon_jax"))) / "weights" / "emoji"

@@ -107,7 +107,7 @@ def prepare(
             _clear(work)
             return manifest
         if out.exists() and manifest is None and (not out.is_dir() or any(out.iterdir())):
-            raise UserError(f"{out} exists and is not a prepared folder; choose another path")
+            raise UserError(f"{out} exists and was not made by leon prepare; choose another path")
         if manifest and progress:
             print(f"{out} was made with other inputs or settings; replacing it", file=sys.stderr)
         try:

@@ -1,4 +1,4 @@
-"""Tests reading a folder of documents: random access, listings and errors."""
+"""Tests reading a documents folder: random access, listings and errors."""
 
 import json
 

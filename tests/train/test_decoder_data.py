@@ -160,7 +160,7 @@ def test_neighbours_are_sampled_from_the_nearest_of_each_modality(folder, per_mo
          r"config\.data\.mixture\[1\]: nowhere is not a prepared folder"),
         ({"mixture": [{"folder": "{web}", "weight": 0.0}]}, r"mixture\[0\]: weight is 0\.0; it"),
         ({"mixture": [{"folder": "{web}"}, {"folder": "{art}", "variants": 4}]},
-         r"mixture\[1\]: .*art holds no variants of train; prepare it with --variants"),
+         r"mixture\[1\]: .*art has no variants of train; encode its documents with --variants"),
         ({"mixture": [{"folder": "{art}"}], "retrieved": (0.5, 0.5)},
          r"mixture\[0\]: there is no file .*train-00000\.neighbours\.npy"),
         ({"mixture": [{"folder": "{art}", "retrieved": (0.5,)}]},
