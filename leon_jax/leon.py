@@ -45,7 +45,7 @@ class Leon:
 
     Args:
       model: the loaded model.
-      index: the prepared folder to retrieve from; None: see `load`.
+      index: the index, a prepared folder; None: see `load`.
     """
 
     def __init__(self, model: Model, index: str | os.PathLike | None = None):
@@ -64,7 +64,7 @@ class Leon:
 
         Args:
           model: a model folder, or a `.tar` of one (docs/model_folder.md); None: the shipped one.
-          index: the prepared folder to retrieve from; None: the one that the model folder names
+          index: the index, a prepared folder; None: the one that the model folder names
             (see `leon_jax.generate.retriever.find_index`).
           weights: dtype of the decoder's weights: "float32", "bfloat16" or "int8".
           cache: dtype of the KV cache: "compute" (the decoder's compute dtype) or "int8".
@@ -374,7 +374,7 @@ class Leon:
         """Retrieves at most `num_docs` documents for a prompt, most relevant first.
 
         Raises:
-          UserError: the prepared folder cannot be read, found or created.
+          UserError: the index cannot be read, found or created.
         """
         with jax.set_mesh(self.model.mesh):
             return self.retriever.retrieve(document, num_docs) if num_docs > 0 else []

@@ -85,7 +85,7 @@ class ModelFolder:
 
         Args:
           folder: the model folder, or a `.tar` of one, which is unpacked once into the cache
-            folder; None: the model that the package includes.
+            folder; None: the shipped model.
 
         Raises:
           UserError: the folder does not exist; files of it are missing or empty (the message lists

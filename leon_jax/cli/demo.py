@@ -20,7 +20,7 @@ from absl import flags
 from leon_jax.config import UserError
 
 _OUT = flags.DEFINE_string("out", "out/demo", "The folder of the report.")
-_DATA = flags.DEFINE_string("data", "data", "The folder of the dataset and its prepared folder.")
+_DATA = flags.DEFINE_string("data", "data", "The folder for the dataset and its prepared folder.")
 _MODEL = flags.DEFINE_string(
     "model", None, "A model folder, or a .tar of one; by default the shipped model."
 )

@@ -68,7 +68,7 @@ def write(parts: Parts, out: pathlib.Path, settings: ExportSettings) -> ModelFol
       settings: the settings.
 
     Raises:
-      UserError: `out` is no model folder, or cannot be written; or the parts do not belong
+      UserError: `out` is not a model folder, or cannot be written; or the parts do not belong
         together, or the index was made with other parts.
     """
     _check_out(out)

@@ -74,7 +74,7 @@ def prepare(
 
     Args:
       config: the configuration.
-      out_dir: the folder to write. A prepared folder with other inputs is replaced at the end.
+      out_dir: the folder to write. A folder with other inputs is replaced at the end.
       sources: open sources to use instead of `config.sources`, in the same order.
       run: encodes the shards; by default in this process, one after the other.
       progress: whether to show progress bars.
@@ -83,8 +83,8 @@ def prepare(
       The manifest.
 
     Raises:
-      UserError: a source or a model file is missing, `out_dir` exists and is not a prepared folder,
-        the disk is full, or no document of train can be used.
+      UserError: a source or a model file is missing, `out_dir` exists and was not made by
+        `prepare`, the disk is full, or no document of train can be used.
     """
     out = pathlib.Path(out_dir).resolve()
     licences.check_list(config.licences)
@@ -239,7 +239,7 @@ def _with_recorded_digests(
 
 
 def is_up_to_date(manifest: dict[str, Any], expected: dict[str, Any]) -> bool:
-    """Tells whether a prepared folder has the expected settings, or those and more variants.
+    """Tells whether a folder has the expected settings, or those and more variants.
 
     Args:
       manifest: the manifest of the folder.

@@ -2,7 +2,7 @@
 
 Each shard, SPLIT-NNNNN, has these files:
 
-    .array_record     documents with stored images and image codes
+    .array_record     documents with image codes; outside of a documents folder also stored images
     .documents.jsonl  key, source, licence, attribution, language and size of each document
     .rejects.jsonl    rejected documents and the reasons
     .neighbours.npy   for each record, the train documents that it may retrieve (`Neighbours`)
