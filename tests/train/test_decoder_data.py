@@ -154,7 +154,7 @@ def test_neighbours_are_sampled_from_the_nearest_of_each_modality(folder, per_mo
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({}, r"config\.data\.folder is empty; name a folder .*, or set config\.data\.mixture"),
+        ({}, r"config\.data\.folder is empty; name a .* folder, or set config\.data\.mixture"),
         ({"folder": "nowhere"}, r"config\.data: nowhere is not a prepared folder"),
         ({"mixture": [{"folder": "{web}"}, {"folder": "nowhere"}]},
          r"config\.data\.mixture\[1\]: nowhere is not a prepared folder"),
