@@ -85,7 +85,7 @@ class ModelFolder:
 
         Args:
           folder: the model folder, or a `.tar` of one, which is unpacked once into the cache
-            folder; None: the model that the package includes.
+            folder; None: the shipped model.
 
         Raises:
           UserError: the folder does not exist; files of it are missing or empty (the message lists
@@ -215,5 +215,5 @@ class ModelFolder:
 
 
 def shipped_folder() -> pathlib.Path:
-    """Returns the folder of the model that the package includes."""
+    """Returns the model folder of the shipped model."""
     return pathlib.Path(str(importlib.resources.files("leon_jax"))) / "weights" / "emoji"

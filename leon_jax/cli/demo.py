@@ -19,9 +19,9 @@ from absl import flags
 from leon_jax.config import UserError
 
 _OUT = flags.DEFINE_string("out", "out/demo", "The folder of the report.")
-_DATA = flags.DEFINE_string("data", "data", "The folder of the dataset and its prepared folder.")
+_DATA = flags.DEFINE_string("data", "data", "The folder for the dataset and its prepared folder.")
 _MODEL = flags.DEFINE_string(
-    "model", None, "A model folder, or a .tar of one; by default the shipped one."
+    "model", None, "A model folder, or a .tar of one; by default the shipped model."
 )
 
 # Documents of `unseen_design` that the metrics use, and rows in the report.

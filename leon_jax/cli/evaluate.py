@@ -4,9 +4,9 @@
     leon evaluate --model=leon_jax/weights/emoji --index=data/emoji_prepared --groups=4
 
 --model names a model folder, or a .tar of one. The default is the shipped model. --index names a
-folder written by `leon prepare`, with a held-out split. The metrics with documents use at most 2,
-and no more than fit the context of the model. Each metric is also printed on stderr with its unit
-and its definition as soon as it is known.
+prepared folder with a held-out split. The metrics with documents use at most 2, and no more than
+fit the context of the model. Each metric is also printed on stderr with its unit and its definition
+as soon as it is known.
 
 --out names a folder for a report: index.html with the metrics and images, and metrics.json.
 """
@@ -41,7 +41,7 @@ _MODEL = flags.DEFINE_string(
 _INDEX = flags.DEFINE_string(
     "index",
     None,
-    "A prepared folder; by default the one that the model folder names.",
+    "A prepared folder; by default the index that the model folder names.",
     flag_values=FLAGS,
 )
 _SPLIT = flags.DEFINE_string(

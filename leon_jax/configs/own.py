@@ -181,7 +181,7 @@ def encoder(numbers: dict) -> dict:
             "embed_dim": 512 if is_base else 128,
             "remat": is_base,
         },
-        # Pictures may show text or a direction, so none is mirrored.
+        # Images may show text or a direction, so none is mirrored.
         "augment": {"crop": 0.8, "zoom": 0.1, "shift": 0.05, "mirror": 0.0},
         "optimizer": {
             "learning_rate": 5e-4 if is_base else 1e-3,

@@ -67,7 +67,7 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """What a person gives to a pipeline.
+    """The inputs of a pipeline.
 
     Attributes:
       sources: sources of `leon prepare`, `[SPLIT=]KIND:PATH`.

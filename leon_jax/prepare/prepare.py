@@ -85,7 +85,7 @@ def prepare(
       The manifest.
 
     Raises:
-      UserError: a source or a model file is missing, `out_dir` exists and is not a prepared folder
+      UserError: a source or a model file is missing, `out_dir` exists and was not made by `prepare`
         or must not be replaced, the disk is full, or no document of train can be used.
     """
     out = pathlib.Path(out_dir).resolve()
@@ -109,7 +109,7 @@ def prepare(
             _clear(work)
             return manifest
         if out.exists() and manifest is None and (not out.is_dir() or any(out.iterdir())):
-            raise UserError(f"{out} exists and is not a prepared folder; choose another path")
+            raise UserError(f"{out} exists and was not made by leon prepare; choose another path")
         if manifest and not replace:
             raise UserError(
                 f"{out} was made with other inputs or settings; choose another folder, or remove "
@@ -246,7 +246,7 @@ def _with_recorded_digests(
 
 
 def is_up_to_date(manifest: dict[str, Any], expected: dict[str, Any]) -> bool:
-    """Tells whether a prepared folder has the expected settings, or those and more variants.
+    """Tells whether a folder has the expected settings, or those and more variants.
 
     Args:
       manifest: the manifest of the folder.

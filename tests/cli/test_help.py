@@ -1,4 +1,4 @@
-"""Tests `leon --help` and `leon VERB --help`: they load little, and their commands are valid."""
+"""Tests `leon --help` and `leon COMMAND --help`: they load little, and their commands are valid."""
 
 import ast
 import pathlib
@@ -42,7 +42,7 @@ def test_help_loads_no_heavy_package(arguments):
 
 
 def python(program: str) -> str:
-    """Runs a program and returns its output; in a new process, since verbs define global flags."""
+    """Runs a program in a new process, since commands define global flags; returns its output."""
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return result.stdout
@@ -68,7 +68,7 @@ def test_the_default_folder_of_prepare_is_the_default_index_of_models():
 
 
 def help_commands(verb: str) -> list[list[str]]:
-    """Returns the example commands in a verb's help, without `leon VERB`."""
+    """Returns the example commands in a command's help, without `leon COMMAND`."""
     tree = ast.parse((ROOT / "leon_jax" / "cli" / f"{verb}.py").read_text(encoding="utf-8"))
     text = (ast.get_docstring(tree) or "").replace("\\\n", " ")
     lines = [line.strip() for line in text.splitlines()]

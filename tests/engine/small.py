@@ -16,7 +16,7 @@ TEXT, BREAK, EOS = VOCABULARY.text_start, VOCABULARY.break_id, VOCABULARY.eos
 UNCONDITIONAL = np.array([EOS, VOCABULARY.sentinel(0), BREAK])
 GUIDED = SamplingParams(ClassifierFree(2.0))
 IMAGE = (ImageSpan(9),)
-# Text, then a picture, then text: the marks between them are forced.
+# Text, then an image, then text: the marks between them are forced.
 STORY = (
     TextSpan(4, (EOS, BREAK), BREAK, final=EOS),
     ImageSpan(6),
@@ -79,7 +79,7 @@ def log_softmax(x: np.ndarray) -> np.ndarray:
 
 
 def replay(grammar, outputs, stream: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What a stream was given; which of its ids were drawn; and which could have been.
+    """What a stream was given; which of its ids were sampled; and which could have been.
 
     Returns:
       int[n] ids, bool[n], bool[n, vocab].
