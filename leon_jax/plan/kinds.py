@@ -3,6 +3,7 @@
 import abc
 import dataclasses
 import functools
+import math
 import pathlib
 from typing import Any, ClassVar, Self
 
@@ -121,16 +122,13 @@ class Kind(abc.ABC):
         """The training program."""
 
     @abc.abstractmethod
-    def step_work(
-        self, step: TracedStep, setting: Setting, state_bytes: float, devices: int
-    ) -> StepWork:
+    def step_work(self, step: TracedStep, setting: Setting, state_bytes: float) -> StepWork:
         """Returns the work of a training step; call it under the mesh of the setting.
 
         Args:
           step: the traced step of this program.
           setting: the setting of this configuration.
           state_bytes: bytes of parameters and optimizer state on a device.
-          devices: number of devices.
         """
 
     @property
@@ -180,16 +178,14 @@ class DecoderKind(Kind):
         config = super().apply(setting).config
         return type(self)(dataclasses.replace(config, microbatches=setting.microbatches))
 
-    def step_work(
-        self, step: TracedStep, setting: Setting, state_bytes: float, devices: int
-    ) -> StepWork:
+    def step_work(self, step: TracedStep, setting: Setting, state_bytes: float) -> StepWork:
         del step
         model, length, tokens = self.config.model, self.config.data.length, self.units
         _, fsdp, _, tensor = setting.mesh
         work = roofline.training_work(
             model,
             length,
-            tokens * tensor // devices,
+            tokens * tensor // math.prod(setting.mesh),
             state_bytes,
             fsdp,
             tensor,
@@ -207,10 +203,7 @@ class CountedKind(Kind):
         """Counts the products of a step."""
         return products.count(step.traced.jaxpr.jaxpr)
 
-    def step_work(
-        self, step: TracedStep, setting: Setting, state_bytes: float, devices: int
-    ) -> StepWork:
-        del devices
+    def step_work(self, step: TracedStep, setting: Setting, state_bytes: float) -> StepWork:
         executed = needed = self.count(step)
         if setting.remat:
             plain = self.apply(dataclasses.replace(setting, remat=False))

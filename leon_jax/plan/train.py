@@ -26,8 +26,7 @@ def plan(kind: Kind, topology: Topology, setting: Setting) -> Plan:
             {"parameters": step.state.model, "optimizer": step.state.opt_state},
             topology,
         )
-        state_bytes = memory.parameters + memory.optimizer
-        work = kind.step_work(step, setting, state_bytes, len(topology.devices))
+        work = kind.step_work(step, setting, memory.parameters + memory.optimizer)
     bound = Roofline.of(work.device, plans.sent_bytes(collectives), topology)
     return Plan(
         program="train",

@@ -50,7 +50,7 @@ def encoder(layers: int = 1, remat: bool = False, stem: str = "patch") -> Encode
 
 def step_work(kind, state_bytes: float = 0.0):
     setting = kind.setting(ONE_DEVICE)
-    return kind.step_work(TracedStep.of(kind.program), setting, state_bytes, 1)
+    return kind.step_work(TracedStep.of(kind.program), setting, state_bytes)
 
 
 @pytest.mark.parametrize(
