@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any, Self
 
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
+from jax.extend.core import Jaxpr, JaxprEqn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,14 +71,14 @@ def _called(equation: JaxprEqn) -> Iterator[Jaxpr]:
     """Yields the jaxprs in the parameters of an equation."""
     for value in equation.params.values():
         for item in value if isinstance(value, tuple | list) else (value,):
-            if isinstance(item, ClosedJaxpr):
-                yield item.jaxpr
-            elif isinstance(item, Jaxpr):
-                yield item
+            jaxpr = getattr(item, "jaxpr", item)  # of a closed one
+            if isinstance(jaxpr, Jaxpr):
+                yield jaxpr
 
 
 def _product(equation: JaxprEqn, flops: float) -> Products:
-    arrays = [variable.aval for variable in (*equation.invars, *equation.outvars)]
+    operands, result = _arrays(equation)
+    arrays = [*operands, result]
     axes: dict[str, int] = {}
     for array in arrays:
         axes |= _split_axes(array)
@@ -88,6 +88,11 @@ def _product(equation: JaxprEqn, flops: float) -> Products:
         for array in arrays
     )  # fmt: skip
     return Products(flops, flops / math.prod(axes.values()), sum(local))
+
+
+def _arrays(equation: JaxprEqn) -> tuple[list[Any], Any]:
+    """Returns the abstract operands and the abstract result of a product."""
+    return [variable.aval for variable in equation.invars], equation.outvars[0].aval
 
 
 def _split_axes(array: Any) -> dict[str, int]:
@@ -101,16 +106,15 @@ def _split_axes(array: Any) -> dict[str, int]:
 
 def _dot_flops(equation: JaxprEqn) -> float:
     (contracted, _), _ = equation.params["dimension_numbers"]
-    left = equation.invars[0].aval.shape
-    result = math.prod(equation.outvars[0].aval.shape)
-    return 2.0 * result * math.prod(left[axis] for axis in contracted)
+    (left, _), result = _arrays(equation)
+    return 2.0 * math.prod(result.shape) * math.prod(left.shape[axis] for axis in contracted)
 
 
 def _convolution_flops(equation: JaxprEqn) -> float:
     parameters = equation.params
     image, kernel, result = parameters["dimension_numbers"]
-    image_shape, kernel_shape = (variable.aval.shape for variable in equation.invars)
-    result_shape = equation.outvars[0].aval.shape
+    operands, results = _arrays(equation)
+    image_shape, kernel_shape, result_shape = (*(x.shape for x in operands), results.shape)
     pairs = 1
     for axis, (low, _) in enumerate(parameters["padding"]):
         pairs *= _pairs(
