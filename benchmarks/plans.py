@@ -2,7 +2,7 @@
 
     python benchmarks/plans.py
 
-Compiles 27 programs, which takes some fifteen minutes on two cores.
+Compiles 31 programs, which takes some MINUTES minutes on two cores.
 """
 
 import json
@@ -30,6 +30,13 @@ SETTINGS = {
     ("7B", "v6e:16x16"): ("attention", 1),
     ("7B", "tpu7x:8x8x4"): ("dots", 1),
 }
+# Config, flags and topologies of the other models.
+VOCABULARY = "--config.model.text.vocab_size=49408"
+OTHERS = [
+    ("image tokenizer", ("--config=configs/vqgan_256.py", "--config.model.remat=True")),
+    ("retrieval encoder", ("--config=configs/clip_b32.py", VOCABULARY)),
+]
+SMALL_PODS = ("v5e:4x4", "v5p:4x4x4")
 MESHES = ("1,256,1,1", "4,64,1,1", "8,32,1,1", "1,64,4,1", "1,64,1,4")
 # Topology, images in a batch, and dtypes of weights and cache of the decode programs.
 DECODING = [
@@ -75,8 +82,8 @@ chosen by hand.
 
 {meshes}
 
-With all 256 chips on `fsdp` (first row), each chip has 16 columns of an embedding. The compiler
-then gathers and reduces by all-reduce, which sends twice the bytes. With 64 chips it does not.
+If `fsdp` has all 256 chips (first row), each chip has 16 columns of an embedding. The compiler then
+gathers and reduces by all-reduce, which sends twice the bytes. With 64 chips it does not.
 `--search` tries other divisions of `data` and `fsdp`. Context parallelism (fourth row) gathers keys
 and values: 2.1 GB a layer on each device. At this batch that is four times the weights. Ring
 attention would send the same bytes in pieces and hold fewer of them at once. Rows of 4,096 tokens
@@ -114,9 +121,9 @@ Operations and traffic are counted from the shape of the model (`leon_jax/plan/r
 because XLA counts the body of a loop once. Nothing else is counted. So a real run is slower: this
 is a bound, not a prediction.
 
-*MFU at most* is the [MFU](train.md#goodput-and-utilisation) at that time. The number in brackets
-assumes that no collective is hidden behind arithmetic. `--search` takes the settings with the
-smallest sum of arithmetic and collectives.
+*MFU at most* is the [MFU](train.md#goodput-and-utilisation) of a step that takes exactly the bound.
+The number in brackets assumes that collectives never overlap with arithmetic. `--search` takes the
+settings with the smallest sum of arithmetic and collectives.
 
 *Days* are those of the paper's token budget (1.4, 1.9 and 2.4 trillion tokens) at the bound.
 """
@@ -136,24 +143,39 @@ def plan(*flags: str) -> dict:
 
 
 def train_row(labels: list[str], content: dict, with_run: bool = True) -> str:
-    """Returns a table row of a training plan; `with_run` adds the speed and days of the run."""
+    """Returns a table row of a decoder's training; `with_run` adds its speed and days."""
     if not content:
         return f"| {' | '.join([*labels, 'does not fit'])} |"
-    setting, memory = content["setting"], content["memory"]
-    figures, bound = content["figures"], content["rooflines"]["step"]
+    setting, figures = content["setting"], content["figures"]
+    cells = [*labels, f"{setting['remat']}, {setting['microbatches']}", *step_cells(content)]
+    if with_run:
+        cells += [f"{figures['tokens_per_second'] / 1e6:.2f}", f"{figures['days']:.1f}"]
+    return f"| {' | '.join(cells)} |"
+
+
+def other_row(labels: list[str], content: dict) -> str:
+    """Returns a table row of the training of an image tokenizer or a retrieval encoder."""
+    if not content:
+        return f"| {' | '.join([*labels, 'does not fit'])} |"
+    figures = content["figures"]
+    per_second = next(figures[f"{unit}_per_second"] for unit in ("pictures", "pairs")
+                      if f"{unit}_per_second" in figures)  # fmt: skip
+    is_recomputed = "yes" if content["setting"]["remat"] else "no"
+    run = [f"{per_second:,.0f}", f"{figures['days']:.1f}"]
+    return f"| {' | '.join([*labels, is_recomputed, *step_cells(content), *run])} |"
+
+
+def step_cells(content: dict) -> list[str]:
+    """Returns the cells of a training step: memory, traffic, bounds and MFU."""
+    memory, figures, bound = content["memory"], content["figures"], content["rooflines"]["step"]
     sent = {kind: counts["bytes_sent"] / 1e9 for kind, counts in content["collectives"].items()}
-    cells = [
-        *labels,
-        f"{setting['remat']}, {setting['microbatches']}",
+    return [
         f"{memory['peak'] / GIB:.1f} of {memory['capacity'] / GIB:.0f}",
         f"{(memory['parameters'] + memory['optimizer']) / GIB:.2f}",
         " + ".join(f"{size:.1f} {kind}" for kind, size in sent.items() if size >= 0.05),
         f"{bound['compute']:.3g} / {bound['memory']:.3g} / {bound['links']:.3g}",
         f"**{100 * figures['mfu_bound']:.0f} %** ({100 * figures['mfu_serial']:.0f} %)",
     ]
-    if with_run:
-        cells += [f"{figures['tokens_per_second'] / 1e6:.2f}", f"{figures['days']:.1f}"]
-    return f"| {' | '.join(cells)} |"
 
 
 def decode_row(labels: list[str], content: dict) -> str:
@@ -193,6 +215,11 @@ def main() -> None:
     for mesh in MESHES:
         content = plan("--config=configs/cm3leon_7b.py", "--topology=v5p:8x8x4", f"--mesh={mesh}")
         meshes.append(train_row([mesh.replace(",", " x ")], content, with_run=False))
+    others = [
+        other_row([name, topology], plan(*flags, f"--topology={topology}"))
+        for name, flags in OTHERS
+        for topology in SMALL_PODS
+    ]
     decoding = []
     for topology, rows, weights, cache in DECODING:
         content = plan(
@@ -201,15 +228,16 @@ def main() -> None:
         )  # fmt: skip
         dtypes = weights if cache == "compute" else f"{weights}, cache too"
         decoding.append(decode_row([topology, str(rows), dtypes], content))
-    columns = [
-        "remat, microbatches",
+    step_columns = [
         "peak, GiB",
         "state, GiB",
         "sent, GB",
         "compute / memory / links, s",
         "MFU at most (nothing hidden)",
     ]
+    columns = ["remat, microbatches", *step_columns]
     best_table = table(["model", "topology", *columns, "million tokens/s", "days"], best)
+    others_table = table(["model", "topology", "remat", *step_columns, "images/s", "days"], others)
     meshes_table = table(["data x fsdp x context x tensor", *columns], meshes)
     decoding_table = table(
         ["topology", "images at once", "weights", "weights, GiB", "cache, GiB", "others, GiB",
@@ -217,7 +245,9 @@ def main() -> None:
          "seconds an image at least", "tokens/s at most"],
         decoding,
     )  # fmt: skip
-    text = PAGE.format(best=best_table, meshes=meshes_table, generation=decoding_table)
+    text = PAGE.format(
+        best=best_table, meshes=meshes_table, others=others_table, generation=decoding_table
+    )
     page = ROOT / "docs" / "plans.md"
     temporary = page.with_name(page.name + ".tmp")
     temporary.write_text(text)

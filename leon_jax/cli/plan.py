@@ -1,11 +1,16 @@
-"""Estimates the memory and speed of a decoder config on a TPU pod, without the pod.
+"""Estimates the memory and speed of a config on a TPU pod, without the pod.
 
     leon plan --config=configs/cm3leon_7b.py --topology=v5p:8x8x4
 
-Compiles the training step (or, with --program=decode, the image generation program) with the TPU
-compiler and reports memory, collectives and a roofline estimate of the time. The compiler runs on
-any Linux machine, without a TPU, an account or a network. Install it with
-pip install 'leon_jax[tpu]'.
+Compiles the training step of a decoder, an image tokenizer or a retrieval encoder with the TPU
+compiler and reports memory, collectives and a roofline estimate of the time. With --program=decode
+it compiles the image generation program of a decoder. The compiler runs on any Linux machine,
+without a TPU, an account or a network. Install it with pip install 'leon_jax[tpu]'.
+
+    leon plan --config=configs/vqgan_256.py --topology=v5e:4x4 --search
+    leon plan --config=configs/clip_b32.py --config.model.text.vocab_size=49408 --topology=v5e:4x4
+
+No data is read. A retrieval encoder needs its text tokenizer, or the size of its vocabulary.
 
     leon plan --program=decode --model=models/cats --topology=v5e:2x2
 
@@ -57,8 +62,8 @@ _MESH = flags.DEFINE_list(
 _SEARCH = flags.DEFINE_bool(
     "search",
     False,
-    "Search remat policies, microbatches and meshes for the fastest setting that fits, or for the "
-    "smallest change that makes the config fit (train).",
+    "Search remat policies, microbatches and meshes, as far as the kind of model has them, for the "
+    "fastest setting that fits, or for the smallest change that makes the config fit (train).",
     flag_values=FLAGS,
 )
 _ROWS = flags.DEFINE_integer(
@@ -86,6 +91,7 @@ _CACHE = flags.DEFINE_enum(
 )  # fmt: skip
 _OUT = flags.DEFINE_string("out", None, "A folder for plan.json and index.html.", flag_values=FLAGS)
 
+KINDS = ("decoder", "tokenizer", "encoder")
 DOES_NOT_FIT = 3
 
 
@@ -102,22 +108,26 @@ def main(argv: list[str]) -> None:
     values = {} if _MODEL.value else config_flag.read(_CONFIG, "configs/cm3leon_7b.py")
     if not _TOPOLOGY.value:
         raise UserError("--topology is missing; for example --topology=v5p:8x8x4")
-    if values and values.get("kind") != "decoder":
-        raise UserError(f"config.kind is {values.get('kind')!r}; leon plan needs 'decoder'")
+    is_decode = _PROGRAM.value == "decode"
+    known = KINDS[:1] if is_decode else KINDS
+    if values and values.get("kind") not in known:
+        raise UserError(
+            f"config.kind is {values.get('kind')!r}; leon plan --program={_PROGRAM.value} needs "
+            f"{' or '.join(map(repr, known))}"
+        )
 
-    from leon_jax.plan import plan_page, topology
+    from leon_jax.plan import kinds, plan_page, topology
     from leon_jax.plan.plan import DoesNotFit
-    from leon_jax.train.decoder_config import DecoderTraining
     from leon_jax.train.training_loop import LoopConfig
 
     loop = configs.build(LoopConfig, values.pop("loop", {}), "config.loop")
-    config = _of_model() if _MODEL.value else configs.build(DecoderTraining, values)
+    kind = kinds.DecoderKind(_of_model()) if _MODEL.value else kinds.make(values["kind"], values)
     pod = topology.find(_TOPOLOGY.value)
     try:
-        plan = _decode(config, pod) if _PROGRAM.value == "decode" else _train(config, loop, pod)
+        plan = _decode(kind.config, pod) if is_decode else _train(kind, loop, pod)
     except DoesNotFit as error:
         print(f"leon plan: the program does not fit {pod.name}: {error}", file=sys.stderr)
-        if _PROGRAM.value == "train":
+        if not is_decode:
             print("leon plan: --search looks for the smallest change that fits", file=sys.stderr)
         raise SystemExit(DOES_NOT_FIT) from error
     source = _MODEL.value or _config_path()
@@ -129,22 +139,22 @@ def main(argv: list[str]) -> None:
         print(f"leon plan: wrote {folder / 'plan.json'} and index.html", file=sys.stderr)
 
 
-def _train(config, loop, pod):
-    from leon_jax.plan import train
+def _train(kind, loop, pod):
+    from leon_jax.plan import search, train
+    from leon_jax.plan.kinds import Setting
 
     if loop.slices > 1:
         raise UserError(f"config.loop.slices is {loop.slices}; leon plan supports one slice only")
-    model = config.model
-    setting = train.Setting(_mesh(loop.mesh, pod), model.remat, config.microbatches)
+    setting = kind.setting(_mesh(loop.mesh, pod))
     if not _SEARCH.value:
-        return train.plan(config, pod, setting)
-    plan = train.search(
-        config, pod, setting, lambda line: print(f"leon plan: {line}", file=sys.stderr, flush=True)
+        return train.plan(kind, pod, setting)
+    plan = search.search(
+        kind, pod, setting, lambda line: print(f"leon plan: {line}", file=sys.stderr, flush=True)
     )
     if plan is None:
         print(f"leon plan: no setting of the search fits {pod.name}", file=sys.stderr)
         raise SystemExit(DOES_NOT_FIT)
-    if change := train.Setting(**plan.setting).changes(setting):
+    if change := Setting(**plan.setting).changes(setting):
         print(f"leon plan: with {change}", file=sys.stderr)
     return plan
 

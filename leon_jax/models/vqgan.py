@@ -8,6 +8,7 @@ NHWC, float32, in [-1, 1].
 
 import dataclasses
 import math
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +36,8 @@ class VQGANConfig:
         hundreds of codes. This improves the fidelity of images, but a small decoder must learn all
         of these codes. With a halo, the encoder is one convolution over patches, and residual
         layers on each position; `blocks` and `attention_sizes` then apply only to the decoder.
+      remat: recompute each layer in the backward pass, to save memory; with a halo, only the
+        decoder's layers.
     """
 
     resolution: int = 256
@@ -47,6 +50,7 @@ class VQGANConfig:
     code_dim: int = 256
     codes: int = 8192
     halo: int | None = None
+    remat: bool = False
 
     def __post_init__(self) -> None:
         if self.resolution % self.factor:
@@ -173,13 +177,12 @@ class Encoder(nnx.Module):
             Attention(width, groups, rngs=rngs),
             ResidualBlock(width, width, groups, rngs=rngs),
         ]
-        self.layers = nnx.List(layers)
+        self.layers, self.remat = nnx.List(layers), config.remat
         self.norm = GroupNorm(width, groups)
         self.out = Conv(width, config.latent, 3, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b h w 3"]) -> Float[Array, "b i j c"]:
-        for layer in self.layers:
-            x = layer(x)
+        x = _run(self.layers, x, self.remat)
         return self.out(jax.nn.silu(self.norm(x)))
 
 
@@ -224,19 +227,28 @@ class Decoder(nnx.Module):
                 width = config.channels * multiplier
                 if size in config.attention_sizes:
                     layers.append(Attention(width, groups, rngs=rngs))
-        self.layers = nnx.List(layers)
+        self.layers, self.remat = nnx.List(layers), config.remat
         self.norm = GroupNorm(width, groups)
         self.out = Conv(width, 3, 3, rngs=rngs)
 
     def features(self, latents: Float[Array, "b i j c"]) -> Float[Array, "b h w c"]:
         """Returns the input of the last convolution, where the adaptive GAN weight is measured."""
-        x = latents
-        for layer in self.layers:
-            x = layer(x)
+        x = _run(self.layers, latents, self.remat)
         return jax.nn.silu(self.norm(x))
 
     def __call__(self, latents: Float[Array, "b i j c"]) -> Float[Array, "b h w 3"]:
         return self.out(self.features(latents))
+
+
+def _run(layers: Iterable[nnx.Module], x: Array, remat: bool) -> Array:
+    """Runs layers in order; with `remat`, the backward pass recomputes each of them."""
+
+    def run(layer, x):
+        return layer(x)
+
+    for layer in layers:
+        x = jax.checkpoint(run)(layer, x) if remat else run(layer, x)
+    return x
 
 
 class Upsample(nnx.Module):

@@ -32,6 +32,8 @@ _SETTINGS = {
     "guidance": "guidance weight",
     "prompt": "tokens of a prompt",
 }
+# What a training step learns from, by its name in figures.
+_UNITS = {"tokens": "tokens", "pictures": "images", "pairs": "pairs of image and text"}
 _GIB = 2**30
 
 
@@ -71,9 +73,13 @@ def lines(plan: Plan, source: str) -> list[tuple[str, str]]:
                 f"{100 * figures['mfu_bound']:.1f} %; "
                 f"{100 * figures['mfu_serial']:.1f} % if no collective were hidden",
             ),
-            ("tokens a second at most", f"{figures['tokens_per_second']:,.0f}"),
+            *(
+                (f"{title} a second at most", f"{figures[f'{unit}_per_second']:,.0f}")
+                for unit, title in _UNITS.items()
+                if f"{unit}_per_second" in figures
+            ),
             (
-                "the whole run at least",
+                "all steps at this bound",
                 f"{figures['days']:,.1f} days, {figures['chip_hours']:,.0f} chip-hours "
                 f"({figures['steps']:,} steps)",
             ),

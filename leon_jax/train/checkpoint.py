@@ -32,7 +32,7 @@ from leon_jax.config import UserError
 from leon_jax.train.state import TrainState
 
 # Keys that may change between starts: a run's length, and settings without effect on results.
-MAY_CHANGE = ("steps", "optimizer.total_steps", "data.threads")
+MAY_CHANGE = ("steps", "optimizer.total_steps", "data.threads", "model.remat")
 # Keys of earlier versions, and the value that this version always uses.
 REMOVED = {
     "data.spare_spans": 4,
@@ -254,8 +254,8 @@ def check_config(path: pathlib.Path, config: dict[str, Any]) -> None:
     """Compares a run's configuration with the saved one, then saves it.
 
     Nothing is compared if the run has no checkpoint yet. Keys of `MAY_CHANGE`, of `loop` and of
-    `export` may differ, so that a run can be extended. A key of `REMOVED` may be missing in
-    `config` if the run had the value that this version always uses.
+    `export` may differ, so that a run can be extended or move to other devices. A key of `REMOVED`
+    may be missing in `config` if the run had the value that this version always uses.
 
     Args:
       path: the file of the saved configuration; the folder `checkpoints` is next to it.

@@ -35,8 +35,8 @@ from leon_jax.tokenizers.image import ImageTokenizer, to_pixels
 from leon_jax.tokenizers.text import TextTokenizer
 from leon_jax.train import decoder_data, optimizer
 from leon_jax.train.decoder_config import KIND, DecoderTraining
-from leon_jax.train.decoder_loss import gradients
-from leon_jax.train.state import TrainState, rows_of_shard
+from leon_jax.train.decoder_loss import BATCH_DTYPES, gradients
+from leon_jax.train.state import TrainState, check_multiples, rows_of_shard
 
 
 class DecoderProgram:
@@ -73,13 +73,17 @@ class DecoderProgram:
         rows, columns = self.config.data.image_shape
         return DocumentTokenizer(self.config.vocabulary, self.text, (rows, columns))
 
+    def check_mesh(self, mesh: Sequence[int]) -> None:
+        """Checks that a mesh splits the batch and the model evenly; see `check_divisible`."""
+        check_divisible(self.config, mesh)
+
     def init(self, key: jax.Array) -> TrainState:
         """Returns a randomly initialised model with its optimizer state.
 
         Raises:
           UserError: the current mesh cannot split the batch or the model evenly.
         """
-        check_divisible(self.config, tuple(jax.sharding.get_abstract_mesh().shape.values()))
+        self.check_mesh(tuple(jax.sharding.get_abstract_mesh().shape.values()))
         model_key, run_key = jax.random.split(key)
         model = Decoder(self.config.model, rngs=nnx.Rngs(model_key))
         return TrainState(jnp.zeros((), jnp.int32), model, self.optimizer.init(model), run_key)
@@ -117,6 +121,11 @@ class DecoderProgram:
             part_step=config.model.part_step,
             shard=(shard, shards),
         )
+
+    def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Returns the shapes and dtypes of the arrays of a batch of packed rows."""
+        shape = self.config.batch_size, self.config.data.length
+        return {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in BATCH_DTYPES.items()}
 
     def samples(self, state: TrainState) -> dict[str, np.ndarray]:
         """Generates a row of images, one for each of `config.samples.captions`.
@@ -226,13 +235,13 @@ def check_divisible(
     """
     data, fsdp, context, tensor = mesh
     model, rows = config.model, data * fsdp * config.microbatches
-    for name, size, parts, axes in (
-        (batch_size, config.batch_size, rows, "data x fsdp x microbatches"),
-        ("config.data.length", config.data.length, context, "context"),
-        ("config.model.embed", model.embed, fsdp, "fsdp"),
-        ("config.model.heads", model.heads, tensor, "tensor"),
-        ("config.model.mlp", model.mlp, tensor, "tensor"),
-        ("config.model.vocab_size", model.vocab_size, tensor, "tensor"),
-    ):
-        if size % parts:
-            raise UserError(f"{name} is {size}; it must be a multiple of {axes}, {parts}")
+    check_multiples(
+        (
+            (batch_size, config.batch_size, rows, "data x fsdp x microbatches"),
+            ("config.data.length", config.data.length, context, "context"),
+            ("config.model.embed", model.embed, fsdp, "fsdp"),
+            ("config.model.heads", model.heads, tensor, "tensor"),
+            ("config.model.mlp", model.mlp, tensor, "tensor"),
+            ("config.model.vocab_size", model.vocab_size, tensor, "tensor"),
+        )
+    )

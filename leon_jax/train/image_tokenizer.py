@@ -7,6 +7,7 @@ decoder's last layer as large as that of the reconstruction loss.
 
 import dataclasses
 import pathlib
+from collections.abc import Sequence
 from typing import Literal
 
 import grain
@@ -27,7 +28,7 @@ from leon_jax.models.vqgan import VQGAN, VQGANConfig, conv, quantize
 from leon_jax.tokenizers.image import fit_image, normalize, to_pixels
 from leon_jax.train import document_data, optimizer, perceptual_weights
 from leon_jax.train.document_data import Component
-from leon_jax.train.state import TrainState, rows_of_shard
+from leon_jax.train.state import TrainState, check_multiples, rows_of_shard
 
 # Images above and below each other in a sample.
 _SAMPLES = 16
@@ -96,7 +97,18 @@ class TokenizerProgram:
         network: Network = config.losses.network
         self.perceptual = jax.tree.map(np.asarray, perceptual_weights.load(network))
 
+    def check_mesh(self, mesh: Sequence[int]) -> None:
+        """Checks that a mesh splits the batch evenly. The weights are not split."""
+        data, fsdp, *_ = mesh
+        check_multiples([("config.batch_size", self.config.batch_size, data * fsdp, "data x fsdp")])
+
     def init(self, key: jax.Array) -> TrainState:
+        """Returns randomly initialised networks with their optimizer states.
+
+        Raises:
+          UserError: the current mesh cannot split the batch evenly.
+        """
+        self.check_mesh(tuple(jax.sharding.get_abstract_mesh().shape.values()))
         pair = AdversarialPair(self.config, rngs=nnx.Rngs(key))
         opt_state = {
             "generator": self.optimizer.init(pair.generator),
@@ -264,6 +276,12 @@ class TokenizerProgram:
             shard=(shard, shards),
             threads=config.data.threads,
         )
+
+    def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Returns the shape and dtype of a batch of images."""
+        side = self.config.model.resolution
+        shape = self.config.batch_size, side, side, 3
+        return {"images": jax.ShapeDtypeStruct(shape, jnp.uint8)}
 
     def samples(self, state: TrainState) -> dict[str, np.ndarray]:
         """Returns up to sixteen images above their reconstructions.

@@ -7,7 +7,9 @@ not be negatives.
 """
 
 import dataclasses
+import functools
 import pathlib
+from collections.abc import Sequence
 
 import grain
 import jax
@@ -27,7 +29,7 @@ from leon_jax.sharding import spec
 from leon_jax.tokenizers.text import TextTokenizer
 from leon_jax.train import document_data, encoder_data, optimizer
 from leon_jax.train.optimizer import OptimizerConfig
-from leon_jax.train.state import TrainState, rows_of_shard
+from leon_jax.train.state import TrainState, check_multiples, rows_of_shard
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,29 +73,58 @@ class EncoderConfig:
 class EncoderProgram:
     """The training program of the retrieval encoder; see `leon_jax.train.state.Program`.
 
+    If `model.text.vocab_size` is set, the constructor reads no file, so that `leon plan` can
+    compile the program without a text tokenizer.
+
     Raises:
-      UserError: the text tokenizer is missing or does not fit `model.text.vocab_size`.
+      UserError: `model.text.vocab_size` is 0 and the text tokenizer is missing or damaged.
     """
 
     kind = KIND
     flops_per_token = 0.0
 
     def __init__(self, config: EncoderConfig) -> None:
-        self.text = TextTokenizer.load(config.data.text)
-        vocab_size = self.text.size + SPECIALS
-        if config.model.text.vocab_size not in (0, vocab_size):
-            raise UserError(
-                f"config.model.text.vocab_size is {config.model.text.vocab_size}; the tokenizer "
-                f"{config.data.text} has {self.text.size} entries, so it must be {vocab_size}, or "
-                "0 for the size that fits"
-            )
-        text = dataclasses.replace(config.model.text, vocab_size=vocab_size)
-        model = dataclasses.replace(config.model, text=text)
-        self.config = dataclasses.replace(config, model=model)
+        self.config = config
+        if not config.model.text.vocab_size:
+            text = dataclasses.replace(config.model.text, vocab_size=self.text.size + SPECIALS)
+            model = dataclasses.replace(config.model, text=text)
+            self.config = dataclasses.replace(config, model=model)
         self.optimizer = optimizer.make(config.optimizer)
 
+    @functools.cached_property
+    def text(self) -> TextTokenizer:
+        """The text tokenizer `config.data.text`.
+
+        Raises:
+          UserError: it is missing, damaged or does not fit `model.text.vocab_size`.
+        """
+        path, vocab_size = self.config.data.text, self.config.model.text.vocab_size
+        text = TextTokenizer.load(path)
+        if vocab_size not in (0, text.size + SPECIALS):
+            raise UserError(
+                f"config.model.text.vocab_size is {vocab_size}; the tokenizer {path} has "
+                f"{text.size} entries, so it must be {text.size + SPECIALS}, or 0 for the size "
+                "that fits"
+            )
+        return text
+
+    def check_mesh(self, mesh: Sequence[int]) -> None:
+        """Checks that a mesh splits the batch and both towers evenly."""
+        (data, fsdp, _, tensor), model = mesh, self.config.model
+        sizes = [("config.batch_size", self.config.batch_size, data * fsdp, "data x fsdp")]
+        for name, tower in (("vision", model.vision), ("text", model.text)):
+            key = f"config.model.{name}"
+            sizes.append((f"{key}.width", tower.width, fsdp, "fsdp"))
+            sizes.append((f"{key}.heads", tower.heads, tensor, "tensor"))
+        check_multiples(sizes)
+
     def init(self, key: jax.Array) -> TrainState:
-        """Returns a randomly initialised model with its optimizer state."""
+        """Returns a randomly initialised model with its optimizer state.
+
+        Raises:
+          UserError: the current mesh cannot split the batch or the model evenly.
+        """
+        self.check_mesh(tuple(jax.sharding.get_abstract_mesh().shape.values()))
         model_key, run_key = jax.random.split(key)
         model = create(self.config.model, model_key)
         return TrainState(jnp.zeros((), jnp.int32), model, self.optimizer.init(model), run_key)
@@ -148,6 +179,16 @@ class EncoderProgram:
             shard=(shard, shards),
             threads=config.data.threads,
         ).map(_flatten)
+
+    def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Returns the shapes and dtypes of a batch of images with captions."""
+        rows, model = self.config.batch_size, self.config.model
+        side = model.vision.image_size
+        return {
+            "image": jax.ShapeDtypeStruct((rows, side, side, 3), jnp.uint8),
+            "text": jax.ShapeDtypeStruct((rows, model.text.context_length), jnp.int32),
+            "concept": jax.ShapeDtypeStruct((rows,), jnp.int32),
+        }
 
     def samples(self, state: TrainState) -> dict[str, np.ndarray]:
         """Returns no images, since an encoder generates none."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import grain
@@ -53,6 +54,20 @@ def rows_of_shard(batch_size: int, shards: int, name: str = "data shards") -> in
     return rows
 
 
+def check_multiples(sizes: Iterable[tuple[str, int, int, str]]) -> None:
+    """Checks that sizes split evenly.
+
+    Args:
+      sizes: (key of the configuration, its size, number of parts, name of the parts).
+
+    Raises:
+      UserError: a size is not a multiple of the number of its parts; the message names both.
+    """
+    for name, size, parts, axes in sizes:
+        if size % parts:
+            raise UserError(f"{name} is {size}; it must be a multiple of {axes}, {parts}")
+
+
 class Program(Protocol):
     """The interface of the training loop to one kind of model (tokenizer, encoder, decoder).
 
@@ -68,8 +83,23 @@ class Program(Protocol):
     config: Any
     flops_per_token: float
 
+    def check_mesh(self, mesh: Sequence[int]) -> None:
+        """Checks that a mesh splits the batch and the model evenly.
+
+        Args:
+          mesh: sizes of the axes (data, fsdp, context, tensor).
+
+        Raises:
+          UserError: a size is not a multiple of the number of its parts; the message names both.
+        """
+        ...
+
     def init(self, key: jax.Array) -> TrainState:
-        """Returns the initial state; a pure function that the loop jits."""
+        """Returns the initial state; a pure function that the loop jits.
+
+        Raises:
+          UserError: the current mesh cannot split the batch or the model evenly.
+        """
         ...
 
     def step(
@@ -85,6 +115,10 @@ class Program(Protocol):
           shard: index of the part of every batch to return.
           shards: number of equal parts of every batch.
         """
+        ...
+
+    def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Returns the shapes and dtypes of the arrays of a global batch; reads no file."""
         ...
 
     def samples(self, state: TrainState) -> dict[str, np.ndarray]:

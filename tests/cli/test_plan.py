@@ -140,9 +140,78 @@ def test_invalid_flags_give_one_sentence(config, flags, message):
     assert message in result.stderr and result.stderr.count("\n") == 1
 
 
-def test_only_decoders_can_be_planned():
-    result = leon_plan("--config=configs/vqgan_256.py", "--topology=v5e:2x2")
-    assert result.returncode == 2 and "leon plan needs 'decoder'" in result.stderr
+VQGAN, CLIP = "--config=configs/vqgan_256.py", "--config=configs/clip_b32.py"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ["--config=configs/emoji/text.py"],
+            "config.kind is 'text'; leon plan --program=train needs 'decoder' or 'tokenizer' or",
+        ),
+        ([VQGAN, "--program=decode"], "config.kind is 'tokenizer'; leon plan --program=decode"),
+        ([VQGAN, "--config.batch_size=6"], "config.batch_size is 6; it must be a multiple of data"),
+        (
+            [CLIP, "--config.batch_size=6", "--config.model.text.vocab_size=49408"],
+            "config.batch_size is 6; it must be a multiple of data x fsdp, 4",
+        ),
+        (
+            [CLIP, "--config.data.text=nowhere.json"],
+            "config.data.text is 'nowhere.json', which is no file; name the text tokenizer, or set "
+            "the size of the vocabulary, for example --config.model.text.vocab_size=49408",
+        ),
+    ],
+)
+def test_what_cannot_be_planned_gives_one_sentence(flags, message):
+    result = leon_plan("--topology=v5e:2x2", *flags)
+    assert result.returncode == 2
+    assert message in result.stderr and result.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_tokenizer_that_does_not_fit_fits_with_recomputation(tmp_path):
+    batch_size = 320
+    flags = [
+        VQGAN, "--topology=v5e:2x2", "--config.model.channels=32", "--config.model.blocks=1",
+        "--config.model.multipliers=(1,1)", "--config.model.attention_sizes=()",
+        "--config.losses.network=alexnet", f"--config.batch_size={batch_size}",
+    ]  # fmt: skip
+    result = leon_plan(*flags)
+    assert result.returncode == 3 and "does not fit v5e:2x2: it needs at least" in result.stderr
+    result = leon_plan(*flags, "--search", f"--out={tmp_path}")
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.splitlines()[-2] == "leon plan: with --config.model.remat=True"
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    memory, figures, bound = plan["memory"], plan["figures"], plan["rooflines"]["step"]
+    # All chips hold all weights, and two moments of each.
+    assert memory["parameters"] == 4 * plan["parameters"]
+    assert memory["optimizer"] == pytest.approx(8 * plan["parameters"], rel=0.01)
+    assert memory["peak"] < memory["capacity"]
+    # Each weight's gradient is summed over the chips.
+    sent = sum(counts["bytes_sent"] for counts in plan["collectives"].values())
+    assert sent == pytest.approx(2 * 3 / 4 * memory["parameters"], rel=0.1)
+    assert figures["flops_per_step"] < figures["executed_flops_per_step"]
+    assert bound["compute"] == pytest.approx(figures["executed_flops_per_step"] / (4 * 197e12))
+    assert figures["pictures_per_second"] == batch_size / bound["seconds"]
+    assert "images a second at most" in result.stdout and "chip-hours" in result.stdout
+
+
+@pytest.mark.slow
+def test_an_encoder_is_planned_without_its_text_tokenizer(tmp_path):
+    result = leon_plan(
+        CLIP, "--topology=v5e:2x2", "--mesh=1,2,1,2", "--config.batch_size=64",
+        "--config.model.text.vocab_size=1000", "--config.model.vision.layers=2",
+        "--config.model.text.layers=2", f"--out={tmp_path}",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    figures, bound = plan["figures"], plan["rooflines"]["step"]
+    # Weights are split over fsdp and most of them over tensor.
+    assert 1 / 4 < plan["memory"]["parameters"] / (4 * plan["parameters"]) < 1 / 2
+    assert 1 < figures["executed_flops_per_step"] / figures["flops_per_step"] < 4 / 3
+    assert figures["pairs_per_second"] == 64 / bound["seconds"]
+    assert "pairs of image and text a second at most" in result.stdout
 
 
 def test_a_missing_compiler_gives_the_install_command(config):

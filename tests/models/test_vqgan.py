@@ -55,6 +55,23 @@ def test_with_a_halo_a_latent_depends_only_on_its_patch_and_the_halo(images, hal
         build(VQGANConfig, {"halo": -1})
 
 
+@pytest.mark.parametrize("halo", [None, 1])
+def test_recomputing_layers_does_not_change_the_gradients(images, halo):
+    def gradient(remat):
+        config = dataclasses.replace(TINY, halo=halo, remat=remat)
+        model = VQGAN(config, rngs=nnx.Rngs(0))
+
+        def loss(model):
+            return jnp.square(model.decoder(model.from_code(model.latents(images)))).sum()
+
+        return jax.jit(jax.grad(loss))(model)
+
+    for plain, recomputed in zip(
+        jax.tree.leaves(gradient(False)), jax.tree.leaves(gradient(True)), strict=True
+    ):
+        np.testing.assert_allclose(recomputed, plain, rtol=1e-4, atol=1e-5)
+
+
 def test_the_nearest_code_has_the_smallest_euclidean_distance():
     rng = np.random.default_rng(0)
     latents, codebook = rng.normal(size=(2, 3, 5, 4)), rng.normal(size=(32, 4))

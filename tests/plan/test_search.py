@@ -7,12 +7,13 @@ import pytest
 
 from leon_jax.data.config import DataConfig
 from leon_jax.models.decoder import DecoderConfig
-from leon_jax.plan import train
+from leon_jax.plan import search, train
+from leon_jax.plan.kinds import DecoderKind, EncoderKind, Setting, TokenizerKind
 from leon_jax.plan.plan import DoesNotFit, Roofline
-from leon_jax.plan.train import REMAT, Setting
 from leon_jax.train.decoder_config import DecoderTraining
 from leon_jax.train.optimizer import OptimizerConfig
 from leon_jax.vocabulary import Vocabulary
+from tests.train import test_image_tokenizer, test_retrieval_encoder
 
 VOCABULARY = Vocabulary.compact(64, 1024, 66)
 CONFIG = DecoderTraining(
@@ -23,19 +24,21 @@ CONFIG = DecoderTraining(
     steps=1,
     data=DataConfig(length=1024),
 )
+DECODER = DecoderKind(CONFIG)
+REMAT = DecoderKind.remat
 POD = types.SimpleNamespace(devices=(None,) * 16)
 MESH = (1, 16, 1, 1)
 
 
-def run_search(monkeypatch, setting, fits, seconds=lambda setting: 1.0):
+def run_search(monkeypatch, setting, fits, seconds=lambda setting: 1.0, kind=DECODER):
     """Searches with `fits` and `seconds` in place of the compiler.
 
     Returns the chosen setting, or None, and all settings that were tried.
     """
     tried = []
 
-    def plan(config, topology, other):
-        train.check_divisible(other.apply(config), other.mesh)
+    def plan(kind, topology, other):
+        kind.check(other)
         tried.append(other)
         if not fits(other):
             raise DoesNotFit("too large")
@@ -43,7 +46,7 @@ def run_search(monkeypatch, setting, fits, seconds=lambda setting: 1.0):
         return types.SimpleNamespace(rooflines={"step": bound}, setting=dataclasses.asdict(other))
 
     monkeypatch.setattr(train, "plan", plan)
-    result = train.search(CONFIG, POD, setting, lambda line: None)
+    result = search.search(kind, POD, setting, lambda line: None)
     return result and Setting(**result.setting), tried
 
 
@@ -92,3 +95,37 @@ def test_the_fastest_setting_does_not_depend_on_the_start(monkeypatch, remat):
     start = Setting((4, 4, 1, 1), remat, 8)
     chosen, _ = run_search(monkeypatch, start, fits, seconds)
     assert chosen == Setting((1, 16, 1, 1), "none", 4)
+
+
+def test_a_tokenizer_recomputes_its_layers_or_does_not_fit(monkeypatch):
+    """No mesh saves memory, because only the batch is split."""
+    config = dataclasses.replace(test_image_tokenizer.CONFIG, batch_size=16)
+    kind = TokenizerKind(config)
+    start = kind.setting((16, 1, 1, 1))
+    assert start == Setting((16, 1, 1, 1), False)
+    recomputing = dataclasses.replace(start, remat=True)
+    chosen, tried = run_search(monkeypatch, start, lambda s: s.remat, kind=kind)
+    assert chosen == recomputing and chosen.changes(start) == "--config.model.remat=True"
+    assert tried == [start, recomputing]
+    chosen, tried = run_search(monkeypatch, start, lambda s: False, kind=kind)
+    assert chosen is None and tried == [start, recomputing]
+    # If it fits without, it is not recomputed.
+    chosen, _ = run_search(
+        monkeypatch, recomputing, lambda s: True, lambda s: 1.0 + s.remat, kind=kind
+    )
+    assert chosen == start
+
+
+def test_an_encoder_is_split_over_fsdp_and_tensor_but_not_over_the_context(monkeypatch):
+    config = test_retrieval_encoder.tiny("", "no text tokenizer is read")
+    text = dataclasses.replace(config.model.text, vocab_size=304)
+    model = dataclasses.replace(config.model, text=text)
+    kind = EncoderKind(dataclasses.replace(config, model=model, batch_size=32))
+    start = kind.setting((16, 1, 1, 1))
+    chosen, tried = run_search(monkeypatch, start, lambda s: s.mesh[1] == 16 and s.remat, kind=kind)
+    assert chosen == Setting((1, 16, 1, 1), True)
+    _, tried = run_search(monkeypatch, start, lambda s: False, kind=kind)
+    assert {other.mesh[2] for other in tried} == {1}
+    # Two heads cannot be split over more than two devices.
+    assert {other.mesh[3] for other in tried} == {1, 2}
+    assert {other.microbatches for other in tried} == {1}

@@ -143,9 +143,10 @@ def test_a_run_of_an_older_version_resumes_without_removed_keys(tmp_path):
         check_config(tmp_path / "config.json", {"model": {"layers": 2}})
 
 
-def test_a_run_resumes_with_other_threads_but_not_with_other_data(tmp_path):
+def test_a_run_resumes_with_other_threads_and_recomputation_but_not_with_other_data(tmp_path):
     saved_config = {
         "steps": 10,
+        "model": {"layers": 2},
         "data": {"threads": 2, "mixture": [{"folder": "a", "weight": 1.0}]},
     }
     # A start without a checkpoint does not fix the configuration.
@@ -155,6 +156,8 @@ def test_a_run_resumes_with_other_threads_but_not_with_other_data(tmp_path):
     check_config(
         tmp_path / "config.json", saved_config | {"data": saved_config["data"] | {"threads": 16}}
     )
+    # The key is missing in runs of earlier versions.
+    check_config(tmp_path / "config.json", saved_config | {"model": {"layers": 2, "remat": True}})
     other = [{"folder": "a", "weight": 2.0}]
     with pytest.raises(UserError, match=r"a run with data\.mixture = .*weight.*restore the value"):
         check_config(

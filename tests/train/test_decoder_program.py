@@ -150,6 +150,9 @@ def test_loss_metrics_are_means_over_targets_of_their_kind(folder):
     program = build_program(make_config(folder))
     model = jax.jit(program.init)(jax.random.key(1)).model
     batch, vocabulary = next(iter(program.batches())), program.config.vocabulary
+    assert {name: (array.shape, array.dtype) for name, array in batch.items()} == {
+        name: (shape.shape, shape.dtype) for name, shape in program.batch_shapes().items()
+    }
     _, metrics = batch_loss(model, batch, vocabulary=vocabulary, chunk=64)
     hidden = model(batch["ids"], batch["positions"], batch["segment_ids"])
     scores = np.asarray(jax.nn.log_softmax(model.logits(hidden)))

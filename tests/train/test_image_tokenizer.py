@@ -149,6 +149,19 @@ def test_batches_are_random_square_crops_of_images_of_any_size(tmp_path):
     assert first["images"].shape == (4, 32, 32, 3) and first["images"].dtype == np.uint8
     assert len({image.tobytes() for image in first["images"]}) == 4
     np.testing.assert_array_equal(first["images"], second["images"])
+    shapes = program_of(folder).batch_shapes()
+    assert {name: (array.shape, array.dtype) for name, array in first.items()} == {
+        name: (shape.shape, shape.dtype) for name, shape in shapes.items()
+    }
+
+
+def test_a_batch_that_the_devices_cannot_share_is_refused():
+    program = TokenizerProgram(CONFIG)
+    program.check_mesh((2, 2, 1, 3))
+    with pytest.raises(
+        UserError, match=r"batch_size is 4; it must be a multiple of data x fsdp, 6"
+    ):
+        program.check_mesh((2, 3, 1, 1))
 
 
 def test_batches_resume_exactly_from_a_saved_position(tmp_path):

@@ -178,11 +178,36 @@ def test_a_vocabulary_size_that_does_not_fit_the_tokenizer_is_refused(program):
     values = configuration.to_dict(program.config)
     values["model"]["text"]["vocab_size"] = 1000
     size = program.text.size
+    other = EncoderProgram(configuration.build(EncoderConfig, values))
     with pytest.raises(UserError, match=rf"vocab_size is 1000; .* {size} entries, .* {size + 3}"):
-        EncoderProgram(configuration.build(EncoderConfig, values))
+        other.batches()
     del values["model"]["text"]["vocab_size"]
     config = EncoderProgram(configuration.build(EncoderConfig, values)).config
     assert config.model.text.vocab_size == size + 3
+
+
+def test_a_program_with_a_vocabulary_size_needs_its_text_tokenizer_only_for_batches(program):
+    """`leon plan` builds the program without data."""
+    data = dataclasses.replace(program.config.data, text="nowhere.json")
+    other = EncoderProgram(dataclasses.replace(program.config, data=data))
+    batch = next(iter(program.batches()))
+    assert {name: (array.shape, array.dtype) for name, array in batch.items()} == {
+        name: (shape.shape, shape.dtype) for name, shape in other.batch_shapes().items()
+    }
+    jax.eval_shape(other.init, jax.random.key(0))
+    with pytest.raises(UserError, match=r"cannot read the text tokenizer nowhere\.json"):
+        other.batches()
+
+
+def test_a_mesh_that_cannot_split_the_batch_or_a_tower_is_refused(program):
+    """The batch has 8 rows; both towers have the width 16 and two heads."""
+    program.check_mesh((2, 4, 3, 2))
+    for mesh, message in (
+        ((3, 1, 1, 1), "config.batch_size is 8; it must be a multiple of data x fsdp, 3"),
+        ((1, 1, 1, 4), "config.model.vision.heads is 2; it must be a multiple of tensor, 4"),
+    ):
+        with pytest.raises(UserError, match=message):
+            program.check_mesh(mesh)
 
 
 def test_a_batch_larger_than_the_data_is_refused(program):
