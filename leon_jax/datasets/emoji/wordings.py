@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from leon_jax.datasets.emoji.captions import LANGUAGES, clean, names
 from leon_jax.datasets.emoji.designs import Design, concept_of, import_package
@@ -27,6 +27,7 @@ _SHORT, _LONG = 2, 3  # tags of a caption
 _COLON = re.compile(r"\s*[:：]\s*")
 # Words with a vowel letter that begin with a consonant, and so take "a".
 _CONSONANT_SOUND = ("uni", "us", "eu", "one", "ut")
+_PLURALS = ("people", "men", "women")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,14 +43,15 @@ class Tags:
     detail: str
 
 
-def english(folder: str | os.PathLike, concept: str) -> tuple[str, ...]:
+def english(folder: str | os.PathLike, design: Design, concept: str) -> tuple[str, ...]:
     """Returns English wordings for a concept besides its name, at most five.
 
     They are the name with an article ("a grinning cat"), other names ("smiley cat"), two tags
-    ("smiling cat") and three tags ("cat, smile, animal").
+    ("smiling, cat") and three tags ("cat, smile, animal"). The tags differ from design to design.
 
     Args:
       folder: the folder of the npm packages.
+      design: one of `ALL_DESIGNS`.
       concept: a concept of `captions.names`.
 
     Raises:
@@ -58,7 +60,7 @@ def english(folder: str | os.PathLike, concept: str) -> tuple[str, ...]:
     name = names()[concept]["en"]
     found = [with_article(name), *_aliases().get(concept, ())[:_ALIASES]]
     tags = read_tags(os.fspath(folder), "en").get(concept)
-    found += [_tag_text(concept, tags, _SHORT, " "), _tag_text(concept, tags, _LONG, ", ")]
+    found += [_tag_text(design, concept, tags, count) for count in (_SHORT, _LONG)]
     return tuple(text for text in dict.fromkeys(found) if text and text != name)
 
 
@@ -76,7 +78,7 @@ def train_name(folder: str | os.PathLike, design: Design, concept: str) -> tuple
         number = int(fraction("language", design.name, concept) * len(LANGUAGES))
         language = LANGUAGES[number] if LANGUAGES[number] in by_language else "en"
         return language, by_language[language]
-    others = english(folder, concept)
+    others = english(folder, design, concept)
     if share < 0.5 and others:
         return "en", others[int(fraction("words", design.name, concept) * len(others))]
     return "en", by_language["en"]
@@ -105,12 +107,12 @@ def captions(folder: str | os.PathLike, design: Design, concept: str, name: str)
         key=lambda language: fraction("names", concept, language),
     )
     start = ALL_DESIGNS.index(design) * _NAMES_PER_DESIGN
-    others = [by_language["en"], *english(folder, concept)]
+    others = [by_language["en"], *english(folder, design, concept)]
     for language in languages[start : start + _NAMES_PER_DESIGN]:
         others.append(by_language[language])
         if language in TAG_LANGUAGES:
             tags = read_tags(os.fspath(folder), language).get(concept)
-            others.append(_tag_text(concept, tags, _SHORT, ", "))
+            others.append(_tag_text(design, concept, tags, _SHORT))
     others = [text for text in dict.fromkeys(others) if text and text != name]
     styled = [f"{name}, {other.style}" for other in ALL_DESIGNS]
     return (*([name] * len(ALL_DESIGNS)), *styled, *others)[:MAX_CAPTIONS]
@@ -119,13 +121,14 @@ def captions(folder: str | os.PathLike, design: Design, concept: str, name: str)
 def with_article(name: str) -> str:
     """Returns a name with "a" or "an", or "" if the name takes no article.
 
-    Proper names (in upper case), numbers and plurals take none.
+    Proper names (in upper case), names with numbers, and plurals take none.
 
     >>> with_article("red heart"), with_article("umbrella"), with_article("glasses")
     ('a red heart', 'an umbrella', '')
     """
     is_plural = name.endswith("s") and not name.endswith(("ss", "us"))
-    if not name[:1].isalpha() or not name[0].islower() or is_plural:
+    is_plural = is_plural or name.startswith(_PLURALS)
+    if is_plural or not name[:1].islower() or any(map(str.isdigit, name)):
         return ""
     vowel = name[0] in "aeiou" and not name.startswith(_CONSONANT_SOUND)
     return f"{'an' if vowel else 'a'} {name}"
@@ -162,18 +165,21 @@ def _aliases() -> dict[str, list[str]]:
 
 
 def _is_word(text: str) -> bool:
-    """Tells whether a tag or short name is made of letters, and is no abbreviation."""
+    """Tells whether a tag or short name is made of letters, and is no abbreviation.
+
+    Without a vowel it is one, such as "ttyl".
+    """
     letters = re.sub(r"[ '-]", "", text)
-    return letters.isalpha() and (len(letters) > 2 or not letters.isascii())
+    is_short = letters.isascii() and (len(letters) < 3 or not set(letters) & set("aeiou"))
+    return letters.isalpha() and not is_short
 
 
-def _tag_text(concept: str, tags: Tags | None, count: int, separator: str) -> str:
+def _tag_text(design: Design, concept: str, tags: Tags | None, count: int) -> str:
     """Returns some tags of a concept as one text, or "" if it has too few."""
     if tags is None or len(tags.words) < count:
         return ""
-    # Each number of tags has an order of its own.
-    words: Sequence[str] = sorted(
-        tags.words, key=lambda word: fraction("tag", str(count), concept, word)
+    # Each design and each number of tags has an order of its own.
+    words = sorted(
+        tags.words, key=lambda word: fraction("tag", str(count), design.name, concept, word)
     )
-    text = separator.join(words[:count])
-    return f"{text}, {tags.detail}" if tags.detail else text
+    return ", ".join((*words[:count], tags.detail) if tags.detail else words[:count])
