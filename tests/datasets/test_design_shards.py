@@ -23,7 +23,7 @@ from leon_jax.prepare.config import PrepareConfig
 from tests.datasets import npm_packages
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-CONCEPTS = ("1F63A", "1F431", "2764")
+CONCEPTS = ("1F3E0", "1F431", "2764")
 
 
 @pytest.fixture

@@ -31,6 +31,7 @@ from leon_jax.datasets.emoji.npm_designs import (
     ALL_DESIGNS,
     NPM_DESIGNS,
     PACKAGES,
+    NpmDesign,
     check_packages,
     concepts,
     render,
@@ -220,10 +221,14 @@ def _held_out_designs(keys: Iterable[str]) -> dict[str, tuple[str, ...]]:
 def _split_of(design: Design, unseen_design: Mapping[str, tuple[str, ...]]) -> Callable[[str], str]:
     """Returns a function from a concept to the split of its image in this design.
 
-    Families decide, so that nearly identical concepts are in one split.
+    Families decide, so that nearly identical concepts are in one split. What one design of an
+    artist holds out, no other design of the artist trains on.
     """
     recorded = splits.load_splits()
-    held_out = {TWEMOJI.name: recorded.unseen_design, **unseen_design}.get(design.name, ())
+    held_out = recorded.unseen_design if design == TWEMOJI else ()
+    if isinstance(design, NpmDesign):
+        alike = (other.name for other in NPM_DESIGNS if other.artist == design.artist)
+        held_out = tuple(concept for name in alike for concept in unseen_design[name])
     by_split = {"unseen_concept": recorded.unseen_concept, "unseen_design": held_out}
     families = {
         split: {recorded.family(concept) for concept in concepts}
