@@ -6,9 +6,9 @@ r"""Collects image-text pairs into a documents folder for training and retrieval
     leon prepare
 
 A source is [SPLIT=]KIND:PATH. KIND is folder (of images with captions beside them), jsonl,
-webdataset, parquet, tfds, huggingface or emoji. All splits but train are held out. In a source
-without a split name, the share --held_out of the documents is held out. A config file can name the
-sources and all other settings instead (see configs/prepare.py).
+webdataset, parquet, tfds, huggingface, emoji or emoji_designs. All splits but train are held out.
+In a source without a split name, the share --held_out of the documents is held out. A config file
+can name the sources and all other settings instead (see configs/prepare.py).
 
 The tokenizers and the encoder train on the documents folder. `leon encode` then adds codes, vectors
 and neighbours, which the decoder and retrieval need. With --tokenizer, --encoder or --text this
