@@ -101,6 +101,12 @@ class DecoderTraining:
             raise UserError(
                 f"data.image_shape is {self.data.image_shape}; it must be rows and columns"
             )
+        form, columns = self.model.form, self.data.image_shape[1]
+        if form.positions == "rotary_2d" and form.image_columns != columns:
+            raise UserError(
+                f"model.form.image_columns is {form.image_columns}; it must be the columns of "
+                f"data.image_shape, {columns}"
+            )
         for name in ("loss_chunk", "microbatches"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
