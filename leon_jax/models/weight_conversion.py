@@ -45,7 +45,7 @@ def convert_weights(decoder: Decoder, dtype: WeightType) -> Decoder:
     """
     converted = nnx.clone(decoder)
     floating = decoder.config.dtype if dtype == "int8" else dtype
-    for name, weight in vars(converted).items():
+    for name, weight in list(vars(converted).items()):
         if isinstance(weight, nnx.Param):
             setattr(converted, name, nnx.Param(weight[...].astype(floating)))
     for stack in converted.stacks:

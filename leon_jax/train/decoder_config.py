@@ -107,6 +107,11 @@ class DecoderTraining:
                 f"model.form.image_columns is {form.image_columns}; it must be the columns of "
                 f"data.image_shape, {columns}"
             )
+        if form.positions == "rotary_2d" and self.data.packing == "stream":
+            raise UserError(
+                'data.packing is "stream", which cuts images, but model.form.positions="rotary_2d" '
+                'needs whole images; set data.packing to "whole"'
+            )
         for name in ("loss_chunk", "microbatches"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")

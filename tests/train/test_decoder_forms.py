@@ -135,6 +135,9 @@ def test_columns_of_the_grid_are_those_of_the_images():
     config = training("grid")
     with pytest.raises(UserError, match=r"model\.form\.image_columns is 3; .* 4"):
         dataclasses.replace(config, data=DataConfig(image_shape=(2, 4), length=16))
+    with pytest.raises(UserError, match=r"is .stream., which cuts images"):
+        stream = DataConfig(image_shape=(2, 3), length=16, packing="stream")
+        dataclasses.replace(config, data=stream)
     plain = dataclasses.replace(config.model, form=Form())
     dataclasses.replace(config, model=plain, data=DataConfig(image_shape=(2, 4), length=16))
 
