@@ -81,11 +81,11 @@ class Form:
     def __post_init__(self):
         for name in ("norm_epsilon", "rotary_base"):
             if getattr(self, name) <= 0:
-                raise UserError(f"form.{name} is {getattr(self, name)}; it must be above 0")
+                raise UserError(f"{name} is {getattr(self, name)}; it must be above 0")
         if self.positions == "rotary_2d" and self.image_columns < 1:
             raise UserError(
-                f"form.image_columns is {self.image_columns}; positions on a grid need the number "
-                "of tokens in a row of an image"
+                f"image_columns is {self.image_columns}; rotary_2d needs the number of tokens in a "
+                "row of an image"
             )
 
 
