@@ -16,7 +16,8 @@ from leon_jax.config import to_dict
 from leon_jax.data.sources.raw_record import SourceConfig
 from leon_jax.documents import Document, Image, Provenance, Text
 from leon_jax.models.clip import CLIPConfig, TextConfig, VisionConfig, create
-from leon_jax.models.decoder import Decoder, DecoderConfig
+from leon_jax.models.decoder import Decoder
+from leon_jax.models.decoder_config import DecoderConfig
 from leon_jax.models.vqgan import VQGAN, VQGANConfig
 from leon_jax.prepare import prepare
 from leon_jax.prepare.config import DuplicatesConfig, PrepareConfig

@@ -18,7 +18,8 @@ from leon_jax import sharding
 from leon_jax.engine.grammar import IMAGE, TEXT, Grammar, GrammarState, max_new_tokens
 from leon_jax.engine.kv_cache import CacheDtype, KVCache, valid_slots
 from leon_jax.engine.sampling_params import BatchedParams
-from leon_jax.models.decoder import Decoder, DecoderConfig
+from leon_jax.models.decoder import Decoder
+from leon_jax.models.decoder_config import DecoderConfig
 from leon_jax.vocabulary import Vocabulary
 
 # The axes of new tokens and of spans are rounded up to multiples of these sizes, so that few
@@ -171,7 +172,9 @@ def prefill(
       rows: the inputs of all rows. Only those of the groups with new prompts are used.
     """
     is_new = (source >= 0)[:, None]
-    hidden, positions, cells, caches = [], [], [], []
+    hidden, caches = [], []
+    positions: list[Array] = []
+    cells: list[Array] = []
     for stream, prompt in enumerate(prompts):
         states, keys, values = decoder.prefill(prompt.ids, prompt.positions, prompt.cells)
         is_last = jnp.arange(prompt.ids.shape[1]) == prompt.lengths[:, None] - 1

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from leon_jax import sharding
-from leon_jax.models.decoder import DecoderConfig
+from leon_jax.models.decoder_config import DecoderConfig
 from leon_jax.ops import int8
 from leon_jax.ops.attention import CachedArray, LayerCache
 

@@ -238,13 +238,13 @@ def layer_weights(config: DecoderConfig) -> dict[str, Weight]:
     for name, shape in (("query", queries), ("key", keys), ("value", keys)):
         if form.qkv_bias:
             weights[f"{name}_bias"] = Weight(shape, heads, "zeros")
+    # Without parameters by head, the axis of heads is missing.
+    first = 0 if form.qk_norm_by_head else 1
     for name, shape in (("query", queries), ("key", keys)):
-        if not form.qk_norm_by_head:
-            shape = shape[1:]
         if form.qk_norm != "none":
-            weights[f"{name}_norm_scale"] = Weight(shape, heads[-len(shape) :], "ones")
+            weights[f"{name}_norm_scale"] = Weight(shape[first:], heads[first:], "ones")
         if form.qk_norm == "layer":
-            weights[f"{name}_norm_bias"] = Weight(shape, heads[-len(shape) :], "zeros")
+            weights[f"{name}_norm_bias"] = Weight(shape[first:], heads[first:], "zeros")
     if form.out_bias:
         weights["out_bias"] = Weight((embed,), ("embed",), "zeros")
     if form.mlp_bias:

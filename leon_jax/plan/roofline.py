@@ -10,7 +10,7 @@ Letters: E embed, K width of all keys, F mlp, V vocab, T length.
 import dataclasses
 
 from leon_jax.engine.kv_cache import CacheDtype
-from leon_jax.models.decoder import DecoderConfig
+from leon_jax.models.decoder_config import DecoderConfig
 from leon_jax.models.weight_conversion import WeightType
 from leon_jax.ops.attention import BLOCKS
 

@@ -6,7 +6,7 @@ import math
 from leon_jax.config import UserError
 from leon_jax.data.config import DataConfig
 from leon_jax.data.masking import MaskingConfig
-from leon_jax.models.decoder import DecoderConfig
+from leon_jax.models.decoder_config import DecoderConfig
 from leon_jax.train.optimizer import OptimizerConfig
 from leon_jax.train.state import rows_of_shard
 from leon_jax.vocabulary import Vocabulary

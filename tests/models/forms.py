@@ -4,8 +4,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from leon_jax.models.decoder import Decoder, DecoderConfig
-from leon_jax.models.decoder_config import Form
+from leon_jax.models.decoder import Decoder
+from leon_jax.models.decoder_config import DecoderConfig, Form
 from tests.tiny import randomise
 
 LLAMA = {

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from leon_jax.models.decoder import Decoder, DecoderConfig
-from leon_jax.models.decoder_config import Form
+from leon_jax.models.decoder import Decoder
+from leon_jax.models.decoder_config import DecoderConfig, Form
 from tests import peers
 from tests.models.opt_weights import to_opt
 
@@ -51,7 +51,7 @@ def test_decoder_equals_opt(form):
     logits = jax.jit(lambda model, ids: model.logits(model(ids)))(model, jnp.asarray(ids))
     np.testing.assert_allclose(logits, expected["logits"], atol=1e-4, rtol=0)
     # The comparison is only meaningful if the logits are not all near zero.
-    assert np.std(expected["logits"]) > 0.5
+    assert np.std(expected["logits"]) > 0.3
 
     gradients = to_opt(jax.jit(jax.grad(next_token_loss))(model, jnp.asarray(ids)))
     assert {f"gradient.{name}" for name in gradients} == set(expected) - {"logits"}

@@ -48,7 +48,7 @@ def test_a_form_equals_its_model_in_transformers(name):
     logits = jax.jit(lambda model, ids: model.logits(model(ids)))(model, ids)
     np.testing.assert_allclose(logits, expected["logits"], atol=1e-4, rtol=0)
     # The comparison is only meaningful if the logits are not all near zero.
-    assert np.std(expected["logits"]) > 0.2
+    assert np.std(expected["logits"]) > 0.1
 
     gradients = to_llama(jax.jit(jax.grad(next_token_loss))(model, ids))
     assert {f"gradient.{name}" for name in gradients} == set(expected) - {"logits", "layer"}

@@ -14,8 +14,8 @@ from flax import nnx
 
 from leon_jax import sharding
 from leon_jax.config import ConfigError, UserError, build, to_dict
-from leon_jax.models.decoder import Decoder, DecoderConfig
-from leon_jax.models.decoder_config import Form, layer_weights
+from leon_jax.models.decoder import Decoder
+from leon_jax.models.decoder_config import DecoderConfig, Form, layer_weights
 from leon_jax.models.weight_conversion import convert_weights, unstack
 from leon_jax.ops.attention import CachedArray, LayerCache
 from leon_jax.weight_files import flatten, load, restore, save

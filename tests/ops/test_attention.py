@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from leon_jax.models.decoder import Decoder, DecoderConfig
+from leon_jax.models.decoder import Decoder
+from leon_jax.models.decoder_config import DecoderConfig
 from leon_jax.ops.attention import (
     CachedArray,
     LayerCache,

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from leon_jax.models.decoder import Decoder, DecoderConfig
-from leon_jax.models.decoder_config import Form
+from leon_jax.models.decoder import Decoder
+from leon_jax.models.decoder_config import DecoderConfig, Form
 from leon_jax.ops.attention import CachedArray, LayerCache
 from leon_jax.plan import roofline
 from leon_jax.plan.roofline import training_flops, training_work
