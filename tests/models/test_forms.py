@@ -22,6 +22,12 @@ from leon_jax.weight_files import flatten, load, restore, save
 from tests.models import forms
 
 NAMES = list(forms.FORMS)
+states = jax.jit(Decoder.__call__)
+
+
+@jax.jit
+def logits(model, ids, cells):
+    return model.logits(model(ids, cells=cells))
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -64,22 +70,27 @@ def test_operations_are_six_for_each_weight_of_a_product():
 @pytest.mark.parametrize("name", NAMES)
 def test_at_step_zero_every_layer_is_the_identity(name):
     config = forms.config(name)
-    decoder = Decoder(config, rngs=nnx.Rngs(0))
+    decoder = jax.jit(lambda: Decoder(config, rngs=nnx.Rngs(0)))()
     ids, cells = forms.random_ids()
-    x = decoder._embed(jnp.asarray(ids), jnp.broadcast_to(jnp.arange(12), ids.shape))
-    np.testing.assert_array_equal(decoder(ids, cells=cells), decoder._final_norm(x))
+
+    @jax.jit
+    def without_layers(decoder):
+        return decoder._final_norm(decoder._embed(ids, jnp.broadcast_to(jnp.arange(12), ids.shape)))
+
+    hidden = states(decoder, ids, None, None, cells)
+    np.testing.assert_allclose(hidden, without_layers(decoder), atol=1e-6)
 
 
 def test_decode_steps_equal_the_whole_sequence(model):
     """Rows of different prompt lengths, of which one ends inside an image."""
     ids, cells = forms.random_ids(rows=3)
-    whole = np.asarray(model(ids, cells=cells))
+    whole = np.asarray(states(model, ids, None, None, cells))
     lengths = np.array([2, 5, 3])
     is_prompt = np.arange(5) < lengths[:, None]
     padded, padded_cells = (
         np.where(is_prompt, each[:, :5], padding) for each, padding in ((ids, 1), (cells, -1))
     )
-    hidden, (keys,), (values,) = model.prefill(padded, cells=padded_cells)
+    hidden, (keys,), (values,) = jax.jit(Decoder.prefill)(model, padded, None, padded_cells)
     for row, length in enumerate(lengths):
         np.testing.assert_allclose(hidden[row, :length], whole[row, :length], atol=1e-4)
     assert keys.shape == (2, 3, model.config.key_heads, 5, 8)
@@ -121,15 +132,14 @@ def test_remat_does_not_change_the_gradients(model, remat):
 
 def test_unstacked_layers_compute_the_same(model):
     ids, cells = forms.random_ids()
-    run = jax.jit(lambda model: model.logits(model(ids, cells=cells)))
-    np.testing.assert_array_equal(run(unstack(model)), run(model))
+    expected = logits(model, ids, cells)
+    np.testing.assert_array_equal(logits(unstack(model), ids, cells), expected)
 
 
 def test_weights_in_eight_bits_are_nearly_the_same(model):
     ids, cells = forms.random_ids()
-    run = jax.jit(lambda model: model.logits(model(ids, cells=cells)))
-    small, exact = convert_weights(model, "int8"), np.asarray(run(model))
-    assert np.std(run(small) - exact) < 0.05 * np.std(exact)
+    small, exact = convert_weights(model, "int8"), np.asarray(logits(model, ids, cells))
+    assert np.std(logits(small, ids, cells) - exact) < 0.05 * np.std(exact)
     products = [weight for weight in layer_weights(model.config).values() if weight.summed]
     arrays = flatten(small.blocks)
     assert sum(array.dtype == jnp.int8 for array in arrays.values()) == len(products)
@@ -143,9 +153,9 @@ def test_bfloat16_compute_is_close_to_float32(model):
     small = jax.tree.map(lambda x: 0.3 * x, model)
     half = nnx.clone(small)
     half.config = dataclasses.replace(model.config, dtype="bfloat16")
-    hidden, exact = half(ids, cells=cells), np.asarray(small(ids, cells=cells))
+    hidden, exact = (states(each, ids, None, None, cells) for each in (half, small))
     assert hidden.dtype == jnp.bfloat16
-    error = np.asarray(hidden, np.float32) - exact
+    error = hidden.astype(jnp.float32) - exact
     assert np.std(error) < 0.03 * np.std(exact)
 
 
@@ -168,8 +178,9 @@ def test_the_default_form_is_not_written_to_files():
 def test_a_rotated_token_does_not_depend_on_where_the_sequence_begins():
     model, (ids, _) = forms.decoder("llama"), forms.random_ids()
     positions = np.broadcast_to(np.arange(12, dtype=np.int32), ids.shape)
-    np.testing.assert_allclose(model(ids), model(ids, positions + 100), atol=1e-4)
-    assert np.abs(model(ids) - model(ids, 2 * positions)).max() > 1e-2
+    hidden = states(model, ids, positions)
+    np.testing.assert_allclose(states(model, ids, positions + 100), hidden, atol=1e-4)
+    assert np.abs(states(model, ids, 2 * positions) - hidden).max() > 1e-2
 
 
 @pytest.mark.parametrize(
