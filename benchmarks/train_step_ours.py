@@ -13,7 +13,7 @@ from benchmarks.shapes import OPTIMIZER, Shape
 from benchmarks.turns import ROOT, serve
 from leon_jax import sharding
 from leon_jax.data.config import DataConfig
-from leon_jax.models.decoder import DecoderConfig
+from leon_jax.models.decoder_config import DecoderConfig
 from leon_jax.train import peak_flops
 from leon_jax.train.decoder import DecoderProgram
 from leon_jax.train.decoder_config import DecoderTraining

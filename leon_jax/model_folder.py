@@ -19,7 +19,8 @@ from jaxtyping import Int
 from leon_jax import __version__, model_archive, model_description, weight_digests, weight_files
 from leon_jax.config import UserError, build
 from leon_jax.model_description import GenerationDefaults, IndexAddress, ModelDescription
-from leon_jax.models.decoder import Decoder, DecoderConfig
+from leon_jax.models.decoder import Decoder
+from leon_jax.models.decoder_config import DecoderConfig
 from leon_jax.models.weight_conversion import WeightType, convert_weights, unstack
 from leon_jax.tokenizers.documents import DocumentTokenizer
 from leon_jax.tokenizers.text import TextTokenizer

@@ -36,8 +36,9 @@ GRAMMARS = [IMAGE, (TextSpan.infill(VOCABULARY, 9),), (TextSpan.causal(VOCABULAR
            INFILLS]  # fmt: skip
 
 
-def make(part_step: int = 1, slots: int = 16) -> Engine:
-    decoder = random_decoder(VOCABULARY.size, max_length=64, part_step=part_step)
+def make(part_step: int = 1, slots: int = 16, **options) -> Engine:
+    """A small engine; `options` are other fields of `DecoderConfig`."""
+    decoder = random_decoder(VOCABULARY.size, max_length=64, part_step=part_step, **options)
     return Engine(decoder, VOCABULARY, buckets=(8, 16), slots=slots)
 
 
@@ -65,12 +66,14 @@ def oracle(engine: Engine, ids: np.ndarray) -> np.ndarray:
     padded = np.pad(ids, (0, engine.context - len(ids)))
     positions = VOCABULARY.positions(padded, engine.decoder.config.part_step)
     positions = jnp.asarray(positions.clip(max=engine.context - 1))[None]
-    return np.asarray(forward(engine.decoder, jnp.asarray(padded)[None], positions))[0, : len(ids)]
+    cells = jnp.asarray(VOCABULARY.cells(padded))[None]
+    logits = forward(engine.decoder, jnp.asarray(padded)[None], positions, cells)
+    return np.asarray(logits)[0, : len(ids)]
 
 
 @jax.jit
-def forward(decoder, ids, positions):
-    return decoder.logits(decoder(ids, positions))
+def forward(decoder, ids, positions, cells):
+    return decoder.logits(decoder(ids, positions, cells=cells))
 
 
 def log_softmax(x: np.ndarray) -> np.ndarray:

@@ -14,7 +14,8 @@ from scipy import stats
 
 from leon_jax import sharding
 from leon_jax.config import UserError, build, to_dict
-from leon_jax.models.decoder import Decoder, DecoderConfig
+from leon_jax.models.decoder import Decoder
+from leon_jax.models.decoder_config import DecoderConfig
 from leon_jax.models.weight_conversion import convert_weights, unstack, weight_dtype
 from leon_jax.ops.attention import CachedArray, LayerCache
 from leon_jax.vocabulary import Vocabulary
