@@ -393,10 +393,10 @@ def feed_tokens(
         hidden, keys, values = read(1)
     else:
         # Only guidance uses the other streams. They are not computed after the last guided id.
-        is_image = grammar.current.kind == IMAGE
+        in_image = grammar.current.kind == IMAGE
         is_later = jnp.arange(grammar.kind.shape[-1]) > grammar.span[..., None]
         has_later_image = ((grammar.kind == IMAGE) & is_later).any(axis=-1)
-        used = jnp.where(is_image, grammar.used, 2**30)
+        used = jnp.where(in_image, grammar.used, 2**30)
         needed = state.params.needs_guidance(used, has_later_image)
         hidden, keys, values = jax.lax.cond(needed.any(), lambda: read(streams), lambda: read(1))
     # The barrier puts all reads of the caches before the writes, so that the writes are in place.

@@ -337,7 +337,7 @@ def cached_attention(
     shape, is_shared = q.shape, q.shape[2] != k.shape[2]
     # Axes of the query heads, which come before those of slots or dimensions.
     h, sharding = ("hr" if is_shared else "h"), jax.P(group, sample, heads, None)
-    q = q * q.shape[-1] ** -0.5
+    q = jnp.asarray(q) * q.shape[-1] ** -0.5
     if is_shared:
         sharding = jax.P(group, sample, heads, None, None)
         q = q.reshape(*k.shape[:3], -1, k.shape[3], out_sharding=sharding)
