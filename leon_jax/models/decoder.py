@@ -27,6 +27,7 @@ from jaxtyping import Array, Float, Int
 from leon_jax.config import UserError
 from leon_jax.models.int8_weight import product
 from leon_jax.ops.attention import SAVED, Implementation, LayerCache, attention, cached_attention
+from leon_jax.ops.products import Products, operand_dtype
 from leon_jax.sharding import RULES, spec
 
 # The embedding row that starts as zeros: `leon_jax.vocabulary.Vocabulary.pad`.
@@ -49,6 +50,8 @@ class DecoderConfig:
       heads: number of attention heads.
       mlp: hidden width of the MLP.
       dtype: compute dtype. The weights are float32.
+      products: dtype of the operands of the products in training and likelihoods: "dtype",
+        "bfloat16" with float32 sums, or "auto" (see `leon_jax.ops.products.operand_dtype`).
       remat: what the backward pass recomputes inside a layer: nothing ("none"), everything except
         the products with weights ("dots"), everything except the attention's result
         ("attention"), or everything ("full").
@@ -76,6 +79,7 @@ class DecoderConfig:
     heads: int
     mlp: int
     dtype: Literal["float32", "bfloat16"] = "float32"
+    products: Products = "dtype"
     remat: Literal["none", "dots", "attention", "full"] = "none"
     attention: Implementation = "auto"
     init_std: float = 0.006
@@ -141,39 +145,41 @@ class Blocks(nnx.Module):
         self.fc1 = weight(normal, (embed, mlp), "weight_embed", "mlp")
         self.fc2 = weight(zeros, (mlp, embed), "mlp", "weight_embed")
 
-    def __call__(self, x: Float[Array, "*lead embed"], attend: Attend):
+    def __call__(self, x: Float[Array, "*lead embed"], attend: Attend, operands=None):
         """Runs one layer: x + attention(norm(x)), then x + mlp(norm(x)).
 
         Args:
           x: the residual stream.
           attend: maps (query, key, value), each [*lead, heads, head_dim], to the attended values,
             [*lead, heads, head_dim].
+          operands: dtype of the operands of the products with weights; None: that of x.
 
         Returns:
           The new residual stream, and (key, value).
         """
-        q, k, v = self.qkv(_norm(x))
-        x = x + self.output(attend(q, k, v))
-        x = x + self.mlp(_norm(x))
+        q, k, v = self.qkv(_norm(x), operands)
+        x = x + self.output(attend(q, k, v), operands)
+        x = x + self.mlp(_norm(x), operands)
         return x, (k, v)
 
-    def qkv(self, x: Float[Array, "*lead embed"]):
+    def qkv(self, x: Float[Array, "*lead embed"], operands=None):
         """Returns (query, key, value), each [*lead, heads, head_dim]."""
         sharding = jax.P(*_lead(x), *spec("heads", "head_dim"))
         return tuple(
-            product("...d,dhk->...hk", x, weight, sharding)
+            product("...d,dhk->...hk", x, weight, sharding, operands)
             for weight in (self.query, self.key, self.value)
         )
 
-    def output(self, attended: Float[Array, "*lead heads head_dim"]) -> Float[Array, "*lead embed"]:
+    def output(self, attended: Float[Array, "*lead heads head_dim"], operands=None):
         """Projects the attended values of all heads to the width of the model."""
         sharding = jax.P(*_lead(attended, 2), None)
-        return product("...hk,hkd->...d", attended, self.out, sharding)
+        return product("...hk,hkd->...d", attended, self.out, sharding, operands)
 
-    def mlp(self, x: Float[Array, "*lead embed"]) -> Float[Array, "*lead embed"]:
+    def mlp(self, x: Float[Array, "*lead embed"], operands=None) -> Float[Array, "*lead embed"]:
         """Runs the MLP: two products with a ReLU between them."""
-        hidden = product("...d,df->...f", x, self.fc1, jax.P(*_lead(x), *spec("mlp")))
-        return product("...f,fd->...d", jax.nn.relu(hidden), self.fc2, jax.P(*_lead(x), None))
+        wide, narrow = jax.P(*_lead(x), *spec("mlp")), jax.P(*_lead(x), None)
+        hidden = product("...d,df->...f", x, self.fc1, wide, operands)
+        return product("...f,fd->...d", jax.nn.relu(hidden), self.fc2, narrow, operands)
 
 
 class Decoder(nnx.Module):
@@ -201,6 +207,11 @@ class Decoder(nnx.Module):
         self.blocks: Blocks | nnx.List = Blocks(config, rngs=rngs)
 
     @property
+    def operands(self) -> jnp.dtype:
+        """The dtype of the operands of the products in training and in likelihoods."""
+        return operand_dtype(self.config.products, self.config.dtype)
+
+    @property
     def stacks(self) -> list[Blocks]:
         """The stacks of layers in order: one with all layers or, after `unstack`, one for each."""
         return [self.blocks] if isinstance(self.blocks, Blocks) else list(self.blocks)
@@ -222,12 +233,15 @@ class Decoder(nnx.Module):
         Raises:
           ValueError: rows are longer than `max_length` without explicit positions.
         """
+        kind, operands = self.config.attention, self.operands
 
         def attend(q, k, v):
-            return attention(q, k, v, segment_ids=segment_ids, implementation=self.config.attention)
+            return attention(
+                q, k, v, segment_ids=segment_ids, implementation=kind, operands=operands
+            )
 
         def layer(x, blocks):
-            x, _ = blocks(x, attend)
+            x, _ = blocks(x, attend, operands)
             return x, None
 
         x = self._embed(ids, positions)

@@ -19,7 +19,10 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Num
+
+from leon_jax.ops import products
 
 # The score of a masked key. It is finite, so that a row without visible keys gives no NaN.
 _MASKED = -1e30
@@ -42,6 +45,7 @@ def attention(
     segment_ids: Int[Array, "batch length"] | None = None,
     causal: bool = True,
     implementation: Implementation = "auto",
+    operands: DTypeLike | None = None,
 ) -> Float[Array, "batch length heads head_dim"]:
     """Computes softmax(q k^T / sqrt(head_dim)) v, with the softmax in float32.
 
@@ -51,6 +55,8 @@ def attention(
         one segment.
       causal: position i attends only to positions 0..i.
       implementation: the implementation; "auto": see `choose`.
+      operands: dtype of the operands of the products in `xla` and `blocked` (see
+        `leon_jax.ops.products`); None: that of `q`. The other implementations do not use it.
 
     For example, causal with segment ids [1, 1, 2, 2], a query (row) attends to the keys (columns)
 
@@ -61,7 +67,9 @@ def attention(
     """
     if implementation == "auto":
         implementation = choose(q)
-    run = {"xla": xla, "blocked": blocked, "splash": splash, "cudnn": cudnn}[implementation]
+    in_xla = functools.partial(xla, operands=operands)
+    in_blocks = functools.partial(blocked, operands=operands)
+    run = {"xla": in_xla, "blocked": in_blocks, "splash": splash, "cudnn": cudnn}[implementation]
     attended = run(q, k, v, segment_ids=segment_ids, causal=causal)
     # Splash names its saved values itself. A second name here would save the result twice.
     return attended if implementation == "splash" else checkpoint_name(attended, SAVED)
@@ -90,15 +98,17 @@ def xla(
     *,
     segment_ids: Int[Array, "batch length"] | None = None,
     causal: bool = True,
+    operands: DTypeLike | None = None,
 ) -> Float[Array, "batch length heads head_dim"]:
     """Computes `attention` by its formula, with all scores in memory: the reference."""
     batch, length, heads, _ = _spec(q)
     k, v = (jax.reshard(x, jax.P(batch, None, heads, None)) for x in (k, v))
-    logits = jnp.einsum(
+    logits = products.einsum(
         "bthk,bshk->bhts",
         q * q.shape[-1] ** -0.5,
         k,
-        preferred_element_type=jnp.float32,
+        operands,
+        out_dtype=jnp.float32,
         out_sharding=jax.P(batch, heads, length, None),
     )
     if causal:
@@ -111,7 +121,7 @@ def xla(
         logits = jnp.where(same, logits, _MASKED)
     probabilities = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
     sharding = jax.P(batch, length, heads, None)
-    return jnp.einsum("bhts,bshk->bthk", probabilities, v, out_sharding=sharding)
+    return products.einsum("bhts,bshk->bthk", probabilities, v, operands, out_sharding=sharding)
 
 
 def blocked(
@@ -121,6 +131,7 @@ def blocked(
     *,
     segment_ids: Int[Array, "batch length"] | None = None,
     causal: bool = True,
+    operands: DTypeLike | None = None,
 ) -> Float[Array, "batch length heads head_dim"]:
     """Computes `attention` in blocks of queries.
 
@@ -140,12 +151,12 @@ def blocked(
 
     @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=0)
     def attend(start, q, k, v, query_segments, key_segments):
-        scores = jnp.einsum("bhtk,bhsk->bhts", q, k, preferred_element_type=jnp.float32)
+        scores = products.einsum("bhtk,bhsk->bhts", q, k, operands, out_dtype=jnp.float32)
         visible = query_segments[:, None, :, None] == key_segments[:, None, None, :]
         if causal:
             visible &= start + jnp.arange(q.shape[2])[:, None] >= jnp.arange(k.shape[2])
         probabilities = jax.nn.softmax(jnp.where(visible, scores, _MASKED), axis=-1)
-        return jnp.einsum("bhts,bhsk->bhtk", probabilities.astype(v.dtype), v)
+        return products.einsum("bhts,bhsk->bhtk", probabilities.astype(v.dtype), v, operands)
 
     def local(q, k, v, segment_ids):
         q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))

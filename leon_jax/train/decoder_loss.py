@@ -109,7 +109,13 @@ def batch_loss(
     totals = loss_totals(batch, vocabulary) if totals is None else totals
     hidden = model(batch["ids"], batch["positions"], batch["segment_ids"])
     total, losses = chunked_cross_entropy(
-        hidden, model.table[...], batch["targets"], batch["weights"], chunk=chunk, z_loss=z_loss
+        hidden,
+        model.table[...],
+        batch["targets"],
+        batch["weights"],
+        chunk=chunk,
+        z_loss=z_loss,
+        operands=model.operands,
     )
     metrics = {
         name: jnp.where(mask, losses, 0).sum() / jnp.maximum(totals[name], 1e-6)
