@@ -55,8 +55,8 @@ def attention(
         one segment.
       causal: position i attends only to positions 0..i.
       implementation: the implementation; "auto": see `choose`.
-      operands: dtype of the operands of the products in `xla` and `blocked` (see
-        `leon_jax.ops.products`); None: that of `q`. The other implementations do not use it.
+      operands: dtype of the operands of the products in `blocked` (see `leon_jax.ops.products`);
+        None: that of `q`. The other implementations do not use it.
 
     For example, causal with segment ids [1, 1, 2, 2], a query (row) attends to the keys (columns)
 
@@ -66,17 +66,26 @@ def attention(
         . . 1 1
     """
     if implementation == "auto":
-        implementation = choose(q)
-    in_xla = functools.partial(xla, operands=operands)
-    in_blocks = functools.partial(blocked, operands=operands)
-    run = {"xla": in_xla, "blocked": in_blocks, "splash": splash, "cudnn": cudnn}[implementation]
-    attended = run(q, k, v, segment_ids=segment_ids, causal=causal)
+        implementation = choose(q, operands)
+    run: dict[str, Callable[..., Array]] = {
+        "xla": xla,
+        "blocked": functools.partial(blocked, operands=operands),
+        "splash": splash,
+        "cudnn": cudnn,
+    }
+    attended = run[implementation](q, k, v, segment_ids=segment_ids, causal=causal)
     # Splash names its saved values itself. A second name here would save the result twice.
     return attended if implementation == "splash" else checkpoint_name(attended, SAVED)
 
 
-def choose(q: Float[Array, "batch length heads head_dim"]) -> Implementation:
-    """Returns the fastest implementation for these queries on the devices of the current mesh."""
+def choose(
+    q: Float[Array, "batch length heads head_dim"], operands: DTypeLike | None = None
+) -> Implementation:
+    """Returns the fastest implementation on the devices of the current mesh.
+
+    Args:
+      q, operands: see `attention`.
+    """
     device = jax.sharding.get_abstract_mesh().abstract_device
     kind = "" if device is None else device.device_kind.lower()
     parts, (_, length, _, head_dim) = _count(_spec(q)[1]), q.shape
@@ -88,7 +97,8 @@ def choose(q: Float[Array, "batch length heads head_dim"]) -> Implementation:
     fits = q.dtype in (jnp.bfloat16, jnp.float16) and length % 2 == 0
     if "nvidia" in kind and fits and head_dim % 8 == 0 and head_dim <= 128:
         return "cudnn"
-    return "xla" if length <= _BLOCK_QUERIES else "blocked"
+    is_rounded = operands is not None and jnp.dtype(operands) != q.dtype
+    return "blocked" if length > _BLOCK_QUERIES or is_rounded else "xla"
 
 
 def xla(
@@ -98,17 +108,15 @@ def xla(
     *,
     segment_ids: Int[Array, "batch length"] | None = None,
     causal: bool = True,
-    operands: DTypeLike | None = None,
 ) -> Float[Array, "batch length heads head_dim"]:
     """Computes `attention` by its formula, with all scores in memory: the reference."""
     batch, length, heads, _ = _spec(q)
     k, v = (jax.reshard(x, jax.P(batch, None, heads, None)) for x in (k, v))
-    logits = products.einsum(
+    logits = jnp.einsum(
         "bthk,bshk->bhts",
         q * q.shape[-1] ** -0.5,
         k,
-        operands,
-        out_dtype=jnp.float32,
+        preferred_element_type=jnp.float32,
         out_sharding=jax.P(batch, heads, length, None),
     )
     if causal:
@@ -121,7 +129,7 @@ def xla(
         logits = jnp.where(same, logits, _MASKED)
     probabilities = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
     sharding = jax.P(batch, length, heads, None)
-    return products.einsum("bhts,bshk->bthk", probabilities, v, operands, out_sharding=sharding)
+    return jnp.einsum("bhts,bshk->bthk", probabilities, v, out_sharding=sharding)
 
 
 def blocked(
@@ -159,7 +167,7 @@ def blocked(
         return products.einsum("bhts,bhsk->bhtk", probabilities.astype(v.dtype), v, operands)
 
     def local(q, k, v, segment_ids):
-        q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))
+        q, k, v = (products.transpose(x, "bthk", "bhtk") for x in (q * q.shape[-1] ** -0.5, k, v))
         blocks = []
         for start in range(0, size, _BLOCK_QUERIES):
             stop = min(start + _BLOCK_QUERIES, size)
@@ -174,7 +182,7 @@ def blocked(
                     segment_ids[:, :keys],
                 )
             )
-        return jnp.swapaxes(jnp.concatenate(blocks, axis=2), 1, 2)
+        return products.transpose(jnp.concatenate(blocks, axis=2), "bhtk", "bthk")
 
     return jax.shard_map(local, in_specs=(layout, layout, layout, rows), out_specs=layout)(
         q, jax.reshard(k, layout), jax.reshard(v, layout), jax.reshard(segment_ids, rows)

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from leon_jax.ops.products import sum_in_float32
+from leon_jax.ops.products import on_cpu, sum_in_float32, transpose
 
 
 def chunked_cross_entropy(
@@ -138,7 +138,8 @@ def _chunks_forward(rows, z_loss, operands, hidden, table, targets, weights):
     (total, table_gradient), (losses, gradients) = jax.lax.scan(
         step, start, (hidden, targets, weights)
     )
-    table_gradient = table_gradient.T if is_rounded else table_gradient
+    if is_rounded:
+        table_gradient = transpose(table_gradient, "dv", "vd")
     return (total, losses), (gradients, table_gradient)
 
 
@@ -170,10 +171,13 @@ def _losses_and_slopes(rows, z_loss, operands, table, hidden, targets, weights):
     if rows:
         top = jax.lax.pmax(top, rows)
     total = jnp.exp(logits - top[:, None]).sum(axis=-1)
-    # A comparison instead of a gather, because the target may be a row of another device.
     first = jax.lax.axis_index(rows) * table.shape[0] if rows else 0
     is_target = first + jnp.arange(table.shape[0]) == targets[:, None]
-    target_logits = jnp.where(is_target, logits, 0.0).sum(axis=-1)
+    if on_cpu() and not rows:
+        target_logits = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+    else:
+        # The target may be a row of another device, and on accelerators a gather is slower.
+        target_logits = jnp.where(is_target, logits, 0.0).sum(axis=-1)
     if rows:
         total, target_logits = jax.lax.psum((total, target_logits), rows)
     log_total = jnp.log(total) + top

@@ -4,10 +4,11 @@ Some CPUs multiply bfloat16 numbers two to five times as fast as float32 numbers
 but emulate all other bfloat16 operations. So on them only the operands of the large products should
 be rounded to bfloat16, in the forward and in the backward pass. Everything else stays in float32.
 
-XLA's CPU backend uses these instructions only if the first operand is summed over its last axes and
-the second over its first or last, after common axes. Otherwise it converts the operands back to
-float32, or fails. `sum_in_float32` therefore transposes the operands. JAX's setting
-`precision="BF16_BF16_F32"` does not help: XLA ignores it on CPUs.
+XLA's CPU backend uses these instructions only if, after common axes, the first operand is summed
+over its last axes, and the second over its first or last. Otherwise it converts the operands back
+to float32, or even fails, except that it transposes operands that are summed over several axes. So
+`sum_in_float32` transposes them. JAX's setting `precision="BF16_BF16_F32"` does not help: XLA
+ignores it on CPUs.
 """
 
 import functools
@@ -32,7 +33,8 @@ def operand_dtype(products: Products, dtype: DTypeLike) -> jnp.dtype:
         `dtype`.
       dtype: the compute dtype.
     """
-    if products == "bfloat16" or (products == "auto" and _is_fast_cpu()):
+    is_fast = on_cpu() and _has_bfloat16_instructions()
+    if products == "bfloat16" or (products == "auto" and is_fast):
         return jnp.dtype(jnp.bfloat16)
     return jnp.dtype(dtype)
 
@@ -52,7 +54,8 @@ def einsum(
 
     Args:
       subscripts: two operands and a result; only x and the result may begin with `...`. An axis of
-        one operand is in the other operand or in the result.
+        one operand is in the other operand or in the result. If axes of x, y or the result are
+        exchanged before or after, this must be done by `transpose`.
       x, y: the operands. Only x decides the dtype of the result.
       operands: dtype of the operands; None: that of x. If it is not that of x, sums are in float32.
       out_dtype: dtype of the result; None: that of x.
@@ -107,48 +110,61 @@ def sum_in_float32(
     y: Float[Array, "..."],
     out_sharding: jax.P | None = None,
 ) -> Float[Array, "..."]:
-    """Computes `jnp.einsum` with float32 sums, in the form that XLA's CPU backend computes fast.
+    """Computes `jnp.einsum` with float32 sums, in a form that XLA's CPU backend computes fast.
 
     Args:
       subscripts: two operands without `...`, and a result. An axis of one operand is in the other
         operand or in the result.
       x, y: the operands, of one dtype.
-      out_sharding: sharding of the result; None inside `jax.shard_map`.
+      out_sharding: sharding of the result. If it is given, the operands are not transposed here. If
+        it is None, no array may be sharded, except inside `jax.shard_map`.
     """
+    if out_sharding is None:
+        subscripts, x, y = _fast_form(subscripts, x, y)
+    return jnp.einsum(
+        subscripts, x, y, preferred_element_type=jnp.float32, out_sharding=out_sharding
+    )
+
+
+def _fast_form(subscripts: str, x: Array, y: Array) -> tuple[str, Array, Array]:
+    """Returns another form of a product, with transposed operands if necessary."""
     operands, of_result = subscripts.split("->")
     of_x, of_y = operands.split(",")
-    batch = "".join(axis for axis in of_result if axis in of_x and axis in of_y)
-    summed = "".join(axis for axis in of_x if axis in of_y and axis not in batch)
+    if next(axis for axis in of_result if (axis in of_x) != (axis in of_y)) in of_y:
+        # The first operand has the first of the axes that only one operand has. Otherwise XLA
+        # exchanges the operands, and the form is lost.
+        x, y, of_x, of_y = y, x, of_y, of_x
+    common = "".join(axis for axis in of_result if axis in of_x and axis in of_y)
     rows = "".join(axis for axis in of_result if axis not in of_y)
     columns = "".join(axis for axis in of_result if axis not in of_x)
-    fast_x, fast_y, fast_result = (
-        batch + rows + summed,
-        batch + summed + columns,
-        batch + rows + columns,
-    )
-    if of_y == batch + columns + summed:
-        fast_y = of_y  # as fast
-    x, y = _transpose(x, of_x, fast_x), _transpose(y, of_y, fast_y)
-    if out_sharding is not None:
-        names = dict(zip(of_result, out_sharding, strict=True))
-        out_sharding = jax.P(*(names[axis] for axis in fast_result))
-    # Without the barriers, XLA moves transpositions into the product, and the form is lost.
-    x, y = jax.lax.optimization_barrier((x, y))
-    result = jnp.einsum(
-        f"{fast_x},{fast_y}->{fast_result}",
-        x,
-        y,
-        preferred_element_type=jnp.float32,
-        out_sharding=out_sharding,
-    )
-    if fast_result == of_result:
-        return result
-    return _transpose(jax.lax.optimization_barrier(result), fast_result, of_result)
+    summed = "".join(axis for axis in of_x if axis in of_y and axis not in common)
+    form_x, form_y = common + rows + summed, common + summed + columns
+    if of_y == common + columns + summed:
+        form_y = of_y  # as fast
+    x, y = transpose(x, of_x, form_x), transpose(y, of_y, form_y)
+    return f"{form_x},{form_y}->{of_result}", x, y
 
 
-def _transpose(array: Array, before: str, after: str) -> Array:
-    """Transposes an array with axes `before` to axes `after`."""
-    return array if before == after else jnp.transpose(array, [before.index(x) for x in after])
+def transpose(array: Float[Array, "..."], before: str, after: str) -> Float[Array, "..."]:
+    """Transposes an operand of a product, so that XLA does not move this into the product.
+
+    For this, the last axis is split before and merged after.
+
+    Args:
+      array: the operand; not sharded, except inside `jax.shard_map`.
+      before, after: letters of the axes.
+    """
+    if before == after:
+        return array
+    last = len(before) - 1
+    order = [before.index(axis) for axis in after]
+    odd = array.shape[last] % 2
+    padded = jnp.pad(array, [(0, 0)] * last + [(0, odd)])
+    split = padded.reshape(*array.shape[:last], 2, -1)
+    split_order = order.copy()
+    split_order.insert(order.index(last) + 1, last + 1)
+    merged = jnp.transpose(split, split_order).reshape([padded.shape[axis] for axis in order])
+    return jax.lax.slice_in_dim(merged, 0, array.shape[last], axis=order.index(last))
 
 
 def _without_ellipsis(subscripts: str, ndim: int) -> str:
@@ -160,11 +176,11 @@ def _without_ellipsis(subscripts: str, ndim: int) -> str:
     return subscripts.replace("...", "".join(free[: ndim - named]))
 
 
-def _is_fast_cpu() -> bool:
-    """Returns whether the devices of the current mesh are CPUs with bfloat16 instructions."""
+def on_cpu() -> bool:
+    """Returns whether the devices of the current mesh are CPUs."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     kind = jax.devices()[0].device_kind if device is None else device.device_kind
-    return kind.lower() == "cpu" and _has_bfloat16_instructions()
+    return kind.lower() == "cpu"
 
 
 @functools.cache

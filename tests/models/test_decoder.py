@@ -272,4 +272,4 @@ def test_every_mesh_of_eight_devices_equals_one_device():
         env={**os.environ, "PYTHONPATH": root},
     )
     assert process.returncode == 0, process.stderr
-    assert process.stdout.count("equal") == 3, process.stdout
+    assert process.stdout.count("equal") == 6, process.stdout
