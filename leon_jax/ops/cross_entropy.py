@@ -173,7 +173,8 @@ def _losses_and_slopes(rows, z_loss, operands, table, hidden, targets, weights):
     total = jnp.exp(logits - top[:, None]).sum(axis=-1)
     first = jax.lax.axis_index(rows) * table.shape[0] if rows else 0
     is_target = first + jnp.arange(table.shape[0]) == targets[:, None]
-    if on_cpu() and not rows:
+    parts = jax.lax.axis_size(rows) if rows else 1
+    if on_cpu() and parts == 1:
         target_logits = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
     else:
         # The target may be a row of another device, and on accelerators a gather is slower.

@@ -12,6 +12,7 @@ ignores it on CPUs.
 """
 
 import functools
+import math
 import string
 from pathlib import Path
 from typing import Literal
@@ -110,39 +111,52 @@ def sum_in_float32(
     y: Float[Array, "..."],
     out_sharding: jax.P | None = None,
 ) -> Float[Array, "..."]:
-    """Computes `jnp.einsum` with float32 sums, in a form that XLA's CPU backend computes fast.
+    """Computes `jnp.einsum` with float32 sums, on one device in the fastest form for CPUs.
 
     Args:
       subscripts: two operands without `...`, and a result. An axis of one operand is in the other
         operand or in the result.
       x, y: the operands, of one dtype.
-      out_sharding: sharding of the result. If it is given, the operands are not transposed here. If
-        it is None, no array may be sharded, except inside `jax.shard_map`.
+      out_sharding: sharding of the result; None inside `jax.shard_map`.
     """
     if out_sharding is None:
-        subscripts, x, y = _fast_form(subscripts, x, y)
-    return jnp.einsum(
-        subscripts, x, y, preferred_element_type=jnp.float32, out_sharding=out_sharding
-    )
+        return _fastest(subscripts, x, y)
+    if jax.sharding.get_abstract_mesh().size > 1:
+        return jnp.einsum(
+            subscripts, x, y, preferred_element_type=jnp.float32, out_sharding=out_sharding
+        )
+    x, y = (jax.reshard(array, jax.P(*[None] * array.ndim)) for array in (x, y))
+    return jax.reshard(_fastest(subscripts, x, y), out_sharding)
 
 
-def _fast_form(subscripts: str, x: Array, y: Array) -> tuple[str, Array, Array]:
-    """Returns another form of a product, with transposed operands if necessary."""
+def _fastest(subscripts: str, x: Array, y: Array) -> Array:
+    """Computes a product in the fast form that transposes the fewest numbers."""
     operands, of_result = subscripts.split("->")
     of_x, of_y = operands.split(",")
-    if next(axis for axis in of_result if (axis in of_x) != (axis in of_y)) in of_y:
-        # The first operand has the first of the axes that only one operand has. Otherwise XLA
-        # exchanges the operands, and the form is lost.
-        x, y, of_x, of_y = y, x, of_y, of_x
+    sizes = dict(zip(of_x + of_y, x.shape + y.shape, strict=True))
     common = "".join(axis for axis in of_result if axis in of_x and axis in of_y)
-    rows = "".join(axis for axis in of_result if axis not in of_y)
-    columns = "".join(axis for axis in of_result if axis not in of_x)
-    summed = "".join(axis for axis in of_x if axis in of_y and axis not in common)
-    form_x, form_y = common + rows + summed, common + summed + columns
-    if of_y == common + columns + summed:
-        form_y = of_y  # as fast
+
+    def form(of_x, of_y):
+        rows = "".join(axis for axis in of_result if axis not in of_y)
+        columns = "".join(axis for axis in of_result if axis not in of_x)
+        summed = "".join(axis for axis in of_x if axis in of_y and axis not in common)
+        # Both forms of the second operand are fast.
+        forms_y = common + summed + columns, common + columns + summed
+        form_y = of_y if of_y in forms_y else forms_y[0]
+        return common + rows + summed, form_y, common + rows + columns
+
+    def transposed(of_x, of_y):
+        pairs = zip((of_x, of_y, of_result), form(of_x, of_y), strict=True)
+        return sum(math.prod(sizes[axis] for axis in one) for one, other in pairs if one != other)
+
+    if transposed(of_y, of_x) < transposed(of_x, of_y):
+        x, y, of_x, of_y = y, x, of_y, of_x
+    form_x, form_y, form_result = form(of_x, of_y)
     x, y = transpose(x, of_x, form_x), transpose(y, of_y, form_y)
-    return f"{form_x},{form_y}->{of_result}", x, y
+    product = jnp.einsum(
+        f"{form_x},{form_y}->{form_result}", x, y, preferred_element_type=jnp.float32
+    )
+    return transpose(product, form_result, of_result)
 
 
 def transpose(array: Float[Array, "..."], before: str, after: str) -> Float[Array, "..."]:
