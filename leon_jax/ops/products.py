@@ -71,21 +71,23 @@ def einsum(
             out_sharding=out_sharding,
         )
     subscripts = _without_ellipsis(subscripts, x.ndim)
-    result = _rounded(subscripts, jnp.dtype(operands), out_sharding, x, y)
+    dtypes = x.dtype, y.dtype
+    result = _rounded(subscripts, jnp.dtype(operands), dtypes, out_sharding, x, y)
     return result.astype(x.dtype if out_dtype is None else out_dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _rounded(subscripts, operands, out_sharding, x, y):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _rounded(subscripts, operands, dtypes, out_sharding, x, y):
     return sum_in_float32(subscripts, x.astype(operands), y.astype(operands), out_sharding)
 
 
-def _rounded_forward(subscripts, operands, out_sharding, x, y):
-    # x is saved as it is, because several products of a layer share it, and save it once.
-    return _rounded(subscripts, operands, out_sharding, x, y), (x, y)
+def _rounded_forward(subscripts, operands, dtypes, out_sharding, x, y):
+    # x is an activation and saved in fewer bits. y may be a weight, which is in memory anyway.
+    x = x.astype(operands)
+    return sum_in_float32(subscripts, x, y.astype(operands), out_sharding), (x, y)
 
 
-def _rounded_backward(subscripts, operands, out_sharding, saved, gradient):
+def _rounded_backward(subscripts, operands, dtypes, out_sharding, saved, gradient):
     x, y = saved
     of_x, of_y, of_result = subscripts.replace("->", ",").split(",")
 
@@ -96,10 +98,8 @@ def _rounded_backward(subscripts, operands, out_sharding, saved, gradient):
     x_gradient = sum_in_float32(
         f"{of_result},{of_y}->{of_x}", rounded, y.astype(operands), layout(x)
     )
-    y_gradient = sum_in_float32(
-        f"{of_x},{of_result}->{of_y}", x.astype(operands), rounded, layout(y)
-    )
-    return x_gradient.astype(x.dtype), y_gradient.astype(y.dtype)
+    y_gradient = sum_in_float32(f"{of_x},{of_result}->{of_y}", x, rounded, layout(y))
+    return x_gradient.astype(dtypes[0]), y_gradient.astype(dtypes[1])
 
 
 _rounded.defvjp(_rounded_forward, _rounded_backward)
