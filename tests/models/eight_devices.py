@@ -77,8 +77,12 @@ def compute(shape, config):
         return [np.asarray(leaf) for leaf in jax.tree.leaves(results)]
 
 
-# Sums in another order round some operands to the next bfloat16 number.
-for products, tolerance in (("dtype", 1e-4), ("bfloat16", 2e-2)):
+TOLERANCES = {"dtype": 1e-4}
+if not sys.argv[1:]:
+    # Sums in another order round some operands to the next bfloat16 number.
+    TOLERANCES["bfloat16"] = 2e-2
+
+for products, tolerance in TOLERANCES.items():
     config = dataclasses.replace(CONFIG, products=products)
     reference = compute((1, 1, 1, 1), config)
     for shape in MESHES:
