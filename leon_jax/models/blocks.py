@@ -6,6 +6,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from leon_jax.models.decoder_config import DecoderConfig, layer_weights
@@ -46,7 +47,11 @@ class Blocks(nnx.Module):
             setattr(self, name, nnx.Param(init(rngs.params(), shape, jnp.float32, layout)))
 
     def __call__(
-        self, x: Float[Array, "*lead embed"], attend: Attend, rotation: Rotation | None = None
+        self,
+        x: Float[Array, "*lead embed"],
+        attend: Attend,
+        rotation: Rotation | None = None,
+        operands: DTypeLike | None = None,
     ) -> tuple[Float[Array, "*lead embed"], tuple[Array, Array]]:
         """Runs one layer: x + attention(norm(x)), then x + mlp(norm(x)).
 
@@ -57,22 +62,30 @@ class Blocks(nnx.Module):
           attend: maps query [*lead, heads, head_dim], key and value [*lead, kv_heads, head_dim] to
             the attended values, [*lead, heads, head_dim].
           rotation: rotates queries and keys; None: positions are not rotary.
+          operands: dtype of the operands of the products with weights; None: that of x.
 
         Returns:
           The new residual stream, and (key, value).
         """
-        q, k, v = self.qkv(self._norm_if("pre", "attention_norm", x), rotation)
-        x = x + self._norm_if("post", "attention_norm", self.output(attend(q, k, v)))
-        x = x + self._norm_if("post", "mlp_norm", self.mlp(self._norm_if("pre", "mlp_norm", x)))
+        q, k, v = self.qkv(self._norm_if("pre", "attention_norm", x), rotation, operands)
+        attended = self.output(attend(q, k, v), operands)
+        x = x + self._norm_if("post", "attention_norm", attended)
+        hidden = self.mlp(self._norm_if("pre", "mlp_norm", x), operands)
+        x = x + self._norm_if("post", "mlp_norm", hidden)
         return x, (k, v)
 
     def qkv(
-        self, x: Float[Array, "*lead embed"], rotation: Rotation | None = None
+        self,
+        x: Float[Array, "*lead embed"],
+        rotation: Rotation | None = None,
+        operands: DTypeLike | None = None,
     ) -> tuple[Array, Array, Array]:
         """Returns query [*lead, heads, head_dim], key and value [*lead, kv_heads, head_dim]."""
         sharding = jax.P(*lead_spec(x), *spec("heads", "head_dim"))
         q, k, v = (
-            self._biased(name, product("...d,dhk->...hk", x, getattr(self, name), sharding))
+            self._biased(
+                name, product("...d,dhk->...hk", x, getattr(self, name), sharding, operands)
+            )
             for name in ("query", "key", "value")
         )
         if self.form.qk_norm != "none":
@@ -82,17 +95,23 @@ class Blocks(nnx.Module):
             q, k = (rotate(each, rotation, self.form.rotary_pairs) for each in (q, k))
         return q, k, v
 
-    def output(self, attended: Float[Array, "*lead heads head_dim"]) -> Float[Array, "*lead embed"]:
+    def output(
+        self, attended: Float[Array, "*lead heads head_dim"], operands: DTypeLike | None = None
+    ) -> Float[Array, "*lead embed"]:
         """Projects the attended values of all heads to the width of the model."""
         sharding = jax.P(*lead_spec(attended, 2), None)
-        return self._biased("out", product("...hk,hkd->...d", attended, self.out, sharding))
+        result = product("...hk,hkd->...d", attended, self.out, sharding, operands)
+        return self._biased("out", result)
 
-    def mlp(self, x: Float[Array, "*lead embed"]) -> Float[Array, "*lead embed"]:
+    def mlp(
+        self, x: Float[Array, "*lead embed"], operands: DTypeLike | None = None
+    ) -> Float[Array, "*lead embed"]:
         """Runs the MLP."""
 
         def project(name: str) -> Array:
             sharding = jax.P(*lead_spec(x), *spec("mlp"))
-            return self._biased(name, product("...d,df->...f", x, getattr(self, name), sharding))
+            weight = getattr(self, name)
+            return self._biased(name, product("...d,df->...f", x, weight, sharding, operands))
 
         hidden = project("fc1")
         match self.form.mlp:
@@ -103,7 +122,7 @@ class Blocks(nnx.Module):
             case "swiglu":
                 hidden = jax.nn.silu(project("gate")) * hidden
         sharding = jax.P(*lead_spec(x), None)
-        return self._biased("fc2", product("...f,fd->...d", hidden, self.fc2, sharding))
+        return self._biased("fc2", product("...f,fd->...d", hidden, self.fc2, sharding, operands))
 
     def _vector(self, name: str) -> Array | None:
         """Returns a scale or a bias; None: the form has none."""

@@ -29,6 +29,7 @@ from leon_jax.models.blocks import Blocks, lead_spec, truncated_normal
 from leon_jax.models.decoder_config import PAD, DecoderConfig
 from leon_jax.ops.attention import SAVED, LayerCache, attention, cached_attention
 from leon_jax.ops.norm import normalize
+from leon_jax.ops.products import operand_dtype
 from leon_jax.ops.rotary import Rotation, grid_rotation, rotation
 from leon_jax.sharding import RULES, spec
 
@@ -65,6 +66,11 @@ class Decoder(nnx.Module):
             self.head_table = nnx.Param(normal(rngs.params(), shape, jnp.float32, layout))
 
     @property
+    def operands(self) -> jnp.dtype:
+        """The dtype of the operands of the products in training and in likelihoods."""
+        return operand_dtype(self.config.products, self.config.dtype)
+
+    @property
     def stacks(self) -> list[Blocks]:
         """The stacks of layers in order: one with all layers or, after `unstack`, one for each."""
         return [self.blocks] if isinstance(self.blocks, Blocks) else list(self.blocks)
@@ -90,12 +96,15 @@ class Decoder(nnx.Module):
           ValueError: rows are longer than `max_length` without explicit positions, or cells are
             missing.
         """
+        kind, operands = self.config.attention, self.operands
 
         def attend(q, k, v):
-            return attention(q, k, v, segment_ids=segment_ids, implementation=self.config.attention)
+            return attention(
+                q, k, v, segment_ids=segment_ids, implementation=kind, operands=operands
+            )
 
         def layer(x, blocks):
-            x, _ = blocks(x, attend, turned)
+            x, _ = blocks(x, attend, turned, operands)
             return x, None
 
         positions = self._positions(ids, positions)

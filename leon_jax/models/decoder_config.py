@@ -20,6 +20,7 @@ from typing import ClassVar, Literal, NamedTuple
 from leon_jax.config import UserError
 from leon_jax.ops.attention import Implementation
 from leon_jax.ops.norm import NormKind
+from leon_jax.ops.products import Products
 from leon_jax.ops.rotary import OutsideImages, Pairs
 
 # The embedding row that starts as zeros: `leon_jax.vocabulary.Vocabulary.pad`.
@@ -101,6 +102,8 @@ class DecoderConfig:
       heads: number of attention heads.
       mlp: hidden width of the MLP.
       dtype: compute dtype. The weights are float32.
+      products: dtype of the operands of the products in training and likelihoods: "dtype",
+        "bfloat16" with float32 sums, or "auto" (see `leon_jax.ops.products.operand_dtype`).
       remat: what the backward pass recomputes inside a layer: nothing ("none"), everything except
         the products with weights ("dots"), everything except the attention's result
         ("attention"), or everything ("full").
@@ -131,6 +134,7 @@ class DecoderConfig:
     heads: int
     mlp: int
     dtype: Literal["float32", "bfloat16"] = "float32"
+    products: Products = "dtype"
     remat: Literal["none", "dots", "attention", "full"] = "none"
     attention: Implementation = "auto"
     init_std: float = 0.006

@@ -22,7 +22,10 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Num
+
+from leon_jax.ops import products
 
 # The score of a masked key. It is finite, so that a row without visible keys gives no NaN.
 _MASKED = -1e30
@@ -45,6 +48,7 @@ def attention(
     segment_ids: Int[Array, "batch length"] | None = None,
     causal: bool = True,
     implementation: Implementation = "auto",
+    operands: DTypeLike | None = None,
 ) -> Float[Array, "batch length heads head_dim"]:
     """Computes softmax(q k^T / sqrt(head_dim)) v, with the softmax in float32.
 
@@ -55,6 +59,8 @@ def attention(
         one segment.
       causal: position i attends only to positions 0..i.
       implementation: the implementation; "auto": see `choose`.
+      operands: dtype of the operands of the products in `blocked` (see `leon_jax.ops.products`);
+        None: that of `q`. The other implementations do not use it.
 
     For example, causal with segment ids [1, 1, 2, 2], a query (row) attends to the keys (columns)
 
@@ -64,15 +70,26 @@ def attention(
         . . 1 1
     """
     if implementation == "auto":
-        implementation = choose(q)
-    run = {"xla": xla, "blocked": blocked, "splash": splash, "cudnn": cudnn}[implementation]
-    attended = run(q, k, v, segment_ids=segment_ids, causal=causal)
+        implementation = choose(q, operands)
+    run: dict[str, Callable[..., Array]] = {
+        "xla": xla,
+        "blocked": functools.partial(blocked, operands=operands),
+        "splash": splash,
+        "cudnn": cudnn,
+    }
+    attended = run[implementation](q, k, v, segment_ids=segment_ids, causal=causal)
     # Splash names its saved values itself. A second name here would save the result twice.
     return attended if implementation == "splash" else checkpoint_name(attended, SAVED)
 
 
-def choose(q: Float[Array, "batch length heads head_dim"]) -> Implementation:
-    """Returns the fastest implementation for these queries on the devices of the current mesh."""
+def choose(
+    q: Float[Array, "batch length heads head_dim"], operands: DTypeLike | None = None
+) -> Implementation:
+    """Returns the fastest implementation on the devices of the current mesh.
+
+    Args:
+      q, operands: see `attention`.
+    """
     device = jax.sharding.get_abstract_mesh().abstract_device
     kind = "" if device is None else device.device_kind.lower()
     parts, (_, length, _, head_dim) = _count(_spec(q)[1]), q.shape
@@ -84,7 +101,8 @@ def choose(q: Float[Array, "batch length heads head_dim"]) -> Implementation:
     fits = q.dtype in (jnp.bfloat16, jnp.float16) and length % 2 == 0
     if "nvidia" in kind and fits and head_dim % 8 == 0 and head_dim <= 128:
         return "cudnn"
-    return "xla" if length <= _BLOCK_QUERIES else "blocked"
+    is_rounded = operands is not None and jnp.dtype(operands) != q.dtype
+    return "blocked" if length > _BLOCK_QUERIES or is_rounded else "xla"
 
 
 def xla(
@@ -125,6 +143,7 @@ def blocked(
     *,
     segment_ids: Int[Array, "batch length"] | None = None,
     causal: bool = True,
+    operands: DTypeLike | None = None,
 ) -> Float[Array, "batch length heads head_dim"]:
     """Computes `attention` in blocks of queries.
 
@@ -146,17 +165,17 @@ def blocked(
     def attend(start, q, k, v, query_segments, key_segments):
         # The queries of all heads that share a key head are rows of one product.
         queries = q.reshape(*k.shape[:2], -1, k.shape[3])
-        scores = jnp.einsum("bhtk,bhsk->bhts", queries, k, preferred_element_type=jnp.float32)
+        scores = products.einsum("bhtk,bhsk->bhts", queries, k, operands, out_dtype=jnp.float32)
         visible = query_segments[:, None, :, None] == key_segments[:, None, None, :]
         if causal:
             visible &= start + jnp.arange(q.shape[2])[:, None] >= jnp.arange(k.shape[2])
         visible = jnp.tile(visible, (1, 1, q.shape[1] // k.shape[1], 1))
         probabilities = jax.nn.softmax(jnp.where(visible, scores, _MASKED), axis=-1)
-        attended = jnp.einsum("bhts,bhsk->bhtk", probabilities.astype(v.dtype), v)
+        attended = products.einsum("bhts,bhsk->bhtk", probabilities.astype(v.dtype), v, operands)
         return attended.reshape(q.shape)
 
     def local(q, k, v, segment_ids):
-        q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))
+        q, k, v = (products.transpose(x, "bthk", "bhtk") for x in (q * q.shape[-1] ** -0.5, k, v))
         blocks = []
         for start in range(0, size, _BLOCK_QUERIES):
             stop = min(start + _BLOCK_QUERIES, size)
@@ -171,7 +190,7 @@ def blocked(
                     segment_ids[:, :keys],
                 )
             )
-        return jnp.swapaxes(jnp.concatenate(blocks, axis=2), 1, 2)
+        return products.transpose(jnp.concatenate(blocks, axis=2), "bhtk", "bthk")
 
     return jax.shard_map(local, in_specs=(layout, layout, layout, rows), out_specs=layout)(
         q, jax.reshard(k, layout), jax.reshard(v, layout), jax.reshard(segment_ids, rows)

@@ -113,7 +113,13 @@ def batch_loss(
         cells = image_cells(vocabulary.is_image(batch["ids"]))
     hidden = model(batch["ids"], batch["positions"], batch["segment_ids"], cells)
     total, losses = chunked_cross_entropy(
-        hidden, model.head_rows, batch["targets"], batch["weights"], chunk=chunk, z_loss=z_loss
+        hidden,
+        model.head_rows,
+        batch["targets"],
+        batch["weights"],
+        chunk=chunk,
+        z_loss=z_loss,
+        operands=model.operands,
     )
     metrics = {
         name: jnp.where(mask, losses, 0).sum() / jnp.maximum(totals[name], 1e-6)
