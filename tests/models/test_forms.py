@@ -124,16 +124,16 @@ def test_remat_does_not_change_the_gradients(model, remat):
     recomputing.config = dataclasses.replace(model.config, remat=remat)
     for name, gradient in flatten(jax.jit(jax.grad(loss))(recomputing)).items():
         assert np.isfinite(gradient).all() and np.any(gradient), name
-        scale = np.abs(plain[name]).max()
-        np.testing.assert_allclose(
-            gradient, plain[name], rtol=1e-4, atol=1e-5 * scale, err_msg=name
-        )
+        # The gradient of a bias of the keys is rounding error alone: softmax cancels the bias.
+        atol = 1e-8 if name.endswith("key_bias") else 1e-5 * np.abs(plain[name]).max()
+        np.testing.assert_allclose(gradient, plain[name], rtol=1e-4, atol=atol, err_msg=name)
 
 
 def test_unstacked_layers_compute_the_same(model):
     ids, cells = forms.random_ids()
     expected = logits(model, ids, cells)
-    np.testing.assert_array_equal(logits(unstack(model), ids, cells), expected)
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(logits(unstack(model), ids, cells), expected, atol=1e-6 * scale)
 
 
 def test_weights_in_eight_bits_are_nearly_the_same(model):

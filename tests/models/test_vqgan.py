@@ -69,7 +69,8 @@ def test_recomputing_layers_does_not_change_the_gradients(images, halo):
     for plain, recomputed in zip(
         jax.tree.leaves(gradient(False)), jax.tree.leaves(gradient(True)), strict=True
     ):
-        np.testing.assert_allclose(recomputed, plain, rtol=1e-4, atol=1e-5)
+        atol = 1e-4 * np.abs(plain).max()
+        np.testing.assert_allclose(recomputed, plain, rtol=1e-3, atol=atol)
 
 
 def test_the_nearest_code_has_the_smallest_euclidean_distance():
