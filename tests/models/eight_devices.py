@@ -80,7 +80,8 @@ def compute(shape, config):
 exact = compute((1, 1, 1, 1), CONFIG)
 for shape in MESHES:
     for expected, result in zip(exact, compute(shape, CONFIG), strict=True):
-        atol = 1e-4 * np.abs(expected).max()
+        # The gradient of a bias of the keys is rounding error alone.
+        atol = 1e-4 * np.abs(expected).max() + 1e-8
         np.testing.assert_allclose(expected, result, rtol=1e-4, atol=atol)
     print(shape, "equal")
 
