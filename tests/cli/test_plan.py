@@ -170,31 +170,17 @@ def test_what_cannot_be_planned_gives_one_sentence(flags, message):
 
 
 @pytest.mark.slow
-def test_a_tokenizer_that_does_not_fit_fits_with_recomputation(tmp_path):
-    batch_size = 320
-    flags = [
+def test_a_search_for_a_tokenizer_names_what_it_tried():
+    # The attention at 128 x 128 positions needs more than the memory, with recomputation too.
+    result = leon_plan(
         VQGAN, "--topology=v5e:2x2", "--config.model.channels=32", "--config.model.blocks=1",
         "--config.model.multipliers=(1,1)", "--config.model.attention_sizes=()",
-        "--config.losses.network=alexnet", f"--config.batch_size={batch_size}",
-    ]  # fmt: skip
-    result = leon_plan(*flags)
-    assert result.returncode == 3 and "does not fit v5e:2x2: it needs at least" in result.stderr
-    result = leon_plan(*flags, "--search", f"--out={tmp_path}")
-    assert result.returncode == 0, result.stderr
-    assert result.stderr.splitlines()[-2] == "leon plan: with --config.model.remat=True"
-    plan = json.loads((tmp_path / "plan.json").read_text())
-    memory, figures, bound = plan["memory"], plan["figures"], plan["rooflines"]["step"]
-    # All chips hold all weights, and two moments of each.
-    assert memory["parameters"] == 4 * plan["parameters"]
-    assert memory["optimizer"] == pytest.approx(8 * plan["parameters"], rel=0.01)
-    assert memory["peak"] < memory["capacity"]
-    # Each weight's gradient is summed over the chips.
-    sent = sum(counts["bytes_sent"] for counts in plan["collectives"].values())
-    assert sent == pytest.approx(2 * 3 / 4 * memory["parameters"], rel=0.1)
-    assert figures["flops_per_step"] < figures["executed_flops_per_step"]
-    assert bound["compute"] == pytest.approx(figures["executed_flops_per_step"] / (4 * 197e12))
-    assert figures["pictures_per_second"] == batch_size / bound["seconds"]
-    assert "images a second at most" in result.stdout and "chip-hours" in result.stdout
+        "--config.losses.network=alexnet", "--config.batch_size=320", "--search",
+    )  # fmt: skip
+    assert result.returncode == 3
+    assert "as configured: does not fit: it needs at least" in result.stderr
+    assert "--config.model.remat=True: does not fit: it needs at least" in result.stderr
+    assert "no setting of the search fits v5e:2x2" in result.stderr
 
 
 @pytest.mark.slow
