@@ -96,8 +96,8 @@ def sheet(images: dict[str, list[np.ndarray]], captions: list[str]) -> PIL.Image
             cell = PIL.Image.fromarray(image).resize((CELL, CELL), PIL.Image.Resampling.BICUBIC)
             result.paste(cell, (LABELS + column * (CELL + GAP), top))
     for column, caption in enumerate(captions):
-        place = (LABELS + column * (CELL + GAP), len(images) * (CELL + GAP))
-        draw.multiline_text(place, "\n".join(textwrap.wrap(caption, 15)[:3]), "black", font)
+        corner = (LABELS + column * (CELL + GAP), len(images) * (CELL + GAP))
+        draw.multiline_text(corner, "\n".join(textwrap.wrap(caption, 15)[:3]), "black", font)
     return result
 
 

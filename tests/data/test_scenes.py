@@ -14,28 +14,28 @@ def solid(colour, sides=(48, 48)):
 
 def boxes(scene, count):
     """Returns top, left, height and width of each colour, which must fill its box."""
-    found = []
+    squares = []
     for colour in COLOURS[:count]:
         rows, columns = np.nonzero((scene == colour).all(-1))
         top, left = rows.min(), columns.min()
         height, width = np.ptp(rows) + 1, np.ptp(columns) + 1
         assert len(rows) == height * width
-        found.append((top, left, height, width))
-    assert sum(h * w for _, _, h, w in found) + (scene == 255).all(-1).sum() == scene.size // 3
-    return np.array(found)
+        squares.append((top, left, height, width))
+    assert sum(h * w for _, _, h, w in squares) + (scene == 255).all(-1).sum() == scene.size // 3
+    return np.array(squares)
 
 
 @pytest.mark.parametrize("count", [2, 3, 4])
 def test_every_image_is_a_whole_square_of_20_to_40_pixels_on_white(count):
     images = [solid(colour) for colour in COLOURS[:count]]
     scenes = [compose(images, 64, np.random.default_rng(seed)) for seed in range(300)]
-    found = np.concatenate([boxes(scene, count) for scene in scenes])
-    np.testing.assert_array_equal(found[:, 2], found[:, 3])
-    assert found[:, 2].min() == 20
-    assert 36 <= found[:, 2].max() <= 40  # four images leave room for 40 pixels rarely
+    squares = np.concatenate([boxes(scene, count) for scene in scenes])
+    np.testing.assert_array_equal(squares[:, 2], squares[:, 3])
+    assert squares[:, 2].min() == 20
+    assert 36 <= squares[:, 2].max() <= 40  # four images leave room for 40 pixels rarely
     # Images reach all four edges.
-    assert found[:, :2].min(0).tolist() == [0, 0]
-    assert (found[:, :2] + found[:, 2:]).max(0).tolist() == [64, 64]
+    assert squares[:, :2].min(0).tolist() == [0, 0]
+    assert (squares[:, :2] + squares[:, 2:]).max(0).tolist() == [64, 64]
 
 
 def test_the_sides_scale_with_the_scene():

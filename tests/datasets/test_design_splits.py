@@ -142,8 +142,8 @@ class TestChoose:
         changed = design_splits.choose(signatures | {f"noto/{concept}": copy})
         assert changed.left_out == (f"noto/{concept}",)
         assert changed.unseen_design["noto"] == chosen.unseen_design["noto"][1:]
-        (found,) = changed.near_copies
-        assert (found.held_out, found.train) == (f"noto/{concept}", f"openmoji/{concept}")
+        (copies,) = changed.near_copies
+        assert (copies.held_out, copies.train) == (f"noto/{concept}", f"openmoji/{concept}")
 
     def test_a_recorded_held_out_image_stays_and_its_copy_leaves_train(self, signatures, chosen):
         recorded = splits.load_splits()
@@ -180,25 +180,25 @@ class TestNearCopies:
 
     def test_the_distance_is_relative_to_the_stronger_image(self):
         images = {"noto/1": self.gray(55), "openmoji/1": self.gray(95), "twemoji/1": self.gray(115)}
-        found = near_copies(images, ["noto/1"], ["openmoji/1", "twemoji/1"])
-        assert found == [NearCopy("noto/1", "openmoji/1", 0.2)]  # 40 of 200; 60 of 200 is too much
+        copies = near_copies(images, ["noto/1"], ["openmoji/1", "twemoji/1"])
+        assert copies == [NearCopy("noto/1", "openmoji/1", 0.2)]  # 40 of 200; 60 of 200 is too much
 
     def test_different_concepts_must_be_almost_equal(self):
         images = {"noto/1": self.gray(55), "noto/2": self.gray(63), "noto/3": self.gray(67)}
-        found = near_copies(images, ["noto/1"], ["noto/2", "noto/3"])
-        assert found == [NearCopy("noto/1", "noto/2", 0.04)]
+        copies = near_copies(images, ["noto/1"], ["noto/2", "noto/3"])
+        assert copies == [NearCopy("noto/1", "noto/2", 0.04)]
 
     def test_many_images_are_compared_in_blocks(self):
         rng = np.random.default_rng(0)
         rows = rng.uniform(0, 1, (700, 12)).astype(np.float32)
         images = {f"a/{i}": row for i, row in enumerate(rows)}
         images |= {f"b/{i}": row for i, row in enumerate(rows)}
-        found = near_copies(
+        copies = near_copies(
             images, [f"a/{i}" for i in range(700)], [f"b/{i}" for i in reversed(range(700))]
         )
         same = [(f"a/{i}", f"b/{i}") for i in range(700)]
-        assert [(f.held_out, f.train) for f in found if f.held_out[2:] == f.train[2:]] == same
-        for copy in found:
+        assert [(f.held_out, f.train) for f in copies if f.held_out[2:] == f.train[2:]] == same
+        for copy in copies:
             first, second = images[copy.held_out], images[copy.train]
             norm = max(np.linalg.norm(first), np.linalg.norm(second))
             assert copy.distance == pytest.approx(np.linalg.norm(first - second) / norm, abs=6e-4)
@@ -239,12 +239,12 @@ class TestRealPackages:
             for key, member in zip(keys(split), split, strict=True)
         }
         held_out = keys(members["unseen_design"] + members["unseen_concept"])
-        found = near_copies(signatures, held_out, keys(members["train"]))
+        copies = near_copies(signatures, held_out, keys(members["train"]))
         recorded = {OPENMOJI.name, TWEMOJI.name}
-        for copy in found:
+        for copy in copies:
             assert {copy.held_out.split("/")[0], copy.train.split("/")[0]} <= recorded
-        assert found == [copy for copy in design_splits.load().near_copies if copy in found]
-        assert len(found) == 14
+        assert copies == [copy for copy in design_splits.load().near_copies if copy in copies]
+        assert len(copies) == 14
 
     def test_the_designs_have_so_many_concepts(self):
         folder = os.environ["LEON_TEST_NPM"]

@@ -45,8 +45,8 @@ def test_english_wordings_have_an_article_a_short_name_and_tags(folder):
 
 
 def test_designs_take_different_tags(folder):
-    found = {wordings.english(folder, design, CAT)[2:] for design in ALL_DESIGNS}
-    assert len(found) == len(ALL_DESIGNS)
+    tag_wordings = {wordings.english(folder, design, CAT)[2:] for design in ALL_DESIGNS}
+    assert len(tag_wordings) == len(ALL_DESIGNS)
 
 
 def test_tags_of_a_skin_tone_name_it_and_abbreviations_are_left_out(folder):
@@ -75,10 +75,12 @@ def test_captions_are_bounded_and_name_every_style_once(folder):
 
 
 def test_the_designs_of_a_concept_have_all_languages_together(folder):
-    found = [set(wordings.captions(folder, design, CAT, "grinning cat")) for design in ALL_DESIGNS]
+    by_design = [
+        set(wordings.captions(folder, design, CAT, "grinning cat")) for design in ALL_DESIGNS
+    ]
     for language in LANGUAGES:
-        assert sum(names()[CAT][language] in captions for captions in found) == 1
-    everything = set.union(*found)
+        assert sum(names()[CAT][language] in captions for captions in by_design) == 1
+    everything = set.union(*by_design)
     assert {"a grinning cat", "grinsende katze"} <= everything
     assert {"gesicht, katzengesicht", "katzengesicht, gesicht"} & everything
 

@@ -8,6 +8,7 @@ from leon_jax.engine.engine import Engine, Sample, TokenRequest
 from leon_jax.engine.grammar import Forced, ImageSpan, TextSpan
 from leon_jax.engine.guidance import ClassifierFree
 from leon_jax.engine.sampling_params import SamplingParams
+from leon_jax.engine.scheduler import generate
 from leon_jax.vocabulary import Vocabulary
 from tests.tiny import random_decoder
 
@@ -109,3 +110,19 @@ def replay(grammar, outputs, stream: int) -> tuple[np.ndarray, np.ndarray, np.nd
             drawn.append(False)
             allowed.append(np.zeros(VOCABULARY.size, bool))
     return np.array(ids), np.array(drawn), np.array(allowed)
+
+
+def assert_full_pass_agrees(
+    engine: Engine, requests: list[TokenRequest], grammar, atol: float = 1e-4
+) -> None:
+    """Compares the log-probabilities of what the engine generates with a full forward pass."""
+    for request, samples in zip(requests, generate(engine, requests), strict=True):
+        for parts in samples:
+            ids, drawn, allowed = replay(grammar, parts, 0)
+            start = len(request.streams[0])
+            logits = oracle(engine, np.concatenate([request.streams[0], ids]))[start - 1 : -1]
+            logits = np.where(allowed | ~drawn[:, None], logits, -np.inf)
+            expected = np.take_along_axis(log_softmax(logits), ids[:, None], axis=1)[drawn, 0]
+            spans = zip(grammar, parts, strict=False)
+            scores = [p.log_probabilities for span, p in spans if not isinstance(span, Forced)]
+            np.testing.assert_allclose(np.concatenate(scores), expected, atol=atol)

@@ -14,7 +14,7 @@ import pytest
 from leon_jax import sharding
 from leon_jax.engine import decode_loop
 from leon_jax.engine.engine import Engine
-from leon_jax.engine.grammar import Forced, ImageSpan, TextSpan
+from leon_jax.engine.grammar import ImageSpan, TextSpan
 from leon_jax.engine.guidance import ClassifierFree, Contrastive, Plain, TwoConditions
 from leon_jax.engine.samplers import Categorical, Greedy
 from leon_jax.engine.sampling_params import SamplingParams
@@ -29,7 +29,7 @@ from tests.engine.small import (
     TEXT,
     VOCABULARY,
     all_ids,
-    log_softmax,
+    assert_full_pass_agrees,
     make,
     oracle,
     prompt,
@@ -40,15 +40,7 @@ from tests.engine.small import (
 @pytest.mark.parametrize("grammar", GRAMMARS)
 def test_cached_decoding_equals_the_full_forward_pass_at_every_position(either, grammar):
     prompts = [prompt(length, grammar) for length in LENGTHS]
-    for asked, (parts,) in zip(prompts, generate(either, prompts), strict=True):
-        ids, drawn, allowed = replay(grammar, parts, 0)
-        start = len(asked.streams[0])
-        logits = oracle(either, np.concatenate([asked.streams[0], ids]))[start - 1 : -1]
-        logits = np.where(allowed | ~drawn[:, None], logits, -np.inf)
-        expected = np.take_along_axis(log_softmax(logits), ids[:, None], axis=1)[drawn, 0]
-        spans = zip(grammar, parts, strict=False)
-        found = [p.log_probabilities for span, p in spans if not isinstance(span, Forced)]
-        np.testing.assert_allclose(np.concatenate(found), expected, atol=1e-4)
+    assert_full_pass_agrees(either, prompts, grammar)
 
 
 @pytest.mark.parametrize("grammar", [IMAGE, INFILLS])

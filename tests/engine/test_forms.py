@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from leon_jax.engine.engine import Engine, Sample, TokenRequest
-from leon_jax.engine.grammar import Forced, ImageSpan
+from leon_jax.engine.grammar import ImageSpan
 from leon_jax.engine.guidance import ClassifierFree
 from leon_jax.engine.likelihood import log_likelihoods
 from leon_jax.engine.samplers import Greedy
@@ -23,36 +23,24 @@ from tests.engine.small import (
     GRAMMARS,
     LENGTHS,
     VOCABULARY,
+    assert_full_pass_agrees,
     log_softmax,
     make,
     oracle,
     prompt,
-    replay,
 )
 from tests.models.forms import FORMS
 
 NAMES = [name for name in FORMS if name != "cm3leon"]
 
 
-def assert_agrees(engine: Engine, requests, grammar, atol: float = 1e-4) -> None:
-    """Compares the log-probabilities of what the engine generates with the full forward pass."""
-    for asked, samples in zip(requests, generate(engine, requests), strict=True):
-        for parts in samples:
-            ids, drawn, allowed = replay(grammar, parts, 0)
-            start = len(asked.streams[0])
-            logits = oracle(engine, np.concatenate([asked.streams[0], ids]))[start - 1 : -1]
-            logits = np.where(allowed | ~drawn[:, None], logits, -np.inf)
-            expected = np.take_along_axis(log_softmax(logits), ids[:, None], axis=1)[drawn, 0]
-            spans = zip(grammar, parts, strict=False)
-            found = [p.log_probabilities for span, p in spans if not isinstance(span, Forced)]
-            np.testing.assert_allclose(np.concatenate(found), expected, atol=atol)
-
-
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("grammar", [GRAMMARS[3], GRAMMARS[4]], ids=["story", "infills"])
 def test_cached_decoding_equals_the_full_forward_pass(name, grammar):
     engine = make(**FORMS[name])
-    assert_agrees(engine, [prompt(length, grammar, seeds=(0, 1)) for length in LENGTHS], grammar)
+    assert_full_pass_agrees(
+        engine, [prompt(length, grammar, seeds=(0, 1)) for length in LENGTHS], grammar
+    )
 
 
 @pytest.mark.parametrize("name", ["grid", "llamagen"])
@@ -64,19 +52,19 @@ def test_an_image_that_the_prompt_begins_is_continued_in_its_grid(name, part_ste
     grammar = (ImageSpan(5),)
     requests = [TokenRequest((ids,), grammar, (Sample(seed=3),)), prompt(8, grammar, streams=1)]
     requests = [dataclasses.replace(each, samples=(Sample(seed=3),)) for each in requests]
-    assert_agrees(engine, requests, grammar)
+    assert_full_pass_agrees(engine, requests, grammar)
 
 
 @pytest.mark.parametrize("name", ["llama", "chameleon", "grid"])
 def test_greedy_guided_decoding_equals_a_loop_of_full_forward_passes(name):
     made = make(**FORMS[name])
     engine = Engine(unstack(made.decoder), VOCABULARY, buckets=(8, 16))
-    asked = prompt(12, (ImageSpan(9),), SamplingParams(ClassifierFree(3.0), Greedy(), Greedy()))
-    (((part,),),) = generate(engine, [asked])
+    request = prompt(12, (ImageSpan(9),), SamplingParams(ClassifierFree(3.0), Greedy(), Greedy()))
+    (((part,),),) = generate(engine, [request])
     for place, token in enumerate(part.ids):
         conditional, unconditional = (
             oracle(engine, np.concatenate([stream, part.ids[:place]]))[-1].astype(np.float64)
-            for stream in asked.streams[:2]
+            for stream in request.streams[:2]
         )
         merged = unconditional + 3.0 * (conditional - unconditional)
         images = merged[VOCABULARY.image_start : VOCABULARY.image_stop]
@@ -88,14 +76,18 @@ def test_weights_in_eight_bits_decode_as_they_run_uncached(name):
     made = make(**FORMS[name])
     engine = Engine(convert_weights(made.decoder, "int8"), VOCABULARY, buckets=(8, 16))
     grammar = (ImageSpan(9),)
-    assert_agrees(engine, [prompt(length, grammar) for length in LENGTHS], grammar, atol=1e-3)
+    assert_full_pass_agrees(
+        engine, [prompt(length, grammar) for length in LENGTHS], grammar, atol=1e-3
+    )
 
 
 @pytest.mark.parametrize("name", ["llama", "grid"])
 def test_a_cache_in_eight_bits_nearly_agrees(name):
     made, grammar = make(**FORMS[name]), (ImageSpan(9),)
     engine = Engine(made.decoder, VOCABULARY, buckets=(8, 16), cache_dtype="int8")
-    assert_agrees(engine, [prompt(length, grammar) for length in LENGTHS], grammar, atol=0.2)
+    assert_full_pass_agrees(
+        engine, [prompt(length, grammar) for length in LENGTHS], grammar, atol=0.2
+    )
 
 
 @pytest.mark.parametrize("name", ["llama", "grid"])

@@ -53,7 +53,11 @@ def test_a_form_equals_its_model_in_transformers(name):
     gradients = to_llama(jax.jit(jax.grad(next_token_loss))(model, ids))
     assert {f"gradient.{name}" for name in gradients} == set(expected) - {"logits", "layer"}
     for key, gradient in gradients.items():
-        wanted = expected[f"gradient.{key}"]
+        peer_gradient = expected[f"gradient.{key}"]
         np.testing.assert_allclose(
-            gradient, wanted, atol=1e-5 * max(1, np.abs(wanted).max()), rtol=1e-3, err_msg=key
+            gradient,
+            peer_gradient,
+            atol=1e-5 * max(1, np.abs(peer_gradient).max()),
+            rtol=1e-3,
+            err_msg=key,
         )

@@ -88,8 +88,8 @@ def test_all_three_products_have_the_fast_form(name):
         first, second, result = re.findall(r"tensor<([^>]*)>", line)
         assert first.endswith("bf16") and second.endswith("bf16") and result.endswith("f32")
         batch, summed = (
-            [[int(axis) for axis in axes.split(",") if axis.strip()] for axes in found[0]]
-            if (found := re.findall(rf"{kind}_dims = \[([^]]*)\] x \[([^]]*)\]", line))
+            [[int(axis) for axis in axes.split(",") if axis.strip()] for axes in numbers[0]]
+            if (numbers := re.findall(rf"{kind}_dims = \[([^]]*)\] x \[([^]]*)\]", line))
             else [[], []]
             for kind in ("batching", "contracting")
         )

@@ -153,9 +153,9 @@ def choose(signatures: Mapping[str, Float32[np.ndarray, "pixels"]]) -> DesignSpl
         }
     held_out = [key for key in keys if split_of_key[key] != "train"]
     train = [key for key in keys if split_of_key[key] == "train"]
-    found = near_copies(signatures, held_out, train)
+    copies = near_copies(signatures, held_out, train)
     left_out = {*blank}
-    for copy in found:
+    for copy in copies:
         # The images of `splits.json` stay. Otherwise the held-out image is left out.
         if not _is_recorded(copy.held_out):
             left_out.add(copy.held_out)
@@ -167,7 +167,7 @@ def choose(signatures: Mapping[str, Float32[np.ndarray, "pixels"]]) -> DesignSpl
             for name, listed in unseen_design.items()
         },
         tuple(sorted(left_out)),
-        tuple(found),
+        tuple(copies),
     )
 
 

@@ -99,11 +99,11 @@ def check_packages(folder: str | os.PathLike) -> None:
       UserError: a package is missing, or has another version.
     """
     for name, version in PACKAGES.items():
-        found = read_json(folder, name, "package.json").get("version")
-        if found != version:
+        installed = read_json(folder, name, "package.json").get("version")
+        if installed != version:
             raise UserError(
-                f"{os.fspath(folder)} has {name} {found}, but the splits are those of {version}; "
-                f"run: {install_command(folder)}"
+                f"{os.fspath(folder)} has {name} {installed}, but the splits are those of "
+                f"{version}; run: {install_command(folder)}"
             )
 
 

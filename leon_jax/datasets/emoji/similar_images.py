@@ -64,7 +64,7 @@ def near_copies(
     train_concepts = np.array([_concept(key) for key in train])
     columns = np.stack([signatures[key] for key in train]).astype(np.float64)
     column_squares = np.square(columns).sum(1)[None]
-    found = []
+    copies = []
     for start in range(0, len(held_out), _BLOCK):
         block = held_out[start : start + _BLOCK]
         rows = np.stack([signatures[key] for key in block]).astype(np.float64)
@@ -73,11 +73,11 @@ def near_copies(
         distances = np.sqrt(difference / np.maximum(row_squares, column_squares))
         is_same = np.array([_concept(key) for key in block])[:, None] == train_concepts
         limits = np.where(is_same, SAME_CONCEPT, OTHER_CONCEPT)
-        found += [
+        copies += [
             NearCopy(block[row], train[column], round(float(distances[row, column]), 3))
             for row, column in zip(*np.nonzero(distances < limits), strict=True)
         ]
-    return found
+    return copies
 
 
 def _concept(key: str) -> str:

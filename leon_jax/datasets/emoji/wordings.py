@@ -58,10 +58,10 @@ def english(folder: str | os.PathLike, design: Design, concept: str) -> tuple[st
       UserError: a package is missing or damaged.
     """
     name = names()[concept]["en"]
-    found = [with_article(name), *_aliases().get(concept, ())[:_ALIASES]]
+    texts = [with_article(name), *_aliases().get(concept, ())[:_ALIASES]]
     tags = read_tags(os.fspath(folder), "en").get(concept)
-    found += [_tag_text(design, concept, tags, count) for count in (_SHORT, _LONG)]
-    return tuple(text for text in dict.fromkeys(found) if text and text != name)
+    texts += [_tag_text(design, concept, tags, count) for count in (_SHORT, _LONG)]
+    return tuple(text for text in dict.fromkeys(texts) if text and text != name)
 
 
 def train_name(folder: str | os.PathLike, design: Design, concept: str) -> tuple[str, str]:
@@ -141,27 +141,28 @@ def read_tags(folder: str, language: str) -> Mapping[str, Tags]:
     Raises:
       UserError: the package is missing or damaged.
     """
-    found = {}
+    tags_of_concepts = {}
     for entry in read_json(folder, "emojibase-data", f"{language}/data.json"):
         words = [clean(tag) for tag in entry.get("tags", ())]
         words = [word for word in words if _is_word(word)]
         # A skin tone has the tags of the emoji without it.
         for variant in (entry, *entry.get("skins", ())):
             detail = "".join(_COLON.split(variant["label"], maxsplit=1)[1:])
-            found[concept_of(variant["hexcode"])] = Tags(tuple(words), normalise_text(detail))
-    return found
+            tags = Tags(tuple(words), normalise_text(detail))
+            tags_of_concepts[concept_of(variant["hexcode"])] = tags
+    return tags_of_concepts
 
 
 @functools.cache
 def _aliases() -> dict[str, list[str]]:
     """Returns the short names of the package `emoji`, by concept."""
     emoji = import_package("emoji", "emoji")
-    found: dict[str, list[str]] = {}
+    words_of_concepts: dict[str, list[str]] = {}
     for characters, entry in emoji.EMOJI_DATA.items():
         words = [clean(alias) for alias in entry.get("alias", ())]
         concept = concept_of("-".join(f"{ord(c):04X}" for c in characters))
-        found.setdefault(concept, []).extend(word for word in words if _is_word(word))
-    return found
+        words_of_concepts.setdefault(concept, []).extend(word for word in words if _is_word(word))
+    return words_of_concepts
 
 
 def _is_word(text: str) -> bool:
