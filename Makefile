@@ -36,7 +36,7 @@ $(INSTALLED): requirements/dev.txt setup.py
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
-demo: install ## Run everything once with the bundled weights; makes out/demo/index.html
+demo: install ## Run everything once with the shipped model; makes out/demo/index.html
 	$(BIN)/leon demo --out=$(DEMO_OUT)
 
 # The compiler takes most of the time of these tests, and their programs are small.
@@ -59,7 +59,7 @@ format: install ## Rewrite files in the project's style
 docs: install ## Check the pages: links, commands, flags and code examples
 	$(BIN)/python -m pytest tests/test_docs.py tests/test_setup.py
 
-weights: install ## Train the bundled models again, from nothing (hours on a CPU)
+weights: install ## Train the shipped model again, from scratch (hours on a CPU)
 	bash launch/weights.sh
 
 peers: $(PEERS_INSTALLED) ## Make .venv-peers (PyTorch, transformers, ...) for the parity tests

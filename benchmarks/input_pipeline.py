@@ -63,15 +63,15 @@ tokens a second. So one core and Python threads are enough. No other processes a
 
 ## Where the time goes
 
-The table has microseconds an example (a query and two retrieved documents), for the first two rows
-above, without threads. The times include the stopwatches.
+The table shows the microseconds that an example (a query and two retrieved documents) takes, for
+the first two rows above, without threads. The times include the cost of the timers.
 
 {stages}
 
 ## More cores
 
-Python threads take turns, and lose time when they hand over. So a second core does not help. More
-threads are for slow storage (below). This is the first row of the first table on {cores} cores:
+Python threads take turns, and switching costs time. So a second core does not help. More threads
+help only with slow storage (below). This is the first row of the first table on {cores} cores:
 
 {threads}
 
@@ -86,17 +86,15 @@ when a run continues.
 
 ## Images beside the codes
 
-`leon prepare` stores an image and its codes in one record, and a record is read as a whole.
-Training needs the codes only: {codes_bytes:,.0f} of {pictures_bytes:,.0f} bytes. In memory, the
-cost is the difference in the first table. On any other storage the cost is the bytes:
-{pictures_rate:.0f} MB for a million tokens, instead of {codes_rate:.1f} MB. In this measurement the
-file is not in memory at the start ({cold_threads} threads, {cores} cores, the disk of this
-machine):
+A record is read as a whole. If it has an image beside the codes, training reads both, but needs
+the codes only: {codes_bytes:,.0f} of {pictures_bytes:,.0f} bytes. In memory, the cost is the
+difference in the first table. On any other storage the cost is the bytes: {pictures_rate:.0f} MB
+for a million tokens, instead of {codes_rate:.1f} MB. In this measurement the file is not in memory
+at the start ({cold_threads} threads, {cores} cores, the disk of this machine):
 
 {cold}
 
-A layout with the images in a file of their own, row for row, would read the codes alone. Only
-preparing a folder and looking at it need the images.
+So `leon encode` writes records with codes only. The images stay in the documents folder.
 """
 
 
@@ -267,7 +265,7 @@ def log(text: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument(
-        "--folder", type=pathlib.Path, required=True, help="folder of the documents"
+        "--folder", type=pathlib.Path, required=True, help="folder for the documents"
     )
     parser.add_argument("--documents", type=int, default=20_000, help="number of documents")
     parser.add_argument("--seconds", type=float, default=2, help="duration of a measurement")

@@ -1,4 +1,4 @@
-"""Measures what int8 weights and caches cost the demonstration model, and writes docs/int8.md.
+"""Measures what int8 weights and caches cost the shipped model, and writes docs/int8.md.
 
     python -m benchmarks.int8
 
@@ -152,7 +152,7 @@ leon generate --prompt="cat face, Twemoji style" --weights=int8 --cache=int8
 python -m benchmarks.int8
 ```
 
-The benchmark measures what `--weights` and `--cache` cost the demonstration model. In Python these
+The benchmark measures what `--weights` and `--cache` cost the shipped model. In Python these
 are [`convert_weights`](../leon_jax/models/weight_conversion.py) and
 `Engine(..., cache_dtype="int8")`.
 

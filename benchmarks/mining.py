@@ -259,9 +259,9 @@ python -m benchmarks.mining --plan
 ```
 
 The first command measures how fast the index ([retrieval](retrieval.md#the-index)) is searched,
-beside FAISS. The second plans a search of {documents:,.0f} million documents on a TPU pod.
+compared with FAISS. The second plans a search of {documents:,.0f} million documents on a TPU pod.
 
-## Beside FAISS
+## Compared with FAISS
 
 The search finds the {k} nearest rows for each of {queries:,} queries, in an index of {rows:,} rows
 of {dimensions}, on {machine}. Our index is float16 in four files. They are mapped into memory and

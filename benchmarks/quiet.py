@@ -10,9 +10,7 @@ import pathlib
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
-
-from benchmarks.turns import Worker
+from typing import Any, Protocol
 
 
 class Noisy(Exception):
@@ -23,7 +21,7 @@ class Watch:
     """Measures the CPU time of all programs but `processes` and this one, from its creation."""
 
     def __init__(self, processes: Iterable[int]) -> None:
-        self._processes = (os.getpid(), *processes)
+        self._processes = {os.getpid(), *processes}  # several sides may share a process
         self._start, self._all, self._known = self._now()
 
     def others(self) -> float:
@@ -58,9 +56,16 @@ def wait(share: float, patience: float) -> bool:
     return False
 
 
-def rounds[T](
-    workers: Sequence[Worker],
-    ask: Callable[[Worker], T],
+class Side(Protocol):
+    """A side of a comparison: `benchmarks.turns.Worker`, or one of several in a process."""
+
+    @property
+    def pid(self) -> int: ...
+
+
+def rounds[S: Side, T](
+    workers: Sequence[S],
+    ask: Callable[[S], T],
     count: int,
     noise: float,
     patience: float,

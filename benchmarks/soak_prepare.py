@@ -2,7 +2,7 @@
 
     python -m benchmarks.soak_prepare --kills=10 --data_dir=data/emoji
 
-Prepares the emoji images with the shipped models three times: without interruption in
+Prepares the emoji images with the shipped model three times: without interruption in
 WORKDIR/whole, with kills at random times in WORKDIR/killed, and on Apache Beam in WORKDIR/beam. All
 three folders must have the same bytes.
 """

@@ -22,62 +22,61 @@ from tests.models.opt_in_torch import build
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("shape", help="JSON of a benchmarks.shapes.Shape")
-    parser.add_argument("--dtype", required=True)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--folder", type=pathlib.Path, required=True, help="weights, batches")
-    parser.add_argument("--compile", action="store_true")
     parser.add_argument("--biases", action="store_true")
     side = Theirs(parser.parse_args())
     serve({"loss": side.loss, "steps": side.steps, "facts": side.facts})
 
 
 class Theirs:
-    """OPT, its optimizer and its batches."""
+    """OPT, its optimizer and its batches.
+
+    The names of its steps have the words `eager` or `compiled`, and `autocast`: to bfloat16.
+    """
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         shape = Shape(**json.loads(arguments.shape))
         self._device = "cuda" if arguments.device == "gpu" else "cpu"
-        self._half = arguments.dtype == "bfloat16"
         weights = load_file(arguments.folder / "weights.safetensors")
         model = build(weights, shape.heads, "sdpa", arguments.biases).to(self._device).train()
         ids = load_file(arguments.folder / "ids.safetensors")["ids"]
         self._batches = torch.from_numpy(ids).to(self._device)
-        self._model = torch.compile(model) if arguments.compile else model
+        self._models = {"eager": model, "compiled": torch.compile(model)}
         self._parameters = list(model.parameters())
         self._optimizer, self._kind = self._fastest()
-        self._mode = "torch.compile" if arguments.compile else "eager"
         self._step_count = 0
 
-    def steps(self, count: int) -> list[float]:
-        """Runs `count` steps; returns the seconds and the last step's loss before its update."""
+    def steps(self, name: str, count: int) -> float:
+        """Runs `count` steps; returns the seconds."""
         start = time.monotonic()
         for _ in range(count):
             self._optimizer.zero_grad(set_to_none=True)
-            loss = self._forward(self._batches[self._step_count % len(self._batches)])
+            loss = self._forward(name, self._batches[self._step_count % len(self._batches)])
             loss.backward()
             torch.nn.utils.clip_grad_norm_(self._parameters, OPTIMIZER["clip_norm"])
             self._optimizer.step()
             self._step_count += 1
-        last = float(loss.detach())
         if self._device == "cuda":
             torch.cuda.synchronize()
-        return [time.monotonic() - start, last]
+        return time.monotonic() - start
 
-    def loss(self) -> float:
+    def loss(self, name: str) -> float:
         """Returns the loss of the first batch, without an update."""
         with torch.no_grad():
-            return float(self._forward(self._batches[0]))
+            return float(self._forward(name, self._batches[0]))
 
     def facts(self) -> dict:
         return {
             "name": f"transformers {transformers.__version__} OPT (PyTorch {torch.__version__}, "
-            f"{self._mode}, SDPA, {self._kind} AdamW)",
+            f"SDPA, {self._kind} AdamW)",
             "threads": torch.get_num_threads(),
         }
 
-    def _forward(self, ids: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(self._device, torch.bfloat16, enabled=self._half):
-            logits = self._model(input_ids=ids[:, :-1], use_cache=False).logits
+    def _forward(self, name: str, ids: torch.Tensor) -> torch.Tensor:
+        words = name.split()
+        with torch.autocast(self._device, torch.bfloat16, enabled="autocast" in words):
+            logits = self._models[words[0]](input_ids=ids[:, :-1], use_cache=False).logits
         targets = ids[:, 1:].flatten()
         return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets)
 

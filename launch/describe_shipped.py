@@ -42,7 +42,7 @@ def describe(folder: ModelFolder) -> ModelDescription:
     path, defaults = folder.path, GenerationDefaults()
     notes = (ROOT / "configs" / "emoji" / "model_notes.md").read_text(encoding="utf-8")
     return ModelDescription(
-        title="The demonstration models: emoji, 32 px",
+        title="The shipped model: emoji, 32 px",
         prompt="cat face, Twemoji style",
         generation={
             "sampling": defaults.sampling.to_dict(),

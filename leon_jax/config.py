@@ -68,8 +68,17 @@ def build[T](cls: type[T], values: Mapping[str, Any], path: str = "config") -> T
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Converts a configuration to nested plain values for JSON. Tuples become lists."""
-    return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
+    """Converts a configuration to nested plain values for JSON. Tuples become lists.
+
+    Fields that the class variable `OMITTED_DEFAULTS` names are left out if they have their default.
+    So a file does not change when its class gets new keys.
+    """
+    omitted = getattr(config, "OMITTED_DEFAULTS", ())
+    return {
+        field.name: _plain(getattr(config, field.name))
+        for field in dataclasses.fields(config)
+        if field.name not in omitted or getattr(config, field.name) != field.default
+    }
 
 
 def _plain(value: Any) -> Any:

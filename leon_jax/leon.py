@@ -45,7 +45,7 @@ class Leon:
 
     Args:
       model: the loaded model.
-      index: the prepared folder to retrieve from; None: see `load`.
+      index: the index, a prepared folder; None: see `load`.
     """
 
     def __init__(self, model: Model, index: str | os.PathLike | None = None):
@@ -63,8 +63,8 @@ class Leon:
         """Reads a model folder.
 
         Args:
-          model: a model folder, or a `.tar` of one (docs/model_folder.md); None: the package's.
-          index: the prepared folder to retrieve from; None: the one that the model folder names
+          model: a model folder, or a `.tar` of one (docs/model_folder.md); None: the shipped one.
+          index: the index, a prepared folder; None: the one that the model folder names
             (see `leon_jax.generate.retriever.find_index`).
           weights: dtype of the decoder's weights: "float32", "bfloat16" or "int8".
           cache: dtype of the KV cache: "compute" (the decoder's compute dtype) or "int8".
@@ -105,7 +105,7 @@ class Leon:
         """Generates images for a prompt and returns them in the order that `ImageSettings` defines.
 
         Args:
-          prompt: the prompt, for example "cat face, Twemoji style" for the demo model.
+          prompt: the prompt, for example "cat face, Twemoji style" for the shipped model.
           num_images, num_docs, seed, best_of, rank_by: see `ImageSettings`.
           guidance: weight of classifier-free guidance; 1 is no guidance; None: the model's.
           temperature, top_p, top_k: see `SamplingParams.replace`; None: the model's.
@@ -139,7 +139,7 @@ class Leon:
           returns them, or its error. An error does not stop the other prompts.
 
         Raises:
-          UserError: a setting is out of range, or there are no documents to retrieve from.
+          UserError: a setting is out of range, or the model has no index.
         """
         if isinstance(prompts, str):
             raise UserError("prompts is one text; give a list of them, or use generate")
@@ -167,7 +167,7 @@ class Leon:
     ) -> list[GeneratedImage]:
         """Generates a new version of an image, following an instruction.
 
-        The prompt has the format of CM3Leon's instructions (table 5). The demo model was not
+        The prompt has the format of CM3Leon's instructions (table 5). The shipped model was not
         trained on instructions, so it generates the object that the instruction names.
 
         Args:
@@ -252,8 +252,8 @@ class Leon:
     ) -> Caption:
         """Answers a question about an image by infilling the text after the question.
 
-        The question comes before the image, as in CM3Leon's instructions (table 5). The demo model
-        was not trained on instructions; at best it answers with a caption.
+        The question comes before the image, as in CM3Leon's instructions (table 5). The shipped
+        model was not trained on instructions; at best it answers with a caption.
 
         Args:
           image: a file, a PIL image, or sRGB uint8[height, width, 3].
@@ -374,7 +374,7 @@ class Leon:
         """Retrieves at most `num_docs` documents for a prompt, most relevant first.
 
         Raises:
-          UserError: the prepared folder cannot be read, found or created.
+          UserError: the index cannot be read, found or created.
         """
         with jax.set_mesh(self.model.mesh):
             return self.retriever.retrieve(document, num_docs) if num_docs > 0 else []

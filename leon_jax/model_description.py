@@ -38,7 +38,7 @@ class IndexAddress:
 
     Attributes:
       folder: a prepared folder: an absolute path, or a path relative to the model folder; "": none.
-      prepare: "demo": the documents of the demonstration, which are prepared at the first use.
+      prepare: "demo": the emoji documents, which are prepared at the first use.
 
     Raises:
       UserError: both are set.
@@ -54,7 +54,7 @@ class IndexAddress:
 
 @dataclasses.dataclass(frozen=True)
 class TrainingData:
-    """A data set that files of a model were trained on.
+    """A dataset that files of a model were trained on.
 
     Attributes:
       name: its name.
@@ -87,7 +87,7 @@ class ModelDescription:
       index: where its documents are.
       licences: SPDX expressions of all data of all parts, with those of the base model.
       unknown_licences: parts whose data have no recorded licence.
-      data: the data sets.
+      data: the datasets.
       training: for each part what is known: `steps`, `base` (the weights it started from),
         `config` and `file` (a config file of this repository).
       versions: versions of the packages that wrote the folder.

@@ -19,7 +19,8 @@ from jaxtyping import Int
 from leon_jax import __version__, model_archive, model_description, weight_digests, weight_files
 from leon_jax.config import UserError, build
 from leon_jax.model_description import GenerationDefaults, IndexAddress, ModelDescription
-from leon_jax.models.decoder import Decoder, DecoderConfig
+from leon_jax.models.decoder import Decoder
+from leon_jax.models.decoder_config import DecoderConfig
 from leon_jax.models.weight_conversion import WeightType, convert_weights, unstack
 from leon_jax.tokenizers.documents import DocumentTokenizer
 from leon_jax.tokenizers.text import TextTokenizer
@@ -85,7 +86,7 @@ class ModelFolder:
 
         Args:
           folder: the model folder, or a `.tar` of one, which is unpacked once into the cache
-            folder; None: the model that the package includes.
+            folder; None: the shipped model.
 
         Raises:
           UserError: the folder does not exist; files of it are missing or empty (the message lists
@@ -215,5 +216,5 @@ class ModelFolder:
 
 
 def shipped_folder() -> pathlib.Path:
-    """Returns the folder of the model that the package includes."""
+    """Returns the model folder of the shipped model."""
     return pathlib.Path(str(importlib.resources.files("leon_jax"))) / "weights" / "emoji"

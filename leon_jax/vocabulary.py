@@ -169,6 +169,16 @@ class Vocabulary:
                 positions[first:] += -positions[first] % part_step
         return positions
 
+    def cells(self, ids: Int[np.ndarray, "length"]) -> Int32[np.ndarray, "length"]:
+        """Returns the index of each image id in its run of image ids; -1 for other ids.
+
+        In a document, a run is an image. If a span of an image is masked, the ids behind it are
+        counted from 0 again.
+        """
+        is_image, index = self.is_image(np.asarray(ids)), np.arange(len(ids), dtype=np.int32)
+        last_other = np.maximum.accumulate(np.where(is_image, -1, index))
+        return np.where(is_image, index - last_other - 1, -1).astype(np.int32)
+
     def extent(self, ids: Int[np.ndarray, "length"], part_step: int = 1) -> int:
         """Returns the number of positions that ids occupy: the position of the next id."""
         return int(self.positions(np.append(ids, self.pad), part_step)[-1])

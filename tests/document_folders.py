@@ -1,4 +1,4 @@
-"""Small folders of documents for tests of training: drawings, and crops of a photograph."""
+"""Small documents folders for tests of training: drawings, and crops of a photograph."""
 
 import pathlib
 

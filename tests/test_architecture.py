@@ -40,7 +40,7 @@ MAY_IMPORT = {
     # What is retrieved are records.
     "retrieval": BELOW_DATA | {"data"},
     "prepare": BELOW_TRAINING | {"file_lock"},
-    # A data set brings its own source, and says how it is prepared.
+    # A dataset brings its own source, and says how it is prepared.
     "datasets": BELOW_TRAINING | {"prepare"},
     # The generation defaults are sampling parameters.
     "model_description": {"config", "engine"},
@@ -50,7 +50,7 @@ MAY_IMPORT = {
     "export": BELOW_TRAINING | {"model_folder", "model_description", "prepare"},
     # The engine knows ids: no documents, no files.
     "engine": {"config", "vocabulary", "sharding", "ops", "models"},
-    # A model that has nothing to retrieve from prepares the demonstration's documents first.
+    # A model whose index has the emoji documents prepares them first.
     "generate": BELOW_TRAINING
     | {"engine", "model_folder", "model_description", "prepare", "datasets"},
     # A training run samples images, with the same engine as everyone else. A decoder's run ends in
@@ -245,7 +245,7 @@ def test_no_file_is_in_a_circle_of_imports():
 def test_every_file_can_be_loaded():
     """Jaxtyping's axes keep the linter from seeing a forgotten import; loading the file shows it.
 
-    The verbs define flags of the same names, so each is loaded by itself.
+    The commands define flags of the same names, so each is loaded by itself.
     """
     names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in SOURCES]
     verbs = [name for name in names if name.startswith("leon_jax.cli.")]

@@ -32,7 +32,7 @@ def commands(page: Path) -> list[list[str]]:
 
 
 def defined_flags(verb: str) -> set[str]:
-    """Names of the flags that a verb of `leon` defines with absl, found without running it."""
+    """Names of the flags that a command of `leon` defines with absl, found without running it."""
     names = {"help"}
     path = ROOT / "leon_jax" / "cli" / f"{verb}.py"
     for node in ast.walk(ast.parse(path.read_text())):
@@ -75,7 +75,7 @@ def test_files_named_in_the_text_exist(page):
 
 @every_page
 def test_commands_exist(page):
-    """`make X` is a target; `leon VERB --flag` is a verb with such a flag."""
+    """`make X` is a target; `leon COMMAND --flag` is a command with such a flag."""
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for words in commands(page):
         program = Path(words[0]).name

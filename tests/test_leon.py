@@ -128,7 +128,7 @@ def test_guidance_0_sees_neither_text_nor_retrieved_documents(leon):
 def test_the_likelihood_of_a_document_is_that_of_its_parts(leon):
     cat = leon.tokenize(tiny.documents()[0])
     whole, picture = leon.likelihood(cat), leon.likelihood(cat, part=1)
-    # The chain rule: the caption with its <break>, then the picture with its </s>.
+    # The chain rule: the caption with its <break>, then the image with its </s>.
     ids = leon.model.tokenizer.encode(cat)
     caption = log_likelihoods(leon.model.engine, [ids[: -(tiny.GRID**2) - 1]])[0]
     assert whole == pytest.approx(caption + picture, abs=1e-2)
@@ -167,7 +167,7 @@ def test_a_question_is_answered_and_a_picture_edited(leon):
     assert first.image.size == (tiny.RESOLUTION, tiny.RESOLUTION)
     (again,) = leon.edit(pixels, "make it green", seed=5)
     np.testing.assert_array_equal(np.asarray(second.image), np.asarray(again.image))
-    # Both the picture and the instruction matter.
+    # Both the image and the instruction matter.
     (here,) = leon.edit(pixels, "make it green")
     for other in (leon.edit(255 - pixels, "make it green"), leon.edit(pixels, "add a hat")):
         assert (np.asarray(other[0].image) != np.asarray(here.image)).any()
@@ -302,7 +302,7 @@ def test_likelihood_ranks_what_greedy_decoding_chose_above_other_captions(leon):
 
 
 def test_a_prompt_that_cannot_be_ranked_keeps_no_other(leon):
-    """It can be drawn, but as a caption behind its picture it is too long."""
+    """It fits as a prompt, but as a caption after its image it is too long."""
     room = max(n for n in range(200) if _fits(leon, "q" * n))
     prompts = ["q" * room, "a cat"]
     settings = ImageSettings((SamplingParams(),), num_docs=0, best_of=2, rank_by="likelihood")
@@ -331,7 +331,7 @@ def test_what_is_wrong_with_all_prompts_is_raised_at_once(leon):
 
 
 def test_prompts_with_one_seed_draw_different_numbers(leon):
-    """Else the pictures of many prompts would be more alike than the model makes them."""
+    """Else the images of many prompts would be more alike than the model makes them."""
     colours = ["red", "blue", "green", "white", "black", "pink", "brown", "grey"]
     documents = [Document((Text(f"{c} cat"), Hole("image"))) for c in colours]
     drawn = leon.complete(documents, seeds=[0] * 8, params=SamplingParams.of(guidance=0))

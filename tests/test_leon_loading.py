@@ -84,7 +84,7 @@ def test_an_index_of_another_model_is_refused(tmp_path):
 
 @pytest.fixture
 def demo_folder() -> ModelFolder:
-    """Returns a model folder whose index is the documents of the demonstration."""
+    """Returns a model folder whose index is the emoji documents."""
     description = ModelDescription("demo", index=IndexAddress(prepare="demo"))
     return dataclasses.replace(ModelFolder.open(tiny.folders()[0]), description=description)
 
@@ -132,7 +132,7 @@ def test_a_model_folder_may_hold_openais_clip_as_its_encoder(leon, tmp_path):
         with_clip.save(tmp_path / "copy")
     (again,) = Leon.load(tmp_path / "copy", index).generate(PROMPT)
     np.testing.assert_array_equal(np.asarray(drawn.image), np.asarray(again.image))
-    with pytest.raises(UserError, match="prepared with another encoder"):
+    with pytest.raises(UserError, match="encoded with another encoder"):
         leon.load(tiny.folders()[0], index)
 
 

@@ -121,7 +121,7 @@ def test_our_environment_never_holds_pytorch():
 
 
 def test_the_splits_belong_to_the_pinned_pictures():
-    """splits.json was made for exact versions of the picture packages; these are locked."""
+    """splits.json was made for exact versions of the emoji packages; these are locked."""
     splits = json.loads((ROOT / "leon_jax" / "datasets" / "emoji" / "splits.json").read_text())
     locked = dict(PINNED.findall((ROOT / "requirements" / "dev.txt").read_text()))
     assert {name: locked[name] for name in splits["packages"]} == splits["packages"]

@@ -18,7 +18,8 @@ from flax import nnx
 
 from leon_jax import safetensors_format, weight_digests, weight_files
 from leon_jax.config import UserError
-from leon_jax.models.decoder import Decoder, DecoderConfig
+from leon_jax.models.decoder import Decoder
+from leon_jax.models.decoder_config import DecoderConfig
 
 DECODER = DecoderConfig(vocab_size=48, max_length=16, layers=2, embed=32, heads=4, mlp=64)
 SHIPPED = pathlib.Path(weight_files.__file__).parent / "weights" / "emoji" / "decoder.safetensors"

@@ -16,7 +16,8 @@ from leon_jax.config import to_dict
 from leon_jax.data.sources.raw_record import SourceConfig
 from leon_jax.documents import Document, Image, Provenance, Text
 from leon_jax.models.clip import CLIPConfig, TextConfig, VisionConfig, create
-from leon_jax.models.decoder import Decoder, DecoderConfig
+from leon_jax.models.decoder import Decoder
+from leon_jax.models.decoder_config import DecoderConfig
 from leon_jax.models.vqgan import VQGAN, VQGANConfig
 from leon_jax.prepare import prepare
 from leon_jax.prepare.config import DuplicatesConfig, PrepareConfig
@@ -58,11 +59,15 @@ def randomise[M: nnx.Module](module: M, scale: float = 0.3, seed: int = 0) -> M:
     return jax.tree.unflatten(structure, arrays)
 
 
-def random_decoder(vocab_size: int, max_length: int, seed: int = 0, part_step: int = 1) -> Decoder:
-    """Returns a decoder with two layers of width 32, in float32."""
-    config = DecoderConfig(
-        vocab_size, max_length, layers=2, embed=32, heads=4, mlp=64, part_step=part_step
-    )
+def random_decoder(vocab_size: int, max_length: int, seed: int = 0, **options) -> Decoder:
+    """Returns a decoder with two layers of width 32, in float32.
+
+    Args:
+      vocab_size, max_length: see `DecoderConfig`.
+      seed: seed of the weights.
+      options: other fields of `DecoderConfig`.
+    """
+    config = DecoderConfig(vocab_size, max_length, layers=2, embed=32, heads=4, mlp=64, **options)
     return randomise(jax.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))), seed=seed)
 
 

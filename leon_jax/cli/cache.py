@@ -4,9 +4,9 @@
     leon cache --clear
     leon cache --clear --workdir=runs/emoji/decoder
 
-The cache holds compiled programs, so that the next command starts without compiling. It also holds
-the retrieval documents of the demonstration, and the models that were unpacked from .tar files.
-Everything in it is rebuilt when needed.
+The cache has compiled programs, so that the next command starts without compiling. It also has the
+prepared folder of the emoji, and the models that were unpacked from .tar files. Everything in it is
+rebuilt when needed.
 
 The cache is the folder LEON_CACHE, by default ~/.cache/leon_jax. Compiled programs take at most
 5 GB, or LEON_CACHE_LIMIT, for example 500MB. The least recently used programs are removed first.
@@ -22,7 +22,7 @@ from leon_jax.config import UserError
 FLAGS = flags.FlagValues()
 _CLEAR = flags.DEFINE_bool("clear", False, "Remove the compiled programs.", flag_values=FLAGS)
 _CLEAR_ALL = flags.DEFINE_bool(
-    "clear_all", False, "Remove the compiled programs, prepared documents and unpacked models.",
+    "clear_all", False, "Remove the compiled programs, prepared folders and unpacked models.",
     flag_values=FLAGS,
 )  # fmt: skip
 # `leon_jax.model_archive.CACHE`, whose module would make --help slow.
@@ -71,7 +71,7 @@ def prepared_folders() -> dict[pathlib.Path, str]:
     contents = {}
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if (path / "manifest.json").is_file():
-            contents[path] = "prepared documents"
+            contents[path] = "prepared folder"
         elif path.name.lstrip(".").startswith("emoji"):
             contents[path] = "emoji images"
         elif path.name == _MODELS:

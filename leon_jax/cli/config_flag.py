@@ -1,4 +1,4 @@
-"""Defines the flag --config and reads the config file it names; shared by several verbs."""
+"""Defines the flag --config and reads the config file it names; shared by several commands."""
 
 import os
 from typing import Any
@@ -8,7 +8,7 @@ from ml_collections import config_flags
 
 from leon_jax.config import UserError
 
-# The flag then belongs to the verb that defines it, and the verb's --help lists it.
+# The flag then belongs to the command that defines it, and the command's --help lists it.
 flags.disclaim_key_flags()
 
 

@@ -9,7 +9,6 @@ Writes OUT/index.html and OUT/metrics.json. Takes about six minutes on two CPU c
 """
 
 import json
-import os
 import pathlib
 import subprocess
 import sys
@@ -20,9 +19,9 @@ from absl import flags
 from leon_jax.config import UserError
 
 _OUT = flags.DEFINE_string("out", "out/demo", "The folder of the report.")
-_DATA = flags.DEFINE_string("data", "data", "The folder of the dataset and its prepared folder.")
+_DATA = flags.DEFINE_string("data", "data", "The folder for the dataset and its prepared folder.")
 _MODEL = flags.DEFINE_string(
-    "model", None, "A model folder, or a .tar of one; by default the shipped one."
+    "model", None, "A model folder, or a .tar of one; by default the shipped model."
 )
 
 # Documents of `unseen_design` that the metrics use, and rows in the report.
@@ -50,7 +49,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"the folder {out} cannot be created: {error.strerror}") from error
 
     from leon_jax.datasets import demo as dataset
-    from leon_jax.evaluate import demo_page, meanings, measurements
+    from leon_jax.evaluate import meanings, measurements, report_page
     from leon_jax.generate.retriever import model_files
     from leon_jax.leon import Leon
     from leon_jax.model_folder import ModelFolder
@@ -111,29 +110,24 @@ def main(argv: list[str]) -> None:
             "BY-SA 4.0 by the OpenMoji project; Twemoji is CC BY 4.0 by Twitter, Inc and other "
             "contributors.</p>",
         ),
-        ("Metrics", demo_page.metrics_table(metrics)),
+        ("Metrics", report_page.metrics_table(metrics)),
         (
             "Images for held-out prompts",
-            demo_page.generated_images(shown, generations[0][:_SHOWN], generations[2][:_SHOWN]),
+            report_page.generated_images(shown, generations[0][:_SHOWN], generations[2][:_SHOWN]),
         ),
-        ("Captions for held-out images", demo_page.captions(shown, captions)),
+        ("Captions for held-out images", report_page.captions(shown, captions)),
         (
             "Reconstructions of the image tokenizer",
-            "<p>Top: held-out images. Bottom: the same images after encoding and decoding.</p>"
-            + "<br>".join(
-                "".join(demo_page.image_tag(pixels, "held-out image") for pixels in row[:10])
-                for row in reconstruction.images
-            ),
+            report_page.reconstructions(reconstruction.images),
         ),
         (
             "Continued training",
             f"<p>The shipped decoder trained for {_ALL_STEPS} more steps. It stopped after step "
             f"{_FIRST_STEPS} and resumed from its own checkpoint.</p>"
-            + demo_page.curve(losses, _FIRST_STEPS, "training loss, nats per token"),
+            + report_page.curve(losses, _FIRST_STEPS, "training loss, nats per token"),
         ),
     ]
-    _write(out / "index.html", demo_page.page("leon_jax: the demo", sections, metrics))
-    _write(out / "metrics.json", json.dumps(metrics, indent=1) + "\n")
+    report_page.write(out, "leon_jax: the demo", sections, metrics)
     print(json.dumps(metrics, indent=1))
     _log(f"finished; open {out / 'index.html'}")
 
@@ -161,12 +155,6 @@ def _train(workdir: pathlib.Path, prepared: pathlib.Path, model: pathlib.Path) -
             raise UserError(f"training stopped with an error; its command was {' '.join(command)}")
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
     return [(line["step"], line["loss"]) for line in map(json.loads, lines)]
-
-
-def _write(path: pathlib.Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def _log(message: str) -> None:

@@ -4,10 +4,11 @@ r"""Encodes a documents folder with models: adds codes, vectors and neighbours.
     leon encode --folder=data/my_cats --tokenizer=runs/tokenizer/export/tokenizer.safetensors \
         --encoder=runs/encoder/export/encoder.safetensors --text=runs/text/export/text.json
 
-The result is a prepared folder, FOLDER/encoded/DIGEST, where DIGEST identifies the models. The
-decoder trains on it and retrieval searches it. If there is only one encoding, other commands take
-FOLDER in its place. The models default to those of the shipped model. The sources of the documents
-are not read again. Run the same command again to resume an interrupted run.
+The result is an encoding, FOLDER/encoded/DIGEST, where DIGEST identifies the models. An encoding is
+a prepared folder: the decoder trains on it and the retriever searches it. If there is only one
+encoding, other commands take FOLDER in its place. The default models are those of the shipped
+model. The sources of the documents are not read again. Run the same command again to resume an
+interrupted run.
 """
 
 import pathlib
@@ -80,7 +81,7 @@ def main(argv: list[str]) -> None:
     from leon_jax.prepare.encode import EncodeConfig, encode
 
     if _FOLDER.value is None:
-        raise UserError("--folder is missing; it names a documents folder of leon prepare")
+        raise UserError("--folder is missing; it names a documents folder, made by leon prepare")
     values: dict[str, Any] = {
         "variants": _VARIANTS.value,
         "max_tokens": _MAX_TOKENS.value,
@@ -96,7 +97,7 @@ def main(argv: list[str]) -> None:
     config = configs.build(EncodeConfig, values)
     folder, manifest = encode(_FOLDER.value, config, run=runner(_RUNNER.value, _BEAM.value))
     counts = ", ".join(f"{count} {split}" for split, count in manifest["splits"].items())
-    print(f"encoded: {folder} ({counts})")
+    print(f"prepared folder: {folder} ({counts})")
 
 
 def model_files(

@@ -4,12 +4,16 @@
     leon evaluate --model=leon_jax/weights/emoji --index=data/emoji_prepared --groups=4
 
 --model names a model folder, or a .tar of one. The default is the shipped model. --index names a
-folder written by `leon prepare`, with a held-out split. The metrics with documents use at most 2,
-and no more than fit the context of the model. Each metric is also printed on stderr with its unit
-and its definition as soon as it is known.
+prepared folder with a held-out split. The metrics with documents use at most 2, and no more than
+fit the context of the model. Each metric is also printed on stderr with its unit and its definition
+as soon as it is known.
+
+--out names a folder for a report: index.html with the metrics and images, and metrics.json.
 """
 
+import html
 import json
+import pathlib
 import sys
 from statistics import fmean
 from typing import TYPE_CHECKING
@@ -20,37 +24,62 @@ from leon_jax.config import UserError
 
 if TYPE_CHECKING:
     from leon_jax.data.records import RecordSource
+    from leon_jax.leon import Leon
     from leon_jax.models.perceptual import Weights
     from leon_jax.retrieval.prepared_folder import PreparedFolder
 
 # Images of the held-out designs were always measured with it.
 _DEFAULT_TOP_P = 0.9
 
+FLAGS = flags.FlagValues()
 _MODEL = flags.DEFINE_string(
-    "model", None, "A model folder, or a .tar of one; by default the shipped model."
+    "model",
+    None,
+    "A model folder, or a .tar of one; by default the shipped model.",
+    flag_values=FLAGS,
 )
 _INDEX = flags.DEFINE_string(
-    "index", None, "A prepared folder; by default the one that the model folder names."
+    "index",
+    None,
+    "A prepared folder; by default the index that the model folder names.",
+    flag_values=FLAGS,
 )
 _SPLIT = flags.DEFINE_string(
-    "split", None, "The held-out split; by default the first split that is not train."
+    "split",
+    None,
+    "The held-out split; by default the first split that is not train.",
+    flag_values=FLAGS,
 )
 _CANDIDATES = flags.DEFINE_integer(
-    "candidates", 50, "Documents in each group; the matching metrics rank within a group."
+    "candidates",
+    50,
+    "Documents in each group; the matching metrics rank within a group.",
+    flag_values=FLAGS,
 )
-_GROUPS = flags.DEFINE_integer("groups", 1, "Groups of documents; metrics are their mean.")
+_GROUPS = flags.DEFINE_integer(
+    "groups", 1, "Groups of documents; metrics are their mean.", flag_values=FLAGS
+)
 _GUIDANCE = flags.DEFINE_float(
-    "guidance", None, "Classifier-free guidance weight of images; by default the model's."
+    "guidance",
+    None,
+    "Classifier-free guidance weight of images; by default the model's.",
+    flag_values=FLAGS,
 )
 _TOP_P = flags.DEFINE_float(
     "top_p", None, "Nucleus sampling probability of images, above 0 to 1; by default the model's, "
-    f"or {_DEFAULT_TOP_P} if it samples from all tokens.",
+    f"or {_DEFAULT_TOP_P} if it samples from all tokens.", flag_values=FLAGS
 )  # fmt: skip
 _CAPTION_DOCS = flags.DEFINE_multi_integer(
     "caption_docs",
     [0],
     "Documents retrieved before each ranked caption; may be repeated, for several results.",
+    flag_values=FLAGS,
 )
+_OUT = flags.DEFINE_string(
+    "out", None, "A folder for the report, index.html and metrics.json.", flag_values=FLAGS
+)
+
+_SHOWN = 16  # documents in the report
 
 
 def main(argv: list[str]) -> None:
@@ -62,12 +91,15 @@ def main(argv: list[str]) -> None:
     del argv
     import numpy as np
 
+    from leon_jax.data import image_files
     from leon_jax.engine.samplers import Categorical
-    from leon_jax.evaluate import measurements, perceptual_match
+    from leon_jax.evaluate import measurements, perceptual_match, report_page
     from leon_jax.evaluate.meanings import MEANINGS, Number, format_metric
     from leon_jax.leon import Leon
     from leon_jax.retrieval.prepared_folder import PreparedFolder
 
+    if _OUT.value is not None:
+        image_files.check_folder(_OUT.value)
     leon = Leon.load(_MODEL.value, _INDEX.value)
     source = _held_out(PreparedFolder(leon.retriever.folder))
     size, num_groups = _CANDIDATES.value, _GROUPS.value
@@ -100,13 +132,14 @@ def main(argv: list[str]) -> None:
             for docs in range(max_docs + 1)
         },
     )
-    matches, lpips_matches = {}, {}
+    matches, lpips_matches, shown = {}, {}, {}
     weights = _lpips_weights()
     for docs in sorted({0, max_docs}):
         generated = [
             measurements.generate(leon, group, docs, guidance=_GUIDANCE.value, top_p=top_p)
             for group in groups
         ]
+        shown[docs] = generated[0][:_SHOWN]
         matches[str(docs)] = fmean(measurements.prompt_match(leon, group) for group in generated)
         if weights is not None:
             lpips_matches[str(docs)] = fmean(
@@ -128,6 +161,35 @@ def main(argv: list[str]) -> None:
         rank1_shares[str(docs)] = float((ranks == 0).mean())
     record("caption_rank1_share_by_documents", rank1_shares)
     print(json.dumps(metrics, indent=1))
+    if _OUT.value is not None:
+        folder = pathlib.Path(_OUT.value)
+        sections = [
+            ("About this report", _about(leon, len(documents))),
+            ("Metrics", report_page.metrics_table(metrics)),
+            (
+                "Images for held-out prompts",
+                report_page.generated_images(
+                    groups[0][:_SHOWN], shown[0], shown[max_docs], max_docs
+                ),
+            ),
+            (
+                "Reconstructions of the image tokenizer",
+                report_page.reconstructions(reconstruction.images),
+            ),
+        ]
+        report_page.write(folder, f"Evaluation of {leon.name}", sections, metrics)
+        print(f"report: {folder / 'index.html'}", file=sys.stderr)
+
+
+def _about(leon: "Leon", count: int) -> str:
+    """Returns the first section of the report, as HTML."""
+    side, folder = leon.model.image_tokenizer.resolution, html.escape(str(leon.retriever.folder))
+    return (
+        f"<p>The model <code>{html.escape(leon.name)}</code> was measured on {count} documents "
+        f"that were held out of training, in <code>{folder}</code>. "
+        f"The images below are those of the first documents. Generated images are {side} pixels "
+        "a side, shown larger. The retrieved documents are shown with their licences.</p>"
+    )
 
 
 def _lpips_weights() -> "Weights | None":

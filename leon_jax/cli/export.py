@@ -45,7 +45,7 @@ _SELECTION = flags.DEFINE_string(
 )  # fmt: skip
 _INDEX = flags.DEFINE_string(
     "index", None, "The prepared folder that the model retrieves from; prepare:demo for the "
-    "documents of the demonstration.", flag_values=FLAGS,
+    "emoji documents.", flag_values=FLAGS,
 )  # fmt: skip
 _COPY_INDEX = flags.DEFINE_bool(
     "copy_index", False, "Copy the index into the folder, so that the folder needs no other.",

@@ -4,14 +4,13 @@
     leon generate --prompts=prompts.txt --num_images=1 --out=images
     leon generate --task=caption --image=cat.png
 
-Without --model it uses the model that comes with the package. Guidance, sampling and the number of
-retrieved documents are those of the model folder, if no flag sets them. Each image is a PNG. Its
-metadata holds the prompt, the seed, the settings, the model and the licences of the retrieved
-documents.
+Without --model it uses the shipped model. Guidance, sampling and the number of retrieved documents
+are those of the model folder, if no flag sets them. Each image is a PNG. Its metadata has the
+prompt, the seed, the settings, the model and the licences of the retrieved documents.
 
---prompts names a file with one prompt a line. Images are written as they are done. A prompt whose
-images are finished with the same settings is skipped, so the same command continues a job that was
-stopped. OUT/generated.jsonl lists the finished images. Equal prompts are generated once.
+--prompts names a file with one prompt a line. Each image is written when it is finished. A prompt
+whose images are finished with the same settings is skipped, so the same command continues a job
+that was stopped. OUT/generated.jsonl lists the finished images. Equal prompts are generated once.
 """
 
 import pathlib
@@ -37,7 +36,7 @@ _MODEL = flags.DEFINE_string(
 _INDEX = flags.DEFINE_string(
     "index",
     None,
-    "prepared folder to retrieve from; the one that the model folder names if not given",
+    "prepared folder to retrieve from; the index that the model folder names if not given",
     flag_values=FLAGS,
 )
 _TASK = flags.DEFINE_enum("task", _TASKS[0], list(_TASKS), "what to generate", flag_values=FLAGS)
@@ -102,10 +101,10 @@ _OUT = flags.DEFINE_string(
 
 
 def main(argv: list[str]) -> None:
-    """Runs the verb with the flags that were parsed.
+    """Runs `leon generate`.
 
     Raises:
-      UserError: anything the person can fix; found before weights are read or files made.
+      UserError: a mistake of the user; it is raised before weights are read or files are written.
     """
     del argv
     from leon_jax.compilation_cache import compiled_folder, use_compilation_cache

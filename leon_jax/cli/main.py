@@ -1,9 +1,9 @@
-"""The `leon` command: `leon VERB --flag=value ...`.
+"""The program `leon`: `leon COMMAND --flag=value ...`.
 
-A verb is a module of this package with a docstring, its own absl flags, `main(argv)` and, if a flag
-changes others, `rewritten(arguments)`. It is imported only when it is used, so `leon --help` is
-quick. A verb uses absl's global flags, or its own `FlagValues` called FLAGS, which lets several
-verbs run in one process.
+A command is a module of this package with a docstring, its own absl flags, `main(argv)` and, if a
+flag changes others, `rewritten(arguments)`. It is imported only when it is used, so `leon --help`
+is quick. A command uses absl's global flags, or its own `FlagValues` called FLAGS, which lets
+several commands run in one process.
 
 An error that the user can fix prints one sentence on stderr and exits with code 2. Ctrl-C exits
 with code 130. A closed output pipe exits with code 141 and prints nothing, like other programs.
@@ -43,7 +43,7 @@ VERBS = {
     "plan": "estimate memory and speed of a config on a TPU pod, without the pod",
     "export": "write a model folder from its parts, with a model card",
     "evaluate": "evaluate a trained model on held-out documents",
-    "cache": "show or clear the cache of compiled programs and prepared data",
+    "cache": "show or clear the cache of compiled programs and prepared folders",
     "doctor": "print versions, devices, extras, caches and settings, for a bug report",
     "demo": "run every step once on real data and write an HTML report",
 }
@@ -51,14 +51,14 @@ VERBS = {
 USAGE = """\
 leon: one transformer that reads and generates text and images.
 
-usage: leon VERB [--flag=value ...]
+usage: leon COMMAND [--flag=value ...]
 
 {verbs}
 
-leon VERB --help   describes a verb and its flags
-leon --version     prints the version
+leon COMMAND --help   describes a command and its flags
+leon --version        prints the version
 
-LEON_DEBUG=1 leon VERB ...   also prints the traceback of an error
+LEON_DEBUG=1 leon COMMAND ...   also prints the traceback of an error
 
 for example: leon generate --prompt="cat face, Twemoji style" --num_images=4 --out=images"""
 
@@ -109,13 +109,13 @@ def run(arguments: Sequence[str]) -> int:
         return 0
     if verb not in VERBS:
         close = difflib.get_close_matches(verb, VERBS, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"the verbs are {', '.join(VERBS)}"
-        return _refuse("leon", f"there is no verb {verb!r}; {hint}")
+        hint = f"did you mean {close[0]!r}?" if close else f"the commands are {', '.join(VERBS)}"
+        return _refuse("leon", f"there is no command {verb!r}; {hint}")
     return run_verb(verb, rest)
 
 
 def run_verb(verb: str, arguments: Sequence[str]) -> int:
-    """Parses a verb's flags, runs its `main`, and returns the exit code."""
+    """Parses a command's flags, runs its `main`, and returns the exit code."""
     name = f"leon {verb}"
     _allow_many_files()
     try:
@@ -142,7 +142,7 @@ def run_verb(verb: str, arguments: Sequence[str]) -> int:
 
 
 def _parse(module: types.ModuleType, argv: list[str]) -> list[str]:
-    """Sets a verb's flags and returns the arguments that are not flags."""
+    """Sets a command's flags and returns the arguments that are not flags."""
     values = getattr(module, "FLAGS", flags.FLAGS)
     if values is not flags.FLAGS:
         # Reset the module's flags, since one process may run several commands. Mark absl's global
@@ -201,7 +201,7 @@ def version() -> str:
 
 
 def describe(module: types.ModuleType, verb: str) -> str:
-    """Returns the text of `leon VERB --help`: the module's docstring, flags and defaults."""
+    """Returns the text of `leon COMMAND --help`: the module's docstring, flags and defaults."""
     lines = [inspect.cleandoc(module.__doc__ or VERBS[verb]), "", f"flags of leon {verb}:"]
     values = getattr(module, "FLAGS", flags.FLAGS)
     for flag in sorted(values.get_flags_for_module(module.__name__), key=lambda f: f.name):

@@ -6,20 +6,20 @@ r"""Collects image-text pairs into a documents folder for training and retrieval
     leon prepare
 
 A source is [SPLIT=]KIND:PATH. KIND is folder (of images with captions beside them), jsonl,
-webdataset, parquet, tfds, huggingface or emoji. All splits but train are held out. In a source
-without a split name, the share --held_out of the documents is held out. A config file can name the
-sources and all other settings instead (see configs/prepare.py).
+webdataset, parquet, tfds, huggingface, emoji or emoji_designs. All splits but train are held out.
+In a source without a split name, the share --held_out of the documents is held out. A config file
+can name the sources and all other settings instead (see configs/prepare.py).
 
 The tokenizers and the encoder train on the documents folder. `leon encode` then adds codes, vectors
 and neighbours, which the decoder and retrieval need. With --tokenizer, --encoder or --text this
-command encodes the documents too; for models that are not given, the shipped ones are used.
+command encodes the documents too. The models that are not given are those of the shipped model.
 
 Without --source and --config the command renders the emoji, and prepares them for the shipped model
 in data/emoji_prepared.
 
 Run the same command again to resume an interrupted run.
 
-Two flags work on an existing folder and on its encodings:
+Two flags work on an existing documents folder and on its encodings:
 
     leon prepare --out=data/my_cats --audit=cats.jsonl:17
     leon prepare --out=data/my_cats --remove_keys=removed.txt
@@ -90,8 +90,12 @@ _ENCODER = flags.DEFINE_string(
     flag_values=FLAGS,
 )  # fmt: skip
 _TEXT = flags.DEFINE_string("text", None, "The text tokenizer's file.", flag_values=FLAGS)
-_OUT = flags.DEFINE_string("out", None, "The folder; replaced if outdated (default: "
+_OUT = flags.DEFINE_string("out", None, "The documents folder; replaced if outdated (default: "
                            "data/emoji_prepared, for the emoji).", flag_values=FLAGS)  # fmt: skip
+_REPLACE = flags.DEFINE_bool(
+    "replace", True, "Replace a folder of other inputs or settings; --noreplace stops instead.",
+    flag_values=FLAGS,
+)  # fmt: skip
 _VARIANTS = flags.DEFINE_integer(
     "variants", None, "Augmented variants to encode of each train image, for training the decoder.",
     lower_bound=1, flag_values=FLAGS,
@@ -108,7 +112,7 @@ _BEAM = flags.DEFINE_string(
     flag_values=FLAGS,
 )  # fmt: skip
 _AUDIT = flags.DEFINE_string(
-    "audit", None, "Print what the prepared folder holds under this key.", flag_values=FLAGS
+    "audit", None, "Print what the documents folder has under this key.", flag_values=FLAGS
 )
 _REMOVE_KEYS = flags.DEFINE_string(
     "remove_keys", None, "Remove the documents whose keys this file lists, one a line.",
@@ -130,7 +134,7 @@ def main(argv: list[str]) -> None:
 
     if _AUDIT.value is not None or _REMOVE_KEYS.value is not None:
         if not _OUT.value:
-            raise UserError("--out is missing; it names the prepared folder")
+            raise UserError("--out is missing; it names the documents folder")
         if _AUDIT.value is not None:
             _audit(_OUT.value, _AUDIT.value)
         if _REMOVE_KEYS.value is not None:
@@ -148,14 +152,14 @@ def main(argv: list[str]) -> None:
         raise UserError("--out is missing; for example --out=data/my_cats")
     config, encode_config, encoder_files = _configurations()
     run = runner(_RUNNER.value, _BEAM.value)
-    manifest = preparing.prepare(config, _OUT.value, run=run)
-    _report("documents", _OUT.value, manifest)
+    manifest = preparing.prepare(config, _OUT.value, run=run, replace=_REPLACE.value)
+    _report("documents folder", _OUT.value, manifest)
     if encode_config is not None:
         if encoder_files is not None:
             rules = selection(encoder_files, pathlib.Path(_OUT.value))
             encode_config = dataclasses.replace(encode_config, selection=rules)
         folder, manifest = encode(_OUT.value, encode_config, run=run)
-        _report("encoded", folder, manifest)
+        _report("prepared folder", folder, manifest)
 
 
 def _check_source_flags() -> None:
@@ -199,7 +203,9 @@ def _prepare_emoji() -> None:
     _report(
         "prepared folder",
         out,
-        preparing.prepare(config, out, run=runner(_RUNNER.value, _BEAM.value)),
+        preparing.prepare(
+            config, out, run=runner(_RUNNER.value, _BEAM.value), replace=_REPLACE.value
+        ),
     )
 
 

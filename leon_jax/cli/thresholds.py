@@ -1,4 +1,4 @@
-"""Measures the near-copy thresholds of a retrieval encoder on a folder of documents.
+"""Measures the near-copy thresholds of a retrieval encoder on a documents folder.
 
     leon thresholds --folder=data/my_cats --encoder=runs/encoder/export/encoder.safetensors
 
@@ -42,7 +42,7 @@ def main(argv: list[str]) -> None:
     """
     del argv
     if _FOLDER.value is None:
-        raise UserError("--folder is missing; it names a folder of leon prepare")
+        raise UserError("--folder is missing; it names a documents folder or a prepared folder")
     if _ENCODER.value is None:
         raise UserError("--encoder is missing; it names an encoder.safetensors or a CLIP folder")
     import jax

@@ -3,8 +3,8 @@
     leon train --config=configs/clip_b32.py --workdir=runs/clip_b32 --config.data.folder=FOLDER \
       --config.data.text=runs/text/export/text.json
 
-FOLDER is a folder of documents that `leon prepare` made; config.data.mixture takes several. Sizes
-and optimizer follow arXiv 2103.00020 (tables 19 and 20): 32 epochs of 400M pairs in batches of
+FOLDER is a documents folder; config.data.mixture takes several. Sizes and optimizer follow arXiv
+2103.00020 (tables 19 and 20): 32 epochs of 400M pairs in batches of
 32,768. The only augmentation is CLIP's random square crop. A text tokenizer of 49,405 entries
 gives CLIP's vocabulary of 49,408.
 """

@@ -1,11 +1,11 @@
 """Fine-tunes the decoder of a model on images of your own, with the model's own tokenizers.
 
-    leon pipeline --config=configs/finetune.py --from=models/cats --data=data/ten_pictures \
-        --licence=CC-BY-4.0 --workdir=runs/ten_pictures
+    leon pipeline --config=configs/finetune.py --from=models/cats --data=data/ten_images \
+        --licence=CC-BY-4.0 --workdir=runs/ten_images
 
-Without --from the shipped model is tuned. Half of the examples are of the new images, half of the
-new images and the old index together, so that the model keeps what it knows. Ten images need a few
-hundred steps; watch the sample images in WORKDIR/decoder/samples.
+Without --from the shipped model is fine-tuned. Half of the examples come from the new images. The
+other half come from the new images and the old index together, so that the model keeps what it
+knows. Ten images need a few hundred steps; watch the sample images in WORKDIR/decoder/samples.
 """
 
 from ml_collections import ConfigDict

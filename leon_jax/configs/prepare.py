@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
                 {"kind": "jsonl", "path": "exam.jsonl", "split": "exam", "licence": "CC0-1.0"},
             ],
             # Model files: a trained VQ-GAN, OpenAI's CLIP in Hugging Face's layout, and the text
-            # tokenizer of the decoder. Without these three keys the shipped models are used.
+            # tokenizer of the decoder. Without these three keys the documents are not encoded.
             "tokenizer": "runs/tokenizer/export/tokenizer.safetensors",
             "encoder": "models/clip-vit-base-patch32",
             "text": "runs/text/export/text.json",

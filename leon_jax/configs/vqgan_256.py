@@ -2,7 +2,7 @@
 
     leon train --config=configs/vqgan_256.py --workdir=runs/vqgan_256 --config.data.folder=FOLDER
 
-FOLDER is a folder of documents that `leon prepare` made; config.data.mixture takes several.
+FOLDER is a documents folder; config.data.mixture takes several.
 
 The geometry is that of Make-A-Scene (Gafni et al. 2022), which CM3Leon used; the network and the
 losses are taming-transformers' f8 configuration (channels 128, multipliers 1, 1, 2, 4, attention at

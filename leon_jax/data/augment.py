@@ -25,6 +25,8 @@ class CropConfig:
       crop: the smallest side of the crop, as a share of the image's shorter side; above 0. The side
         is uniform between this and the shorter side, and 1 always takes the largest square.
       mirror: probability of swapping left and right.
+      scenes: probability of a scene of several images instead of a crop
+        (`leon_jax.data.scenes`).
 
     Raises:
       UserError: a value is out of range.
@@ -32,12 +34,14 @@ class CropConfig:
 
     crop: float = 0.75
     mirror: float = 0.5
+    scenes: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 < self.crop <= 1:
             raise UserError(f"crop is {self.crop}; it must be above 0 and at most 1")
-        if not 0 <= self.mirror <= 1:
-            raise UserError(f"mirror is {self.mirror}; it must be between 0 and 1")
+        for name in ("mirror", "scenes"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be between 0 and 1")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ class FolderComponent:
     """One folder of a mixture.
 
     Attributes:
-      folder: a folder made by `leon prepare`.
+      folder: a documents folder, or a prepared folder; a decoder needs a prepared folder.
       split: the split of the folder to train on.
       weight: share of the examples, relative to the other components; above 0.
 
@@ -31,10 +31,10 @@ class FolderComponent:
 
 @dataclasses.dataclass(frozen=True)
 class FoldersConfig:
-    """Training data: one folder of documents, or a mixture of several.
+    """Training data: one folder, or a mixture of several.
 
     Attributes:
-      folder: a folder made by `leon prepare`; "" for a mixture.
+      folder: a documents folder or a prepared folder; "" for a mixture.
       split: the split of the folder to train on.
       mixture: several folders; examples are sampled in proportion to their weights.
 
@@ -66,7 +66,7 @@ class FoldersConfig:
         """
         if not self.components:
             raise UserError(
-                "config.data.folder is empty; name a folder made by leon prepare, or set "
+                "config.data.folder is empty; name a documents folder or a prepared folder, or set "
                 "config.data.mixture"
             )
         if not self.mixture:
@@ -177,8 +177,8 @@ class DataConfig(FoldersConfig, ExampleConfig):
       text: path of the text tokenizer.
       image_shape: rows and columns of the codes of an image.
       length: tokens per row; at most the `max_length` of the model.
-      per_modality: number of candidates for retrieved documents per modality: so many neighbours
-        by text and so many by image, the best of each.
+      per_modality: number of candidates for retrieved documents per modality: the best neighbours
+        by text, and as many by image.
       packing: how examples are packed into rows (see `leon_jax.data.packing`). "whole" never splits
         an example and leaves out retrieved documents that do not fit a row. "stream" takes examples
         of any length and splits them at the end of a row.

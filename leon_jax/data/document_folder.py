@@ -1,4 +1,4 @@
-"""Reads the documents of a folder that `leon prepare` wrote.
+"""Reads the documents of a documents folder or of a prepared folder.
 
 A documents folder has no codes, vectors or neighbours; tokenizers and encoders train on it. Each
 shard, SPLIT-NNNNN, has these files:
@@ -103,7 +103,7 @@ class DocumentFolder:
 
 
 def read_manifest(folder: pathlib.Path, name: str, formats: tuple[int, ...]) -> dict[str, Any]:
-    """Reads the manifest of a folder that `leon prepare` wrote.
+    """Reads the manifest of a documents folder or of a prepared folder.
 
     Args:
       folder: the folder.
@@ -122,12 +122,10 @@ def read_manifest(folder: pathlib.Path, name: str, formats: tuple[int, ...]) -> 
             "make one with leon prepare"
         ) from error
     if version == DOCUMENTS_FORMAT and version not in formats:
-        raise UserError(
-            f"{folder} holds documents without codes; encode them with: leon encode {folder}"
-        )
+        raise UserError(f"{folder} has documents without codes; run: leon encode --folder={folder}")
     if version not in formats:
         raise UserError(
-            f"{folder} was prepared by another version (its format is {version}, this one reads "
+            f"{folder} was written by another version (its format is {version}, this one reads "
             f"{', '.join(map(str, formats))}); run leon prepare again"
         )
     return manifest

@@ -52,7 +52,7 @@ class Component:
       query_weights: sampling weights of the documents as queries, with replacement. None takes
         every document once per epoch.
       variant: returns documents in variants of their images; None if there are no variants.
-      plain_variants: an example without retrieved documents uses one of the first so many
+      plain_variants: an example without retrieved documents uses one of this many first
         variants. These change no colours, because such an example has no context that shows a
         colour change.
 

@@ -25,7 +25,7 @@ from leon_jax.data.image_error import ImageError
 MAX_SIDE = 16_384  # pixels
 MAX_PIXELS = 64 * 2**20
 _HEAD_BYTES = 2**16
-# Files of these formats may hold more pictures than the one to show, and are no animations: a
+# Files of these formats may hold more images than the one to show, and are no animations: a
 # camera's JPEG with a preview, and a phone's HEIC with a burst.
 _FIRST_OF_MANY = ("MPO", "HEIF")
 _REDUCED = 254  # the TIFF tag NewSubfileType; its bit 0 marks a smaller copy
@@ -56,7 +56,7 @@ def decode(file: BinaryIO, name: str) -> Image.Image:
     """Decodes an open image file. The image is upright, in mode RGB, with transparency on white.
 
     Colours are converted to 8-bit sRGB (`colours.py`), and SVG drawings are rasterised. Of a
-    camera's JPEG with several pictures the first one is taken.
+    camera's JPEG with several images the first one is taken.
 
     Args:
       file: the open file, read from its start. The size in its header is checked before decoding.
@@ -122,7 +122,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _is_animation(image: Image.Image) -> bool:
-    """Tells whether a file has several pictures of which none is the one to show."""
+    """Tells whether a file has several images of which none is the one to show."""
     if not getattr(image, "is_animated", False) or image.format in _FIRST_OF_MANY:
         return False
     if image.format != "TIFF":
@@ -148,7 +148,7 @@ def _check_jpeg_xl(head: bytes, name: str) -> None:
 
 def _animation(name: str) -> ImageError:
     return ImageError(
-        f"{name} is an animation or has several pages; give one picture of it", "picture_animated"
+        f"{name} is an animation or has several pages; give one image of it", "picture_animated"
     )
 
 

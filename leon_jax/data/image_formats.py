@@ -93,7 +93,7 @@ def jpeg_xl_header(data: bytes) -> JpegXlHeader | None:
         if bits.read(1):
             _jxl_size(bits)  # the size to show it in
         has_preview = bits.read(1)
-        # A preview has a header of its own before this bit; such a file is read as a picture.
+        # A preview has a header of its own before this bit; such a file is read as a still image.
         animated = not has_preview and bool(bits.read(1))
     return JpegXlHeader(size, animated)
 

@@ -1,4 +1,4 @@
-"""The dataset of the demonstration. The rest of leon_jax accesses it only through this module."""
+"""The emoji dataset. The rest of leon_jax accesses it only through this module."""
 
 import os
 from typing import Any

@@ -18,7 +18,8 @@ from leon_jax import sharding
 from leon_jax.engine.grammar import IMAGE, TEXT, Grammar, GrammarState, max_new_tokens
 from leon_jax.engine.kv_cache import CacheDtype, KVCache, valid_slots
 from leon_jax.engine.sampling_params import BatchedParams
-from leon_jax.models.decoder import Decoder, DecoderConfig
+from leon_jax.models.decoder import Decoder
+from leon_jax.models.decoder_config import DecoderConfig
 from leon_jax.vocabulary import Vocabulary
 
 # The axes of new tokens and of spans are rounded up to multiples of these sizes, so that few
@@ -65,6 +66,8 @@ class DecodeState:
     Attributes:
       hidden: the decoder's output at the last id of each row, in the compute dtype.
       positions: the position of the next id of each row, int32.
+      cells: the cell of the next id of each row if it is an image id: the number of image ids since
+        the last other id, int32.
       caches: one KV cache for each stream.
       grammar, params, seeds: see `RowInputs`.
       tokens, scores: the generated ids of each row, int32, and the log-probability of each id,
@@ -76,6 +79,7 @@ class DecodeState:
 
     hidden: Float[Array, "streams group sample embed"]
     positions: Int[Array, "streams group sample"]
+    cells: Int[Array, "streams group sample"]
     caches: tuple[KVCache, ...]
     grammar: GrammarState
     params: BatchedParams
@@ -117,6 +121,7 @@ def init_state(
             (len(prompt_lengths), groups, samples, config.embed), config.dtype, out_sharding=layout
         ),
         positions=jnp.zeros((len(prompt_lengths), groups, samples), jnp.int32),
+        cells=jnp.zeros((len(prompt_lengths), groups, samples), jnp.int32),
         caches=tuple(
             KVCache.empty(config, groups, samples, length, max_new_tokens, cache_dtype, stacks)
             for length in prompt_lengths
@@ -137,12 +142,14 @@ class PaddedPrompts(NamedTuple):
 
     Attributes:
       ids, positions: ids and their positions, int32[new, bucket].
+      cells: index of each image id in its image, -1 for other ids; see `Vocabulary.cells`.
       lengths: number of ids without padding, int32[new].
       extents: position of the first id after the prompt, int32[new].
     """
 
     ids: Int[Array, "new bucket"]
     positions: Int[Array, "new bucket"]
+    cells: Int[Array, "new bucket"]
     lengths: Int[Array, "new"]
     extents: Int[Array, "new"]
 
@@ -165,18 +172,26 @@ def prefill(
       rows: the inputs of all rows. Only those of the groups with new prompts are used.
     """
     is_new = (source >= 0)[:, None]
-    hidden, positions, caches = [], [], []
+    hidden, caches = [], []
+    positions: list[Array] = []
+    cells: list[Array] = []
     for stream, prompt in enumerate(prompts):
-        states, keys, values = decoder.prefill(prompt.ids, prompt.positions)
-        last = jax.nn.one_hot(prompt.lengths - 1, prompt.ids.shape[1], dtype=states.dtype)
-        last = jax.reshard(last, sharding.spec("batch", "length"))
+        states, keys, values = decoder.prefill(prompt.ids, prompt.positions, prompt.cells)
+        is_last = jnp.arange(prompt.ids.shape[1]) == prompt.lengths[:, None] - 1
+        is_last = jax.reshard(is_last, sharding.spec("batch", "length"))
+        last = is_last.astype(states.dtype)
         ends = jnp.einsum("btd,bt->bd", states, last, out_sharding=jax.P(None, None))
         ends = jax.reshard(
             ends[jnp.maximum(source, 0)][:, None], sharding.spec("batch", None, None)
         )
         hidden.append(jnp.where(is_new[..., None], ends, state.hidden[stream]))
-        extents = jax.reshard(prompt.extents, jax.P(None))[jnp.maximum(source, 0)][:, None]
-        positions.append(jnp.where(is_new, extents, state.positions[stream]))
+        next_cells = jnp.where(is_last, prompt.cells + 1, 0).sum(axis=1)
+        for ends, old, new in (
+            (prompt.extents, state.positions, positions),
+            (next_cells, state.cells, cells),
+        ):
+            ends = jax.reshard(ends, jax.P(None))[jnp.maximum(source, 0)][:, None]
+            new.append(jnp.where(is_new, ends, old[stream]))
         caches.append(state.caches[stream].insert(source, keys, values, prompt.lengths))
 
     def merge(new: Array, old: Array) -> Array:
@@ -188,6 +203,7 @@ def prefill(
         state,
         hidden=jnp.stack(hidden),
         positions=jnp.stack(positions),
+        cells=jnp.stack(cells),
         caches=tuple(caches),
         grammar=merged.grammar,
         params=merged.params,
@@ -349,7 +365,11 @@ def feed_tokens(
     is_next = (jnp.arange(state.tokens.shape[-1]) == state.counts[..., None]) & active[..., None]
     streams, ring_size = len(state.caches), state.caches[0].ring_size
     ids = jax.reshard(written, jax.P(None, *sharding.spec("batch"), None))
-    positions = jax.reshard(state.positions, jax.typeof(ids).sharding.spec)
+    is_image = vocabulary.is_image(written)
+    positions, cells = (
+        jax.reshard(each, jax.typeof(ids).sharding.spec)
+        for each in (state.positions, jnp.where(is_image, state.cells, -1))
+    )
     valid = valid_slots(ring_size, state.step, state.counts)
 
     def read(count: int) -> tuple[Array, list[Array], list[Array]]:
@@ -362,6 +382,7 @@ def feed_tokens(
             positions[:count],
             [cache.prompt() for cache in state.caches[:count]],
             [cache.output(valid) for cache in state.caches[:count]],
+            cells[:count],
         )
         hidden = jnp.concatenate([hidden.astype(state.hidden.dtype), state.hidden[count:]])
         missing = ((0, 0), (0, streams - count), (0, 0), (0, 0), (0, 0), (0, 0))
@@ -372,10 +393,10 @@ def feed_tokens(
         hidden, keys, values = read(1)
     else:
         # Only guidance uses the other streams. They are not computed after the last guided id.
-        is_image = grammar.current.kind == IMAGE
+        in_image = grammar.current.kind == IMAGE
         is_later = jnp.arange(grammar.kind.shape[-1]) > grammar.span[..., None]
         has_later_image = ((grammar.kind == IMAGE) & is_later).any(axis=-1)
-        used = jnp.where(is_image, grammar.used, 2**30)
+        used = jnp.where(in_image, grammar.used, 2**30)
         needed = state.params.needs_guidance(used, has_later_image)
         hidden, keys, values = jax.lax.cond(needed.any(), lambda: read(streams), lambda: read(1))
     # The barrier puts all reads of the caches before the writes, so that the writes are in place.
@@ -387,6 +408,7 @@ def feed_tokens(
         state,
         hidden=hidden,
         positions=jnp.where(active, after, state.positions),
+        cells=jnp.where(active, jnp.where(is_image, state.cells + 1, 0), state.cells),
         caches=tuple(
             cache.append(
                 state.step, [each[:, stream] for each in keys], [each[:, stream] for each in values]

@@ -156,10 +156,11 @@ class Engine:
         """
         lengths = np.array([len(sequence) for sequence in sequences], np.int32)
         ids = np.full((len(sequences), self.bucket(lengths.max())), self.vocabulary.pad, np.int32)
-        positions = np.zeros_like(ids)
+        positions, cells = np.zeros_like(ids), np.full_like(ids, -1)
         for row, sequence in enumerate(sequences):
             ids[row, : len(sequence)] = sequence
             positions[row, : len(sequence)] = self.vocabulary.positions(sequence, self._part_step)
+            cells[row, : len(sequence)] = self.vocabulary.cells(sequence)
         extents = np.array([self.extent(sequence) for sequence in sequences], np.int32)
         mesh = jax.sharding.get_mesh()
         tokens = jax.NamedSharding(mesh, sharding.spec("batch", "length"))
@@ -167,6 +168,7 @@ class Engine:
         return PaddedPrompts(
             jax.device_put(ids, tokens),
             jax.device_put(positions, tokens),
+            jax.device_put(cells, tokens),
             jax.device_put(lengths, rows),
             jax.device_put(extents, rows),
         )

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from leon_jax import sharding
-from leon_jax.models.decoder import DecoderConfig
+from leon_jax.models.decoder_config import DecoderConfig
 from leon_jax.ops import int8
 from leon_jax.ops.attention import CachedArray, LayerCache
 
@@ -39,8 +39,8 @@ class KVCache:
     Keys and values are lists with one entry for each stack of layers (`Decoder.stacks`).
 
     Attributes:
-      prompt_keys, prompt_values: [layers, group, heads, prompt_slots, head_dim] each.
-      output_keys, output_values: [layers, group, sample, heads, ring_size, head_dim] each.
+      prompt_keys, prompt_values: [layers, group, kv_heads, prompt_slots, head_dim] each.
+      output_keys, output_values: [layers, group, sample, kv_heads, ring_size, head_dim] each.
       lengths: int32[group], the number of tokens of each prompt.
     """
 
@@ -85,8 +85,8 @@ class KVCache:
             layout = sharding.spec(*names[:-1])
             return CachedArray(values, jnp.zeros(shape[:-1], jnp.float32, out_sharding=layout))
 
-        prompt = (groups, config.heads, prompt_slots, config.head_dim)
-        output = (groups, samples, config.heads, ring_size, config.head_dim)
+        prompt = (groups, config.key_heads, prompt_slots, config.head_dim)
+        output = (groups, samples, config.key_heads, ring_size, config.head_dim)
         return cls(
             zeros(prompt, PROMPT), zeros(prompt, PROMPT),
             zeros(output, OUTPUT), zeros(output, OUTPUT),
@@ -101,8 +101,8 @@ class KVCache:
     def insert(
         self,
         source: Int[Array, "group"],
-        keys: Sequence[Float[Array, "layers new heads length head_dim"]],
-        values: Sequence[Float[Array, "layers new heads length head_dim"]],
+        keys: Sequence[Float[Array, "layers new kv_heads length head_dim"]],
+        values: Sequence[Float[Array, "layers new kv_heads length head_dim"]],
         lengths: Int[Array, "new"],
     ) -> Self:
         """Returns the cache with new prompts in some of its groups.
@@ -161,8 +161,8 @@ class KVCache:
     def append(
         self,
         step: Int[Array, ""],
-        keys: Sequence[Float[Array, "layers group sample heads head_dim"]],
-        values: Sequence[Float[Array, "layers group sample heads head_dim"]],
+        keys: Sequence[Float[Array, "layers group sample kv_heads head_dim"]],
+        values: Sequence[Float[Array, "layers group sample kv_heads head_dim"]],
     ) -> Self:
         """Returns the cache with the tokens of one more step.
 

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from leon_jax import sharding
 from leon_jax.config import UserError
-from leon_jax.engine.decode_loop import round_up_rows
+from leon_jax.engine.decode_loop import PaddedPrompts, round_up_rows
 from leon_jax.engine.engine import Engine
 from leon_jax.models.decoder import Decoder
 from leon_jax.ops.cross_entropy import chunked_cross_entropy
@@ -70,7 +70,8 @@ def _score_batch(
     # The batch is padded to a power of two, so that few programs are compiled.
     rows = round_up_rows(1 << (len(sequences) - 1).bit_length())
     padded = [*sequences, *[sequences[-1]] * (rows - len(sequences))]
-    ids, positions, _, _ = engine.pad(padded)
+    prompts = engine.pad(padded)
+    ids = prompts.ids
     # The hidden state at t predicts id t + 1.
     targets = np.zeros(ids.shape, np.int32)
     table = np.zeros(ids.shape, np.float32)
@@ -78,19 +79,18 @@ def _score_batch(
         targets[row, : len(sequence) - 1] = sequence[1:]
         table[row, : len(sequence) - 1] = 1 if weights is None else weights[row][1:]
     targets, table = (jax.device_put(array, ids.sharding) for array in (targets, table))
-    scores = sharding.fetch(_score(engine.decoder, ids, positions, targets, table))
+    scores = sharding.fetch(_score(engine.decoder, prompts, targets, table))
     return scores[: len(sequences)]
 
 
 @jax.jit
 def _score(
     decoder: Decoder,
-    ids: Int[Array, "batch length"],
-    positions: Int[Array, "batch length"],
+    sequences: PaddedPrompts,
     targets: Int[Array, "batch length"],
     weights: Float[Array, "batch length"],
 ) -> Float[Array, "batch"]:
     """Returns the sum over t of weights[:, t] log p(targets[:, t] | ids[:, :t + 1])."""
-    hidden = decoder(ids, positions)
-    _, losses = chunked_cross_entropy(hidden, decoder.table[...], targets, weights)
+    hidden = decoder(sequences.ids, sequences.positions, cells=sequences.cells)
+    _, losses = chunked_cross_entropy(hidden, decoder.head_rows, targets, weights)
     return -losses.sum(axis=1)

@@ -80,6 +80,7 @@ def lower_programs(
         PaddedPrompts(
             array((rows, length), jnp.int32, "batch", "length"),
             array((rows, length), jnp.int32, "batch", "length"),
+            array((rows, length), jnp.int32, "batch", "length"),
             array((rows,), jnp.int32, "batch"),
             array((rows,), jnp.int32, "batch"),
         )

@@ -268,7 +268,7 @@ class Scheduler:
         with jax.set_mesh(self.engine.mesh):
             units = self._waiting_units(self._resize())
             count = 1
-            while True:  # for each number of prompts that can be read at once
+            while True:  # for each number of prompts that one prefill can take
                 self._prefill(list(enumerate(units[: min(count, len(self._groups))])))
                 if count >= min(len(self._groups), len(units)):
                     break
@@ -338,7 +338,7 @@ class Scheduler:
         return units
 
     def _prefill(self, units: Sequence[tuple[int, _Unit]]) -> None:
-        """Reads the prompts of units into free groups.
+        """Prefills free groups with the prompts of units.
 
         Args:
           units: pairs of a group and its new unit.

@@ -82,13 +82,13 @@ def _use(folder: ModelFolder, description: ModelDescription) -> list[str]:
         f"{max_docs}), with {'no guidance' if guidance is None else f'guidance {guidance:g}'}. "
     )
     if description.index.prepare:
-        sentence += "The documents are those of the demonstration, prepared at the first use."
+        sentence += "Its index has the emoji documents, which are prepared at the first use."
     elif description.index.folder:
         sentence += f"The documents are in `{description.index.folder}`."
     else:
         sentence += (
             "It has no index of its own, and generates without documents unless `--index` names "
-            "a folder that `leon prepare` made with the files of this folder."
+            "a prepared folder that was made with the files of this folder."
         )
     return [
         "In this folder, with leon_jax installed:",
@@ -100,7 +100,7 @@ def _use(folder: ModelFolder, description: ModelDescription) -> list[str]:
 def _data(description: ModelDescription) -> list[str]:
     if not description.data:
         return ["The data are not recorded."]
-    header = ("data set", "split", "documents", "licences", "used for")
+    header = ("dataset", "split", "documents", "licences", "used for")
     rows = (
         (
             each.name,

@@ -22,7 +22,7 @@ NAMES = {
     "text": "the text tokenizer, text.json",
     "encoder": "the retrieval encoder, encoder.safetensors or a CLIP folder",
 }
-# The value of --index for the documents of the demonstration.
+# The value of --index for the emoji documents.
 DEMO_INDEX = "prepare:demo"
 
 

@@ -26,7 +26,7 @@ class Provenance:
     """What is known of one part.
 
     Attributes:
-      data: the data sets that it was trained on.
+      data: the datasets that it was trained on.
       licences: SPDX expressions of its data, with those of the model that it started from.
       is_complete: whether all of its data have recorded licences.
       training: `steps`, `base` and `config`, as far as they are known.
@@ -87,7 +87,7 @@ def run_config(workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def merge(data: Iterable[TrainingData]) -> tuple[TrainingData, ...]:
-    """Returns each data set once, with all parts that were trained on it."""
+    """Returns each dataset once, with all parts that were trained on it."""
     merged: dict[tuple, TrainingData] = {}
     for each in data:
         key = each.name, each.split, each.documents, tuple(sorted(each.licences.items()))
@@ -137,7 +137,7 @@ def _of_config(part: str, config: dict[str, Any], seen: frozenset) -> Provenance
 
 
 def _addresses(settings: Mapping[str, Any]) -> Iterator[tuple[pathlib.Path, str]]:
-    """Yields the folder and the split of each data set in the data settings of a run."""
+    """Yields the folder and the split of each dataset in the data settings of a run."""
     groups = [settings]
     for key in ("mixture", "folders"):
         several = settings.get(key) or ()

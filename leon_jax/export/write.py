@@ -35,7 +35,7 @@ _PACKAGES = ("jax", "jaxlib", "flax", "numpy")
 
 @dataclasses.dataclass(frozen=True)
 class ExportSettings:
-    """What the person decides about a model folder.
+    """The settings of a model folder that the user chooses.
 
     Attributes:
       title: heading of the card; "": the name of the folder.
@@ -68,7 +68,7 @@ def write(parts: Parts, out: pathlib.Path, settings: ExportSettings) -> ModelFol
       settings: the settings.
 
     Raises:
-      UserError: `out` is no model folder, or cannot be written; or the parts do not belong
+      UserError: `out` is not a model folder, or cannot be written; or the parts do not belong
         together, or the index was made with other parts.
     """
     _check_out(out)
@@ -254,8 +254,8 @@ def check_index(folder: ModelFolder, index: IndexAddress) -> None:
     ):
         if not matches(path, recorded.get(kind)):
             raise UserError(
-                f"the index {index.folder} was prepared with another {kind} file; run leon prepare "
-                "with the files of this model, or leave the index out"
+                f"the index {index.folder} was encoded with another {kind} file; encode its "
+                "documents with the files of this model, or leave the index out"
             )
 
 
@@ -308,7 +308,7 @@ def _check_out(out: pathlib.Path) -> None:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     if not (out / "decoder.safetensors").is_file():
-        raise UserError(f"{out} exists and is no model folder; name another folder")
+        raise UserError(f"{out} exists and is not a model folder; name another folder")
 
 
 def _publish(temporary: pathlib.Path, out: pathlib.Path) -> None:

@@ -61,7 +61,7 @@ class Model:
         """Loads a model folder onto the current mesh or, if none is set, a mesh over all devices.
 
         Args:
-          folder: the model folder; None: the model that the package includes.
+          folder: the model folder; None: the shipped model.
           weights: dtype of the decoder's weights: "float32", "bfloat16" or "int8".
           cache: dtype of the KV cache: "compute" (the decoder's compute dtype) or "int8".
 

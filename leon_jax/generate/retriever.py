@@ -153,8 +153,8 @@ def find_index(folder: ModelFolder, index: str | os.PathLike | None = None) -> p
 
     Args:
       folder: the model folder.
-      index: a prepared folder; None: the index in `model.json`. If that is the documents of the
-        demonstration, they are prepared if necessary.
+      index: a prepared folder; None: the index in `model.json`. If that is the emoji
+        documents, they are prepared if necessary.
 
     Raises:
       UserError: the model has no index; or the index is not a prepared folder, was made with other
@@ -172,7 +172,7 @@ def find_index(folder: ModelFolder, index: str | os.PathLike | None = None) -> p
     return path
 
 
-_INDEX_ADVICE = "--index=FOLDER (index=FOLDER in Python), made by leon prepare with its files"
+_INDEX_ADVICE = "--index=FOLDER (index=FOLDER in Python), a prepared folder made with its files"
 
 
 def missing_index(folder: ModelFolder) -> str | None:
@@ -231,7 +231,7 @@ def _say_once(sentence: str) -> None:
 
 
 def _demo_documents(model: pathlib.Path) -> pathlib.Path:
-    """Returns a folder with the documents of the demonstration, prepared with a model's files.
+    """Returns a prepared folder of the emoji, made with a model's files.
 
     It is `DEFAULT_FOLDER`, or else a folder in the cache ($LEON_CACHE, or ~/.cache/leon_jax), if it
     was made with the same model files; otherwise a new folder in the cache, made from the emoji
@@ -250,8 +250,8 @@ def _demo_documents(model: pathlib.Path) -> pathlib.Path:
         if _suits(existing, model):
             return existing
     print(
-        f"Making the documents to retrieve from in {folder}; this happens once and takes "
-        "about three minutes on a CPU.",
+        f"Preparing the emoji documents in {folder}; this happens once and takes about three "
+        "minutes on a CPU.",
         file=sys.stderr,
     )
     try:
@@ -272,8 +272,8 @@ def check_index(index: str | os.PathLike, model: pathlib.Path) -> None:
     read_manifest(index)
     if kind := _differing_file(index, model):
         raise UserError(
-            f"{index} was prepared with another {kind} file than the one in {model}; "
-            "run leon prepare with the files of that folder"
+            f"{index} was encoded with another {kind} file than the one in {model}; "
+            "encode its documents with the files of that folder"
         )
 
 

@@ -1,11 +1,11 @@
 """A weight in 8 bits, and the product of activations with a weight of any dtype."""
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from leon_jax.ops import int8
+from leon_jax.ops import int8, products
 
 
 class Int8Weight(nnx.Module):
@@ -26,8 +26,16 @@ def product(
     x: Float[Array, "..."],
     weight: nnx.Param | Int8Weight,
     sharding: jax.P,
+    operands: DTypeLike | None = None,
 ) -> Float[Array, "..."]:
-    """Computes `jnp.einsum` of activations and a weight of any dtype, in the activations' dtype."""
+    """Computes `jnp.einsum` of activations and a weight of any dtype, in the activations' dtype.
+
+    Args:
+      subscripts, x, weight: see `jnp.einsum`; x has a leading `...`.
+      sharding: sharding of the result.
+      operands: dtype of both operands, if the weight is not in 8 bits; None: that of x (see
+        `leon_jax.ops.products`).
+    """
     if isinstance(weight, Int8Weight):
         return int8.einsum(subscripts, x, weight.values[...], weight.scale[...], sharding)
-    return jnp.einsum(subscripts, x, weight[...].astype(x.dtype), out_sharding=sharding)
+    return products.einsum(subscripts, x, weight[...], operands, out_sharding=sharding)

@@ -11,13 +11,11 @@ import jax
 from flax import nnx
 
 from leon_jax.models.decoder import Decoder
+from leon_jax.models.decoder_config import layer_weights
 from leon_jax.models.int8_weight import Int8Weight
 
 # The dtype of a decoder's weights.
 WeightType = Literal["float32", "bfloat16", "int8"]
-
-# The axes of each stacked weight that its product sums over; axis 0 is that of the layers.
-_SUMMED = {"query": (1,), "key": (1,), "value": (1,), "out": (1, 2), "fc1": (1,), "fc2": (1,)}
 
 
 def unstack(decoder: Decoder) -> Decoder:
@@ -41,19 +39,23 @@ def convert_weights(decoder: Decoder, dtype: WeightType) -> Decoder:
 
     Args:
       decoder: a decoder with floating-point weights.
-      dtype: `int8` stores the weights of the blocks in 8 bits, with one scale for each output
-        channel, and both tables in the compute dtype. Another dtype applies to all weights.
+      dtype: `int8` stores the weights of the blocks' products in 8 bits, with one scale for each
+        output channel, and all other weights in the compute dtype. Another dtype applies to all
+        weights.
     """
     converted = nnx.clone(decoder)
     floating = decoder.config.dtype if dtype == "int8" else dtype
-    for name in ("table", "positions"):
-        weight = getattr(converted, name)
-        setattr(converted, name, nnx.Param(weight[...].astype(floating)))
+    for name, weight in list(vars(converted).items()):
+        if isinstance(weight, nnx.Param):
+            setattr(converted, name, nnx.Param(weight[...].astype(floating)))
     for stack in converted.stacks:
-        for name, summed in _SUMMED.items():
+        for name, (*_, summed) in layer_weights(decoder.config).items():
             weight = getattr(stack, name)[...]
-            quantized = Int8Weight(weight, summed) if dtype == "int8" else None
-            setattr(stack, name, quantized or nnx.Param(weight.astype(floating)))
+            if dtype == "int8" and summed:
+                # Axis 0 is that of the layers.
+                setattr(stack, name, Int8Weight(weight, tuple(range(1, summed + 1))))
+            else:
+                setattr(stack, name, nnx.Param(weight.astype(floating)))
     return converted
 
 

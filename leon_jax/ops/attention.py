@@ -8,7 +8,10 @@ queries in plain XLA elsewhere. All have the same signature. The tests compare e
 Sharding (explicit mode): outputs have the sharding of the queries. Keys and values are gathered
 over the axis that splits the queries' length, so a split context is correct without a ring.
 
-Axes: b batch, t query length, s key length, h heads, k head_dim.
+There may be fewer heads of keys and values than of queries (grouped queries, arXiv 2305.13245):
+query head h uses head h // (heads / kv_heads) of keys and values.
+
+Axes: b batch, t query length, s key length, h heads, k head_dim, r query heads of a key head.
 """
 
 import functools
@@ -19,7 +22,10 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Num
+
+from leon_jax.ops import products
 
 # The score of a masked key. It is finite, so that a row without visible keys gives no NaN.
 _MASKED = -1e30
@@ -36,21 +42,25 @@ Implementation = Literal["auto", "xla", "blocked", "splash", "cudnn"]
 
 def attention(
     q: Float[Array, "batch length heads head_dim"],
-    k: Float[Array, "batch length heads head_dim"],
-    v: Float[Array, "batch length heads head_dim"],
+    k: Float[Array, "batch length kv_heads head_dim"],
+    v: Float[Array, "batch length kv_heads head_dim"],
     *,
     segment_ids: Int[Array, "batch length"] | None = None,
     causal: bool = True,
     implementation: Implementation = "auto",
+    operands: DTypeLike | None = None,
 ) -> Float[Array, "batch length heads head_dim"]:
     """Computes softmax(q k^T / sqrt(head_dim)) v, with the softmax in float32.
 
     Args:
-      q, k, v: queries, keys and values of any floating dtype. The output has the dtype of `v`.
+      q, k, v: queries, keys and values of any floating dtype. `heads` is a multiple of `kv_heads`.
+        The output has the dtype of `v`.
       segment_ids: segment of each position, which attends only to positions of its segment; None:
         one segment.
       causal: position i attends only to positions 0..i.
       implementation: the implementation; "auto": see `choose`.
+      operands: dtype of the operands of the products in `blocked` (see `leon_jax.ops.products`);
+        None: that of `q`. The other implementations do not use it.
 
     For example, causal with segment ids [1, 1, 2, 2], a query (row) attends to the keys (columns)
 
@@ -60,15 +70,26 @@ def attention(
         . . 1 1
     """
     if implementation == "auto":
-        implementation = choose(q)
-    run = {"xla": xla, "blocked": blocked, "splash": splash, "cudnn": cudnn}[implementation]
-    attended = run(q, k, v, segment_ids=segment_ids, causal=causal)
+        implementation = choose(q, operands)
+    run: dict[str, Callable[..., Array]] = {
+        "xla": xla,
+        "blocked": functools.partial(blocked, operands=operands),
+        "splash": splash,
+        "cudnn": cudnn,
+    }
+    attended = run[implementation](q, k, v, segment_ids=segment_ids, causal=causal)
     # Splash names its saved values itself. A second name here would save the result twice.
     return attended if implementation == "splash" else checkpoint_name(attended, SAVED)
 
 
-def choose(q: Float[Array, "batch length heads head_dim"]) -> Implementation:
-    """Returns the fastest implementation for these queries on the devices of the current mesh."""
+def choose(
+    q: Float[Array, "batch length heads head_dim"], operands: DTypeLike | None = None
+) -> Implementation:
+    """Returns the fastest implementation on the devices of the current mesh.
+
+    Args:
+      q, operands: see `attention`.
+    """
     device = jax.sharding.get_abstract_mesh().abstract_device
     kind = "" if device is None else device.device_kind.lower()
     parts, (_, length, _, head_dim) = _count(_spec(q)[1]), q.shape
@@ -80,20 +101,21 @@ def choose(q: Float[Array, "batch length heads head_dim"]) -> Implementation:
     fits = q.dtype in (jnp.bfloat16, jnp.float16) and length % 2 == 0
     if "nvidia" in kind and fits and head_dim % 8 == 0 and head_dim <= 128:
         return "cudnn"
-    return "xla" if length <= _BLOCK_QUERIES else "blocked"
+    is_rounded = operands is not None and jnp.dtype(operands) != q.dtype
+    return "blocked" if length > _BLOCK_QUERIES or is_rounded else "xla"
 
 
 def xla(
     q: Float[Array, "batch length heads head_dim"],
-    k: Float[Array, "batch length heads head_dim"],
-    v: Float[Array, "batch length heads head_dim"],
+    k: Float[Array, "batch length kv_heads head_dim"],
+    v: Float[Array, "batch length kv_heads head_dim"],
     *,
     segment_ids: Int[Array, "batch length"] | None = None,
     causal: bool = True,
 ) -> Float[Array, "batch length heads head_dim"]:
     """Computes `attention` by its formula, with all scores in memory: the reference."""
     batch, length, heads, _ = _spec(q)
-    k, v = (jax.reshard(x, jax.P(batch, None, heads, None)) for x in (k, v))
+    k, v = (_repeat(jax.reshard(x, jax.P(batch, None, heads, None)), q.shape[2]) for x in (k, v))
     logits = jnp.einsum(
         "bthk,bshk->bhts",
         q * q.shape[-1] ** -0.5,
@@ -116,11 +138,12 @@ def xla(
 
 def blocked(
     q: Float[Array, "batch length heads head_dim"],
-    k: Float[Array, "batch length heads head_dim"],
-    v: Float[Array, "batch length heads head_dim"],
+    k: Float[Array, "batch length kv_heads head_dim"],
+    v: Float[Array, "batch length kv_heads head_dim"],
     *,
     segment_ids: Int[Array, "batch length"] | None = None,
     causal: bool = True,
+    operands: DTypeLike | None = None,
 ) -> Float[Array, "batch length heads head_dim"]:
     """Computes `attention` in blocks of queries.
 
@@ -140,15 +163,19 @@ def blocked(
 
     @functools.partial(jax.checkpoint, prevent_cse=False, static_argnums=0)
     def attend(start, q, k, v, query_segments, key_segments):
-        scores = jnp.einsum("bhtk,bhsk->bhts", q, k, preferred_element_type=jnp.float32)
+        # The queries of all heads that share a key head are rows of one product.
+        queries = q.reshape(*k.shape[:2], -1, k.shape[3])
+        scores = products.einsum("bhtk,bhsk->bhts", queries, k, operands, out_dtype=jnp.float32)
         visible = query_segments[:, None, :, None] == key_segments[:, None, None, :]
         if causal:
             visible &= start + jnp.arange(q.shape[2])[:, None] >= jnp.arange(k.shape[2])
+        visible = jnp.tile(visible, (1, 1, q.shape[1] // k.shape[1], 1))
         probabilities = jax.nn.softmax(jnp.where(visible, scores, _MASKED), axis=-1)
-        return jnp.einsum("bhts,bhsk->bhtk", probabilities.astype(v.dtype), v)
+        attended = products.einsum("bhts,bhsk->bhtk", probabilities.astype(v.dtype), v, operands)
+        return attended.reshape(q.shape)
 
     def local(q, k, v, segment_ids):
-        q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))
+        q, k, v = (products.transpose(x, "bthk", "bhtk") for x in (q * q.shape[-1] ** -0.5, k, v))
         blocks = []
         for start in range(0, size, _BLOCK_QUERIES):
             stop = min(start + _BLOCK_QUERIES, size)
@@ -163,7 +190,7 @@ def blocked(
                     segment_ids[:, :keys],
                 )
             )
-        return jnp.swapaxes(jnp.concatenate(blocks, axis=2), 1, 2)
+        return products.transpose(jnp.concatenate(blocks, axis=2), "bhtk", "bthk")
 
     return jax.shard_map(local, in_specs=(layout, layout, layout, rows), out_specs=layout)(
         q, jax.reshard(k, layout), jax.reshard(v, layout), jax.reshard(segment_ids, rows)
@@ -172,8 +199,8 @@ def blocked(
 
 def splash(
     q: Float[Array, "batch length heads head_dim"],
-    k: Float[Array, "batch length heads head_dim"],
-    v: Float[Array, "batch length heads head_dim"],
+    k: Float[Array, "batch length kv_heads head_dim"],
+    v: Float[Array, "batch length kv_heads head_dim"],
     *,
     segment_ids: Int[Array, "batch length"] | None = None,
     causal: bool = True,
@@ -248,8 +275,8 @@ def splash(
 
 def cudnn(
     q: Float[Array, "batch length heads head_dim"],
-    k: Float[Array, "batch length heads head_dim"],
-    v: Float[Array, "batch length heads head_dim"],
+    k: Float[Array, "batch length kv_heads head_dim"],
+    v: Float[Array, "batch length kv_heads head_dim"],
     *,
     segment_ids: Int[Array, "batch length"] | None = None,
     causal: bool = True,
@@ -297,8 +324,8 @@ class LayerCache(NamedTuple):
     """The cached keys and values of one layer. The axis of heads is before the axis of slots.
 
     Attributes:
-      keys, values: `CachedArray`, [group, *sample, heads, slots, head_dim]. Where `valid` is False,
-        the contents are ignored (but must be finite).
+      keys, values: `CachedArray`, [group, *sample, kv_heads, slots, head_dim]. Where `valid` is
+        False, the contents are ignored (but must be finite).
       valid: bool[group, *sample, slots].
     """
 
@@ -309,8 +336,8 @@ class LayerCache(NamedTuple):
 
 def cached_attention(
     q: Float[Array, "group sample heads head_dim"],
-    k: Float[Array, "group sample heads head_dim"],
-    v: Float[Array, "group sample heads head_dim"],
+    k: Float[Array, "group sample kv_heads head_dim"],
+    v: Float[Array, "group sample kv_heads head_dim"],
     prompt: LayerCache,
     output: LayerCache,
 ) -> Float[Array, "group sample heads head_dim"]:
@@ -322,15 +349,27 @@ def cached_attention(
 
     Args:
       q, k, v: query, key and value of the new token, which always attends to itself.
-      prompt: cache of the group's prompt, [group, heads, slots, head_dim].
-      output: cache of the sample's generated tokens, [group, sample, heads, slots, head_dim].
+      prompt: cache of the group's prompt, [group, kv_heads, slots, head_dim].
+      output: cache of the sample's generated tokens, [group, sample, kv_heads, slots, head_dim].
     """
     group, sample, heads, _ = _spec(q)
-    sharding = jax.P(group, sample, heads, None)
-    q = q * q.shape[-1] ** -0.5
-    subscripts = ("gnhk,ghsk->gnhs", "gnhs,ghsk->gnhk"), ("gnhk,gnhsk->gnhs", "gnhs,gnhsk->gnhk")
+    shape, is_shared = q.shape, q.shape[2] != k.shape[2]
+    # Axes of the query heads, which come before those of slots or dimensions.
+    h, sharding = ("hr" if is_shared else "h"), jax.P(group, sample, heads, None)
+    q = jnp.asarray(q) * q.shape[-1] ** -0.5
+    if is_shared:
+        sharding = jax.P(group, sample, heads, None, None)
+        q = q.reshape(*k.shape[:3], -1, k.shape[3], out_sharding=sharding)
+    subscripts = (
+        (f"gn{h}k,ghsk->gn{h}s", f"gn{h}s,ghsk->gn{h}k"),
+        (f"gn{h}k,gnhsk->gn{h}s", f"gn{h}s,gnhsk->gn{h}k"),
+    )
     # The prompt's arrays have no axis of samples, so it is added.
     parts = (prompt, lambda array: array[:, None]), (output, lambda array: array)
+
+    def by_query(array: Array) -> Array:
+        """Adds the axis of the query heads that share a key head to [group, sample, heads, ...]."""
+        return array[:, :, :, None] if is_shared else array
 
     def cache_scores(product: str, cache: LayerCache, expand: Callable[[Array], Array]) -> Array:
         scores = jnp.einsum(
@@ -341,25 +380,37 @@ def cached_attention(
             out_sharding=sharding,
         )
         if cache.keys.scale is not None:
-            scores *= expand(cache.keys.scale)
-        return jnp.where(expand(cache.valid)[:, :, None], scores, _MASKED)
+            scores *= by_query(expand(cache.keys.scale))
+        return jnp.where(by_query(expand(cache.valid)[:, :, None]), scores, _MASKED)
 
     scores = [
         cache_scores(product, *part) for (product, _), part in zip(subscripts, parts, strict=True)
     ]
-    self_score = jnp.sum(q.astype(jnp.float32) * k.astype(jnp.float32), axis=-1)
+    self_score = jnp.sum(q.astype(jnp.float32) * by_query(k).astype(jnp.float32), axis=-1)
     top = functools.reduce(jnp.maximum, [part.max(axis=-1) for part in scores], self_score)
     weights = [jnp.exp(part - top[..., None]) for part in scores]
     self_weight = jnp.exp(self_score - top)
     total = sum((part.sum(axis=-1) for part in weights), self_weight)
-    result = (self_weight / total)[..., None].astype(v.dtype) * v
+    result = (self_weight / total)[..., None].astype(v.dtype) * by_query(v)
     for (_, product), (cache, expand), weight in zip(subscripts, parts, weights, strict=True):
         probabilities = weight / total[..., None]
         if cache.values.scale is not None:
-            probabilities *= expand(cache.values.scale)
+            probabilities *= by_query(expand(cache.values.scale))
         values = cache.values.values.astype(v.dtype)
         result += jnp.einsum(product, probabilities.astype(v.dtype), values, out_sharding=sharding)
-    return result
+    return result.reshape(shape, out_sharding=jax.P(group, sample, heads, None))
+
+
+def _repeat(
+    x: Float[Array, "batch length kv_heads head_dim"], heads: int
+) -> Float[Array, "batch length heads head_dim"]:
+    """Repeats each head of keys or values for all query heads that use it."""
+    batch, length, kv_heads, head_dim = x.shape
+    if kv_heads == heads:
+        return x
+    shape = (batch, length, kv_heads, heads // kv_heads, head_dim)
+    repeated = jnp.broadcast_to(x[:, :, :, None], shape)
+    return repeated.reshape(batch, length, heads, head_dim, out_sharding=_spec(x))
 
 
 def _count(entry: str | tuple[str, ...] | None) -> int:

@@ -17,7 +17,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
+
+from leon_jax.ops.products import on_cpu, sum_in_float32, transpose
 
 
 def chunked_cross_entropy(
@@ -28,19 +31,21 @@ def chunked_cross_entropy(
     *,
     chunk: int = 512,
     z_loss: float = 0.0,
+    operands: DTypeLike | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, "batch length"]]:
     """Sums weights * (-log softmax(logits)[targets] + z_loss log(sum(exp(logits)))^2).
 
     The logits are hidden table^T, in float32.
 
     Args:
-      hidden: final hidden states. The matmuls use their dtype.
+      hidden: final hidden states.
       table: the tied embedding table. Its gradient is accumulated in the table's dtype.
       targets: ids 0..vocab - 1; any id where the weight is 0.
       weights: weight of each token; 0 ignores the token. They have no gradient.
       chunk: tokens of a device in one step.
       z_loss: coefficient that prevents drifting logits (PaLM, section 5: 1e-4); 0: plain
         cross-entropy.
+      operands: dtype of the operands of the matmuls; None: that of `hidden`.
 
     Returns:
       The sum over all tokens, and the term of each token, both in float32. Only the sum has a
@@ -56,6 +61,7 @@ def chunked_cross_entropy(
         batch=(*_axes(batch), *_axes(length)),
         chunk=chunk,
         z_loss=z_loss,
+        operands=hidden.dtype if operands is None else jnp.dtype(operands),
     )
     total, losses = jax.shard_map(
         run,
@@ -70,7 +76,7 @@ def chunked_cross_entropy(
     return total, jax.lax.stop_gradient(losses)
 
 
-def _local_loss(hidden, table, targets, weights, *, rows, columns, batch, chunk, z_loss):
+def _local_loss(hidden, table, targets, weights, *, rows, columns, batch, chunk, z_loss, operands):
     """Returns the sum over all devices, and the losses of this device's tokens."""
     if columns:
         table = jax.lax.all_gather(table, columns, axis=1, tiled=True)
@@ -87,52 +93,59 @@ def _local_loss(hidden, table, targets, weights, *, rows, columns, batch, chunk,
         return padded.reshape(count, width, *trailing)
 
     chunks = split(hidden, embed), table, split(targets), split(weights)
-    total, losses = _chunks(rows, z_loss, *chunks)
+    total, losses = _chunks(rows, z_loss, operands, *chunks)
     return jax.lax.psum(total, batch), losses.reshape(-1)[:size].reshape(shape)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _chunks(rows, z_loss, hidden, table, targets, weights):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _chunks(rows, z_loss, operands, hidden, table, targets, weights):
     """Returns the sum and the [c, n] losses of this device's chunks.
 
     The vocabulary is split over the mesh axes `rows`.
     """
 
     def step(total, chunk):
-        loss, _ = _losses_and_slopes(rows, z_loss, table, *chunk)
+        loss, _ = _losses_and_slopes(rows, z_loss, operands, table, *chunk)
         return total + loss.sum(), loss
 
     return jax.lax.scan(step, _zero(weights), (hidden, targets, weights))
 
 
-def _chunks_forward(rows, z_loss, hidden, table, targets, weights):
+def _chunks_forward(rows, z_loss, operands, hidden, table, targets, weights):
     """Runs `_chunks`, and computes the gradients of the sum for the hidden states and the table."""
+    # Then the gradient of the table is summed transposed, which is faster (see `ops.products`).
+    is_rounded = operands != hidden.dtype
 
     def step(carry, chunk):
         total, table_gradient = carry
         states, _, _ = chunk
-        loss, slope = _losses_and_slopes(rows, z_loss, table, *chunk)
-        slope = slope.astype(states.dtype)
+        loss, slope = _losses_and_slopes(rows, z_loss, operands, table, *chunk)
+        slope = slope.astype(operands)
         gradient = jnp.einsum(
-            "nv,vd->nd", slope, table.astype(states.dtype), preferred_element_type=jnp.float32
+            "nv,vd->nd", slope, table.astype(operands), preferred_element_type=jnp.float32
         )
         if rows:
             gradient = jax.lax.psum(gradient, rows)
-        table_gradient += jnp.einsum(
-            "nv,nd->vd", slope, states, preferred_element_type=table_gradient.dtype
-        )
+        if is_rounded:
+            table_gradient += sum_in_float32("nd,nv->dv", states.astype(operands), slope)
+        else:
+            table_gradient += jnp.einsum(
+                "nv,nd->vd", slope, states, preferred_element_type=table_gradient.dtype
+            )
         return (total + loss.sum(), table_gradient), (loss, gradient.astype(states.dtype))
 
-    start = _zero(weights), jnp.zeros_like(table)
+    start = _zero(weights), jnp.zeros_like(table.T if is_rounded else table)
     (total, table_gradient), (losses, gradients) = jax.lax.scan(
         step, start, (hidden, targets, weights)
     )
+    if is_rounded:
+        table_gradient = transpose(table_gradient, "dv", "vd")
     return (total, losses), (gradients, table_gradient)
 
 
-def _chunks_backward(rows, z_loss, saved, cotangents):
+def _chunks_backward(rows, z_loss, operands, saved, cotangents):
     """Scales the gradients of the sum. The losses have no gradient."""
-    del rows, z_loss
+    del rows, z_loss, operands
     gradients, table_gradient = saved
     scale, _ = cotangents
     return (
@@ -146,19 +159,26 @@ def _chunks_backward(rows, z_loss, saved, cotangents):
 _chunks.defvjp(_chunks_forward, _chunks_backward)
 
 
-def _losses_and_slopes(rows, z_loss, table, hidden, targets, weights):
+def _losses_and_slopes(rows, z_loss, operands, table, hidden, targets, weights):
     """Returns the weighted losses [n] of one chunk and d loss / d logits [n, v], in float32."""
     logits = jnp.einsum(
-        "nd,vd->nv", hidden, table.astype(hidden.dtype), preferred_element_type=jnp.float32
+        "nd,vd->nv",
+        hidden.astype(operands),
+        table.astype(operands),
+        preferred_element_type=jnp.float32,
     )
     top = logits.max(axis=-1)
     if rows:
         top = jax.lax.pmax(top, rows)
     total = jnp.exp(logits - top[:, None]).sum(axis=-1)
-    # A comparison instead of a gather, because the target may be a row of another device.
     first = jax.lax.axis_index(rows) * table.shape[0] if rows else 0
     is_target = first + jnp.arange(table.shape[0]) == targets[:, None]
-    target_logits = jnp.where(is_target, logits, 0.0).sum(axis=-1)
+    parts = jax.lax.axis_size(rows) if rows else 1
+    if on_cpu() and parts == 1:
+        target_logits = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
+    else:
+        # The target may be a row of another device, and on accelerators a gather is slower.
+        target_logits = jnp.where(is_target, logits, 0.0).sum(axis=-1)
     if rows:
         total, target_logits = jax.lax.psum((total, target_logits), rows)
     log_total = jnp.log(total) + top

@@ -166,7 +166,7 @@ def _data_of(model: ModelFolder) -> dict[str, Any]:
 
 
 def _accept_flags(*folders: os.PathLike | str | None) -> list[str]:
-    """Returns the flags that accept every licence that folders of documents were made with."""
+    """Returns the flags that accept every licence that documents folders were made with."""
     licences = {
         licence
         for folder in folders

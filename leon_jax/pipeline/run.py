@@ -133,7 +133,7 @@ def _chained(key: str, stage: Stage) -> str:
 
 
 def _write_config(path: pathlib.Path, command: Command) -> None:
-    """Writes the config file of a stage, which a person can use with `leon train` too."""
+    """Writes the config file of a stage, which `leon train` can use too."""
     values: Mapping[str, Any] = command.config or {}
     text = pprint.pformat(json.loads(json.dumps(values, default=list)), sort_dicts=False)
     text = (

@@ -67,7 +67,7 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """What a person gives to a pipeline.
+    """The inputs of a pipeline.
 
     Attributes:
       sources: sources of `leon prepare`, `[SPLIT=]KIND:PATH`.
@@ -327,6 +327,8 @@ def prepare_command(
             f"--config={files.config(name)}",
             *sources,
             *inputs.prepare_flags,
+            # Later stages may have been made from the documents that are there.
+            "--noreplace",
             f"--out={out}",
         ),
         settings,

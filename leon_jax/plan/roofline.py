@@ -4,13 +4,13 @@ XLA's own analysis counts the body of a loop once, which is wrong for scanned la
 products and the optimizer's state are counted; for traffic, the operands and results of the
 products. Everything else would only add time, so the results are lower bounds.
 
-Letters: E embed, F mlp, V vocab, T length.
+Letters: E embed, K width of all keys, F mlp, V vocab, T length.
 """
 
 import dataclasses
 
 from leon_jax.engine.kv_cache import CacheDtype
-from leon_jax.models.decoder import DecoderConfig
+from leon_jax.models.decoder_config import DecoderConfig
 from leon_jax.models.weight_conversion import WeightType
 from leon_jax.ops.attention import BLOCKS
 
@@ -36,7 +36,7 @@ def training_flops(config: DecoderConfig, length: int) -> float:
       - the masked half of the score blocks on the diagonal;
       - what the remat policy recomputes.
     """
-    weights = _layer_weights(config)
+    weights = config.product_weights()
     block = next((size for size in BLOCKS if length % size == 0), 0)
     # Two forward products, QK^T and AV, at half of T^2 each, and the diagonal blocks.
     forward = 2 * config.layers * (length + block) * config.embed
@@ -70,14 +70,16 @@ def training_work(
     flops = training_flops(config, length) * tokens / tensor
     # The optimizer reads and writes its state, and gradients as large as the parameters (a third).
     traffic = state_bytes * (2 + 2 / 3)
-    weights = _layer_weights(config)
+    weights = config.product_weights()
     recomputes = _recomputes(config)
     # bfloat16 weights are read by each forward pass and by one of the two backward products. With
     # FSDP a gather writes them once for the forward and once for the backward pass.
     traffic += 2 * weights / tensor * (2 + recomputes + (2 if fsdp > 1 else 0)) * microbatches
-    # Operands and results per token: queries, keys, values and output 2 E each, MLP E + F twice,
-    # of which the second is not recomputed.
-    forward_operands = 10 * config.embed + 2 * config.mlp
+    # Operands and results per token: queries and output 2 E each, keys and values E + K each, each
+    # product of the MLP E + F, of which the last is not recomputed.
+    mlp_products = 3 if config.form.mlp == "swiglu" else 2
+    forward_operands = 6 * config.embed + 2 * _key_width(config)
+    forward_operands += mlp_products * (config.embed + config.mlp)
     operands = 3 * forward_operands + recomputes * (forward_operands - config.embed - config.mlp)
     # Logits are written and read in float32, their gradients in bfloat16 by two products.
     logits = (2 * 4 + 3 * 2) * config.vocab_size / tensor
@@ -94,9 +96,9 @@ def prefill_work(config: DecoderConfig, length: float, rows: float, tensor: int)
       rows: rows per device, over all streams.
       tensor: size of this mesh axis.
     """
-    weights, tokens = _layer_weights(config), rows * length
+    weights, tokens = config.product_weights(), rows * length
     flops = 2 * weights * tokens + 2 * config.layers * length * config.embed * tokens
-    cache = 2 * config.layers * config.embed * tokens
+    cache = 2 * config.layers * _key_width(config) * tokens
     return Work(flops / tensor, _width(config) * (weights + cache) / tensor)
 
 
@@ -120,9 +122,9 @@ def decode_work(
       weights: dtype of the layers' weights; None is the compute dtype.
       cache_dtype: dtype of the cache.
     """
-    layers, head = _layer_weights(config), ids * config.embed
+    layers, head = config.product_weights(), ids * config.embed
     attention = 4 * config.layers * slots * config.embed
-    cache = 2 * config.layers * config.embed * slots
+    cache = 2 * config.layers * _key_width(config) * slots
     flops = rows * ((2 * layers + attention) / tensor + 2 * head)
     width = {None: _width(config), "float32": 4, "bfloat16": 2, "int8": 1}[weights]
     # An int8 cache also has a scale of four bytes for each head's key and value.
@@ -131,9 +133,9 @@ def decode_work(
     return Work(flops, traffic + _width(config) * head)
 
 
-def _layer_weights(config: DecoderConfig) -> int:
-    """Returns the number of weights in all layers."""
-    return config.layers * (4 * config.embed**2 + 2 * config.embed * config.mlp)
+def _key_width(config: DecoderConfig) -> int:
+    """Returns the width of the keys of all heads, which is that of the values, too."""
+    return config.key_heads * config.head_dim
 
 
 def _width(config: DecoderConfig) -> int:

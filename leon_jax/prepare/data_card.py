@@ -1,4 +1,4 @@
-"""Writes the data card of a prepared folder: counts of documents, licences and rejected records.
+"""Writes the data card of a folder: counts of documents, licences and rejected records.
 
 card.md and card.html have the same content; card.html adds charts and sample images.
 """
@@ -72,7 +72,7 @@ _SAMPLES, _CAPTION = 12, 160
 
 
 def write_card(folder: pathlib.Path) -> None:
-    """Writes card.md and card.html into a prepared folder, each atomically."""
+    """Writes card.md and card.html into a documents folder or a prepared folder, atomically."""
     prepared = DocumentFolder(folder)
     for name, text in (("card.md", markdown(prepared)), ("card.html", page(prepared))):
         temporary = folder / f"{name}.tmp"

@@ -1,4 +1,4 @@
-"""Locks a prepared folder against other processes, and replaces it as a whole.
+"""Locks a folder of `leon prepare` against other processes, and replaces it as a whole.
 
 A new folder is built beside the old one. The old folder is renamed to a backup, then the new folder
 is renamed to the final name. If a process is killed between the two renames, the next one restores

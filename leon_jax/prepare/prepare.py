@@ -67,6 +67,7 @@ def prepare(
     sources: Sources | None = None,
     run: Runner | None = None,
     progress: bool = True,
+    replace: bool = True,
 ) -> dict[str, Any]:
     """Prepares a folder, unless it exists and was made from the same inputs and settings.
 
@@ -74,17 +75,18 @@ def prepare(
 
     Args:
       config: the configuration.
-      out_dir: the folder to write. A prepared folder with other inputs is replaced at the end.
+      out_dir: the folder to write.
       sources: open sources to use instead of `config.sources`, in the same order.
       run: encodes the shards; by default in this process, one after the other.
       progress: whether to show progress bars.
+      replace: whether a prepared folder with other inputs or settings is replaced at the end.
 
     Returns:
       The manifest.
 
     Raises:
-      UserError: a source or a model file is missing, `out_dir` exists and is not a prepared folder,
-        the disk is full, or no document of train can be used.
+      UserError: a source or a model file is missing, `out_dir` exists and was not made by `prepare`
+        or must not be replaced, the disk is full, or no document of train can be used.
     """
     out = pathlib.Path(out_dir).resolve()
     licences.check_list(config.licences)
@@ -107,7 +109,12 @@ def prepare(
             _clear(work)
             return manifest
         if out.exists() and manifest is None and (not out.is_dir() or any(out.iterdir())):
-            raise UserError(f"{out} exists and is not a prepared folder; choose another path")
+            raise UserError(f"{out} exists and was not made by leon prepare; choose another path")
+        if manifest and not replace:
+            raise UserError(
+                f"{out} was made with other inputs or settings; choose another folder, or remove "
+                "this one with all that was made from it"
+            )
         if manifest and progress:
             print(f"{out} was made with other inputs or settings; replacing it", file=sys.stderr)
         try:
@@ -239,7 +246,7 @@ def _with_recorded_digests(
 
 
 def is_up_to_date(manifest: dict[str, Any], expected: dict[str, Any]) -> bool:
-    """Tells whether a prepared folder has the expected settings, or those and more variants.
+    """Tells whether a folder has the expected settings, or those and more variants.
 
     Args:
       manifest: the manifest of the folder.

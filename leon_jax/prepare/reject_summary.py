@@ -1,4 +1,4 @@
-"""Says at the end of `leon prepare` which records were rejected, why, and what would take them."""
+"""Says which records `leon prepare` rejected, why, and what would accept them."""
 
 import collections
 import os
@@ -10,7 +10,7 @@ from leon_jax.prepare.data_card import MEANINGS
 from leon_jax.prepare.gather import read_lines
 from leon_jax.prepare.shard_encoding import REJECTS
 
-# What takes records of a reason. Licences have details of their own.
+# What accepts records of a reason. Licences have details of their own.
 _REMEDIES = {
     "missing_field": "--text_field=NAME, --image_field=NAME or --caption_from_name",
     "licence_unknown": "--licence=SPDX for records without one",
@@ -29,10 +29,10 @@ def lines(folder: str | os.PathLike, manifest: Mapping[str, Any]) -> list[str]:
     """Returns the lines of the summary, none if no record was rejected.
 
     The first line has the numbers. Each further line has a reason, the most frequent first: its
-    number of records, its meaning, what would take them, and an example.
+    number of records, its meaning, what would accept them, and an example.
 
     Args:
-      folder: the folder that `leon prepare` wrote.
+      folder: a documents folder or a prepared folder.
       manifest: its manifest.
     """
     counts: collections.Counter[str] = collections.Counter()
@@ -53,7 +53,7 @@ def lines(folder: str | os.PathLike, manifest: Mapping[str, Any]) -> list[str]:
                 result.append(f"    and {len(licences) - _MAX_LISTED:,} other licences")
             continue
         if reason in _REMEDIES:
-            result.append(f"    to take them: {_REMEDIES[reason]}")
+            result.append(f"    to accept them: {_REMEDIES[reason]}")
         if reason in examples:
             result.append(f"    for example {examples[reason]}")
     result.append(f"All of them: {pathlib.Path(folder)}/*.{REJECTS}")

@@ -306,7 +306,7 @@ def describe(document: Document, size: tuple[int, int], picture: bytes) -> dict[
       picture: the digest of its stored images, 16 bytes.
     """
     provenance = document.provenance
-    assert provenance is not None, "prepared documents have a provenance"
+    assert provenance is not None, "documents of a source have a provenance"
     return provenance.to_dict() | {"size": list(size), "picture": picture.hex()}
 
 

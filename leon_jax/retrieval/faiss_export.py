@@ -55,7 +55,7 @@ def export(index: VectorIndex, path: str | os.PathLike, factory: str = FLAT) -> 
         except RuntimeError as error:
             raise UserError(
                 f"FAISS cannot build {factory!r} from {len(index)} rows; it must be a factory "
-                "string of FAISS, for an index that so many rows can train"
+                "string of FAISS, for an index that this many rows can train"
             ) from error
         for rows in _blocks(index):
             built.add(rows)

@@ -2,7 +2,7 @@
 
 Each shard, SPLIT-NNNNN, has these files:
 
-    .array_record     documents with stored images and image codes
+    .array_record     documents with image codes; outside of a documents folder also stored images
     .documents.jsonl  key, source, licence, attribution, language and size of each document
     .rejects.jsonl    rejected documents and the reasons
     .neighbours.npy   for each record, the train documents that it may retrieve (`Neighbours`)
@@ -127,12 +127,12 @@ class PreparedFolder(DocumentFolder):
         """Returns the documents of a split, read from `source`, with variants of their images.
 
         Raises:
-          UserError: the folder was prepared without variants.
+          UserError: the folder has no variants.
         """
         paths = self.paths(split, "variants.npy")
         if not all(path.is_file() for path in paths):
             raise UserError(
-                f"{self.folder} holds no variants of {split}; prepare it with --variants"
+                f"{self.folder} has no variants of {split}; encode its documents with --variants"
             )
         return Variants([np.load(path, mmap_mode="r") for path in paths], source)
 
@@ -150,9 +150,7 @@ def resolve(folder: str | os.PathLike) -> pathlib.Path:
     folder = pathlib.Path(folder)
     paths = encodings(folder)
     if len(paths) > 1:
-        raise UserError(
-            f"{folder} is encoded with several models; name one of {', '.join(map(str, paths))}"
-        )
+        raise UserError(f"{folder} has several encodings; name one of {', '.join(map(str, paths))}")
     return paths[0] if paths else folder
 
 

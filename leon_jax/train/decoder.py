@@ -49,7 +49,7 @@ class DecoderProgram:
 
     def __init__(self, config: DecoderTraining) -> None:
         self.config = config
-        self.optimizer = optimizer.make(config.optimizer)
+        self.optimizer = optimizer.make(config.optimizer, decays=_decays)
         self.flops_per_token = float(config.model.flops_per_token(config.data.length))
 
     @functools.cached_property
@@ -212,6 +212,11 @@ class DecoderProgram:
         )
 
 
+def _decays(name: str, leaf: Array) -> bool:
+    """Returns whether a weight decays: products and tables do, scales and biases do not."""
+    return leaf.ndim >= 2 and not name.endswith(("_scale", "_bias"))
+
+
 # The config key of each part of the model folder.
 _PART_KEYS = {
     "tokenizer": "config.export.tokenizer",
@@ -241,6 +246,7 @@ def check_divisible(
             ("config.data.length", config.data.length, context, "context"),
             ("config.model.embed", model.embed, fsdp, "fsdp"),
             ("config.model.heads", model.heads, tensor, "tensor"),
+            ("config.model.kv_heads", model.key_heads, tensor, "tensor"),
             ("config.model.mlp", model.mlp, tensor, "tensor"),
             ("config.model.vocab_size", model.vocab_size, tensor, "tensor"),
         )

@@ -6,7 +6,7 @@ import math
 from leon_jax.config import UserError
 from leon_jax.data.config import DataConfig
 from leon_jax.data.masking import MaskingConfig
-from leon_jax.models.decoder import DecoderConfig
+from leon_jax.models.decoder_config import DecoderConfig
 from leon_jax.train.optimizer import OptimizerConfig
 from leon_jax.train.state import rows_of_shard
 from leon_jax.vocabulary import Vocabulary
@@ -100,6 +100,17 @@ class DecoderTraining:
         if len(self.data.image_shape) != 2:
             raise UserError(
                 f"data.image_shape is {self.data.image_shape}; it must be rows and columns"
+            )
+        form, columns = self.model.form, self.data.image_shape[1]
+        if form.positions == "rotary_2d" and form.image_columns != columns:
+            raise UserError(
+                f"model.form.image_columns is {form.image_columns}; it must be the columns of "
+                f"data.image_shape, {columns}"
+            )
+        if form.positions == "rotary_2d" and self.data.packing == "stream":
+            raise UserError(
+                'data.packing is "stream", which cuts images, but model.form.positions="rotary_2d" '
+                'needs whole images; set data.packing to "whole"'
             )
         for name in ("loss_chunk", "microbatches"):
             if getattr(self, name) < 1:

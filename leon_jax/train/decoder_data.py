@@ -97,7 +97,7 @@ def neighbour_sampler(folder: PreparedFolder, split: str, per_modality: int) -> 
     if len(table) != num_documents:
         raise UserError(
             f"{folder.folder} has neighbours of {len(table)} documents, but {num_documents} "
-            "documents; prepare it again"
+            "documents; encode its documents again"
         )
 
     def sample(rng: np.random.Generator, index: int, count: int) -> list[int]:

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from leon_jax.models.decoder import Decoder
 from leon_jax.ops.cross_entropy import chunked_cross_entropy
+from leon_jax.ops.rotary import image_cells
 from leon_jax.sharding import spec
 from leon_jax.train.decoder_config import DecoderTraining
 from leon_jax.vocabulary import Vocabulary
@@ -107,9 +108,18 @@ def batch_loss(
     """
     batch = {name: jax.reshard(array, spec("batch", "length")) for name, array in batch.items()}
     totals = loss_totals(batch, vocabulary) if totals is None else totals
-    hidden = model(batch["ids"], batch["positions"], batch["segment_ids"])
+    cells = None
+    if model.config.form.positions == "rotary_2d":
+        cells = image_cells(vocabulary.is_image(batch["ids"]))
+    hidden = model(batch["ids"], batch["positions"], batch["segment_ids"], cells)
     total, losses = chunked_cross_entropy(
-        hidden, model.table[...], batch["targets"], batch["weights"], chunk=chunk, z_loss=z_loss
+        hidden,
+        model.head_rows,
+        batch["targets"],
+        batch["weights"],
+        chunk=chunk,
+        z_loss=z_loss,
+        operands=model.operands,
     )
     metrics = {
         name: jnp.where(mask, losses, 0).sum() / jnp.maximum(totals[name], 1e-6)

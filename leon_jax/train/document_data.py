@@ -1,4 +1,4 @@
-"""Reads documents for the tokenizers and the encoder: any folders of `leon prepare`, with weights.
+"""Reads documents for the tokenizers and the encoder from weighted documents folders.
 
 The order is that of the decoder's input pipeline (`leon_jax.data.pipeline.shuffled_mixture`):
 shuffled every epoch, mixed by weight, split into data shards, and resumed exactly.

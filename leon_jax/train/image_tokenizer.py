@@ -16,12 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt8
 
 from leon_jax import config as configs
 from leon_jax import weight_files
 from leon_jax.data.augment import CropConfig, random_crop
 from leon_jax.data.config import ImageDataConfig
+from leon_jax.data.scenes import MAX_IMAGES, MIN_IMAGES, compose
 from leon_jax.models.discriminator import PatchDiscriminator, hinge_loss
 from leon_jax.models.perceptual import Network, lpips
 from leon_jax.models.vqgan import VQGAN, VQGANConfig, conv, quantize
@@ -255,7 +256,7 @@ class TokenizerProgram:
         return generator, jnp.where(is_dead, 0, idle), is_dead.sum().astype(jnp.float32)
 
     def batches(self, shard: int = 0, shards: int = 1) -> grain.IterDataset:
-        """Returns endless shuffled batches of random crops, or one shard of them.
+        """Returns endless shuffled batches of random crops and scenes, or one shard of them.
 
         A batch is {"images": uint8[rows, resolution, resolution, 3]}.
 
@@ -313,16 +314,28 @@ class TokenizerProgram:
 class RandomCrop(grain.transforms.RandomMap):
     """Maps the index of a document to {"images": uint8[resolution, resolution, 3]}.
 
-    It is a random crop of one of its images, chosen at random.
+    It is a random crop of one of its images, chosen at random. With the probability
+    `config.scenes` it is a scene instead, of this image and images of other documents of the
+    component.
     """
 
     def __init__(self, component: Component, resolution: int, config: CropConfig) -> None:
         self.component, self.resolution, self.config = component, resolution, config
 
     def random_map(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        images = self.component.images(self.component.source[index], index)
-        pixels = images[int(rng.integers(len(images)))]
+        # Without scenes nothing is drawn for them, so that older runs resume with equal crops.
+        if self.config.scenes and rng.random() < self.config.scenes:
+            count = int(rng.integers(MIN_IMAGES, MAX_IMAGES + 1))
+            others = rng.integers(len(self.component.source), size=count - 1)
+            images = [self._image(row, rng) for row in (index, *others.tolist())]
+            return {"images": compose(images, self.resolution, rng)}
+        pixels = self._image(index, rng)
         return {"images": random_crop(pixels, self.resolution, self.config, rng)}
+
+    def _image(self, row: int, rng: np.random.Generator) -> UInt8[np.ndarray, "h w 3"]:
+        """Returns a random image of a document."""
+        images = self.component.images(self.component.source[row], row)
+        return images[int(rng.integers(len(images)))]
 
 
 @jax.jit

@@ -1,10 +1,13 @@
 """The optimizer of all models: AdamW with warm-up, decay and clipping by global norm."""
 
 import dataclasses
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import optax
+
+from leon_jax.weight_files import flatten
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +21,8 @@ class OptimizerConfig:
       schedule: the decay after warm-up; `linear` and `cosine` end at `final_fraction` of the peak.
       final_fraction: final learning rate as a fraction of the peak; OPT's code uses 0.1.
       beta1, beta2, eps: Adam's constants; the defaults are OPT's.
-      weight_decay: decoupled weight decay, applied only to arrays with two or more axes.
+      weight_decay: decoupled weight decay, applied only to arrays with two or more axes, and not
+        to the scales and biases of the decoder.
       first_moment: dtype of Adam's first moment; bfloat16 saves 2 bytes per weight.
       clip_norm: maximum global L2 norm of the gradients; 0 disables clipping.
     """
@@ -60,8 +64,17 @@ def learning_rate(config: OptimizerConfig) -> optax.Schedule:
     return optax.join_schedules([warmup, decay], [config.warmup_steps])
 
 
-def make(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Returns the optax transformation of a configuration."""
+def make(
+    config: OptimizerConfig, decays: Callable[[str, Any], bool] | None = None
+) -> optax.GradientTransformation:
+    """Returns the optax transformation of a configuration.
+
+    Args:
+      config: the configuration.
+      decays: returns whether an array decays, from its dotted path and the array; None: arrays with
+        two or more axes do.
+    """
+    decays = decays or (lambda name, leaf: leaf.ndim >= 2)
     adamw = optax.adamw(
         learning_rate(config),
         b1=config.beta1,
@@ -69,7 +82,10 @@ def make(config: OptimizerConfig) -> optax.GradientTransformation:
         eps=config.eps,
         weight_decay=config.weight_decay,
         mu_dtype=config.first_moment,
-        mask=lambda params: jax.tree.map(lambda leaf: leaf.ndim >= 2, params),
+        mask=lambda params: jax.tree.unflatten(
+            jax.tree.structure(params),
+            [decays(name, leaf) for name, leaf in flatten(params).items()],
+        ),
     )
     if not config.clip_norm:
         return adamw

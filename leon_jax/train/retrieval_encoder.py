@@ -38,9 +38,9 @@ class EncoderConfig:
 
     Attributes:
       model: the network; `model.text.vocab_size` 0 is the size that fits the text tokenizer.
-      data: the folders of documents, and the text tokenizer.
+      data: the documents folders, and the text tokenizer.
       batch_size: pairs of a batch, a multiple of `views`.
-      views: 1: a batch has each document at most once, as in CLIP. Above 1: a batch has so many
+      views: 1: a batch has each document at most once, as in CLIP. Above 1: a batch has this many
         documents of each of its groups (see `leon_jax.documents.Provenance`). A smaller group has
         several views of the same documents. So the encoder learns to ignore what differs within a
         group.

@@ -1,4 +1,4 @@
-"""Trains the text tokenizer on the texts of any folders of documents."""
+"""Trains the text tokenizer on the texts of documents folders."""
 
 import dataclasses
 import pathlib
@@ -15,7 +15,7 @@ class TextConfig:
     """Configuration of a text tokenizer's training.
 
     Attributes:
-      data: the folders of documents, whose texts are used. With a mixture, pairs are counted in
+      data: the documents folders whose texts are used. With a mixture, pairs are counted in
         proportion to the weights.
       size: entries of the byte-level BPE vocabulary, 256 to 56,320. The result is smaller if the
         texts have too few pairs to merge.
@@ -42,7 +42,7 @@ def run(config: TextConfig, workdir: pathlib.Path) -> TextTokenizer:
         folders = ", ".join(component.name for component in components)
         raise UserError(
             f"the documents of {folders} have no word of two bytes, so no vocabulary can be "
-            "learnt; name a folder of documents with texts in config.data.folder"
+            "learnt; name a documents folder with texts in config.data.folder"
         )
     path = workdir / "export" / "text.json"
     try:

@@ -38,13 +38,13 @@ def test_the_contents_are_listed_with_sizes(capsys, folder, monkeypatch):
     assert [line.split() for line in lines] == [
         ["compiled", "programs", "2.0", "MB", str(folder / "compiled")],
         ["emoji", "images", "0.5", "MB", str(folder / "emoji")],
-        ["prepared", "documents", "1.2", "MB", str(folder / "emoji-0123")],
+        ["prepared", "folder", "1.2", "MB", str(folder / "emoji-0123")],
         ["total", "3.7", "MB"],
         ["limit", "of", "compiled", "programs:", "3,000.0", "MB"],
     ]
 
 
-def test_clear_removes_programs_and_clear_all_also_prepared_documents(capsys, folder):
+def test_clear_removes_programs_and_clear_all_also_prepared_folders(capsys, folder):
     code, lines, _ = leon(capsys, "--clear")
     assert code == 0
     assert lines == [f"removed 2.0 MB of compiled programs from {folder / 'compiled'}"]

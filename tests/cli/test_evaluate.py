@@ -24,12 +24,18 @@ def run(capsys):
     return command
 
 
-def test_matching_metrics_are_averaged_over_the_groups(run):
+def test_matching_metrics_are_averaged_over_the_groups(run, tmp_path):
     code, stdout, stderr = run(
-        "--candidates=2", "--groups=2", "--caption_docs=0", "--caption_docs=1", "--top_p=1"
-    )
+        "--candidates=2", "--groups=2", "--caption_docs=0", "--caption_docs=1", "--top_p=1",
+        f"--out={tmp_path / 'report'}",
+    )  # fmt: skip
     assert code == 0
     metrics = json.loads(stdout)
+    assert json.loads((tmp_path / "report" / "metrics.json").read_text()) == metrics
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert "Generated, 2 documents" in page and "<h2>Reconstructions" in page
+    stderr, report = stderr.rsplit("report: ", 1)
+    assert report.strip() == str(tmp_path / "report" / "index.html")
     # One line for each metric, with its unit and definition.
     lines = dict(line.split(": ", 1) for line in stderr.splitlines())
     assert list(lines) == list(metrics)
@@ -58,6 +64,12 @@ def test_matching_metrics_are_averaged_over_the_groups(run):
     assert metrics["prompt_match_share_by_documents"]["2"] == np.mean(
         [measurements.prompt_match(leon, images) for images in generations]
     )
+
+
+def test_a_report_that_cannot_be_written_is_refused_at_the_start(run, tmp_path):
+    (tmp_path / "file").write_text("")
+    code, stdout, message = run("--candidates=2", f"--out={tmp_path / 'file' / 'report'}")
+    assert code == 2 and not stdout and "is not a folder" in message
 
 
 @pytest.mark.parametrize("flag", ["--candidates=1", "--candidates=5", "--groups=0", "--groups=3"])

@@ -1,4 +1,4 @@
-"""`leon generate`: what a person can get wrong is one sentence, exit code 2, and no trace."""
+"""`leon generate`: a mistake of the user is one sentence, exit code 2, and no trace."""
 
 import hashlib
 import json
@@ -262,7 +262,7 @@ def test_a_file_of_prompts_is_drawn_and_gone_on_with(run, tmp_path):
 
 
 def story(path: Path) -> dict[str, str]:
-    """What a picture says of itself."""
+    """Returns the metadata of an image."""
     with PIL.Image.open(path) as picture:
         return picture.text
 

@@ -72,8 +72,13 @@ def test_documents_are_collected_without_models_and_encoded_later(capsys, tmp_pa
     assert DocumentFolder(out).records()[0].pixels.shape == (24, 24, 3)
     code = main.run(["encode", f"--folder={out}", f"--model={tiny.folders()[0]}"])
     stdout = capsys.readouterr().out
-    assert code == 0 and stdout == f"encoded: {encodings(out)[0]} (3 train, 1 held_out)\n"
+    assert code == 0 and stdout == f"prepared folder: {encodings(out)[0]} (3 train, 1 held_out)\n"
     assert PreparedFolder(out).records()[0].codes.shape == (tiny.GRID, tiny.GRID)
+    code = main.run(["prepare", *arguments, "--side=20", "--noreplace"])
+    error = capsys.readouterr().err
+    assert code == 2 and f"{out} was made with other inputs or settings" in error
+    assert main.run(["prepare", *arguments, "--noreplace"]) == 0
+    assert DocumentFolder(out).records()[0].pixels.shape == (24, 24, 3) and encodings(out)
     for arguments, message in (
         ([], "--folder is missing"),
         (["--folder=nowhere"], "nowhere is not a documents folder"),
@@ -99,7 +104,7 @@ def test_a_folder_of_images_with_captions_beside_them_is_prepared(capsys, tmp_pa
     arguments += ("--accept=LicenseRef-Public-Domain",)
     code, stdout, error = leon(capsys, *arguments, "--caption_from_name")
     assert code == 0 and "2 train; 4 records rejected" in stdout
-    assert "4 missing_field" in error and "to take them: --text_field=NAME" in error
+    assert "4 missing_field" in error and "to accept them: --text_field=NAME" in error
     assert [document.text for document in PreparedFolder(out).records()] == ["noise", "grey noise"]
 
 

@@ -67,3 +67,5 @@ def test_values_out_of_range_are_refused(values):
     for config in (CropConfig, AugmentConfig):
         with pytest.raises(UserError, match=f"{next(iter(values))} is"):
             config(**values)
+    with pytest.raises(UserError, match=r"scenes is 1\.5; it must be between 0 and 1"):
+        CropConfig(scenes=1.5)

@@ -1,4 +1,4 @@
-"""Tests reading a folder of documents: random access, listings and errors."""
+"""Tests reading a documents folder: random access, listings and errors."""
 
 import json
 
@@ -33,7 +33,7 @@ def test_a_later_format_is_read_but_is_no_prepared_folder(tmp_path):
     manifest = json.loads((tmp_path / "manifest.json").read_text()) | {"format": 4}
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     assert len(DocumentFolder(tmp_path).records()) == 12
-    with pytest.raises(UserError, match="holds documents without codes"):
+    with pytest.raises(UserError, match="has documents without codes"):
         PreparedFolder(tmp_path)
 
 

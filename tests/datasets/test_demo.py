@@ -1,4 +1,4 @@
-"""The dataset of the demonstration: its configuration for `leon prepare` never changes."""
+"""The emoji dataset: its configuration for `leon prepare` never changes."""
 
 import json
 

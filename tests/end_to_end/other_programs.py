@@ -1,6 +1,6 @@
 """Trains the image tokenizer and the retrieval encoder for a few steps, for tests of meshes.
 
-`python -m tests.end_to_end.other_programs KIND FOLDER` writes two folders of documents to FOLDER,
+`python -m tests.end_to_end.other_programs KIND FOLDER` writes two documents folders to FOLDER,
 and prints the metrics of all steps on one device and on the meshes of eight simulated devices.
 """
 

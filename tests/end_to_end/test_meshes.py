@@ -60,7 +60,7 @@ def test_losses_on_a_mesh_equal_those_on_one_device(losses, mesh):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["tokenizer", "encoder"])
 def test_the_other_programs_train_equally_on_meshes_and_on_one_device(kind, tmp_path):
-    """Includes the data, two folders of documents, and the tokenizer's discriminator."""
+    """Includes the data, two documents folders, and the tokenizer's discriminator."""
     program = "tests.end_to_end.other_programs"
     one_device, *meshes = json.loads(run(sys.executable, "-m", program, kind, str(tmp_path)))
     assert one_device[-1]["loss"] < one_device[0]["loss"], "the loss decreases"

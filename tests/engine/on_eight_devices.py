@@ -1,4 +1,10 @@
-"""The engine on meshes of eight devices, beside the same on one; `test_engine.py` starts it."""
+"""The engine on meshes of eight devices, beside the same on one.
+
+`test_engine.py` and `test_forms.py` start it. The argument is the name of a form
+(`tests/models/forms.py`); without it, the form is CM3Leon's.
+"""
+
+import sys
 
 import jax
 import numpy as np
@@ -9,14 +15,18 @@ from leon_jax.engine.scheduler import generate
 from leon_jax.models.weight_conversion import convert_weights, unstack
 from tests.engine.small import VOCABULARY, make
 from tests.engine.test_engine import UNLIKE
+from tests.models.forms import FORMS
 
+FORM = FORMS[sys.argv[1] if sys.argv[1:] else "cm3leon"]
 MESHES = [(2, 2, 1, 2), (8, 1, 1, 1)]
 
 
 def answers(shape: tuple[int, ...], weights: str = "float32", kept: str = "compute") -> list:
     """What every sample of `UNLIKE` wrote on a mesh."""
     with jax.set_mesh(sharding.make_mesh(shape, jax.devices()[: np.prod(shape)])):
-        decoder = jax.jit(lambda model: unstack(convert_weights(model, weights)))(make(4).decoder)
+        decoder = jax.jit(lambda model: unstack(convert_weights(model, weights)))(
+            make(4, **FORM).decoder
+        )
         engine = Engine(decoder, VOCABULARY, buckets=(8, 16), cache_dtype=kept)
         return [parts for samples in generate(engine, UNLIKE) for parts in samples]
 

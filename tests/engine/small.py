@@ -16,7 +16,7 @@ TEXT, BREAK, EOS = VOCABULARY.text_start, VOCABULARY.break_id, VOCABULARY.eos
 UNCONDITIONAL = np.array([EOS, VOCABULARY.sentinel(0), BREAK])
 GUIDED = SamplingParams(ClassifierFree(2.0))
 IMAGE = (ImageSpan(9),)
-# Text, then a picture, then text: the marks between them are forced.
+# Text, then an image, then text: the marks between them are forced.
 STORY = (
     TextSpan(4, (EOS, BREAK), BREAK, final=EOS),
     ImageSpan(6),
@@ -36,8 +36,9 @@ GRAMMARS = [IMAGE, (TextSpan.infill(VOCABULARY, 9),), (TextSpan.causal(VOCABULAR
            INFILLS]  # fmt: skip
 
 
-def make(part_step: int = 1, slots: int = 16) -> Engine:
-    decoder = random_decoder(VOCABULARY.size, max_length=64, part_step=part_step)
+def make(part_step: int = 1, slots: int = 16, **options) -> Engine:
+    """A small engine; `options` are other fields of `DecoderConfig`."""
+    decoder = random_decoder(VOCABULARY.size, max_length=64, part_step=part_step, **options)
     return Engine(decoder, VOCABULARY, buckets=(8, 16), slots=slots)
 
 
@@ -65,12 +66,14 @@ def oracle(engine: Engine, ids: np.ndarray) -> np.ndarray:
     padded = np.pad(ids, (0, engine.context - len(ids)))
     positions = VOCABULARY.positions(padded, engine.decoder.config.part_step)
     positions = jnp.asarray(positions.clip(max=engine.context - 1))[None]
-    return np.asarray(forward(engine.decoder, jnp.asarray(padded)[None], positions))[0, : len(ids)]
+    cells = jnp.asarray(VOCABULARY.cells(padded))[None]
+    logits = forward(engine.decoder, jnp.asarray(padded)[None], positions, cells)
+    return np.asarray(logits)[0, : len(ids)]
 
 
 @jax.jit
-def forward(decoder, ids, positions):
-    return decoder.logits(decoder(ids, positions))
+def forward(decoder, ids, positions, cells):
+    return decoder.logits(decoder(ids, positions, cells=cells))
 
 
 def log_softmax(x: np.ndarray) -> np.ndarray:
@@ -79,7 +82,7 @@ def log_softmax(x: np.ndarray) -> np.ndarray:
 
 
 def replay(grammar, outputs, stream: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What a stream was given; which of its ids were drawn; and which could have been.
+    """What a stream was given; which of its ids were sampled; and which could have been.
 
     Returns:
       int[n] ids, bool[n], bool[n, vocab].

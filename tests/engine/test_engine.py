@@ -178,7 +178,7 @@ def test_answers_do_not_depend_on_the_mesh():
 
 
 def test_the_sliced_head_draws_what_the_whole_head_would(engine):
-    """A picture beside a text is drawn with the whole head computed, alone with its slice."""
+    """An image beside a text is sampled from the whole head, an image alone from its slice."""
     picture = prompt(5, IMAGE)
     text = prompt(6, (TextSpan(9, (EOS,), EOS, min_tokens=9),), SamplingParams())
     (beside,), _ = generate(engine, [picture, text])
@@ -194,7 +194,7 @@ def test_the_seed_decides_the_draw(engine):
 
 
 def test_outside_its_interval_guidance_is_plain(engine):
-    """Greedy pictures: with guidance nowhere, everywhere, and in the middle."""
+    """Greedy images: with guidance nowhere, everywhere, and in the middle."""
 
     def draw(**interval):
         params = SamplingParams(ClassifierFree(6.0), Greedy(), **interval)

@@ -9,7 +9,7 @@ import pytest
 
 from leon_jax.documents import Document, Hole, Text
 from leon_jax.engine.likelihood import log_likelihoods
-from leon_jax.evaluate import demo_page, measurements
+from leon_jax.evaluate import measurements, report_page
 from leon_jax.leon import GeneratedImage, Leon
 from leon_jax.retrieval.prepared_folder import PreparedFolder
 from tests import tiny
@@ -119,17 +119,17 @@ def test_the_report_is_well_formed_and_credits_retrieved_documents(leon, documen
     images = {n: measurements.generate(leon, documents[:2], n, guidance=1.0) for n in (0, 2)}
     hostile = Document((Text('<script>alert("x")</script>'), documents[0].parts[1]))
     sections = [
-        ("Images", demo_page.generated_images(documents[:2], images[0], images[2])),
-        ("Captions", demo_page.captions([hostile], [("<b>a", "b & c")])),
-        ("Loss", demo_page.curve([(1, 2.0), (2, 1.5), (3, 1.25)], 2, "loss, nats")),
+        ("Images", report_page.generated_images(documents[:2], images[0], images[2])),
+        ("Captions", report_page.captions([hostile], [("<b>a", "b & c")])),
+        ("Loss", report_page.curve([(1, 2.0), (2, 1.5), (3, 1.25)], 2, "loss, nats")),
         (
             "Metrics",
-            demo_page.metrics_table(
+            report_page.metrics_table(
                 {"seconds": 61.4, "prompt_match_share_by_documents": {"2": 0.5}}
             ),
         ),
     ]
-    text = demo_page.page("A <title>", sections, {"seconds": 1.0})
+    text = report_page.page("A <title>", sections, {"seconds": 1.0})
     reader = _Reader()
     reader.feed(text)
     assert reader.open_tags == [] and "script" not in reader.tags

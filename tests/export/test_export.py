@@ -238,7 +238,7 @@ def test_parts_that_do_not_belong_together_are_refused(run, tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "manifest.json").write_text(json.dumps(manifest))
     code, _, error = run("export", *parts(folder), "--index=other", "--out=cats")
-    assert code == 2 and "was prepared with another encoder file" in error
+    assert code == 2 and "was encoded with another encoder file" in error
     assert not (tmp_path / "cats").exists()
 
 
@@ -247,7 +247,7 @@ def test_an_older_model_folder_is_replaced_and_other_files_stay(run, tmp_path):
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "a.txt").write_text("mine")
     code, _, error = run("export", *parts(folder), "--out=notes")
-    assert code == 2 and "notes exists and is no model folder" in error
+    assert code == 2 and "notes exists and is not a model folder" in error
     assert run("export", *parts(folder), "--out=cats")[0] == 0
     (tmp_path / "cats" / "a.txt").write_text("mine")
     assert run("export", *parts(folder), "--out=cats", "--guidance=5")[0] == 0

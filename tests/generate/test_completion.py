@@ -155,7 +155,7 @@ def test_samples_whose_guidance_reads_other_streams_need_other_prompts():
 
 
 def test_holes_are_infilled_from_left_to_right_each_seeing_the_ones_before():
-    """Greedy pictures are the likeliest ids of one forward pass over the whole sequence.
+    """Greedy images are the likeliest ids of one forward pass over the whole sequence.
 
     Their ids read back as they were written, which those of a text need not.
     """

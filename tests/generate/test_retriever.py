@@ -12,7 +12,7 @@ from leon_jax.model_description import IndexAddress, ModelDescription
 from leon_jax.model_folder import ModelFolder
 from tests import tiny
 
-# A model whose documents are those of the demonstration.
+# A model whose index has the emoji documents.
 DEMO = ModelDescription("demo", index=IndexAddress(prepare="demo"))
 
 

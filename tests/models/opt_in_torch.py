@@ -20,8 +20,8 @@ def build(
       weights: weights by OPT's names without the prefix `model.decoder.`; see `opt_weights.py`.
       heads: attention heads.
       attention: the `attn_implementation` of transformers.
-      biases: add the biases, and the scales and shifts of norms, that CM3Leon does not have. They
-        are zeros and ones, so they do not change the result.
+      biases: add the biases, and the scales and shifts of norms, that CM3Leon does not have. Those
+        that are not in `weights` are zeros and ones, so they do not change the result.
     """
     vocab, embed = weights["embed_tokens.weight"].shape
     layers = sum(name.endswith(".fc1.weight") for name in weights)
@@ -62,10 +62,11 @@ def build(
 def main(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Returns the logits of `ids`, and the gradients of the mean next-token loss.
 
-    `heads` is the number of attention heads. All other arrays are weights, see `build`.
+    `heads` is the number of attention heads. All other arrays are weights, see `build`. The model
+    has biases and affine norms if there are weights of them.
     """
     ids, heads = torch.from_numpy(arrays.pop("ids")), arrays.pop("heads").item()
-    model = build(arrays, heads)
+    model = build(arrays, heads, biases="layers.0.fc1.bias" in arrays)
     logits = model(input_ids=ids).logits
     torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
     decoder = model.model.decoder

@@ -14,7 +14,8 @@ from scipy import stats
 
 from leon_jax import sharding
 from leon_jax.config import UserError, build, to_dict
-from leon_jax.models.decoder import Decoder, DecoderConfig
+from leon_jax.models.decoder import Decoder
+from leon_jax.models.decoder_config import DecoderConfig
 from leon_jax.models.weight_conversion import convert_weights, unstack, weight_dtype
 from leon_jax.ops.attention import CachedArray, LayerCache
 from leon_jax.vocabulary import Vocabulary
@@ -184,6 +185,36 @@ def test_bfloat16_compute_keeps_float32_weights_and_logits():
     np.testing.assert_allclose(hidden.astype(jnp.float32), reference(random_ids()), atol=0.15)
 
 
+def test_rounded_products_are_float32_with_smaller_errors_than_bfloat16():
+    directions = np.random.default_rng(1).normal(size=(2, 12, 48)).astype(np.float32)
+
+    def run(**settings):
+        config = DecoderConfig(48, 16, layers=2, embed=32, heads=4, mlp=64, **settings)
+        model = randomise(Decoder(config, rngs=nnx.Rngs(0)), 0.1)
+
+        def loss(model):
+            hidden = model(random_ids())
+            return (model.logits(hidden) * directions).sum(), hidden
+
+        gradient, hidden = jax.jit(jax.grad(loss, has_aux=True))(model)
+        return model.prefill(random_ids())[0], [hidden, *jax.tree.leaves(gradient)]
+
+    prefilled, exact = run()
+    same, rounded = run(products="bfloat16")
+    _, half = run(dtype="bfloat16")
+    np.testing.assert_array_equal(prefilled, same)
+    assert {array.dtype for array in rounded} == {jnp.dtype("float32")}
+
+    def error(arrays):
+        return [
+            np.linalg.norm(one.astype(jnp.float32) - other) / np.linalg.norm(other)
+            for one, other in zip(arrays, exact, strict=True)
+        ]
+
+    assert min(error(rounded)) > 1e-4 and max(error(rounded)) < 2e-2
+    assert np.mean(error(rounded)) < np.mean(error(half))
+
+
 def test_a_layer_adds_attention_and_then_the_mlp(model):
     """The attention lets every position attend only to itself, so it returns the values."""
     layer = jax.tree.map(lambda x: x[0], model.blocks)
@@ -242,4 +273,4 @@ def test_every_mesh_of_eight_devices_equals_one_device():
         env={**os.environ, "PYTHONPATH": root},
     )
     assert process.returncode == 0, process.stderr
-    assert process.stdout.count("equal") == 3, process.stdout
+    assert process.stdout.count("equal") == 6, process.stdout

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOK = ROOT / "notebooks" / "leon_colab.ipynb"
 SHIPPED = (shipped_folder() / "decoder.safetensors").is_file()
 
-# The shipped model retrieves from thousands of documents, which are drawn and indexed first.
+# The shipped model retrieves from thousands of documents, which are rendered and indexed first.
 MODELS = ["tiny", *([pytest.param("shipped", marks=pytest.mark.slow)] if SHIPPED else [])]
 
 

@@ -16,7 +16,8 @@ from leon_jax.sharding import spec
 MESHES = [(2, 1, 2, 2), (1, 1, 4, 2)]
 
 rng = np.random.default_rng(0)
-inputs = [rng.normal(size=(2, 512, 2, 64)).astype(np.float32) for _ in range(4)]
+# Four heads of queries and of the cotangent, two of keys and values.
+inputs = [rng.normal(size=(2, 512, heads, 64)).astype(np.float32) for heads in (4, 2, 2, 4)]
 segments = np.repeat([[1] * 200 + [2] * 300 + [0] * 12], 2, axis=0).astype(np.int32)
 
 

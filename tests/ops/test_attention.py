@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from leon_jax.models.decoder import Decoder, DecoderConfig
+from leon_jax.models.decoder import Decoder
+from leon_jax.models.decoder_config import DecoderConfig
 from leon_jax.ops.attention import (
     CachedArray,
     LayerCache,
@@ -33,26 +34,31 @@ def normal(*shape, seed=0):
 
 def textbook(q, k, v, visible):
     """Computes one query at a time in float64. visible[b, t, s]: query t attends to key s."""
-    out = np.zeros(q.shape)
+    out, shared = np.zeros(q.shape), q.shape[2] // k.shape[2]
     for b, t, h in np.ndindex(q.shape[:3]):
         keys = visible[b, t]
-        logits = k[b, keys, h].astype(np.float64) @ q[b, t, h] / np.sqrt(q.shape[-1])
+        logits = k[b, keys, h // shared].astype(np.float64) @ q[b, t, h] / np.sqrt(q.shape[-1])
         weights = np.exp(logits - logits.max())
-        out[b, t, h] = (weights / weights.sum()) @ v[b, keys, h]
+        out[b, t, h] = (weights / weights.sum()) @ v[b, keys, h // shared]
     return out
 
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("packed", [True, False])
-def test_attention_equals_the_formula(causal, packed):
-    q, k, v = (normal(2, 6, 3, 4, seed=i) for i in range(3))
+@pytest.mark.parametrize("implementation", ["xla", "blocked"])
+@pytest.mark.parametrize("kv_heads", [1, 2, 6])
+def test_attention_equals_the_formula(causal, packed, implementation, kv_heads):
+    q = normal(2, 6, 6, 4)
+    k, v = (normal(2, 6, kv_heads, 4, seed=i) for i in (1, 2))
     segments = np.array([[1, 1, 1, 2, 2, 0], [1, 2, 2, 2, 2, 3]], np.int32) if packed else None
     visible = np.ones((2, 6, 6), bool)
     if causal:
         visible &= np.tril(np.ones((6, 6), bool))
     if packed:
         visible &= segments[:, :, None] == segments[:, None, :]
-    attended = attention(q, k, v, segment_ids=segments, causal=causal)
+    attended = attention(
+        q, k, v, segment_ids=segments, causal=causal, implementation=implementation
+    )
     np.testing.assert_allclose(attended, textbook(q, k, v, visible), atol=1e-6)
 
 
@@ -68,20 +74,22 @@ def test_the_softmax_is_float32_when_inputs_are_bfloat16():
     )
 
 
-def test_cached_attention_equals_full_attention():
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_cached_attention_equals_full_attention(kv_heads):
     """The last tokens of 2 groups of 3 samples. A group shares its first 4 tokens.
 
     The slots that are not valid have large numbers.
     """
-    q, k, v = (normal(6, 7, 3, 4, seed=i) for i in range(3))
+    q = normal(6, 7, 4, 5)
+    k, v = (normal(6, 7, kv_heads, 5, seed=i) for i in (1, 2))
     for array in (k, v):
         array[:, :4] = array[::3, :4].repeat(3, axis=0)
-    expected = attention(q, k, v)[:, 6].reshape(2, 3, 3, 4)
+    expected = attention(q, k, v)[:, 6].reshape(2, 3, 4, 5)
 
     def cached(array, start, stop, slots, lead):
-        cache = np.full((*lead, 3, slots, 4), 1e4, np.float32)
+        cache = np.full((*lead, kv_heads, slots, 5), 1e4, np.float32)
         tokens = array[:: 6 // np.prod(lead), start:stop].swapaxes(1, 2)
-        cache[..., : stop - start, :] = tokens.reshape(*lead, 3, stop - start, 4)
+        cache[..., : stop - start, :] = tokens.reshape(*lead, kv_heads, stop - start, 5)
         return cache
 
     prompt = LayerCache(
@@ -92,7 +100,7 @@ def test_cached_attention_equals_full_attention():
         *(CachedArray(cached(a, 4, 6, 5, (2, 3))) for a in (k, v)),
         np.broadcast_to(np.arange(5) < 2, (2, 3, 5)),
     )
-    last = (array[:, 6].reshape(2, 3, 3, 4) for array in (q, k, v))
+    last = (array[:, 6].reshape(2, 3, -1, 5) for array in (q, k, v))
     np.testing.assert_allclose(cached_attention(*last, prompt, output), expected, atol=1e-6)
 
 
@@ -117,13 +125,14 @@ def test_gradients_are_finite_if_a_token_attends_only_to_itself():
 SEGMENTS = np.repeat([[1] * 100 + [2] * 90 + [3] * 60 + [0] * 6], 2, axis=0).astype(np.int32)
 
 
-def values_and_gradients(implementation, length, head_dim, packed, **options):
+def values_and_gradients(implementation, length, head_dim, packed, kv_heads=2, **options):
     # The sharding of the decoder.
     layout = jax.NamedSharding(
         jax.sharding.get_mesh(), spec("batch", "length", "heads", "head_dim")
     )
     q, k, v, cotangent = (
-        jax.device_put(normal(2, length, 2, head_dim, seed=i), layout) for i in range(4)
+        jax.device_put(normal(2, length, heads, head_dim, seed=i), layout)
+        for i, heads in enumerate((2, kv_heads, kv_heads, 2))
     )
     segments = np.resize(SEGMENTS, (2, length)) if packed else None
 
@@ -146,10 +155,14 @@ def test_splash_attention_in_small_blocks_without_a_causal_mask():
     check_splash(384, 64, True, causal=False)
 
 
-def check_splash(length, head_dim, packed, causal=True):
-    expected = values_and_gradients(xla, length, head_dim, packed, causal=causal)
+def test_splash_attention_of_heads_that_share_keys():
+    check_splash(256, 64, True, kv_heads=1)
+
+
+def check_splash(length, head_dim, packed, causal=True, kv_heads=2):
+    expected = values_and_gradients(xla, length, head_dim, packed, kv_heads, causal=causal)
     run = functools.partial(splash, interpret=True)
-    results = values_and_gradients(run, length, head_dim, packed, causal=causal)
+    results = values_and_gradients(run, length, head_dim, packed, kv_heads, causal=causal)
     assert_all_close(results, expected, atol=2e-4)
 
 
@@ -172,24 +185,24 @@ def test_a_decoder_calls_cudnn():
 
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize("head_dim", [64, 128])
-def test_cudnn_attention_equals_the_reference(packed, head_dim):
+@pytest.mark.parametrize("head_dim, kv_heads", [(64, 2), (128, 2), (64, 1)])
+def test_cudnn_attention_equals_the_reference(packed, head_dim, kv_heads):
     def in_bfloat16(implementation):
         return lambda q, k, v, **options: implementation(
             *(jnp.asarray(x, jnp.bfloat16) for x in (q, k, v)), **options
         ).astype(jnp.float32)
 
-    expected = values_and_gradients(in_bfloat16(xla), 256, head_dim, packed)
-    results = values_and_gradients(in_bfloat16(cudnn), 256, head_dim, packed)
+    expected = values_and_gradients(in_bfloat16(xla), 256, head_dim, packed, kv_heads)
+    results = values_and_gradients(in_bfloat16(cudnn), 256, head_dim, packed, kv_heads)
     assert_all_close(results, expected, atol=5e-2)
 
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize("length", [100, 256, 600])
-def test_attention_in_blocks_equals_the_reference(length, packed, causal):
-    expected = values_and_gradients(xla, length, 16, packed, causal=causal)
-    results = values_and_gradients(blocked, length, 16, packed, causal=causal)
+@pytest.mark.parametrize("length, kv_heads", [(100, 2), (256, 2), (600, 2), (600, 1)])
+def test_attention_in_blocks_equals_the_reference(length, kv_heads, packed, causal):
+    expected = values_and_gradients(xla, length, 16, packed, kv_heads, causal=causal)
+    results = values_and_gradients(blocked, length, 16, packed, kv_heads, causal=causal)
     assert_all_close(results, expected, atol=1e-5)
 
 

@@ -40,7 +40,7 @@ def test_the_first_stage_collects_the_sources(tmp_path):
     command = by_name(own(), tmp_path)["documents"].make()
     assert command.arguments == (
         "prepare", f"--config={tmp_path / 'configs' / 'documents.py'}", "--source=folder:cats",
-        "--licence=CC0-1.0", f"--out={tmp_path / 'documents'}",
+        "--licence=CC0-1.0", "--noreplace", f"--out={tmp_path / 'documents'}",
     )  # fmt: skip
     assert command.config["picture_side"] == 64
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from leon_jax.models.decoder import Decoder, DecoderConfig
+from leon_jax.models.decoder import Decoder
+from leon_jax.models.decoder_config import DecoderConfig, Form
 from leon_jax.ops.attention import CachedArray, LayerCache
 from leon_jax.plan import roofline
 from leon_jax.plan.roofline import training_flops, training_work
@@ -20,9 +21,14 @@ VOCABULARY = Vocabulary.compact(64, 300, 4)
 CONFIG = DecoderConfig(VOCABULARY.size, 8, layers=1, embed=256, heads=4, mlp=1024)
 
 
+LLAMA = Form(norm="rms", norm_scale=True, mlp="swiglu", positions="rotary", tied_head=False)
+GROUPED = dataclasses.replace(CONFIG, kv_heads=2, form=LLAMA)
+
+
 @pytest.mark.parametrize("remat", ["none", "dots", "attention", "full"])
-def test_training_operations_agree_with_xlas_count(remat):
-    config = dataclasses.replace(CONFIG, remat=remat)
+@pytest.mark.parametrize("config", [CONFIG, GROUPED], ids=["cm3leon", "llama"])
+def test_training_operations_agree_with_xlas_count(remat, config):
+    config = dataclasses.replace(config, remat=remat)
     model = Decoder(config, rngs=nnx.Rngs(0))
     batch = {
         name: jnp.ones((4, 8), dtype)
@@ -64,16 +70,19 @@ def test_tensor_parallel_devices_share_the_work():
     assert part.flops == whole.flops / 4 and part.hbm_bytes == whole.hbm_bytes / 4
 
 
-def test_decode_work_equals_the_arrays_and_operations_of_a_decode_step():
-    config = dataclasses.replace(CONFIG, max_length=128)
+@pytest.mark.parametrize("config", [CONFIG, GROUPED], ids=["cm3leon", "llama"])
+def test_decode_work_equals_the_arrays_and_operations_of_a_decode_step(config):
+    config = dataclasses.replace(config, max_length=128)
     model = Decoder(config, rngs=nnx.Rngs(0))
     slots, rows, ids = 100, 2, VOCABULARY.image_codes
-    blocks = jax.tree.leaves(model.blocks)
+    # Scales of norms are not counted.
+    blocks = [leaf for leaf in jax.tree.leaves(model.blocks) if leaf.ndim > 2]
     head = model.head(VOCABULARY.image_start, VOCABULARY.image_start + ids)
-    cache = np.zeros((2, config.layers, rows, slots, config.embed), np.float32)
+    width = config.key_heads * config.head_dim
+    cache = np.zeros((2, config.layers, rows, slots, width), np.float32)
     work = roofline.decode_work(config, slots, ids, rows, tensor=1)
     assert work.hbm_bytes == sum(leaf.nbytes for leaf in blocks) + head.nbytes + cache.nbytes
-    keys = jnp.asarray(cache[0]).reshape(config.layers, rows, config.heads, slots, -1)
+    keys = jnp.asarray(cache[0]).reshape(config.layers, rows, config.key_heads, slots, -1)
     inputs, mask = np.zeros((1, rows, 1), np.int32), np.ones((rows, slots), bool)
 
     def token(model, keys):

@@ -6,7 +6,7 @@ import types
 import pytest
 
 from leon_jax.data.config import DataConfig
-from leon_jax.models.decoder import DecoderConfig
+from leon_jax.models.decoder_config import DecoderConfig
 from leon_jax.plan import search, train
 from leon_jax.plan.kinds import DecoderKind, EncoderKind, Setting, TokenizerKind
 from leon_jax.plan.plan import DoesNotFit, Roofline

@@ -74,7 +74,7 @@ def test_without_models_documents_are_collected_and_not_encoded(out):
             assert document.text == expected.text and document.parts[1].codes is None
             np.testing.assert_array_equal(document.pixels, expected.pixels)
     assert not list(out.glob("*.npy")) and (out / "card.md").is_file()
-    with pytest.raises(UserError, match=r"holds documents without codes.*leon encode"):
+    with pytest.raises(UserError, match=r"has documents without codes; run: leon encode --folder="):
         PreparedFolder(out)
     with pytest.raises(UserError, match="no split 'test'; its splits are train, exam"):
         folder.records("test")
@@ -202,7 +202,7 @@ def test_the_sources_are_not_read_again_for_another_model(out, encode_config, ch
     other = dataclasses.replace(encode_config, text=str(tmp_path / "text.json"))
     second, _ = encode(out, other, progress=False)
     assert encodings(out) == sorted([first, second]) and len({first, second}) == 2
-    with pytest.raises(UserError, match="encoded with several models; name one of"):
+    with pytest.raises(UserError, match="has several encodings; name one of"):
         PreparedFolder(out)
     assert len(PreparedFolder(first).records()) == 9
 

@@ -246,7 +246,7 @@ def test_two_processes_prepare_one_folder_once(checkpoint, out):
 def test_a_folder_of_other_files_is_not_replaced(checkpoint, out):
     out.mkdir()
     (out / "letters.txt").write_text("keep me")
-    with pytest.raises(UserError, match="not a prepared folder"):
+    with pytest.raises(UserError, match="was not made by leon prepare"):
         make(checkpoint, out)
     assert (out / "letters.txt").read_text() == "keep me"
 
@@ -255,7 +255,7 @@ def test_a_folder_with_the_manifest_of_another_program_is_not_replaced(checkpoin
     out.mkdir()
     (out / "manifest.json").write_text('{"name": "my web page"}')
     (out / "letters.txt").write_text("keep me")
-    with pytest.raises(UserError, match="not a prepared folder"):
+    with pytest.raises(UserError, match="was not made by leon prepare"):
         make(checkpoint, out)
     assert (out / "letters.txt").read_text() == "keep me"
 
@@ -317,7 +317,7 @@ def test_a_folder_of_another_version_raises_an_error(checkpoint, out):
     make(checkpoint, out)
     manifest = json.loads((out / "manifest.json").read_text())
     (out / "manifest.json").write_text(json.dumps(manifest | {"format": 1}))
-    with pytest.raises(UserError, match="prepared by another version"):
+    with pytest.raises(UserError, match="written by another version"):
         PreparedFolder(out)
 
 

@@ -1,4 +1,4 @@
-"""The summary of rejected records: numbers, reasons, and the flags that would take them."""
+"""The summary of rejected records: numbers, reasons, and the flags that would accept them."""
 
 import json
 
@@ -31,7 +31,7 @@ def test_reasons_come_with_numbers_remedies_and_examples(tmp_path):
         f"    2: {forbidden}",
         f"    1: {other}",
         "  1 picture_too_small: an image with too few pixels",
-        "    to take them: a smaller min_side in a --config",
+        "    to accept them: a smaller min_side in a --config",
         "    for example c: 7 x 9 pixels",
         f"All of them: {folder}/*.rejects.jsonl",
     ]

@@ -53,7 +53,9 @@ def test_a_missing_split_or_missing_variants_are_errors():
     prepared = PreparedFolder(tiny.folders()[1])
     with pytest.raises(UserError, match="no split 'exam'; its splits are train, unseen_design"):
         prepared.records("exam")
-    with pytest.raises(UserError, match="holds no variants of train; prepare it with --variants"):
+    with pytest.raises(
+        UserError, match="has no variants of train; encode its documents with --variants"
+    ):
         prepared.variants(prepared.records())
 
 
@@ -65,5 +67,5 @@ def test_a_folder_of_another_program_can_be_used_for_training_but_not_searched(t
     with pytest.raises(UserError, match="was not made by leon prepare, so it cannot be searched"):
         prepared.selection  # noqa: B018
     model = tiny.folders()[0]
-    with pytest.raises(UserError, match="was prepared with another tokenizer file"):
+    with pytest.raises(UserError, match="was encoded with another tokenizer file"):
         retriever.check_index(tmp_path, model)

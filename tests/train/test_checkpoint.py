@@ -179,6 +179,16 @@ def test_a_run_with_a_removed_key_resumes_only_with_its_fixed_value(tmp_path):
         check_config(path, now)
 
 
+def test_a_run_of_an_older_version_resumes_with_the_value_that_it_always_used(tmp_path):
+    (tmp_path / "checkpoints" / "100").mkdir(parents=True)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"augment": {"crop": 0.75}}))
+    with pytest.raises(UserError, match=r"augment\.scenes = None, but it is now 0\.5"):
+        check_config(path, {"augment": {"crop": 0.75, "scenes": 0.5}})
+    check_config(path, {"augment": {"crop": 0.75, "scenes": 0.0}})
+    assert json.loads(path.read_text()) == {"augment": {"crop": 0.75, "scenes": 0.0}}
+
+
 class Wider(nnx.Module):
     def __init__(self, *, rngs: nnx.Rngs):
         self.large = nnx.Param(jax.random.normal(rngs.params(), (300, 501)))

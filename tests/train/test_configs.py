@@ -26,7 +26,7 @@ KINDS = {
 @pytest.mark.parametrize("name", [name for name in FILES if name != "cm3leon_base.py"])
 def test_a_config_file_can_be_built(name):
     values = runpy.run_path(str(CONFIGS / name))["get_config"]().to_dict()
-    if name == "prepare.py":
+    if name in ("prepare.py", "emoji/designs.py"):
         assert len(configs.build(PrepareConfig, values).sources) == 3
         return
     if values["kind"] == "pipeline":

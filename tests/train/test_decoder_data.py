@@ -154,13 +154,13 @@ def test_neighbours_are_sampled_from_the_nearest_of_each_modality(folder, per_mo
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({}, r"config\.data\.folder is empty; name a folder .*, or set config\.data\.mixture"),
+        ({}, r"config\.data\.folder is empty; name a .* folder, or set config\.data\.mixture"),
         ({"folder": "nowhere"}, r"config\.data: nowhere is not a prepared folder"),
         ({"mixture": [{"folder": "{web}"}, {"folder": "nowhere"}]},
          r"config\.data\.mixture\[1\]: nowhere is not a prepared folder"),
         ({"mixture": [{"folder": "{web}", "weight": 0.0}]}, r"mixture\[0\]: weight is 0\.0; it"),
         ({"mixture": [{"folder": "{web}"}, {"folder": "{art}", "variants": 4}]},
-         r"mixture\[1\]: .*art holds no variants of train; prepare it with --variants"),
+         r"mixture\[1\]: .*art has no variants of train; encode its documents with --variants"),
         ({"mixture": [{"folder": "{art}"}], "retrieved": (0.5, 0.5)},
          r"mixture\[0\]: there is no file .*train-00000\.neighbours\.npy"),
         ({"mixture": [{"folder": "{art}", "retrieved": (0.5,)}]},

@@ -17,7 +17,8 @@ from leon_jax.documents import Document, Image, Text
 from leon_jax.leon import Leon
 from leon_jax.model_folder import ModelFolder
 from leon_jax.models.clip import CLIPConfig, TextConfig, VisionConfig, create
-from leon_jax.models.decoder import Decoder, DecoderConfig
+from leon_jax.models.decoder import Decoder
+from leon_jax.models.decoder_config import DecoderConfig
 from leon_jax.models.vqgan import VQGAN, VQGANConfig
 from leon_jax.retrieval.prepared_folder import write_split
 from leon_jax.tokenizers.text import TextTokenizer

@@ -1,4 +1,4 @@
-"""Tests folders of documents as training data: mixtures, shards, groups, texts and mistakes."""
+"""Tests documents folders as training data: mixtures, shards, groups, texts and mistakes."""
 
 import collections
 import dataclasses
@@ -110,7 +110,10 @@ def test_rows_are_sorted_by_group_then_by_picture():
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (FoldersConfig(), r"config\.data\.folder is empty; name a folder made by leon prepare"),
+        (
+            FoldersConfig(),
+            r"config\.data\.folder is empty; name a documents folder or a prepared folder",
+        ),
         (FoldersConfig("{a}", "exam"), r"config\.data: .*a has no split 'exam'; its .* are train"),
         (
             FoldersConfig(mixture=(FolderComponent("{a}"), FolderComponent("none"))),

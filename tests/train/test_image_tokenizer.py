@@ -9,8 +9,9 @@ import pytest
 
 from leon_jax import weight_files
 from leon_jax.config import UserError
+from leon_jax.data.augment import CropConfig
 from leon_jax.data.config import FolderComponent, ImageDataConfig
-from leon_jax.documents import Document, Provenance, Text
+from leon_jax.documents import Document, Image, Provenance, Text
 from leon_jax.models.vqgan import VQGANConfig
 from leon_jax.tokenizers.image import fit_image
 from leon_jax.train.image_tokenizer import (
@@ -162,6 +163,32 @@ def test_a_batch_that_the_devices_cannot_share_is_refused():
         UserError, match=r"batch_size is 4; it must be a multiple of data x fsdp, 6"
     ):
         program.check_mesh((2, 3, 1, 1))
+
+
+def test_scenes_show_documents_of_the_training_split_only(tmp_path):
+    """Every document has one colour; those of the held-out split are grey."""
+    colours = [(200, 0, 0), (0, 200, 0), (0, 0, 200), (200, 200, 0), (0, 200, 200), (200, 0, 200)]
+    documents, held_out = (
+        [
+            Document(
+                (Text(str(colour)), Image(pixels=np.full((40, 40, 3), colour, np.uint8))),
+                Provenance(f"{colour}", "colours", "CC0-1.0", ""),
+            )
+            for colour in some
+        ]
+        for some in (colours, [(90, 90, 90)] * 6)
+    )
+    folder = document_folders.write(tmp_path / "colours", documents, exam=held_out)
+    program = program_of(folder)
+    config = dataclasses.replace(program.config, augment=CropConfig(scenes=0.5))
+    batches = iter(TokenizerProgram(config).batches())
+    images = np.concatenate([next(batches)["images"] for _ in range(20)])
+    shown = [{tuple(map(int, c)) for c in np.unique(i.reshape(-1, 3), axis=0)} for i in images]
+    assert set().union(*shown) == {*colours, (255, 255, 255)}
+    crops = sum((255, 255, 255) not in colours for colours in shown)
+    assert 20 < crops < 60  # of 80 images, half
+    # A scene may show a document twice.
+    assert {len(colours) for colours in shown if len(colours) > 1} >= {3, 4, 5}
 
 
 def test_batches_resume_exactly_from_a_saved_position(tmp_path):

@@ -39,7 +39,7 @@ def make_config(folder: pathlib.Path, documents: list[Document], **values) -> En
 
 
 def tiny(folder: str, text: str) -> EncoderConfig:
-    """Returns a configuration for a folder of documents and a text tokenizer."""
+    """Returns a configuration for a documents folder and a text tokenizer."""
     return EncoderConfig(
         model=CLIPConfig(
             vision=VisionConfig(16, 4, 16, 2, 2, "convolution"),

@@ -1,4 +1,4 @@
-"""Tests the training of a text tokenizer on folders of documents."""
+"""Tests the training of a text tokenizer on documents folders."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The second stage of the demo's decoder: shorter, mostly with one or two retrieved documents.
+"""The second stage of the shipped decoder: shorter, mostly with one or two retrieved documents.
 
     leon train --config=configs/emoji/decoder_second.py --workdir=runs/emoji/decoder_second
 

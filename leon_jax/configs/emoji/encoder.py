@@ -1,4 +1,4 @@
-"""The demo's retrieval encoder: a CLIP for 48 px images, small enough for two CPU cores.
+"""The shipped retrieval encoder: a CLIP for 48 px images, small enough for two CPU cores.
 
     leon train --config=configs/emoji/encoder.py --workdir=runs/emoji/encoder
 

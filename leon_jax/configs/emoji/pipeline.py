@@ -1,8 +1,8 @@
-"""All shipped models from the emoji packages: the text tokenizer to the second decoder stage.
+"""The shipped model from the emoji packages: the text tokenizer to the second decoder stage.
 
     leon pipeline --config=configs/emoji/pipeline.py --workdir=runs/emoji
 
-Takes two and a half hours on two CPU cores. `make weights` runs it and replaces the shipped models.
+Takes two and a half hours on two CPU cores. `make weights` runs it and replaces the shipped model.
 """
 
 import json

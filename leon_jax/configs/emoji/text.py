@@ -1,4 +1,4 @@
-"""The demo's text tokenizer: byte-level BPE trained on the training captions.
+"""The shipped text tokenizer: byte-level BPE trained on the training captions.
 
 leon train --config=configs/emoji/text.py --workdir=runs/emoji/text
 """

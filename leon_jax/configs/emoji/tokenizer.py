@@ -1,4 +1,4 @@
-"""The demo's image tokenizer: 32 px images as 8 x 8 codes out of 512.
+"""The shipped image tokenizer: 32 px images as 8 x 8 codes out of 512.
 
     leon train --config=configs/emoji/tokenizer.py --workdir=runs/emoji/tokenizer
 

@@ -12,7 +12,7 @@ import tensorflow_datasets as tfds
 from leon_jax.data.records import to_png
 from leon_jax.datasets.emoji import designs, splits
 from leon_jax.datasets.emoji.captions import caption
-from leon_jax.datasets.emoji.designs import Design
+from leon_jax.datasets.emoji.designs import PyPIDesign
 from leon_jax.datasets.emoji.source import VERSION
 
 Example = dict[str, Any]
@@ -48,13 +48,13 @@ class Emoji(tfds.core.GeneratorBasedBuilder):
         return {split: self._generate_examples(members[split]) for split in members}
 
     def _generate_examples(
-        self, members: list[tuple[Design, str, str]]
+        self, members: list[tuple[PyPIDesign, str, str]]
     ) -> Iterator[tuple[int, Example]]:
         for index, (design, concept, language) in enumerate(members):
             yield index, example(design, concept, language)
 
 
-def example(design: Design, concept: str, language: str) -> Example:
+def example(design: PyPIDesign, concept: str, language: str) -> Example:
     """Returns a record: the image as PNG, the caption and the provenance."""
     return {
         "picture": to_png(designs.render(design, concept)),

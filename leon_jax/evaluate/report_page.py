@@ -1,14 +1,17 @@
-"""Writes the demo's report: one HTML file with embedded images."""
+"""Writes the report of `leon demo` and of `leon evaluate`: one HTML file with embedded images."""
 
 import base64
 import html
 import io
 import json
+import os
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import PIL.Image
+from jaxtyping import UInt8
 
 from leon_jax.documents import Document
 from leon_jax.evaluate.meanings import MEANINGS, Number, format_metric
@@ -54,10 +57,12 @@ def retrieved(documents: Sequence[Document]) -> str:
     for document in documents:
         origin = credit(document)
         caption = html.escape(origin["caption"])
-        note = html.escape(f"{origin['key']}, {origin['licence']}: {origin['attribution']}")
+        note = f"{origin['key']}, {origin['licence']}"
+        if origin["attribution"]:
+            note += f": {origin['attribution']}"
         figures.append(
             f"<figure>{image_tag(document.pixels, origin['caption'])}"
-            f"<figcaption>{caption}<small>{note}</small></figcaption></figure>"
+            f"<figcaption>{caption}<small>{html.escape(note)}</small></figcaption></figure>"
         )
     return f'<div class="read">{"".join(figures)}</div>'
 
@@ -66,8 +71,16 @@ def generated_images(
     documents: Sequence[Document],
     without_retrieval: Sequence[GeneratedImage],
     with_retrieval: Sequence[GeneratedImage],
+    num_docs: int = 2,
 ) -> str:
-    """Returns a table of prompts, held-out images, generated images and retrieved documents."""
+    """Returns a table of prompts, held-out images, generated images and retrieved documents.
+
+    Args:
+      documents: held-out documents, whose captions are the prompts.
+      without_retrieval: an image for each document, generated without retrieved documents.
+      with_retrieval: an image for each document, generated with retrieved documents.
+      num_docs: the number of retrieved documents.
+    """
     rows = []
     for document, plain, augmented in zip(
         documents, without_retrieval, with_retrieval, strict=True
@@ -86,7 +99,7 @@ def generated_images(
             "Prompt",
             "Held-out image",
             "Generated, 0 documents",
-            "Generated, 2 documents",
+            f"Generated, {num_docs} documents",
             "Retrieved",
         ],
         rows,
@@ -106,6 +119,19 @@ def captions(documents: Sequence[Document], generated: Sequence[tuple[str, str]]
         rows.append([image, *(html.escape(text) for text in (plain, augmented, document.text))])
     head = ["Held-out image", "Caption, 0 documents", "Caption, 2 documents", "True caption"]
     return table(head, rows)
+
+
+def reconstructions(
+    images: tuple[UInt8[np.ndarray, "n r r 3"], UInt8[np.ndarray, "n r r 3"]], count: int = 10
+) -> str:
+    """Returns the first images, and below them the same images after the image tokenizer."""
+    lines = (
+        "".join(image_tag(pixels, "held-out image") for pixels in row[:count]) for row in images
+    )
+    return (
+        "<p>Top: held-out images. Bottom: the same images after encoding and decoding.</p>"
+        + "<br>".join(lines)
+    )
 
 
 def curve(points: Sequence[tuple[int, float]], resumed_at: int, label: str) -> str:
@@ -179,3 +205,21 @@ def page(title: str, sections: Sequence[tuple[str, str]], metrics: Mapping[str, 
         f'</title><meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head>'
         f"<body><h1>{html.escape(title)}</h1>{body}</body></html>"
     )
+
+
+def write(
+    folder: str | os.PathLike,
+    title: str,
+    sections: Sequence[tuple[str, str]],
+    metrics: Mapping[str, Number],
+) -> None:
+    """Writes `index.html` (see `page`) and `metrics.json` atomically. Creates the folder."""
+    pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
+    for name, text in (
+        ("index.html", page(title, sections, metrics)),
+        ("metrics.json", json.dumps(metrics, indent=1) + "\n"),
+    ):
+        path = pathlib.Path(folder) / name
+        temporary = path.with_name(name + ".tmp")
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
