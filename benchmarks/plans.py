@@ -2,7 +2,7 @@
 
     python benchmarks/plans.py
 
-Compiles 31 programs, which takes some MINUTES minutes on two cores.
+Compiles 31 programs, which takes half an hour or more on two cores.
 """
 
 import json
@@ -61,6 +61,8 @@ leon plan --config=configs/cm3leon_7b.py --topology=v5p:8x8x4 --mesh=-1,64,1,1 \
   --config.model.remat=none --config.microbatches=2
 leon plan --config=configs/cm3leon_7b.py --topology=v5p:8x8x4 --search
 leon plan --config=configs/cm3leon_7b.py --program=decode --topology=v5e:2x4 --rows=1 --weights=int8
+leon plan --config=configs/vqgan_256.py --topology=v5e:4x4 --search
+leon plan --config=configs/clip_b32.py --config.model.text.vocab_size=49408 --topology=v5p:4x4x4
 ```
 
 `leon plan` compiles a config for a TPU pod, on a machine without a TPU, and prints memory, traffic
@@ -88,6 +90,18 @@ gathers and reduces by all-reduce, which sends twice the bytes. With 64 chips it
 and values: 2.1 GB a layer on each device. At this batch that is four times the weights. Ring
 attention would send the same bytes in pieces and hold fewer of them at once. Rows of 4,096 tokens
 need neither, so ring attention is not built.
+
+## The image tokenizer and the retrieval encoder
+
+{others}
+
+The batches are those of the configs: 192 images of 256 px, and 32,768 pairs of an image and a text.
+The encoder needs the size of its vocabulary (`--config.model.text.vocab_size`) if its text
+tokenizer is not there. A step of the image tokenizer is counted with the discriminator, which
+trains after step 50,000, and without reviving codes. The mesh has all chips on `data`. The image
+tokenizer has no weights to split and no microbatches, so `--search` tries `model.remat` only. For
+the encoder it also tries meshes. It never changes the batch, because this would change the
+training.
 
 ## Generating with 7B
 
@@ -117,9 +131,10 @@ The *bound* is a time that no step can beat. It is the longest of
   bandwidth of device memory;
 - links: what is sent, at the bandwidth of all links of the chip together.
 
-Operations and traffic are counted from the shape of the model (`leon_jax/plan/roofline.py`),
-because XLA counts the body of a loop once. Nothing else is counted. So a real run is slower: this
-is a bound, not a prediction.
+Operations and traffic of the decoder are counted from its shape (`leon_jax/plan/roofline.py`),
+because XLA counts the body of a loop once. Those of the other models are counted from the matrix
+products and convolutions of the traced step (`leon_jax/plan/products.py`). Nothing else is counted.
+So a real run is slower: this is a bound, not a prediction.
 
 *MFU at most* is the [MFU](train.md#goodput-and-utilisation) of a step that takes exactly the bound.
 The number in brackets assumes that collectives never overlap with arithmetic. `--search` takes the
