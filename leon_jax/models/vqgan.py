@@ -31,6 +31,9 @@ class VQGANConfig:
       latent: channels of the encoder's output.
       code_dim: size of a codebook vector.
       codes: entries of the codebook.
+      unit_codes: whether latents and codebook vectors have length 1, so that the nearest code is
+        the one with the most similar direction (ViT-VQGAN, Yu et al. 2022, arXiv 2110.04627;
+        LlamaGen). It suits a small `code_dim`, for example 8.
       halo: pixels around its patch that a code may depend on; None, as in taming: the whole image.
         Without a limit, a code depends on everything around it, so that even a white area has
         hundreds of codes. This improves the fidelity of images, but a small decoder must learn all
@@ -49,6 +52,7 @@ class VQGANConfig:
     latent: int = 256
     code_dim: int = 256
     codes: int = 8192
+    unit_codes: bool = False
     halo: int | None = None
     remat: bool = False
 
@@ -285,17 +289,21 @@ class VQGAN(nnx.Module):
 
     def latents(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b i j d"]:
         """Returns the continuous latents, before quantisation."""
-        return self.to_code(self.encoder(images))
+        latents = self.to_code(self.encoder(images))
+        return _unit(latents) if self.config.unit_codes else latents
+
+    def vectors(self) -> Float[Array, "k d"]:
+        """Returns the codebook, with vectors of length 1 if `unit_codes` is set."""
+        codebook = self.codebook[...]
+        return _unit(codebook) if self.config.unit_codes else codebook
 
     def encode(self, images: Float[Array, "b h w 3"]) -> Int[Array, "b i j"]:
         """Encodes images in [-1, 1] to codes."""
-        return nearest_code(self.latents(images), self.codebook[...])
+        return nearest_code(self.latents(images), self.vectors())
 
     def decode(self, codes: Int[Array, "b i j"]) -> Float[Array, "b h w 3"]:
         """Decodes codes to images. Values may be slightly outside [-1, 1]."""
-        return self.decoder(
-            self.from_code(self.codebook[...].at[codes].get(out_sharding=_like(codes)))
-        )
+        return self.decoder(self.from_code(self.vectors().at[codes].get(out_sharding=_like(codes))))
 
 
 def nearest_code(
@@ -324,6 +332,12 @@ def quantize(
     loss = jnp.square(stop(latents) - vectors).mean()
     loss += commitment * jnp.square(latents - stop(vectors)).mean()
     return latents + stop(vectors - latents), loss, codes
+
+
+def _unit(vectors: Float[Array, "*n d"]) -> Float[Array, "*n d"]:
+    """Returns vectors of length 1 in the same directions."""
+    lengths = jnp.sqrt(jnp.square(vectors).sum(-1, keepdims=True))
+    return vectors / jnp.maximum(lengths, 1e-12)
 
 
 def _like(codes: Int[Array, "b i j"]) -> jax.P:

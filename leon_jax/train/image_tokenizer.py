@@ -132,7 +132,7 @@ class TokenizerProgram:
 
         def forward(generator: VQGAN):
             vectors, codebook_loss, codes = quantize(
-                generator.latents(images), generator.codebook[...], losses.commitment
+                generator.latents(images), generator.vectors(), losses.commitment
             )
             features = generator.decoder.features(generator.from_code(vectors))
             return (generator.decoder.out(features), codebook_loss), (features, codes)

@@ -81,6 +81,23 @@ def test_the_nearest_code_has_the_smallest_euclidean_distance():
     np.testing.assert_array_equal(codes, distances.argmin(-1))
 
 
+def test_unit_codes_are_chosen_by_direction(images):
+    model = VQGAN(dataclasses.replace(TINY, unit_codes=True), rngs=nnx.Rngs(0))
+    raw = np.asarray(model.to_code(model.encoder(images)), np.float64)
+    codebook = np.asarray(model.codebook[...], np.float64)
+    cosines = raw @ codebook.T / np.linalg.norm(raw, axis=-1)[..., None]
+    cosines /= np.linalg.norm(codebook, axis=-1)
+    codes = model.encode(images)
+    np.testing.assert_array_equal(codes, cosines.argmax(-1))
+    np.testing.assert_allclose(jnp.linalg.norm(model.latents(images), axis=-1), 1, atol=1e-6)
+    # Only the directions of the codebook's vectors matter.
+    decoded = model.decode(codes)
+    lengths = jnp.linspace(0.5, 2, 32)[:, None]
+    model.codebook[...] = model.codebook[...] * lengths
+    np.testing.assert_array_equal(model.encode(images), codes)
+    np.testing.assert_allclose(model.decode(codes), decoded, atol=1e-5)
+
+
 def test_quantisation_passes_gradients_straight_through():
     rng = np.random.default_rng(0)
     latents = jnp.float32(rng.normal(size=(1, 2, 2, 4)))
