@@ -6,6 +6,7 @@ dark lines, and *outlining* adds dark lines where colours meet.
 """
 
 import dataclasses
+from typing import ClassVar
 
 import numpy as np
 import PIL.Image
@@ -35,6 +36,8 @@ class CropConfig:
     crop: float = 0.75
     mirror: float = 0.5
     scenes: float = 0.0
+
+    OMITTED_DEFAULTS: ClassVar[tuple[str, ...]] = ("scenes",)
 
     def __post_init__(self) -> None:
         if not 0 < self.crop <= 1:

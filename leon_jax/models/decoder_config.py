@@ -146,7 +146,7 @@ class DecoderConfig:
 
     FORMER_KEYS: ClassVar[Mapping[str, int]] = {"pad_id": PAD}
     # So the files of a model in the form of CM3Leon are those of versions without these keys.
-    OMITTED_DEFAULTS: ClassVar[tuple[str, ...]] = ("kv_heads", "form")
+    OMITTED_DEFAULTS: ClassVar[tuple[str, ...]] = ("products", "kv_heads", "form")
 
     def __post_init__(self):
         sizes = ("vocab_size", "max_length", "layers", "embed", "heads", "mlp", "part_step")

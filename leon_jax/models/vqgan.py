@@ -9,6 +9,7 @@ NHWC, float32, in [-1, 1].
 import dataclasses
 import math
 from collections.abc import Iterable
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +56,8 @@ class VQGANConfig:
     unit_codes: bool = False
     halo: int | None = None
     remat: bool = False
+
+    OMITTED_DEFAULTS: ClassVar[tuple[str, ...]] = ("unit_codes", "remat")
 
     def __post_init__(self) -> None:
         if self.resolution % self.factor:

@@ -41,8 +41,6 @@ REMOVED = {
     "model.max_scale": 100.0,
     "model.pad_id": 1,
 }
-# Keys that earlier versions lack, and the value that they always used.
-ADDED = {"augment.scenes": 0.0}
 
 
 class Checkpoints:
@@ -257,9 +255,7 @@ def check_config(path: pathlib.Path, config: dict[str, Any]) -> None:
 
     Nothing is compared if the run has no checkpoint yet. Keys of `MAY_CHANGE`, of `loop` and of
     `export` may differ, so that a run can be extended or move to other devices. A key of `REMOVED`
-    may be missing in `config` if the run had the value that this version always uses. A key of
-    `ADDED` may be missing in the saved configuration if `config` has the value that the version of
-    the run always used.
+    may be missing in `config` if the run had the value that this version always uses.
 
     Args:
       path: the file of the saved configuration; the folder `checkpoints` is next to it.
@@ -278,8 +274,6 @@ def check_config(path: pathlib.Path, config: dict[str, Any]) -> None:
                         f"{path.parent} holds a run with {key} = {old!r}, but this version always "
                         f"uses {REMOVED[key]!r}; use another --workdir"
                     )
-            elif key in ADDED and old is None and new == ADDED[key]:
-                continue
             elif key not in MAY_CHANGE and key.split(".")[0] not in ("loop", "export"):
                 raise UserError(
                     f"{path.parent} holds a run with {key} = {old!r}, but it is now {new!r}; "
