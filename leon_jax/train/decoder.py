@@ -33,9 +33,10 @@ from leon_jax.models.decoder import Decoder
 from leon_jax.tokenizers.documents import DocumentTokenizer
 from leon_jax.tokenizers.image import ImageTokenizer, to_pixels
 from leon_jax.tokenizers.text import TextTokenizer
-from leon_jax.train import decoder_data, optimizer
+from leon_jax.train import decoder_data, decoder_evaluation, optimizer
 from leon_jax.train.decoder_config import KIND, DecoderTraining
 from leon_jax.train.decoder_loss import BATCH_DTYPES, gradients
+from leon_jax.train.evaluation import Evaluation
 from leon_jax.train.state import TrainState, check_multiples, rows_of_shard
 
 
@@ -126,6 +127,10 @@ class DecoderProgram:
         """Returns the shapes and dtypes of the arrays of a batch of packed rows."""
         shape = self.config.batch_size, self.config.data.length
         return {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in BATCH_DTYPES.items()}
+
+    def evaluation(self) -> Evaluation | None:
+        """Prepares the evaluation; see `leon_jax.train.decoder_evaluation.make_evaluation`."""
+        return decoder_evaluation.make_evaluation(self.config, self.documents)
 
     def samples(self, state: TrainState) -> dict[str, np.ndarray]:
         """Generates a row of images, one for each of `config.samples.captions`.

@@ -6,7 +6,7 @@ import pathlib
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from leon_jax.train.checkpoint import (
     load_weights,
     on_all_processes,
 )
+from leon_jax.train.evaluation import Evaluator
 from leon_jax.train.global_batches import Feed
 from leon_jax.train.goodput import GoodputTracker
 from leon_jax.train.metrics import SKIPPED, Metrics
@@ -48,7 +49,11 @@ class LoopConfig:
         run.
       init_from: initial weights of a new run: a model file (`<kind>.safetensors`), or the workdir
         of another run (its newest checkpoint); "" is random initialisation.
+      eval_every: period, in steps, of the evaluation on held-out documents; the last step is
+        evaluated too. 0: no evaluation.
     """
+
+    OMITTED_DEFAULTS: ClassVar[tuple[str, ...]] = ("eval_every",)
 
     log_every: int = 20
     save_every: int = 200
@@ -59,6 +64,7 @@ class LoopConfig:
     data_shards: int = 1
     max_skipped: int = 20
     init_from: str = ""
+    eval_every: int = 0
 
     def __post_init__(self) -> None:
         counts = (
@@ -68,6 +74,8 @@ class LoopConfig:
         for name in counts:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.eval_every < 0:
+            raise ValueError(f"eval_every is {self.eval_every}; it must be at least 0")
 
 
 def run(program: Program, loop: LoopConfig, workdir: pathlib.Path) -> TrainState:
@@ -102,6 +110,7 @@ def run(program: Program, loop: LoopConfig, workdir: pathlib.Path) -> TrainState
 
         # Data. It comes first, so that no workdir is created if data is missing.
         feed = Feed(program.batches, loop.data_shards)
+        evaluator = _make_evaluator(program, loop.eval_every)
 
         # Workdir.
         workdir.mkdir(parents=True, exist_ok=True)
@@ -125,6 +134,8 @@ def run(program: Program, loop: LoopConfig, workdir: pathlib.Path) -> TrainState
             with goodput.spend("compile"):
                 step_function = jax.jit(skip_nonfinite(program.step), donate_argnums=0)
                 train_step = step_function.lower(state, batch).compile()
+                if evaluator is not None:
+                    evaluator.compile(state.model)
             goodput.switch("step")
 
         # Loop.
@@ -143,18 +154,22 @@ def run(program: Program, loop: LoopConfig, workdir: pathlib.Path) -> TrainState
             # Read only once a step: a signal during logging or saving takes effect after the next.
             signal_number = stop_signal.received(step)
             is_last = step == total or bool(signal_number)
-            if is_last or step % loop.log_every == 0:
+            is_evaluated = evaluator is not None and (step == total or step % loop.eval_every == 0)
+            if is_last or is_evaluated or step % loop.log_every == 0:
                 fetched = metrics.fetch()
+                held_out: dict[str, float] = {}
                 skipped_in_a_row = _consecutive_skips(skipped_in_a_row, fetched[SKIPPED])
-                metrics.report(fetched, goodput.report(step))
+                if evaluator is not None and is_evaluated:
+                    with goodput.spend("evaluate"), metrics.paused():
+                        held_out = evaluator.run(state.model)
+                metrics.report(fetched, goodput.report(step), held_out)
             has_failed = skipped_in_a_row >= loop.max_skipped
             if is_last or has_failed or step % loop.save_every == 0:
                 with goodput.spend("checkpoint"):
                     checkpoints.save(state, feed.get_state())
             if is_last or step % loop.sample_every == 0:
-                with goodput.spend("sample"):
+                with goodput.spend("sample"), metrics.paused():
                     metrics.save_images(program.samples(state))
-                metrics.pause()
 
             if signal_number or has_failed:
                 with goodput.spend("checkpoint"):
@@ -205,6 +220,19 @@ def skip_nonfinite(step: Step) -> Step:
         return state, {**metrics, SKIPPED: 1.0 - is_finite}
 
     return train_step
+
+
+def _make_evaluator(program: Program, eval_every: int) -> Evaluator | None:
+    """Returns the evaluator of a run, and says what it evaluates; None: nothing is evaluated."""
+    if not eval_every:
+        return None
+    evaluation = program.evaluation()
+    sentence = "no folder of config.data has a held-out split, so the run is not evaluated"
+    if evaluation is not None:
+        sentence = f"the model is evaluated every {eval_every} steps on {evaluation.documents}"
+    if jax.process_index() == 0:
+        print(f"leon train: {sentence}", file=sys.stderr)
+    return None if evaluation is None else Evaluator(evaluation)
 
 
 @contextlib.contextmanager
