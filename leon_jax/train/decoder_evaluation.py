@@ -21,7 +21,7 @@ from leon_jax.retrieval.prepared_folder import PreparedFolder
 from leon_jax.tokenizers.documents import DocumentTokenizer
 from leon_jax.train.decoder_config import DecoderTraining
 from leon_jax.train.decoder_loss import query_losses
-from leon_jax.train.evaluation import Evaluation, HeldOut, choose_held_out
+from leon_jax.train.evaluation import Evaluation, HeldOut, choose_held_out, names
 from leon_jax.vocabulary import Vocabulary
 
 # The largest number of retrieved documents of an evaluation.
@@ -74,7 +74,7 @@ def make_evaluation(config: DecoderTraining, tokenizer: DocumentTokenizer) -> Ev
     examples = examples[: largest + 1]
     if not examples[0]:
         raise UserError(
-            f"no document of {_names(held_out)} fits a row of config.data.length, {limits.tokens} "
+            f"no document of {names(held_out)} fits a row of config.data.length, {limits.tokens} "
             "tokens; raise it, or set config.loop.eval_every to 0"
         )
     packed = [_pack(group, limits.tokens, tokenizer.vocabulary) for group in examples]
@@ -99,7 +99,7 @@ def make_evaluation(config: DecoderTraining, tokenizer: DocumentTokenizer) -> Ev
     numbers = ", ".join(map(str, range(largest))) + " and " * (largest > 0) + str(largest)
     return Evaluation(
         documents=(
-            f"{len(examples[0])} documents of {_names(held_out)}, with {numbers} retrieved "
+            f"{len(examples[0])} documents of {names(held_out)}, with {numbers} retrieved "
             f"document{'s' * (largest != 1)}"
         ),
         rows=rows,
@@ -110,10 +110,6 @@ def make_evaluation(config: DecoderTraining, tokenizer: DocumentTokenizer) -> Ev
         metrics=metrics,
         loss=f"{'image' if tokens['image_loss'].any() else 'text'}_loss_{largest}",
     )
-
-
-def _names(held_out: Sequence[HeldOut]) -> str:
-    return " and ".join(part.name for part in held_out)
 
 
 def _queries(

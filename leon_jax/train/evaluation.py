@@ -6,7 +6,7 @@ no training data, so a run with evaluation has the same parameters as one withou
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -86,6 +86,11 @@ def choose_held_out[Folder: DocumentFolder](
         for (folder, split), start, end in zip(splits, ends[:-1], ends[1:], strict=True)
     ]
     return [part for part in chosen if len(part.documents)]
+
+
+def names(held_out: Sequence[HeldOut]) -> str:
+    """Returns the folders and splits of held-out documents, for messages."""
+    return " and ".join(part.name for part in held_out)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -73,6 +73,16 @@ def test_the_other_programs_train_equally_on_meshes_and_on_one_device(kind, tmp_
             assert step["loss"] == pytest.approx(expected["loss"], rel=1e-5)
 
 
+@pytest.mark.slow
+def test_an_evaluation_on_a_mesh_equals_one_on_one_device(tmp_path):
+    results = json.loads(run(sys.executable, "-m", "tests.end_to_end.evaluations", str(tmp_path)))
+    assert set(results) == {"decoder", "tokenizer", "encoder"}
+    for one_device, *meshes in results.values():
+        assert len(one_device) >= 3 and all(np.isfinite(value) for value in one_device.values())
+        for metrics in meshes:
+            assert metrics == pytest.approx(one_device, rel=1e-5)
+
+
 CONFIG = """
 from tests.end_to_end import curves
 
