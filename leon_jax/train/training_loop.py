@@ -19,14 +19,15 @@ from leon_jax import file_lock, weight_files
 from leon_jax.config import UserError
 from leon_jax.train.checkpoint import (
     Checkpoints,
-    check_config,
-    load_weights,
+    find_step,
+    load_model,
     on_all_processes,
 )
 from leon_jax.train.evaluation import Evaluator
 from leon_jax.train.global_batches import Feed
 from leon_jax.train.goodput import GoodputTracker
 from leon_jax.train.metrics import SKIPPED, Metrics
+from leon_jax.train.run_config import check_config
 from leon_jax.train.state import Program, TrainState
 
 # (state, batch) -> (state after one update, scalar metrics).
@@ -163,10 +164,15 @@ def run(program: Program, loop: LoopConfig, workdir: pathlib.Path) -> TrainState
                     with goodput.spend("evaluate"), metrics.paused():
                         held_out = evaluator.run(state.model)
                 metrics.report(fetched, goodput.report(step), held_out)
+            best_loss = None  # the held-out loss, if it is the lowest so far
+            if evaluator is not None and is_evaluated:
+                loss = evaluator.loss(held_out)
+                best_loss = loss if loss < checkpoints.best_loss else None
             has_failed = skipped_in_a_row >= loop.max_skipped
-            if is_last or has_failed or step % loop.save_every == 0:
+            is_saved = is_last or has_failed or step % loop.save_every == 0
+            if is_saved or best_loss is not None:
                 with goodput.spend("checkpoint"):
-                    checkpoints.save(state, feed.get_state())
+                    checkpoints.save(state, feed.get_state(), best_loss)
             if is_last or step % loop.sample_every == 0:
                 with goodput.spend("sample"), metrics.paused():
                     metrics.save_images(program.samples(state))
@@ -286,11 +292,8 @@ def _initial_state(
     if not init_from:
         return state
     if pathlib.Path(init_from).is_dir():
-        leaves, structure = jax.tree.flatten(abstract.model)
-        names = [f"model.{name}" for name in weight_files.flatten(abstract.model)]
-        shapes = dict(zip(names, leaves, strict=True))
-        arrays = load_weights(pathlib.Path(init_from) / "checkpoints", shapes)
-        model = jax.tree.unflatten(structure, [arrays[name] for name in names])
+        directory = pathlib.Path(init_from) / "checkpoints"
+        model = load_model(directory, abstract.model, find_step(directory, "newest"))
     else:
         stored, _ = weight_files.load(init_from, program.kind)
         model = weight_files.restore(state.model, stored, init_from)
