@@ -177,12 +177,7 @@ class DecoderProgram:
         directory, config = pathlib.Path(directory), self.config
         parts = self._folder_parts(directory)
         target = directory if parts.unknown else write.staging_folder(directory)
-        header = {
-            "model": configuration.to_dict(config.model),
-            "vocabulary": configuration.to_dict(config.vocabulary),
-            "image_shape": list(config.data.image_shape),
-        }
-        weight_files.save(target / "decoder.safetensors", state.model, KIND, header)
+        self.save_weights(state.model, target)
         if jax.process_index() != 0:
             return
         self.text.save(target / "text.json")
@@ -191,6 +186,15 @@ class DecoderProgram:
             known = provenance.of_run(KIND, directory.parent, values)
             settings = write.ExportSettings(title=directory.absolute().parent.name)
             write.complete(target, parts, directory, settings, known)
+
+    def save_weights(self, model: Decoder, directory: pathlib.Path) -> None:
+        """Writes `decoder.safetensors` into a folder."""
+        header = {
+            "model": configuration.to_dict(self.config.model),
+            "vocabulary": configuration.to_dict(self.config.vocabulary),
+            "image_shape": list(self.config.data.image_shape),
+        }
+        weight_files.save(directory / "decoder.safetensors", model, KIND, header)
 
     def check_export(self, directory: pathlib.Path) -> str:
         """Checks the files that `export` needs, and returns a sentence on what it will write.
