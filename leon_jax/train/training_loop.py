@@ -111,13 +111,19 @@ def run(program: Program, loop: LoopConfig, workdir: pathlib.Path) -> TrainState
 
         # Data. It comes first, so that no workdir is created if data is missing.
         feed = Feed(program.batches, loop.data_shards)
-        evaluator = _make_evaluator(program, loop.eval_every)
+        evaluation = program.evaluation() if loop.eval_every else None
+        evaluator = None if evaluation is None else Evaluator(evaluation)
 
         # Workdir.
         workdir.mkdir(parents=True, exist_ok=True)
         stack.enter_context(_lock_workdir(workdir))
         run_config = {**configs.to_dict(program.config), "loop": configs.to_dict(loop)}
         check_config(workdir / "config.json", run_config)
+        if loop.eval_every and is_main:
+            sentence = "no folder of config.data has a held-out split, so the run is not evaluated"
+            if evaluation is not None:
+                sentence = f"every {loop.eval_every} steps the run evaluates {evaluation.documents}"
+            print(f"leon train: {sentence}", file=sys.stderr)
         goodput = GoodputTracker(workdir / "goodput.json" if is_main else None)
         checkpoints = Checkpoints(workdir / "checkpoints", loop.keep)
 
@@ -226,19 +232,6 @@ def skip_nonfinite(step: Step) -> Step:
         return state, {**metrics, SKIPPED: 1.0 - is_finite}
 
     return train_step
-
-
-def _make_evaluator(program: Program, eval_every: int) -> Evaluator | None:
-    """Returns the evaluator of a run, and says what it evaluates; None: nothing is evaluated."""
-    if not eval_every:
-        return None
-    evaluation = program.evaluation()
-    sentence = "no folder of config.data has a held-out split, so the run is not evaluated"
-    if evaluation is not None:
-        sentence = f"the model is evaluated every {eval_every} steps on {evaluation.documents}"
-    if jax.process_index() == 0:
-        print(f"leon train: {sentence}", file=sys.stderr)
-    return None if evaluation is None else Evaluator(evaluation)
 
 
 @contextlib.contextmanager

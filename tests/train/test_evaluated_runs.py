@@ -113,7 +113,7 @@ def test_a_killed_run_resumes_with_the_same_evaluations_and_the_same_best(runs, 
     messages = process.communicate()[1]
     assert process.returncode == 0, messages
     assert "resumed from step" in messages and "heldout/error" in messages
-    assert "the model is evaluated every 7 steps on five rows" in messages
+    assert "every 7 steps the run evaluates five rows" in messages
     np.testing.assert_array_equal(exported_kernel(tmp_path), exported_kernel(evaluated))
     assert held_out(tmp_path) == held_out(evaluated)
     assert steps_of(tmp_path) == steps_of(evaluated)
