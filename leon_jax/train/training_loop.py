@@ -26,6 +26,7 @@ from leon_jax.train.checkpoint import (
 from leon_jax.train.global_batches import Feed
 from leon_jax.train.goodput import GoodputTracker
 from leon_jax.train.metrics import SKIPPED, Metrics
+from leon_jax.train.optimizer import averaged
 from leon_jax.train.state import Program, TrainState
 
 # (state, batch) -> (state after one update, scalar metrics).
@@ -153,7 +154,7 @@ def run(program: Program, loop: LoopConfig, workdir: pathlib.Path) -> TrainState
                     checkpoints.save(state, feed.get_state())
             if is_last or step % loop.sample_every == 0:
                 with goodput.spend("sample"):
-                    metrics.save_images(program.samples(state))
+                    metrics.save_images(program.samples(averaged(state)))
                 metrics.pause()
 
             if signal_number or has_failed:
@@ -174,7 +175,7 @@ def run(program: Program, loop: LoopConfig, workdir: pathlib.Path) -> TrainState
         goodput.switch("checkpoint")
         checkpoints.close()
         with goodput.spend("sample"):
-            program.export(state, workdir / "export")
+            program.export(averaged(state), workdir / "export")
             if jax.process_count() > 1:
                 # No process exits before the last file is written.
                 multihost_utils.sync_global_devices("export")
