@@ -2,9 +2,8 @@ r"""A model of 64 px from the emoji in five designs: the text tokenizer to the d
 
     leon pipeline --config=configs/emoji/pipeline_64.py --workdir=runs/emoji_64
 
-Needs the npm packages of configs/emoji/designs.py. The argument of the file is the grid of codes and
-the codebook: configs/emoji/pipeline_64.py:16-unit (the default), 16-plain, 8-unit or 8-plain.
-docs/image_grids.md compares them.
+Needs the npm packages of configs/emoji/designs.py. The argument of the file is the grid of codes
+and the codebook: configs/emoji/pipeline_64.py:16-unit (the default), 16-plain, 8-unit or 8-plain.
 
 The model retrieves from the two designs that PyPI has. Half of the decoder's examples come from
 these alone, so that it draws well without the npm packages.
