@@ -13,10 +13,16 @@ import pathlib
 import subprocess
 import sys
 import time
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from leon_jax.config import UserError
+
+if TYPE_CHECKING:
+    from leon_jax.documents import Document
+    from leon_jax.leon import GeneratedImage, Leon
+    from leon_jax.retrieval.prepared_folder import PreparedFolder
 
 _OUT = flags.DEFINE_string("out", "out/demo", "The folder of the report.")
 _DATA = flags.DEFINE_string("data", "data", "The folder for the dataset and its prepared folder.")
@@ -90,6 +96,7 @@ def main(argv: list[str]) -> None:
             str(n): measurements.prompt_match(leon, images) for n, images in generations.items()
         },
         "real_match_share": measurements.real_match(leon, documents),
+        **_judge(leon, PreparedFolder(prepared), documents, generations),
     }
     images_folder = out / "pictures"
     images_folder.mkdir(exist_ok=True)
@@ -130,6 +137,44 @@ def main(argv: list[str]) -> None:
     report_page.write(out, "leon_jax: the demo", sections, metrics)
     print(json.dumps(metrics, indent=1))
     _log(f"finished; open {out / 'index.html'}")
+
+
+def _judge(
+    leon: "Leon",
+    prepared: "PreparedFolder",
+    unseen: list["Document"],
+    generations: dict[int, list["GeneratedImage"]],
+) -> dict[str, dict[str, float]]:
+    """Returns the metrics of LPIPS, which had no part in training.
+
+    Args:
+      leon: the model.
+      prepared: the prepared folder of the emoji.
+      unseen: held-out documents.
+      generations: their images, by the number of retrieved documents.
+    """
+    import numpy as np
+
+    from leon_jax.datasets import demo as dataset
+    from leon_jax.evaluate import measurements, perceptual_match
+    from leon_jax.train import perceptual_weights
+
+    weights = perceptual_weights.load("vgg16")
+    seen = dataset.seen_documents(prepared.records("train"), _MEASURED)
+    drawn = measurements.generate(leon, seen, 2, guidance=_GUIDANCE, top_p=_TOP_P)
+
+    def share(images: list, documents: list["Document"]) -> float:
+        real = [document.pixels for document in documents]
+        return perceptual_match.match_share([np.asarray(i) for i in images], real, weights)
+
+    judge = {"seen_2": share([one.image for one in drawn], seen)}
+    for docs in (2, 0):
+        judge[f"unseen_{docs}"] = share([one.image for one in generations[docs]], unseen)
+    copied = {
+        name: share(measurements.copies(leon, documents), documents)
+        for name, documents in (("seen", seen), ("unseen", unseen))
+    }
+    return {"judge": judge, "judge_copy": copied}
 
 
 def _train(workdir: pathlib.Path, prepared: pathlib.Path, model: pathlib.Path) -> list:

@@ -124,6 +124,22 @@ def main(argv: list[str]) -> None:
     record("candidates", size)
     record("tokenizer_psnr_db", reconstruction.psnr_db)
     record("codes_used_share", reconstruction.codes_used)
+    weights = _lpips_weights()
+    real = [[document.pixels for document in group] for group in groups]
+
+    def lpips_share(images: list[list[np.ndarray]]) -> float:
+        assert weights is not None
+        return fmean(
+            perceptual_match.match_share(one, other, weights)
+            for one, other in zip(images, real, strict=True)
+        )
+
+    if weights is not None:
+        rows = [
+            reconstruction.images[1][start : start + size]
+            for start in range(0, num_groups * size, size)
+        ]
+        record("lpips_reconstruction_share", lpips_share([list(row) for row in rows]))
     record("real_match_share", fmean(measurements.real_match(leon, group) for group in groups))
     record(
         "image_perplexity_by_documents",
@@ -133,7 +149,6 @@ def main(argv: list[str]) -> None:
         },
     )
     matches, lpips_matches, shown = {}, {}, {}
-    weights = _lpips_weights()
     for docs in sorted({0, max_docs}):
         generated = [
             measurements.generate(leon, group, docs, guidance=_GUIDANCE.value, top_p=top_p)
@@ -142,17 +157,15 @@ def main(argv: list[str]) -> None:
         shown[docs] = generated[0][:_SHOWN]
         matches[str(docs)] = fmean(measurements.prompt_match(leon, group) for group in generated)
         if weights is not None:
-            lpips_matches[str(docs)] = fmean(
-                perceptual_match.match_share(
-                    [np.asarray(image.image) for image in images],
-                    [document.pixels for document in group],
-                    weights,
-                )
-                for images, group in zip(generated, groups, strict=True)
+            lpips_matches[str(docs)] = lpips_share(
+                [[np.asarray(image.image) for image in images] for images in generated]
             )
     record("prompt_match_share_by_documents", matches)
     if lpips_matches:
         record("lpips_match_share_by_documents", lpips_matches)
+        if max_docs:
+            copies = [measurements.copies(leon, group) for group in groups]
+            record("lpips_copy_share", lpips_share(copies))
     rank1_shares = {}
     for docs in _CAPTION_DOCS.value:
         ranks = np.concatenate(

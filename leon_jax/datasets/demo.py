@@ -3,9 +3,12 @@
 import os
 from typing import Any
 
+from leon_jax.data.records import RecordSource
 from leon_jax.data.sources.raw_record import SourceConfig
 from leon_jax.datasets.emoji import make
+from leon_jax.datasets.emoji.designs import TWEMOJI
 from leon_jax.datasets.emoji.source import SPLITS, EmojiSource
+from leon_jax.documents import Document
 from leon_jax.prepare.config import DuplicatesConfig, PrepareConfig
 
 
@@ -72,3 +75,21 @@ def prepare_documents(
 
     make_dataset(folder)
     return preparing.prepare(prepare_config(folder, **values), out_dir)
+
+
+def seen_documents(train: RecordSource, count: int) -> list[Document]:
+    """Returns the first documents of the train split in the design that is held out elsewhere.
+
+    Args:
+      train: the train split of the prepared emoji.
+      count: the number of documents.
+    """
+    chosen = []
+    for row in range(len(train)):
+        document = train[row]
+        provenance = document.provenance
+        if provenance is not None and provenance.key.startswith(f"{TWEMOJI.name}/"):
+            chosen.append(document)
+        if len(chosen) == count:
+            break
+    return chosen

@@ -1,4 +1,4 @@
-"""Defines the metrics of `leon evaluate` and `leon demo`, and formats them for display.
+"""Defines the metrics of `leon evaluate` and `leon demo`: label, meaning and format of each.
 
 In JSON a share is 0 to 1. A metric `..._by_documents` maps the number of retrieved documents in
 the prompt to a value.
@@ -6,11 +6,29 @@ the prompt to a value.
 
 from collections.abc import Mapping
 
+LABELS = {
+    "candidates": "Candidates",
+    "tokenizer_psnr_db": "PSNR of the image tokenizer",
+    "codes_used_share": "Codes in use",
+    "lpips_reconstruction_share": "Reconstructions recognised (LPIPS)",
+    "real_match_share": "Real images recognised (encoder)",
+    "image_perplexity_by_documents": "Perplexity of an image token",
+    "prompt_match_share_by_documents": "Generated images recognised (encoder)",
+    "lpips_match_share_by_documents": "Generated images recognised (LPIPS)",
+    "lpips_copy_share": "Retrieved documents recognised (LPIPS)",
+    "caption_rank1_share_by_documents": "True caption is the likeliest",
+    "judge": "Generated images recognised (LPIPS)",
+    "judge_copy": "Retrieved documents recognised (LPIPS)",
+    "seconds": "Time of the demo",
+}
 MEANINGS = {
     "candidates": "documents in each group; the matching metrics rank within a group",
     "tokenizer_psnr_db": "peak signal-to-noise ratio of held-out images after the image tokenizer, "
     "in decibels; mean over images",
     "codes_used_share": "share of the codebook that the held-out images use",
+    "lpips_reconstruction_share": "share of held-out images that are nearest to themselves among "
+    "all candidates, by LPIPS (VGG16), after the image tokenizer; the ceiling of "
+    "lpips_match_share_by_documents",
     "real_match_share": "share of real held-out images that the retrieval encoder matches to their "
     "own caption among all candidates; an estimate of the ceiling of prompt_match_share",
     "image_perplexity_by_documents": "perplexity per token of a held-out image given its caption",
@@ -18,8 +36,13 @@ MEANINGS = {
     "matches to their own prompt among all candidates",
     "lpips_match_share_by_documents": "share of generated images whose nearest real image among "
     "all candidates, by LPIPS (VGG16), is the one of their own prompt",
+    "lpips_copy_share": "the same share for the nearest retrieved document of each prompt, "
+    "unchanged; a model that only copies reaches it",
     "caption_rank1_share_by_documents": "share of held-out images whose own caption is the most "
     "likely of all candidates; each caption follows the documents that it retrieves",
+    "judge": "lpips_match_share of designs that were trained on and of held-out designs, with 0 "
+    "and 2 retrieved documents",
+    "judge_copy": "lpips_copy_share of the same designs",
     "seconds": "wall-clock time of the whole demo",
 }
 
@@ -35,10 +58,16 @@ def format_metric(name: str, value: Number) -> str:
     """
     if isinstance(value, Mapping):
         return "; ".join(
-            f"{docs} documents: {format_metric(name, number)}" for docs, number in value.items()
+            f"{_group(key)}: {format_metric(name, number)}" for key, number in value.items()
         )
-    if "_share" in name:
+    if "_share" in name or name.startswith("judge"):
         return f"{100 * value:.1f} %"
     if name.endswith("_db"):
         return f"{value:.2f} dB"
     return f"{value:.0f} s" if name == "seconds" else f"{value:.4g}"
+
+
+def _group(key: str) -> str:
+    """Formats a key of a metric: "2" is "2 documents", "seen_2" is "seen, 2 documents"."""
+    *words, docs = key.split("_")
+    return ", ".join([*words, f"{docs} documents"]) if docs.isdigit() else key

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 import PIL.Image
+from jaxtyping import UInt8
 
 from leon_jax.documents import Document, Hole, Image, Text
 from leon_jax.engine.engine import Engine
@@ -152,6 +153,19 @@ def generate(
         for row, (document, image, context) in enumerate(
             zip(documents, images, retrieved, strict=True)
         )
+    ]
+
+
+def copies(leon: Leon, documents: Sequence[Document]) -> list[UInt8[np.ndarray, "r r 3"]]:
+    """Returns the image that each caption retrieves first, at the side of generated images.
+
+    It is the answer of a model that only copies. It is white if a caption retrieves nothing.
+    """
+    side = leon.model.image_tokenizer.resolution
+    white = np.full((side, side, 3), 255, np.uint8)
+    return [
+        fit_image(retrieved[-1].pixels, side) if retrieved else white
+        for retrieved in _retrieved(leon, documents, 1)
     ]
 
 

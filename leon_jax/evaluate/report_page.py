@@ -14,7 +14,7 @@ import PIL.Image
 from jaxtyping import UInt8
 
 from leon_jax.documents import Document
-from leon_jax.evaluate.meanings import MEANINGS, Number, format_metric
+from leon_jax.evaluate.meanings import LABELS, MEANINGS, Number, format_metric
 from leon_jax.leon import GeneratedImage, credit
 
 _STYLE = """
@@ -180,7 +180,7 @@ def metrics_table(metrics: Mapping[str, Number]) -> str:
     """Returns a table of metrics with units and definitions."""
     rows = [
         [
-            f"<code>{name}</code>",
+            LABELS[name],
             f'<span class="number">{html.escape(format_metric(name, value))}</span>',
             html.escape(MEANINGS[name]),
         ]

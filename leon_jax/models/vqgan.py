@@ -35,6 +35,9 @@ class VQGANConfig:
       unit_codes: whether latents and codebook vectors have length 1, so that the nearest code is
         the one with the most similar direction (ViT-VQGAN, Yu et al. 2022, arXiv 2110.04627;
         LlamaGen). It suits a small `code_dim`, for example 8.
+      pixel_patch: the decoder's last layer makes squares of this side at once (sub-pixel
+        convolution, Shi et al. 2016, arXiv 1609.05158), so the decoder leaves out its finest
+        levels. A power of 2, below the downsampling factor. 1, as in taming: single pixels.
       halo: pixels around its patch that a code may depend on; None, as in taming: the whole image.
         Without a limit, a code depends on everything around it, so that even a white area has
         hundreds of codes. This improves the fidelity of images, but a small decoder must learn all
@@ -54,10 +57,11 @@ class VQGANConfig:
     code_dim: int = 256
     codes: int = 8192
     unit_codes: bool = False
+    pixel_patch: int = 1
     halo: int | None = None
     remat: bool = False
 
-    OMITTED_DEFAULTS: ClassVar[tuple[str, ...]] = ("unit_codes", "remat")
+    OMITTED_DEFAULTS: ClassVar[tuple[str, ...]] = ("unit_codes", "pixel_patch", "remat")
 
     def __post_init__(self) -> None:
         if self.resolution % self.factor:
@@ -65,6 +69,10 @@ class VQGANConfig:
         widths = {self.channels * multiplier for multiplier in self.multipliers}
         if any(width % self.groups for width in widths):
             raise ValueError(f"groups ({self.groups}) must divide every level's width {widths}")
+        patches = [2**level for level in range(max(1, len(self.multipliers) - 1))]
+        if self.pixel_patch not in patches:
+            choices = ", ".join(map(str, patches))
+            raise ValueError(f"pixel_patch is {self.pixel_patch}; it must be one of {choices}")
         if self.halo is not None and self.halo < 0:
             raise ValueError(f"halo is {self.halo}; it must not be negative")
 
@@ -225,7 +233,9 @@ class Decoder(nnx.Module):
             ResidualBlock(width, width, groups, rngs=rngs),
         ]
         size = config.grid
-        for level, multiplier in enumerate(reversed(config.multipliers)):
+        # Each doubling of `pixel_patch` leaves out a level.
+        finest = config.pixel_patch.bit_length() - 1
+        for level, multiplier in enumerate(reversed(config.multipliers[finest:])):
             if level:
                 layers.append(Upsample(width, rngs=rngs))
                 size *= 2
@@ -236,15 +246,29 @@ class Decoder(nnx.Module):
                     layers.append(Attention(width, groups, rngs=rngs))
         self.layers, self.remat = nnx.List(layers), config.remat
         self.norm = GroupNorm(width, groups)
-        self.out = Conv(width, 3, 3, rngs=rngs)
+        self.patch = config.pixel_patch
+        self.out = Conv(width, 3 * self.patch**2, 3, rngs=rngs)
 
     def features(self, latents: Float[Array, "b i j c"]) -> Float[Array, "b h w c"]:
         """Returns the input of the last convolution, where the adaptive GAN weight is measured."""
         x = _run(self.layers, latents, self.remat)
         return jax.nn.silu(self.norm(x))
 
+    def pixels(
+        self, features: Float[Array, "b i j c"], kernel: Float[Array, "3 3 c d"] | None = None
+    ) -> Float[Array, "b h w 3"]:
+        """Applies the last convolution, with its own kernel or another one."""
+        kernel = self.out.kernel[...] if kernel is None else kernel
+        x = conv(features, kernel, self.out.bias[...])
+        batch, height, width, _ = x.shape
+        patch = self.patch
+        if patch == 1:
+            return x
+        squares = x.reshape(batch, height, width, patch, patch, 3).swapaxes(2, 3)
+        return squares.reshape(batch, height * patch, width * patch, 3)
+
     def __call__(self, latents: Float[Array, "b i j c"]) -> Float[Array, "b h w 3"]:
-        return self.out(self.features(latents))
+        return self.pixels(self.features(latents))
 
 
 def _run(layers: Iterable[nnx.Module], x: Array, remat: bool) -> Array:

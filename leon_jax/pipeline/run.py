@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import pprint
+import resource
 import shlex
 import subprocess
 import sys
@@ -49,6 +50,7 @@ class _Progress:
 
     def __init__(self, stages: Sequence[Stage], workdir: pathlib.Path):
         self.stages, self.workdir = stages, workdir
+        # By stage: its key, whether it is finished, and seconds and core_seconds of all attempts.
         self.record = _read_record(workdir / _RECORD)
         self.speed = relative_speed()
         # Digest of everything that the next stage depends on.
@@ -78,7 +80,8 @@ class _Progress:
                 print(f"{title} (about {_duration(remaining)} left)")
                 self._run_stage(stage, command, key)
             self.key = _chained(key, stage)
-        print(f"finished: {self.stages[-1].output.parent}")
+        core_hours = sum(self._spent(stage.name)["core_seconds"] for stage in self.stages) / 3600
+        print(f"finished: {self.stages[-1].output.parent} ({core_hours:.1f} core-hours)")
 
     def _run_stage(self, stage: Stage, command: Command, key: str) -> None:
         """Runs the command of a stage in a process."""
@@ -90,13 +93,20 @@ class _Progress:
             _write(pathlib.Path(path), text)
         if command.arguments:
             print(f"  leon {shlex.join(command.arguments)}", flush=True)
-        self.record[stage.name] = {"key": key, "finished": False}
+        entry: dict[str, Any] = {"key": key, "finished": False, **self._spent(stage.name)}
+        self.record[stage.name] = entry
         self._save()
-        start = time.monotonic()
+        start, cpu_start = time.monotonic(), _cpu_seconds()
         code = 0
-        if command.arguments:
-            process = [sys.executable, "-m", "leon_jax.cli.main", *command.arguments]
-            code = subprocess.run(process, check=False).returncode
+        try:
+            if command.arguments:
+                process = [sys.executable, "-m", "leon_jax.cli.main", *command.arguments]
+                code = subprocess.run(process, check=False).returncode
+        finally:  # an interrupted attempt counts too
+            seconds = time.monotonic() - start
+            entry["seconds"] = round(entry["seconds"] + seconds, 1)
+            entry["core_seconds"] = round(entry["core_seconds"] + _cpu_seconds() - cpu_start, 1)
+            self._save()
         if code:
             raise UserError(
                 f"stage {stage.name} ended with exit code {code}; its message is above. Run the "
@@ -104,13 +114,23 @@ class _Progress:
             )
         if not stage.output.exists():
             raise UserError(f"stage {stage.name} wrote no {stage.output}")
-        seconds = time.monotonic() - start
-        self.record[stage.name] = {"key": key, "finished": True, "seconds": round(seconds, 1)}
+        entry["finished"] = True
         self._save()
         print(f"  took {_duration(seconds)}", flush=True)
 
+    def _spent(self, name: str) -> dict[str, float]:
+        """Returns the wall time and the CPU time that earlier attempts of a stage took."""
+        entry = self.record.get(name, {})
+        return {unit: entry.get(unit, 0.0) for unit in ("seconds", "core_seconds")}
+
     def _save(self) -> None:
         _write(self.workdir / _RECORD, json.dumps(self.record, indent=1) + "\n")
+
+
+def _cpu_seconds() -> float:
+    """Returns the CPU time of all finished child processes, summed over cores."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def _read_record(path: pathlib.Path) -> dict[str, Any]:

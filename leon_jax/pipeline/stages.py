@@ -8,12 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from leon_jax.config import UserError
-from leon_jax.data.document_folder import TRAIN, DocumentFolder
+from leon_jax.data.document_folder import MANIFEST, TRAIN, DocumentFolder
 from leon_jax.tokenizers.text import TextTokenizer
 
 # The kinds of training, in the order of their dependencies.
 _KINDS = ("text", "tokenizer", "encoder", "decoder")
-_KEYS = {"kind", "size", "prepare", "encode", "selection", "stages", "seconds"}
+_KEYS = {"kind", "size", "prepare", "index", "encode", "selection", "stages", "seconds"}
+_INDEX_KEYS = {"prepare", "share"}
 # Fewer documents cannot train an encoder or measure thresholds.
 MIN_DOCUMENTS = 8
 
@@ -90,11 +91,16 @@ class Layout:
     def __init__(self, workdir: pathlib.Path):
         self.workdir = workdir
         self.documents = workdir / "documents"
+        self.index = workdir / "index"
         self.text = workdir / "text" / "export" / "text.json"
         self.tokenizer = workdir / "tokenizer" / "export" / "tokenizer.safetensors"
         self.encoder = workdir / "encoder" / "export" / "encoder.safetensors"
         self.selection = self.encoder.with_name("selection.json")
         self.model = workdir / "model"
+
+    def models(self) -> dict[str, pathlib.Path]:
+        """Returns the models that encode documents, by their flag of `leon encode`."""
+        return {"tokenizer": self.tokenizer, "encoder": self.encoder, "text": self.text}
 
     def config(self, stage: str) -> pathlib.Path:
         """Returns the path of a stage's config file."""
@@ -126,20 +132,28 @@ def stages(values: Mapping[str, Any], inputs: Inputs) -> list[Stage]:
     files = Layout(inputs.workdir)
     seconds = values.get("seconds", {})
     result = [_documents(values, inputs, files)]
+    index = values.get("index")
+    if index is not None:
+        result.append(_index_documents(index, inputs, files))
     decoders: list[str] = []
     before_decoder = True
     for name, config in sorted(values["stages"].items(), key=_position):
         if config["kind"] == "decoder":
             if before_decoder:
                 result += [_thresholds(values.get("selection"), files), _encode(values, files)]
+                if index is not None:
+                    result.append(_encode_index(values, files))
                 before_decoder = False
+            if index is not None:
+                config = {**config, "data": {**config["data"], **_mixture(index, files)}}
             result.append(
                 _decoder(name, config, files, decoders[-1] if decoders else None, seconds)
             )
             decoders.append(name)
         else:
             result.append(_training(name, config, files, seconds))
-    result.append(_export(decoders[-1], files))
+    used_index = files.documents if index is None else files.index
+    result.append(_export(decoders[-1], files, used_index))
     return result
 
 
@@ -156,9 +170,54 @@ def _documents(values: Mapping[str, Any], inputs: Inputs, files: Layout) -> Stag
     def make() -> Command:
         return prepare_command("documents", inputs, files, settings, files.documents)
 
+    return Stage("documents", "collect the documents", make, files.documents / MANIFEST, 60, True)
+
+
+def _index_documents(index: Mapping[str, Any], inputs: Inputs, files: Layout) -> Stage:
+    """Returns the stage that collects the documents of the model's index.
+
+    Raises:
+      UserError: a key is unknown or missing, or the share is out of range.
+    """
+    if set(index) != _INDEX_KEYS:
+        raise UserError(
+            f"config.index has the keys {', '.join(sorted(index))}; it must have "
+            f"{' and '.join(sorted(_INDEX_KEYS))}"
+        )
+    if not 0 <= index["share"] <= 1:
+        raise UserError(f"config.index.share is {index['share']}; it must be 0 to 1")
+    # The configuration names its sources with their licences.
+    accepts = [flag for flag in inputs.prepare_flags if flag.startswith("--accept=")]
+    own = Inputs((), accepts, inputs.workdir)
+
+    def make() -> Command:
+        return prepare_command("index", own, files, index["prepare"], files.index)
+
     return Stage(
-        "documents", "collect the documents", make, files.documents / "manifest.json", 60, True
+        "index", "collect the documents of the index", make, files.index / MANIFEST, 60, True
     )
+
+
+def _encode_index(values: Mapping[str, Any], files: Layout) -> Stage:
+    """Returns the stage that encodes the documents of the model's index."""
+
+    def make() -> Command:
+        return encode_command(files.index, files.models(), values.get("encode", {}))
+
+    return Stage(
+        "encode_index", "encode the documents of the index", make,
+        files.index / "encoded", 60, True,
+    )  # fmt: skip
+
+
+def _mixture(index: Mapping[str, Any], files: Layout) -> dict[str, Any]:
+    """Returns the training data of a decoder: all documents, and those of the index alone."""
+    shares = {files.documents: 1 - index["share"], files.index: index["share"]}
+    return {
+        "mixture": [
+            {"folder": str(folder), "weight": share} for folder, share in shares.items() if share
+        ]
+    }
 
 
 def _training(
@@ -233,10 +292,8 @@ def _thresholds(selection: Mapping[str, Any] | None, files: Layout) -> Stage:
 
 
 def _encode(values: Mapping[str, Any], files: Layout) -> Stage:
-    models = {"tokenizer": files.tokenizer, "encoder": files.encoder, "text": files.text}
-
     def make() -> Command:
-        return encode_command(files.documents, models, values.get("encode", {}))
+        return encode_command(files.documents, files.models(), values.get("encode", {}))
 
     return Stage(
         "encode", "encode the documents and find neighbours", make,
@@ -263,11 +320,9 @@ def _decoder(
         layout["text_start"] = max(layout.get("text_start", 0), least)
         layout["text_tokens"] = text_tokens
         model = {**adapted["model"], "vocab_size": layout["text_start"] + text_tokens}
-        data = {
-            **adapted["data"],
-            "folder": str(files.documents),
-            "text": str(files.text),
-        }
+        data = {**adapted["data"], "text": str(files.text)}
+        if not data.get("mixture"):
+            data["folder"] = str(files.documents)
         samples = {"captions": sample_captions(files.documents), **adapted.get("samples", {})}
         samples |= {"image": str(files.tokenizer)}
         loop = dict(adapted.get("loop", {}))
@@ -298,13 +353,13 @@ def sample_captions(folder: pathlib.Path, count: int = 4) -> tuple[str, ...]:
     return tuple(records[row].text for row in range(0, len(records), step)[:count])
 
 
-def _export(decoder: str, files: Layout) -> Stage:
+def _export(decoder: str, files: Layout, index: pathlib.Path) -> Stage:
     def make() -> Command:
         return Command(
             (
                 "export", f"--workdir={files.workdir / decoder}", f"--tokenizer={files.tokenizer}",
                 f"--encoder={files.encoder}", f"--text={files.text}",
-                f"--selection={files.selection}", f"--index={files.documents}",
+                f"--selection={files.selection}", f"--index={index}",
                 f"--out={files.model}",
             )
         )  # fmt: skip

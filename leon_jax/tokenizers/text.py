@@ -4,6 +4,7 @@ It has no special tokens. Text that looks like a control token ("<break>", "</s>
 ordinary ids. The joint vocabulary adds an offset to these ids.
 """
 
+import json
 import os
 import pathlib
 import tempfile
@@ -30,13 +31,15 @@ class TextTokenizer:
         self._size = tokenizer.get_vocab_size()
 
     @classmethod
-    def train(cls, texts: Iterable[str], size: int) -> Self:
+    def train(cls, texts: Iterable[str], size: int, *, split_digits: bool = False) -> Self:
         """Learns the merges from `texts`. The same texts always give the same tokenizer.
 
         Args:
           texts: training texts, in any order.
           size: the largest number of tokens, 256 to 56,320. Few texts give fewer tokens; `.size`
             is the actual number.
+          split_digits: whether every digit is a token of its own, so that numbers have few tokens
+            that occur often.
 
         Raises:
           UserError: `size` is out of range.
@@ -44,7 +47,7 @@ class TextTokenizer:
         if not SMALLEST <= size <= LARGEST:
             raise UserError(f"size is {size}; a text vocabulary has {SMALLEST} to {LARGEST} tokens")
         tokenizer = tokenizers.Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.pre_tokenizer = _pre_tokenizer(split_digits)
         tokenizer.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
             vocab_size=size,
@@ -74,7 +77,7 @@ class TextTokenizer:
         alphabet = set(pre_tokenizers.ByteLevel.alphabet())
         if (
             not isinstance(tokenizer.model, models.BPE)
-            or not isinstance(tokenizer.pre_tokenizer, pre_tokenizers.ByteLevel)
+            or not _is_byte_level(content)
             or tokenizer.get_added_tokens_decoder()
             or not alphabet <= set(tokenizer.get_vocab())
         ):
@@ -124,3 +127,18 @@ class TextTokenizer:
             if not 0 <= token < self.size:
                 raise UserError(f"text id {token} is not in 0..{self.size - 1}")
         return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def _pre_tokenizer(split_digits: bool) -> pre_tokenizers.PreTokenizer:
+    """Returns the pre-tokenizer, across whose pieces no token reaches."""
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if not split_digits:
+        return words
+    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), words])
+
+
+def _is_byte_level(content: str) -> bool:
+    """Returns whether a tokenizer file has one of the pre-tokenizers of `_pre_tokenizer`."""
+    value = json.loads(content)["pre_tokenizer"] or {}
+    kinds = [part["type"] for part in value.get("pretokenizers", [value]) if part]
+    return kinds in (["ByteLevel"], ["Digits", "ByteLevel"])

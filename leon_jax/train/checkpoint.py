@@ -266,19 +266,22 @@ def _best(checkpointer: ocp.training.Checkpointer) -> Any:
     return min(measured, key=lambda saved: saved.metrics[_LOSS], default=None)
 
 
-def load_model[Model](directory: pathlib.Path, abstract: Model, step: int) -> Model:
-    """Loads the model of a checkpoint, without the optimizer.
+def load_model(directory: pathlib.Path, abstract: TrainState, step: int, model: Any = None) -> Any:
+    """Loads the model of a checkpoint, without the other arrays of its state.
 
     Args:
       directory: the folder `checkpoints` of a run.
-      abstract: shapes, dtypes and shardings of the model.
+      abstract: shapes, dtypes and shardings of the state (`jax.eval_shape` of `init`).
       step: the step of the checkpoint.
+      model: the part of `abstract` to load, for example the averaged weights; None:
+        `abstract.model`.
 
     Raises:
       UserError: see `load_weights`.
     """
-    leaves, structure = jax.tree.flatten(abstract)
-    names = [f"model.{name}" for name in weight_files.flatten(abstract)]
+    leaves, structure = jax.tree.flatten(abstract.model if model is None else model)
+    all_names = {id(leaf): name for name, leaf in weight_files.flatten(abstract).items()}
+    names = [all_names[id(leaf)] for leaf in leaves]
     arrays = load_weights(directory, dict(zip(names, leaves, strict=True)), step)
     return jax.tree.unflatten(structure, [arrays[name] for name in names])
 

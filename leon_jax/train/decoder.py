@@ -16,6 +16,7 @@ import numpy as np
 import optax
 from flax import nnx
 from jaxtyping import Array
+from optax.contrib import MuonDimensionNumbers
 
 from leon_jax import config as configuration
 from leon_jax import weight_files
@@ -50,7 +51,7 @@ class DecoderProgram:
 
     def __init__(self, config: DecoderTraining) -> None:
         self.config = config
-        self.optimizer = optimizer.make(config.optimizer, decays=_decays)
+        self.optimizer = optimizer.make(config.optimizer, _decays, _MATRICES)
         self.flops_per_token = float(config.model.flops_per_token(config.data.length))
 
     @functools.cached_property
@@ -225,6 +226,20 @@ def _decays(name: str, leaf: Array) -> bool:
     """Returns whether a weight decays: products and tables do, scales and biases do not."""
     return leaf.ndim >= 2 and not name.endswith(("_scale", "_bias"))
 
+
+# The matrices of the layers, [layers, ...] each, with their axes of inputs and outputs.
+_MATRICES = {
+    f"blocks.{name}": MuonDimensionNumbers(inputs, outputs)
+    for name, inputs, outputs in (
+        ("query", 1, (2, 3)),
+        ("key", 1, (2, 3)),
+        ("value", 1, (2, 3)),
+        ("out", (1, 2), 3),
+        ("fc1", 1, 2),
+        ("gate", 1, 2),
+        ("fc2", 1, 2),
+    )
+}
 
 # The config key of each part of the model folder.
 _PART_KEYS = {

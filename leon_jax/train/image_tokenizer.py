@@ -25,7 +25,7 @@ from leon_jax.data.config import ImageDataConfig
 from leon_jax.data.scenes import MAX_IMAGES, MIN_IMAGES, compose
 from leon_jax.models.discriminator import PatchDiscriminator, hinge_loss
 from leon_jax.models.perceptual import Network, lpips
-from leon_jax.models.vqgan import VQGAN, VQGANConfig, conv, quantize
+from leon_jax.models.vqgan import VQGAN, VQGANConfig, quantize
 from leon_jax.tokenizers.image import fit_image, normalize, to_pixels
 from leon_jax.train import document_data, optimizer, perceptual_weights
 from leon_jax.train.document_data import Component
@@ -136,7 +136,7 @@ class TokenizerProgram:
                 generator.latents(images), generator.vectors(), losses.commitment
             )
             features = generator.decoder.features(generator.from_code(vectors))
-            return (generator.decoder.out(features), codebook_loss), (features, codes)
+            return (generator.decoder.pixels(features), codebook_loss), (features, codes)
 
         # The losses' gradients are computed at the output image and weighted there, so that one
         # backward pass through the tokenizer is enough.
@@ -406,11 +406,11 @@ def _adaptive_weight(
 
     This is equation 7 of the paper. The arguments are gradients with respect to the output images.
     """
-    last = generator.decoder.out
+    decoder = generator.decoder
 
     def norm(cotangent: Array) -> Array:
         _, backward = jax.vjp(
-            lambda kernel: conv(features, kernel, last.bias[...]), last.kernel[...]
+            lambda kernel: decoder.pixels(features, kernel), decoder.out.kernel[...]
         )
         return jnp.linalg.norm(backward(cotangent)[0])
 

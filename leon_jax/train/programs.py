@@ -14,6 +14,7 @@ from leon_jax.train.checkpoint import find_step, load_model
 from leon_jax.train.decoder import DecoderProgram
 from leon_jax.train.decoder_config import DecoderTraining
 from leon_jax.train.image_tokenizer import TokenizerConfig, TokenizerProgram
+from leon_jax.train.optimizer import averaged
 from leon_jax.train.retrieval_encoder import EncoderConfig, EncoderProgram
 from leon_jax.train.state import Program, TrainState
 
@@ -60,7 +61,8 @@ def save_checkpoint(workdir: pathlib.Path, step: str, directory: pathlib.Path) -
     program = make_program(values["kind"], values)
     with jax.set_mesh(sharding.make_mesh((1, 1, 1, 1), jax.devices()[:1])):
         abstract = jax.eval_shape(program.init, jax.random.key(0))
-        model = load_model(workdir / "checkpoints", abstract.model, number)
+        exported = averaged(abstract).model
+        model = load_model(workdir / "checkpoints", abstract, number, exported)
         if isinstance(program, DecoderProgram):
             program.save_weights(model, directory)
         else:

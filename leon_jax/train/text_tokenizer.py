@@ -1,6 +1,7 @@
 """Trains the text tokenizer on the texts of documents folders."""
 
 import dataclasses
+import itertools
 import pathlib
 from typing import Literal
 
@@ -19,11 +20,15 @@ class TextConfig:
         proportion to the weights.
       size: entries of the byte-level BPE vocabulary, 256 to 56,320. The result is smaller if the
         texts have too few pairs to merge.
+      texts: further texts, for example instructions of tasks that the model will be tuned on.
+      split_digits: whether every digit is a token of its own.
       kind: always "text".
     """
 
     data: FoldersConfig
     size: int
+    texts: tuple[str, ...] = ()
+    split_digits: bool = False
     kind: Literal["text"] = "text"
 
 
@@ -37,7 +42,8 @@ def run(config: TextConfig, workdir: pathlib.Path) -> TextTokenizer:
         range, or the file cannot be written.
     """
     components = document_data.open_components(config.data)
-    tokenizer = TextTokenizer.train(document_data.weighted_texts(components), config.size)
+    texts = itertools.chain(document_data.weighted_texts(components), config.texts)
+    tokenizer = TextTokenizer.train(texts, config.size, split_digits=config.split_digits)
     if tokenizer.size == SMALLEST < config.size:
         folders = ", ".join(component.name for component in components)
         raise UserError(

@@ -27,6 +27,7 @@ from leon_jax.train.evaluation import Evaluator
 from leon_jax.train.global_batches import Feed
 from leon_jax.train.goodput import GoodputTracker
 from leon_jax.train.metrics import SKIPPED, Metrics
+from leon_jax.train.optimizer import averaged
 from leon_jax.train.run_config import check_config
 from leon_jax.train.state import Program, TrainState
 
@@ -142,7 +143,7 @@ def run(program: Program, loop: LoopConfig, workdir: pathlib.Path) -> TrainState
                 step_function = jax.jit(skip_nonfinite(program.step), donate_argnums=0)
                 train_step = step_function.lower(state, batch).compile()
                 if evaluator is not None:
-                    evaluator.compile(state.model)
+                    evaluator.compile(averaged(state).model)
             goodput.switch("step")
 
         # Loop.
@@ -168,7 +169,7 @@ def run(program: Program, loop: LoopConfig, workdir: pathlib.Path) -> TrainState
                 skipped_in_a_row = _consecutive_skips(skipped_in_a_row, fetched[SKIPPED])
                 if evaluator is not None and is_evaluated:
                     with goodput.spend("evaluate"), metrics.paused():
-                        held_out = evaluator.run(state.model)
+                        held_out = evaluator.run(averaged(state).model)
                 metrics.report(fetched, goodput.report(step), held_out)
             best_loss = None  # the held-out loss, if it is the lowest so far
             if evaluator is not None and is_evaluated:
@@ -181,7 +182,7 @@ def run(program: Program, loop: LoopConfig, workdir: pathlib.Path) -> TrainState
                     checkpoints.save(state, feed.get_state(), best_loss)
             if is_last or step % loop.sample_every == 0:
                 with goodput.spend("sample"), metrics.paused():
-                    metrics.save_images(program.samples(state))
+                    metrics.save_images(program.samples(averaged(state)))
 
             if signal_number or has_failed:
                 with goodput.spend("checkpoint"):
@@ -201,7 +202,7 @@ def run(program: Program, loop: LoopConfig, workdir: pathlib.Path) -> TrainState
         goodput.switch("checkpoint")
         checkpoints.close()
         with goodput.spend("sample"):
-            program.export(state, workdir / "export")
+            program.export(averaged(state), workdir / "export")
             if jax.process_count() > 1:
                 # No process exits before the last file is written.
                 multihost_utils.sync_global_devices("export")
@@ -286,7 +287,7 @@ def _initial_state(
         return state
     if pathlib.Path(init_from).is_dir():
         directory = pathlib.Path(init_from) / "checkpoints"
-        model = load_model(directory, abstract.model, find_step(directory, "newest"))
+        model = load_model(directory, abstract, find_step(directory, "newest"))
     else:
         stored, _ = weight_files.load(init_from, program.kind)
         model = weight_files.restore(state.model, stored, init_from)

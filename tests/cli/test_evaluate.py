@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 
 from leon_jax.cli import main
-from leon_jax.evaluate import meanings, measurements
+from leon_jax.evaluate import meanings, measurements, perceptual_match
 from leon_jax.leon import Leon
 from leon_jax.retrieval.prepared_folder import PreparedFolder
+from leon_jax.tokenizers.image import fit_image
+from leon_jax.train import perceptual_weights
 from tests import tiny
 
 
@@ -64,6 +66,26 @@ def test_matching_metrics_are_averaged_over_the_groups(run, tmp_path):
     assert metrics["prompt_match_share_by_documents"]["2"] == np.mean(
         [measurements.prompt_match(leon, images) for images in generations]
     )
+    weights = perceptual_weights.load("vgg16")
+
+    def lpips_share(images: list[list[np.ndarray]]) -> float:
+        real = [[document.pixels for document in group] for group in groups]
+        pairs = zip(images, real, strict=True)
+        return np.mean([perceptual_match.match_share(*pair, weights) for pair in pairs])
+
+    pixels = [[np.asarray(one.image) for one in images] for images in generations]
+    assert metrics["lpips_match_share_by_documents"]["2"] == lpips_share(pixels)
+    _, decoded = measurements.reconstruct(leon, [*groups[0], *groups[1]]).images
+    assert metrics["lpips_reconstruction_share"] == lpips_share([decoded[:2], decoded[2:]])
+    # The nearest retrieved document, which stands next to the prompt, is what a copier returns.
+    nearest = [
+        [
+            fit_image(one.retrieved[-1].pixels, leon.model.image_tokenizer.resolution)
+            for one in images
+        ]
+        for images in generations
+    ]
+    assert metrics["lpips_copy_share"] == lpips_share(nearest)
 
 
 def test_a_report_that_cannot_be_written_is_refused_at_the_start(run, tmp_path):

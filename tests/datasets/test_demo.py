@@ -5,6 +5,7 @@ import json
 from leon_jax import config as configs
 from leon_jax.datasets import demo
 from leon_jax.prepare import prepare as preparing
+from leon_jax.retrieval.prepared_folder import PreparedFolder
 from tests import tiny
 
 # The sources in manifests of format 3, for a dataset in "data/emoji".
@@ -37,3 +38,12 @@ def test_prepare_documents_renders_the_dataset_and_prepares_it(monkeypatch, tmp_
     demo.prepare_documents(tmp_path / "emoji", tmp_path / "out", **files)
     config = demo.prepare_config(tmp_path / "emoji", **files)
     assert calls == [tmp_path / "emoji", (config, tmp_path / "out")]
+
+
+def test_seen_documents_are_the_first_of_the_design_that_is_held_out_elsewhere():
+    _, prepared = tiny.folders()
+    train = PreparedFolder(prepared).records("train")
+    every = [train[row] for row in range(len(train))]
+    keys = [one.provenance.key for one in every if one.provenance.key.startswith("twemoji/")]
+    assert 2 <= len(keys) < len(every)
+    assert [one.provenance.key for one in demo.seen_documents(train, 2)] == keys[:2]

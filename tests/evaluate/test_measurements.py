@@ -9,7 +9,7 @@ import pytest
 
 from leon_jax.documents import Document, Hole, Text
 from leon_jax.engine.likelihood import log_likelihoods
-from leon_jax.evaluate import measurements, report_page
+from leon_jax.evaluate import meanings, measurements, report_page
 from leon_jax.leon import GeneratedImage, Leon
 from leon_jax.retrieval.prepared_folder import PreparedFolder
 from tests import tiny
@@ -133,7 +133,7 @@ def test_the_report_is_well_formed_and_credits_retrieved_documents(leon, documen
     reader = _Reader()
     reader.feed(text)
     assert reader.open_tags == [] and "script" not in reader.tags
-    for content in ("61 s", "2 documents: 50.0 %", ">loss, nats</text>"):
+    for content in ("61 s", "2 documents: 50.0 %", ">loss, nats</text>", "Time of the demo"):
         assert content in text
     assert len(reader.images) == 2 * 3 + sum(len(image.retrieved) for image in images[2]) + 1
     assert all(image["alt"] for image in reader.images)
@@ -149,3 +149,11 @@ def _score(leon, ids, weights):
 
     with jax.set_mesh(leon.model.mesh):
         return log_likelihoods(leon.model.engine, [ids], [weights])
+
+
+def test_every_metric_has_a_label_and_a_meaning():
+    assert list(meanings.LABELS) == list(meanings.MEANINGS)
+    judge = {"seen_2": 0.9, "unseen_0": 0.25}
+    shares = "seen, 2 documents: 90.0 %; unseen, 0 documents: 25.0 %"
+    assert meanings.format_metric("judge", judge) == shares
+    assert meanings.format_metric("judge_copy", {"seen": 0.5}) == "seen: 50.0 %"

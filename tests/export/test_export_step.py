@@ -28,7 +28,7 @@ def make_program() -> DecoderProgram:
     values = {
         "model": header["model"],
         "vocabulary": header["vocabulary"],
-        "optimizer": {"learning_rate": 1.0, "warmup_steps": 4, "total_steps": 6},
+        "optimizer": {"learning_rate": 1.0, "warmup_steps": 4, "total_steps": 6, "average": 0.5},
         "batch_size": 4,
         "steps": 6,
         "data": {

@@ -31,6 +31,21 @@ def test_images_are_encoded_to_a_grid_of_codes_and_decoded(images):
     assert model.decode(codes).shape == images.shape
 
 
+def test_the_last_layer_may_make_squares_of_pixels(images):
+    config = dataclasses.replace(TINY, multipliers=(1, 2, 2), pixel_patch=2)
+    model, plain = (
+        VQGAN(dataclasses.replace(config, pixel_patch=patch), rngs=nnx.Rngs(0)) for patch in (2, 1)
+    )
+    codes = model.encode(images)
+    assert model.decode(codes).shape == plain.decode(codes).shape == images.shape
+    features = model.decoder.features(model.from_code(model.codebook[...][codes]))
+    assert features.shape == (2, 8, 8, 16), "the finest level, of 8 channels, is left out"
+    pixels, patches = model.decoder.pixels(features), model.decoder.out(features)
+    # The channels of a position are the rows of its square, from top to bottom.
+    square = patches[1, 2, 5].reshape(2, 2, 3)
+    np.testing.assert_array_equal(pixels[1, 4:6, 10:12], square)
+
+
 def test_the_default_configuration_has_the_grid_of_cm3leon():
     config = VQGANConfig()
     assert (config.grid, config.codes) == (32, 8192)
@@ -139,7 +154,13 @@ def test_the_discriminator_scores_patches_and_the_hinge_loss_equals_its_formula(
 
 @pytest.mark.parametrize(
     ("key", "value", "words"),
-    [("resolution", 50, "multiple of 8"), ("groups", 24, "groups"), ("chanels", 8, "channels")],
+    [
+        ("resolution", 50, "multiple of 8"),
+        ("groups", 24, "groups"),
+        ("chanels", 8, "channels"),
+        ("pixel_patch", 8, "it must be one of 1, 2, 4"),
+        ("pixel_patch", 3, "it must be one of 1, 2, 4"),
+    ],
 )
 def test_a_wrong_size_is_rejected_with_its_key(key, value, words):
     with pytest.raises(ConfigError, match=words):

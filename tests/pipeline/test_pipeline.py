@@ -110,3 +110,34 @@ def test_images_become_a_model_that_can_be_fine_tuned(tmp_path, monkeypatch):
     assert third.returncode == 2
     assert f"{workdir / 'documents'} was made with other inputs or settings" in third.stderr
     Leon.load(workdir / "model").generate("noise number 3 of 0")
+
+
+INDEXED = """
+import runpy
+
+def get_config():
+    values = runpy.run_path({path!r})["get_config"]()
+    sources = [dict(kind="folder", path={index!r}, licence="CC0-1.0")]
+    values.index = dict(share=0.5, prepare=dict(sources=sources, picture_side=32))
+    return values
+"""
+
+
+@pytest.mark.slow
+def test_a_model_can_retrieve_from_documents_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("LEON_CACHE", str(tmp_path / "cache"))
+    small, config, workdir = tmp_path / "small.py", tmp_path / "indexed.py", tmp_path / "run"
+    small.write_text(CONFIG.format(own="configs/own.py"))
+    birds = images(tmp_path / "birds", 12, seed=2)
+    config.write_text(INDEXED.format(path=str(small), index=str(birds)))
+    result = leon(
+        "pipeline", f"--config={config}", f"--data={images(tmp_path / 'cats', 40)}",
+        "--licence=CC-BY-4.0", f"--workdir={workdir}",
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "stage 10 of 10" in result.stdout
+    leon_model = Leon.load(workdir / "model")
+    retrieved = leon_model.generate("noise number 3 of 0", seed=1)[0].retrieved
+    assert len(retrieved) == 2 and all(one.text.endswith("of 2") for one in retrieved)
+    folder = ModelFolder.open(workdir / "model")
+    assert set(folder.description.licences) == {"CC-BY-4.0", "CC0-1.0"}

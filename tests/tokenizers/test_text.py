@@ -100,6 +100,19 @@ def test_a_saved_or_pickled_tokenizer_gives_the_same_ids(tokenizer, tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["text.json"]
 
 
+def test_digits_may_be_tokens_of_their_own(tmp_path):
+    texts = ["cat: 2020 2020", "in 2020, 10 cats"] * 9
+    tokenizer = TextTokenizer.train(texts, 300, split_digits=True)
+    tokenizer.save(tmp_path / "text.json")
+    loaded = TextTokenizer.load(tmp_path / "text.json")
+    text = "cat: 2020, ½ of ２０"
+    pieces = [loaded.decode([token]) for token in loaded.encode(text)]
+    assert pieces[:6] == ["cat", ":", " ", "2", "0", "2"]
+    assert loaded.decode(loaded.encode(text)) == text
+    plain = TextTokenizer.train(texts, 300)
+    assert any("2020" in plain.decode([token]) for token in range(plain.size))
+
+
 def test_ids_that_are_not_utf8_still_decode(tokenizer):
     partial = tokenizer.encode("é")[:1]
     assert tokenizer.decode(partial) == "\ufffd"

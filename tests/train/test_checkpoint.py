@@ -140,7 +140,7 @@ def test_the_best_checkpoint_is_kept_beside_the_newest_ones(tmp_path):
     assert {path.name for path in folder.iterdir() if path.name.isdigit()} == {"4", "5", "6"}
     assert Checkpoints(folder).best_loss == 2.5
     assert [find_step(folder, name) for name in ("best", "newest", "5")] == [4, 6, 5]
-    model = load_model(folder, ABSTRACT.model, 4)
+    model = load_model(folder, ABSTRACT, 4)
     np.testing.assert_array_equal(model.large[...], state(4, 4).model.large[...])
     with pytest.raises(UserError, match=r"no checkpoint of step 3 in .*; its steps are 4, 5, 6"):
         find_step(folder, "3")

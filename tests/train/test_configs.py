@@ -30,7 +30,7 @@ def test_a_config_file_can_be_built(name):
         assert len(configs.build(PrepareConfig, values).sources) == 3
         return
     if values["kind"] == "pipeline":
-        return  # test_the_stages_of_every_size_can_be_built
+        return  # test_the_stages_of_every_pipeline_can_be_built
     if values["kind"] == "finetune":  # the model to tune brings the other keys
         values = values["decoder"]
         values |= {"model": {"vocab_size": 1000, "max_length": 512, "layers": 1, "embed": 8,
@@ -41,9 +41,15 @@ def test_a_config_file_can_be_built(name):
     assert configs.build(KINDS[values["kind"]], values).kind == values["kind"]
 
 
-@pytest.mark.parametrize("size", ["tiny", "small", "base"])
-def test_the_stages_of_every_size_can_be_built(size):
-    values = runpy.run_path(str(CONFIGS / "own.py"))["get_config"](size).to_dict()
+PIPELINES = [("own.py", size) for size in ("tiny", "small", "base")]
+PIPELINES += [
+    ("emoji/pipeline_64.py", variant) for variant in ("16-unit", "16-plain", "8-unit", "8-plain")
+]
+
+
+@pytest.mark.parametrize(("name", "argument"), PIPELINES)
+def test_the_stages_of_every_pipeline_can_be_built(name, argument):
+    values = runpy.run_path(str(CONFIGS / name))["get_config"](argument).to_dict()
     for name, stage in values["stages"].items():
         configs.build(LoopConfig, stage.pop("loop", {}), f"config.stages.{name}.loop")
         if stage["kind"] == "encoder":

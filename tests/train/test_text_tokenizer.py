@@ -36,6 +36,18 @@ def test_pairs_are_counted_in_proportion_to_the_weights(tmp_path):
     assert first_merge(0.1) == "ab" and first_merge(3.0) == "xy"
 
 
+def test_further_texts_and_single_digits(tmp_path):
+    folder = document_folders.write(tmp_path / "a", documents("aba", "aba"))
+    texts = ("what is left of 77?",) * 9
+    plain, more = (
+        text_tokenizer.run(TextConfig(FoldersConfig(folder), 280, **further), tmp_path / "run")
+        for further in ({}, {"texts": texts, "split_digits": True})
+    )
+    assert "what" not in [plain.decode([token]) for token in range(256, plain.size)]
+    pieces = [more.decode([token]) for token in range(256, more.size)]
+    assert "what" in pieces and not any("7" in piece for piece in pieces)
+
+
 def test_documents_without_words_are_refused_and_nothing_is_written(tmp_path):
     folder = document_folders.write(tmp_path / "a", documents("a", "b"))
     with pytest.raises(UserError, match=r"documents of .*a \(train\) have no word of two bytes"):
