@@ -32,8 +32,9 @@ from leon_jax import weight_files
 from leon_jax.config import UserError
 from leon_jax.train.state import TrainState
 
-# The name of the held-out loss in a checkpoint's metrics.
-_LOSS = "held_out_loss"
+# What Orbax stores with a checkpoint that was the best when it was saved: its held-out loss, the
+# documents of the loss in words, and its step. The newest checkpoint with these is the best.
+_LOSS, _DOCUMENTS, _STEP = "held_out_loss", "documents", "step"
 
 
 class Checkpoints:
@@ -43,6 +44,7 @@ class Checkpoints:
       directory: folder of the checkpoints; created if missing. Damaged checkpoints are moved to
         `damaged_checkpoints` next to it.
       keep: number of newest checkpoints to keep. The best one is kept, too.
+      documents: the held-out documents in words. Losses on other documents are not compared.
 
     Attributes:
       best_loss: the lowest held-out loss of a saved checkpoint; infinity if none has one.
@@ -51,10 +53,10 @@ class Checkpoints:
       UserError: `directory` cannot be written.
     """
 
-    def __init__(self, directory: pathlib.Path, keep: int = 2) -> None:
+    def __init__(self, directory: pathlib.Path, keep: int = 2, documents: str = "") -> None:
         logging.getLogger("absl").addFilter(_is_useful)
         threading.excepthook = _thread_failed
-        self._directory, self._keep = directory.absolute(), keep
+        self._directory, self._keep, self._documents = directory.absolute(), keep, documents
         self.best_loss = math.inf
         self._open()
 
@@ -78,14 +80,17 @@ class Checkpoints:
           UserError: this or the previous checkpoint could not be written, for example because the
             disk is full.
         """
+        step, metrics = int(state.step), None
+        if held_out_loss is not None:
+            metrics = {_LOSS: held_out_loss, _DOCUMENTS: self._documents, _STEP: step}
         arrays = {name: _raw(leaf) for name, leaf in weight_files.flatten(state).items()}
         sums = {name: str(value) for name, value in _checksums(arrays).items()}
         try:
             self._checkpointer.save_checkpointables_async(
-                int(state.step),
+                step,
                 {"state": arrays, "data": dict(data), "checksums": sums},
                 force=True,
-                metrics=None if held_out_loss is None else {_LOSS: held_out_loss},
+                metrics=metrics,
             )
             self.best_loss = self.best_loss if held_out_loss is None else held_out_loss
         except Exception as error:  # Orbax raises many types, mostly ValueError
@@ -146,7 +151,7 @@ class Checkpoints:
     def _open(self) -> None:
         policies, preserve = ocp.training, ocp.training.preservation_policies
         best = preserve.BestN(
-            get_metric_fn=lambda metrics: -metrics[_LOSS],
+            get_metric_fn=lambda metrics: metrics[_STEP],
             n=1,
             keep_checkpoints_without_metrics=False,
         )
@@ -165,8 +170,9 @@ class Checkpoints:
                 f"checkpoints cannot be saved in {self._directory}: "
                 f"{_reason(error, 'it is not a writable folder')}"
             ) from error
-        saved = _best(self._checkpointer)
-        self.best_loss = math.inf if saved is None else saved.metrics[_LOSS]
+        saved, self.best_loss = _best(self._checkpointer), math.inf
+        if saved is not None and saved.metrics[_DOCUMENTS] == self._documents:
+            self.best_loss = saved.metrics[_LOSS]
 
     def _load(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, str]]:
         leaves, structure = jax.tree.flatten(abstract)
@@ -261,9 +267,9 @@ def find_step(directory: pathlib.Path, step: str) -> int:
 
 
 def _best(checkpointer: ocp.training.Checkpointer) -> Any:
-    """Returns the description of the checkpoint with the lowest held-out loss, or None."""
+    """Returns the description of the best checkpoint, or None."""
     measured = [saved for saved in checkpointer.checkpoints if saved.metrics is not None]
-    return min(measured, key=lambda saved: saved.metrics[_LOSS], default=None)
+    return measured[-1] if measured else None
 
 
 def load_model(directory: pathlib.Path, abstract: TrainState, step: int, model: Any = None) -> Any:

@@ -10,7 +10,10 @@ import jax
 from leon_jax.config import UserError
 
 # Keys that may change between starts: a run's length, and settings without effect on results.
-MAY_CHANGE = ("steps", "optimizer.total_steps", "data.threads", "model.remat")
+MAY_CHANGE = (
+    "steps", "optimizer.total_steps", "data.threads", "data.eval_split", "data.eval_documents",
+    "model.remat",
+)  # fmt: skip
 # Keys of earlier versions, and the value that this version always uses.
 REMOVED = {
     "data.spare_spans": 4,

@@ -126,7 +126,8 @@ def run(program: Program, loop: LoopConfig, workdir: pathlib.Path) -> TrainState
                 sentence = f"every {loop.eval_every} steps the run evaluates {evaluation.documents}"
             print(f"leon train: {sentence}", file=sys.stderr)
         goodput = GoodputTracker(workdir / "goodput.json" if is_main else None)
-        checkpoints = Checkpoints(workdir / "checkpoints", loop.keep)
+        documents = "" if evaluation is None else evaluation.documents
+        checkpoints = Checkpoints(workdir / "checkpoints", loop.keep, documents)
 
         # State: the newest checkpoint, the weights of another run, or random weights.
         state = _initial_state(program, loop.init_from, checkpoints, feed, workdir)

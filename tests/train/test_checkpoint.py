@@ -132,19 +132,26 @@ def test_the_best_checkpoint_is_kept_beside_the_newest_ones(tmp_path):
     folder = tmp_path / "run[1]" / "checkpoints"
     losses = {1: None, 2: 3.0, 3: None, 4: 2.5, 5: None, 6: None}
     for steps in ((1, 2, 3), (4, 5, 6)):  # two starts
-        checkpoints = Checkpoints(folder, keep=2)
+        checkpoints = Checkpoints(folder, 2, "nine documents")
         assert checkpoints.best_loss == (np.inf if steps[0] == 1 else 3.0)
         for step in steps:
             checkpoints.save(state(step, step), {"0": ""}, losses[step])
         checkpoints.close()
     assert {path.name for path in folder.iterdir() if path.name.isdigit()} == {"4", "5", "6"}
-    assert Checkpoints(folder).best_loss == 2.5
+    assert Checkpoints(folder, 2, "nine documents").best_loss == 2.5
     assert [find_step(folder, name) for name in ("best", "newest", "5")] == [4, 6, 5]
     model = load_model(folder, ABSTRACT, 4)
     np.testing.assert_array_equal(model.large[...], state(4, 4).model.large[...])
     with pytest.raises(UserError, match=r"no checkpoint of step 3 in .*; its steps are 4, 5, 6"):
         find_step(folder, "3")
-    assert Checkpoints(folder).restore(ABSTRACT)[0] == 6, "a run continues from the newest"
+    checkpoints = Checkpoints(folder, 2, "ten documents")
+    assert checkpoints.restore(ABSTRACT)[0] == 6, "a run continues from the newest"
+    assert checkpoints.best_loss == np.inf, "losses on other documents are not compared"
+    for step, loss in ((7, 8.0), (8, None), (9, None)):
+        checkpoints.save(state(step, step), {"0": ""}, loss)
+    checkpoints.close()
+    assert {path.name for path in folder.iterdir() if path.name.isdigit()} == {"7", "8", "9"}
+    assert find_step(folder, "best") == 7
     save_two(tmp_path / "other")
     with pytest.raises(UserError, match=r"has a held-out loss; set config\.loop\.eval_every"):
         find_step(tmp_path / "other", "best")

@@ -90,7 +90,7 @@ def test_the_best_checkpoint_is_kept_beside_the_newest_ones(runs):
     assert best < 28, "the best is not among the two newest"
     assert steps_of(evaluated) == {best, 28, 30}
     assert find_step(evaluated / "checkpoints", "best") == best
-    assert Checkpoints(evaluated / "checkpoints").best_loss == errors[best]
+    assert Checkpoints(evaluated / "checkpoints", 2, "five rows").best_loss == errors[best]
 
 
 def test_a_killed_run_resumes_with_the_same_evaluations_and_the_same_best(runs, tmp_path):

@@ -127,7 +127,7 @@ def tokenizer(grid: int, codebook: str) -> dict:
         },
         # A quarter shows several small drawings, for tasks with more than one.
         "augment": {"crop": 0.75, "mirror": 0.5, "scenes": 0.25},
-        "loop": {"save_every": 200, "sample_every": 400},
+        "loop": {"save_every": 200, "sample_every": 400, "eval_every": 200},
     }
 
 
@@ -136,7 +136,7 @@ def encoder() -> dict:
     values = runpy.run_path(str(HERE / "encoder.py"))["get_config"]().to_dict()
     values["steps"] = values["optimizer"]["total_steps"] = 3000
     del values["data"]
-    return values | {"loop": {"save_every": 200}}
+    return values | {"loop": {"save_every": 200, "eval_every": 200}}
 
 
 def decoder(grid: int) -> dict:
@@ -193,5 +193,5 @@ def decoder(grid: int) -> dict:
             ),
             "guidance": 3.0,
         },
-        "loop": {"log_every": 20, "save_every": 200, "sample_every": 1000},
+        "loop": {"log_every": 20, "save_every": 200, "sample_every": 1000, "eval_every": 1000},
     }
