@@ -192,7 +192,8 @@ def _train(workdir: pathlib.Path, prepared: pathlib.Path, model: pathlib.Path) -
             f"--config.loop.init_from={model / 'decoder.safetensors'}",
             # The demo's folder holds one variant of each image, the plain one.
             "--config.data.variants=1",
-            "--config.loop.log_every=1", "--config.optimizer.learning_rate=1e-4",
+            "--config.loop.log_every=1", "--config.loop.eval_every=0",
+            "--config.optimizer.learning_rate=1e-4",
             "--config.optimizer.warmup_steps=0", "--config.optimizer.schedule=constant",
             f"--config.steps={steps}",
         ]  # fmt: skip

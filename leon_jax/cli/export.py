@@ -5,10 +5,16 @@ r"""Writes a model folder: everything that `leon generate --model=FOLDER` needs,
       --text=runs/emoji/text/export/text.json \
       --tokenizer=runs/emoji/tokenizer/export/tokenizer.safetensors \
       --encoder=runs/emoji/encoder/export/encoder.safetensors --out=models/emoji
+    leon export --workdir=runs/emoji/decoder --step=best --out=models/emoji_best
 
 --workdir names the run of a decoder. Its config names the image tokenizer. The prepared folder that
 it read is the index, and tells the encoder by its digest: leon looks for it beside the tokenizers,
 and in the runs beside theirs. Other flags replace what is found.
+
+--step takes the decoder from a checkpoint of the run, which may not be finished: best (the lowest
+held-out loss, see config.loop.eval_every of leon train), newest, or the number of a step. With
+--step, --workdir may also name the run of an image tokenizer or a retrieval encoder; --out receives
+the files that the end of the run writes.
 
 The folder has decoder.safetensors, tokenizer.safetensors, text.json, encoder.safetensors (or a
 folder encoder), selection.json, model.json and README.md. It appears when it is complete. A .tar of
@@ -25,11 +31,16 @@ from leon_jax.config import UserError
 
 if TYPE_CHECKING:
     from leon_jax.export.parts import Parts
+    from leon_jax.export.provenance import Provenance
 
 FLAGS = flags.FlagValues()
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "The folder of a decoder's training run.", flag_values=FLAGS
 )
+_STEP = flags.DEFINE_string(
+    "step", None, "The checkpoint of --workdir: best, newest, or the number of its step; by "
+    "default the model at the end of the run.", flag_values=FLAGS,
+)  # fmt: skip
 _DECODER = flags.DEFINE_string("decoder", None, "The decoder's file.", flag_values=FLAGS)
 _TOKENIZER = flags.DEFINE_string(
     "tokenizer", None, "The image tokenizer's file.", flag_values=FLAGS
@@ -90,10 +101,49 @@ def main(argv: list[str]) -> None:
     del argv
     if not _OUT.value:
         raise UserError("--out is missing; for example --out=models/cats")
+    if _STEP.value is None:
+        _write(_parts(), pathlib.Path(_OUT.value))
+    else:
+        _export_checkpoint(_STEP.value, pathlib.Path(_OUT.value))
+
+
+def _export_checkpoint(step: str, out: pathlib.Path) -> None:
+    """Exports the model of a checkpoint of --workdir."""
+    import dataclasses
+    import tempfile
+
+    if not _WORKDIR.value or _DECODER.value:
+        raise UserError(f"--step={step} needs --workdir, whose checkpoint it is, and no --decoder")
+    from leon_jax.export import provenance
+    from leon_jax.train import programs
+
+    workdir = pathlib.Path(_WORKDIR.value)
+    kind = provenance.run_config(workdir).get("kind")
+    if kind in ("tokenizer", "encoder"):
+        number = programs.save_checkpoint(workdir, step, out)
+        print(f"wrote the {kind} of step {number} into {out}")
+        return
+    parts = _parts()
+    with tempfile.TemporaryDirectory(prefix="leon-") as folder:
+        number = programs.save_checkpoint(workdir, step, pathlib.Path(folder))
+        print(f"leon export: the decoder is that of step {number}", file=sys.stderr)
+        known = provenance.of_run("decoder", workdir)
+        training = known.training | {"steps": number}
+        parts = dataclasses.replace(parts, decoder=pathlib.Path(folder, "decoder.safetensors"))
+        _write(parts, out, dataclasses.replace(known, training=training))
+
+
+def _write(parts: "Parts", out: pathlib.Path, decoder: "Provenance | None" = None) -> None:
+    """Writes the model folder `out`.
+
+    Args:
+      parts: its parts.
+      out: the folder.
+      decoder: what is known of the decoder; None: what is known of its file.
+    """
     from leon_jax.export import write
     from leon_jax.export.parts import NAMES
 
-    parts = _parts()
     if parts.unknown:
         missing = ", ".join(f"--{name} ({NAMES[name]})" for name in parts.unknown)
         hint = "" if _WORKDIR.value else "; or give --workdir, the run of a decoder that names them"
@@ -103,7 +153,7 @@ def main(argv: list[str]) -> None:
         _TITLE.value, _PROMPT.value, _GUIDANCE.value, _TOP_P.value, _NUM_DOCS.value, _licences(),
         _notes(), _COPY_INDEX.value,
     )  # fmt: skip
-    folder = write.write(parts, pathlib.Path(_OUT.value), settings)
+    folder = write.write(parts, out, settings, decoder)
     assert folder.description is not None
     print(f"wrote the model folder {folder.path}")
     if parts.selection is None:
@@ -136,16 +186,17 @@ def _parts() -> "Parts":
                 f"--workdir={workdir} is the run of kind {config.get('kind')!r}; it must be the "
                 "run of a decoder"
             )
-        if not (workdir / "export" / "decoder.safetensors").is_file():
+        data, export = config.get("data") or {}, workdir / "export"
+        decoder, text = export / "decoder.safetensors", export / "text.json"
+        if _STEP.value is not None:  # the run may not be finished
+            text = text if text.is_file() else pathlib.Path(data.get("text") or "")
+        elif not decoder.is_file():
             raise UserError(
                 f"--workdir={workdir} has no export/decoder.safetensors; finish the run with leon "
-                "train first"
+                "train first, or take a checkpoint with --step=newest or --step=best"
             )
-        export = workdir / "export"
-        known = dataclasses.replace(
-            parts.of_run(config), decoder=export / "decoder.safetensors", text=export / "text.json"
-        )
-        folder = pathlib.Path((config.get("data") or {}).get("folder") or "")
+        known = dataclasses.replace(parts.of_run(config), decoder=decoder, text=text)
+        folder = pathlib.Path(data.get("folder") or "")
     given: dict[str, Any] = {
         name: pathlib.Path(flag.value)
         for name, flag in (

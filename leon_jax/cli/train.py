@@ -15,7 +15,7 @@ import os
 import pathlib
 import sys
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from absl import flags
 
@@ -23,9 +23,6 @@ from leon_jax import config as configs
 from leon_jax.cli import config_flag
 from leon_jax.config import UserError
 from leon_jax.train import supervisor
-
-if TYPE_CHECKING:
-    from leon_jax.train.state import Program
 
 _CONFIG = config_flag.define()
 _WORKDIR = flags.DEFINE_string("workdir", None, "The folder for all files of the run.")
@@ -107,7 +104,7 @@ def _train(kind: str, values: dict[str, Any], workdir: pathlib.Path) -> None:
     import jax
 
     from leon_jax import compilation_cache, sharding
-    from leon_jax.train import training_loop
+    from leon_jax.train import decoder_config, programs, training_loop
 
     if _DISTRIBUTED.value:
         _join_processes()
@@ -118,7 +115,9 @@ def _train(kind: str, values: dict[str, Any], workdir: pathlib.Path) -> None:
         mesh = sharding.make_mesh(settings.mesh, slices=settings.slices)
     except ValueError as error:
         raise UserError(f"config.loop.mesh: {error}") from error
-    program = _make_program(kind, values)
+    program = programs.make_program(kind, values)
+    if kind == "decoder" and (notice := decoder_config.retrieval_notice(program.config)):
+        print(f"leon train: {notice}", file=sys.stderr)
     if check_export := getattr(program, "check_export", None):
         # What is missing for the end of the run is said at its start.
         sentence = check_export(workdir / "export")
@@ -201,24 +200,3 @@ def _exit_without_waiting_for_others(code: int) -> None:
     timer = threading.Timer(seconds, os._exit, [code])
     timer.daemon = True
     timer.start()
-
-
-def _make_program(kind: str, values: dict[str, Any]) -> "Program":
-    """Returns the program of a kind, with its configuration built from `values`."""
-    match kind:
-        case "tokenizer":
-            from leon_jax.train.image_tokenizer import TokenizerConfig, TokenizerProgram
-
-            return TokenizerProgram(configs.build(TokenizerConfig, values))
-        case "encoder":
-            from leon_jax.train.retrieval_encoder import EncoderConfig, EncoderProgram
-
-            return EncoderProgram(configs.build(EncoderConfig, values))
-        case _:
-            from leon_jax.train.decoder import DecoderProgram
-            from leon_jax.train.decoder_config import DecoderTraining, retrieval_notice
-
-            config = configs.build(DecoderTraining, values)
-            if notice := retrieval_notice(config):
-                print(f"leon train: {notice}", file=sys.stderr)
-            return DecoderProgram(config)

@@ -150,7 +150,12 @@ def tokenizer(numbers: dict) -> dict:
             "weight_decay": 0.0,
         },
         "augment": {"crop": 0.75, "mirror": 0.5},
-        "loop": {"save_every": 200, "sample_every": max(200, steps // 20)},
+        # Evaluations take at most 3 % of the time in every stage.
+        "loop": {
+            "save_every": 200,
+            "sample_every": max(200, steps // 20),
+            "eval_every": max(200, steps // 20),
+        },
     }
 
 
@@ -193,7 +198,7 @@ def encoder(numbers: dict) -> dict:
             "beta2": 0.98,
             "weight_decay": 0.1,
         },
-        "loop": {"save_every": 200},
+        "loop": {"save_every": 200, "eval_every": max(50, steps // 20)},
     }
 
 
@@ -207,6 +212,7 @@ def decoder(numbers: dict) -> dict:
         config |= {"steps": steps, "batch_size": numbers["decoder_batch"]}
         config["optimizer"]["total_steps"] = steps
         config["samples"] = {}
+        config["loop"]["eval_every"] = 1000
         del config["vocabulary"], config["model"]["vocab_size"]
         return config
     document = grid * grid + numbers["text_positions"]
@@ -243,8 +249,14 @@ def decoder(numbers: dict) -> dict:
             "length": length,
             "retrieved": (0.2, 0.3, 0.5),
             "unchanged": 0.3,
+            "eval_documents": 128,
         },
         "masking": {"placement": "segment", "whole_segment": 0.6, "query_text": 0.6},
         "samples": {"guidance": 3.0},
-        "loop": {"log_every": 20, "save_every": 200, "sample_every": max(400, steps // 10)},
+        "loop": {
+            "log_every": 20,
+            "save_every": 200,
+            "sample_every": max(400, steps // 10),
+            "eval_every": max(400, steps // 40),
+        },
     }

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal
+from typing import ClassVar, Literal
 
 from leon_jax.config import UserError
 
@@ -74,8 +74,30 @@ class FoldersConfig:
         return [f"config.data.mixture[{number}]" for number in range(len(self.mixture))]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HeldOutConfig:
+    """The documents that a run is evaluated on (`loop.eval_every`). They come from its folders.
+
+    Attributes:
+      eval_split: a split that the run does not train on; "": the first one of each folder.
+      eval_documents: number of documents, at least 1; all of them if there are fewer.
+
+    Raises:
+      UserError: `eval_documents` is below 1.
+    """
+
+    OMITTED_DEFAULTS: ClassVar[tuple[str, ...]] = ("eval_split", "eval_documents")
+
+    eval_split: str = ""
+    eval_documents: int = 256
+
+    def __post_init__(self) -> None:
+        if self.eval_documents < 1:
+            raise UserError(f"eval_documents is {self.eval_documents}; it must be at least 1")
+
+
 @dataclasses.dataclass(frozen=True)
-class ImageDataConfig(FoldersConfig):
+class ImageDataConfig(FoldersConfig, HeldOutConfig):
     """Training data of an image tokenizer.
 
     Attributes:
@@ -88,7 +110,8 @@ class ImageDataConfig(FoldersConfig):
     threads: int = 2
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        FoldersConfig.__post_init__(self)
+        HeldOutConfig.__post_init__(self)
         if self.threads < 0:
             raise UserError(f"threads is {self.threads}; it must be at least 0")
 
@@ -170,7 +193,7 @@ class MixtureComponent(FolderComponent, ExampleConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class DataConfig(FoldersConfig, ExampleConfig):
+class DataConfig(FoldersConfig, ExampleConfig, HeldOutConfig):
     """Training data of a decoder: one prepared folder, or a mixture of several.
 
     Attributes:
@@ -204,6 +227,7 @@ class DataConfig(FoldersConfig, ExampleConfig):
         for name, value in self._missing(DEFAULTS).items():
             object.__setattr__(self, name, value)
         FoldersConfig.__post_init__(self)
+        HeldOutConfig.__post_init__(self)
         for name in ("length", "per_modality", "packing_bins"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")

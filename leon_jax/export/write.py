@@ -59,13 +59,19 @@ class ExportSettings:
     copy_index: bool = False
 
 
-def write(parts: Parts, out: pathlib.Path, settings: ExportSettings) -> ModelFolder:
+def write(
+    parts: Parts,
+    out: pathlib.Path,
+    settings: ExportSettings,
+    decoder: Provenance | None = None,
+) -> ModelFolder:
     """Writes a model folder. It appears, or replaces an older one, when it is complete.
 
     Args:
       parts: all parts.
       out: the folder. Files in it that are not of a model folder are kept.
       settings: the settings.
+      decoder: see `complete`.
 
     Raises:
       UserError: `out` is not a model folder, or cannot be written; or the parts do not belong
@@ -78,7 +84,7 @@ def write(parts: Parts, out: pathlib.Path, settings: ExportSettings) -> ModelFol
         temporary.mkdir(parents=True)
         shutil.copyfile(parts.path("decoder"), temporary / "decoder.safetensors")
         shutil.copyfile(parts.path("text"), temporary / "text.json")
-        return complete(temporary, parts, out, settings)
+        return complete(temporary, parts, out, settings, decoder)
 
 
 def staging_folder(out: pathlib.Path) -> pathlib.Path:

@@ -6,10 +6,11 @@ so that storage errors are detected too. Restoring takes the newest checkpoint t
 """
 
 import atexit
+import contextlib
 import errno
 import functools
-import json
 import logging
+import math
 import os
 import pathlib
 import shutil
@@ -31,16 +32,8 @@ from leon_jax import weight_files
 from leon_jax.config import UserError
 from leon_jax.train.state import TrainState
 
-# Keys that may change between starts: a run's length, and settings without effect on results.
-MAY_CHANGE = ("steps", "optimizer.total_steps", "data.threads", "model.remat")
-# Keys of earlier versions, and the value that this version always uses.
-REMOVED = {
-    "data.spare_spans": 4,
-    "data.flip": True,
-    "data.min_crop": 0.75,
-    "model.max_scale": 100.0,
-    "model.pad_id": 1,
-}
+# The name of the held-out loss in a checkpoint's metrics.
+_LOSS = "held_out_loss"
 
 
 class Checkpoints:
@@ -49,7 +42,10 @@ class Checkpoints:
     Args:
       directory: folder of the checkpoints; created if missing. Damaged checkpoints are moved to
         `damaged_checkpoints` next to it.
-      keep: number of newest checkpoints to keep.
+      keep: number of newest checkpoints to keep. The best one is kept, too.
+
+    Attributes:
+      best_loss: the lowest held-out loss of a saved checkpoint; infinity if none has one.
 
     Raises:
       UserError: `directory` cannot be written.
@@ -59,19 +55,24 @@ class Checkpoints:
         logging.getLogger("absl").addFilter(_is_useful)
         threading.excepthook = _thread_failed
         self._directory, self._keep = directory.absolute(), keep
-        self._checkpointer = self._open()
+        self.best_loss = math.inf
+        self._open()
 
     def latest(self) -> int | None:
         """Returns the step of the newest complete checkpoint, or None."""
         newest = self._checkpointer.latest
         return None if newest is None else newest.step
 
-    def save(self, state: TrainState, data: Mapping[str, str]) -> None:
+    def save(
+        self, state: TrainState, data: Mapping[str, str], held_out_loss: float | None = None
+    ) -> None:
         """Copies the arrays, then writes the checkpoint in the background.
 
         Args:
           state: the state after a step.
           data: the data position, strings by name.
+          held_out_loss: the loss of the state, if it is lower than `best_loss`, which it replaces.
+            The checkpoint is kept until a later one has a lower loss.
 
         Raises:
           UserError: this or the previous checkpoint could not be written, for example because the
@@ -84,7 +85,9 @@ class Checkpoints:
                 int(state.step),
                 {"state": arrays, "data": dict(data), "checksums": sums},
                 force=True,
+                metrics=None if held_out_loss is None else {_LOSS: held_out_loss},
             )
+            self.best_loss = self.best_loss if held_out_loss is None else held_out_loss
         except Exception as error:  # Orbax raises many types, mostly ValueError
             raise self._write_error(error) from error
 
@@ -121,7 +124,7 @@ class Checkpoints:
                 self._move_damaged(damaged, problem)
             if problems:
                 self._checkpointer.close()
-                self._checkpointer = self._open()
+                self._open()
             return step, *loaded
         newest = f" (the newest, step {steps[0]}: {problems[steps[0]]})" if steps else ""
         raise UserError(
@@ -140,14 +143,21 @@ class Checkpoints:
         except Exception as error:
             raise self._write_error(error) from error
 
-    def _open(self) -> ocp.training.Checkpointer:
-        policies = ocp.training
+    def _open(self) -> None:
+        policies, preserve = ocp.training, ocp.training.preservation_policies
+        best = preserve.BestN(
+            get_metric_fn=lambda metrics: -metrics[_LOSS],
+            n=1,
+            keep_checkpoints_without_metrics=False,
+        )
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
-            return policies.Checkpointer(
+            self._checkpointer = policies.Checkpointer(
                 _path_for_orbax(self._directory),
                 save_decision_policy=policies.save_decision_policies.FixedIntervalPolicy(1),
-                preservation_policy=policies.preservation_policies.LatestN(self._keep),
+                preservation_policy=preserve.AnyPreservationPolicy(
+                    [preserve.LatestN(self._keep), best]
+                ),
                 cleanup_tmp_directories=True,
             )
         except OSError as error:
@@ -155,6 +165,8 @@ class Checkpoints:
                 f"checkpoints cannot be saved in {self._directory}: "
                 f"{_reason(error, 'it is not a writable folder')}"
             ) from error
+        saved = _best(self._checkpointer)
+        self.best_loss = math.inf if saved is None else saved.metrics[_LOSS]
 
     def _load(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, str]]:
         leaves, structure = jax.tree.flatten(abstract)
@@ -215,25 +227,82 @@ def on_all_processes(condition: bool) -> bool:
     return bool(multihost_utils.process_allgather(np.array(condition)).all())
 
 
+def find_step(directory: pathlib.Path, step: str) -> int:
+    """Returns the step of a checkpoint.
+
+    Args:
+      directory: the folder `checkpoints` of a run, which may go on meanwhile.
+      step: "newest", "best" (the lowest held-out loss), or a number.
+
+    Raises:
+      UserError: there is no such checkpoint.
+    """
+    steps = sorted(int(path.name) for path in directory.glob("*") if path.name.isdigit())
+    if not steps:
+        raise UserError(f"there is no checkpoint in {directory}")
+    if step == "newest":
+        return steps[-1]
+    if step == "best":
+        path = _path_for_orbax(directory.absolute())
+        with contextlib.closing(ocp.training.Checkpointer(path)) as checkpointer:
+            best = _best(checkpointer)
+        if best is None:
+            raise UserError(
+                f"no checkpoint in {directory} has a held-out loss; set config.loop.eval_every in "
+                "training"
+            )
+        return best.step
+    if not step.isdecimal() or int(step) not in steps:
+        raise UserError(
+            f"there is no checkpoint of step {step} in {directory}; its steps are "
+            f"{', '.join(map(str, steps))}"
+        )
+    return int(step)
+
+
+def _best(checkpointer: ocp.training.Checkpointer) -> Any:
+    """Returns the description of the checkpoint with the lowest held-out loss, or None."""
+    measured = [saved for saved in checkpointer.checkpoints if saved.metrics is not None]
+    return min(measured, key=lambda saved: saved.metrics[_LOSS], default=None)
+
+
+def load_model(directory: pathlib.Path, abstract: TrainState, step: int, model: Any = None) -> Any:
+    """Loads the model of a checkpoint, without the other arrays of its state.
+
+    Args:
+      directory: the folder `checkpoints` of a run.
+      abstract: shapes, dtypes and shardings of the state (`jax.eval_shape` of `init`).
+      step: the step of the checkpoint.
+      model: the part of `abstract` to load, for example the averaged weights; None:
+        `abstract.model`.
+
+    Raises:
+      UserError: see `load_weights`.
+    """
+    leaves, structure = jax.tree.flatten(abstract.model if model is None else model)
+    all_names = {id(leaf): name for name, leaf in weight_files.flatten(abstract).items()}
+    names = [all_names[id(leaf)] for leaf in leaves]
+    arrays = load_weights(directory, dict(zip(names, leaves, strict=True)), step)
+    return jax.tree.unflatten(structure, [arrays[name] for name in names])
+
+
 def load_weights(
-    directory: pathlib.Path, names: Mapping[str, jax.ShapeDtypeStruct]
+    directory: pathlib.Path, names: Mapping[str, jax.ShapeDtypeStruct], step: int
 ) -> dict[str, Array]:
-    """Loads some arrays of a run's newest checkpoint, for example the model without the optimizer.
+    """Loads some arrays of a checkpoint.
 
     Args:
       directory: the folder `checkpoints` of a run.
       names: shapes, dtypes and shardings by dotted path (see `leon_jax.weight_files.flatten`).
+      step: the step of the checkpoint.
 
     Returns:
       The arrays by the same paths.
 
     Raises:
-      UserError: there is no checkpoint, or an array is missing or has another shape.
+      UserError: the checkpoint cannot be read, or an array is missing or has another shape.
     """
-    steps = [int(path.name) for path in directory.glob("*") if path.name.isdigit()]
-    if not steps:
-        raise UserError(f"there is no checkpoint in {directory}")
-    path = directory / str(max(steps))
+    path = directory / str(step)
     options = ocp.options.PyTreeOptions(
         loading=ocp.options.PyTreeOptions.Loading(partial_load=True)
     )
@@ -248,50 +317,6 @@ def load_weights(
     except Exception as error:
         reason = _reason(error, "a file is damaged, or its model has another shape")
         raise UserError(f"the weights in {path} cannot be loaded: {reason}") from error
-
-
-def check_config(path: pathlib.Path, config: dict[str, Any]) -> None:
-    """Compares a run's configuration with the saved one, then saves it.
-
-    Nothing is compared if the run has no checkpoint yet. Keys of `MAY_CHANGE`, of `loop` and of
-    `export` may differ, so that a run can be extended or move to other devices. A key of `REMOVED`
-    may be missing in `config` if the run had the value that this version always uses.
-
-    Args:
-      path: the file of the saved configuration; the folder `checkpoints` is next to it.
-      config: the configuration of this start.
-
-    Raises:
-      UserError: another key differs; the message names the first one.
-    """
-    config = json.loads(json.dumps(config))
-    if path.exists() and any(path.parent.glob("checkpoints/[0-9]*")):
-        saved = json.loads(path.read_text())
-        for key, (old, new) in _differences(saved, config).items():
-            if key in REMOVED and new is None:
-                if old != REMOVED[key]:
-                    raise UserError(
-                        f"{path.parent} holds a run with {key} = {old!r}, but this version always "
-                        f"uses {REMOVED[key]!r}; use another --workdir"
-                    )
-            elif key not in MAY_CHANGE and key.split(".")[0] not in ("loop", "export"):
-                raise UserError(
-                    f"{path.parent} holds a run with {key} = {old!r}, but it is now {new!r}; "
-                    "use another --workdir or restore the value"
-                )
-    if jax.process_index() == 0:
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(json.dumps(config, indent=1))
-        os.replace(temporary, path)
-
-
-def _differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
-    if not (isinstance(old, dict) and isinstance(new, dict)):
-        return {} if old == new else {prefix.removesuffix("."): (old, new)}
-    differences: dict[str, tuple[Any, Any]] = {}
-    for key in [*new, *(key for key in old if key not in new)]:
-        differences |= _differences(old.get(key), new.get(key), f"{prefix}{key}.")
-    return differences
 
 
 def _stored_names(names: Iterable[str], stored: Container[str]) -> list[str]:

@@ -34,9 +34,10 @@ from leon_jax.models.decoder import Decoder
 from leon_jax.tokenizers.documents import DocumentTokenizer
 from leon_jax.tokenizers.image import ImageTokenizer, to_pixels
 from leon_jax.tokenizers.text import TextTokenizer
-from leon_jax.train import decoder_data, optimizer
+from leon_jax.train import decoder_data, decoder_evaluation, optimizer
 from leon_jax.train.decoder_config import KIND, DecoderTraining
 from leon_jax.train.decoder_loss import BATCH_DTYPES, gradients
+from leon_jax.train.evaluation import Evaluation
 from leon_jax.train.state import TrainState, check_multiples, rows_of_shard
 
 
@@ -128,6 +129,10 @@ class DecoderProgram:
         shape = self.config.batch_size, self.config.data.length
         return {name: jax.ShapeDtypeStruct(shape, dtype) for name, dtype in BATCH_DTYPES.items()}
 
+    def evaluation(self) -> Evaluation | None:
+        """Prepares the evaluation; see `leon_jax.train.decoder_evaluation.make_evaluation`."""
+        return decoder_evaluation.make_evaluation(self.config, self.documents)
+
     def samples(self, state: TrainState) -> dict[str, np.ndarray]:
         """Generates a row of images, one for each of `config.samples.captions`.
 
@@ -173,12 +178,7 @@ class DecoderProgram:
         directory, config = pathlib.Path(directory), self.config
         parts = self._folder_parts(directory)
         target = directory if parts.unknown else write.staging_folder(directory)
-        header = {
-            "model": configuration.to_dict(config.model),
-            "vocabulary": configuration.to_dict(config.vocabulary),
-            "image_shape": list(config.data.image_shape),
-        }
-        weight_files.save(target / "decoder.safetensors", state.model, KIND, header)
+        self.save_weights(state.model, target)
         if jax.process_index() != 0:
             return
         self.text.save(target / "text.json")
@@ -187,6 +187,15 @@ class DecoderProgram:
             known = provenance.of_run(KIND, directory.parent, values)
             settings = write.ExportSettings(title=directory.absolute().parent.name)
             write.complete(target, parts, directory, settings, known)
+
+    def save_weights(self, model: Decoder, directory: pathlib.Path) -> None:
+        """Writes `decoder.safetensors` into a folder."""
+        header = {
+            "model": configuration.to_dict(self.config.model),
+            "vocabulary": configuration.to_dict(self.config.vocabulary),
+            "image_shape": list(self.config.data.image_shape),
+        }
+        weight_files.save(directory / "decoder.safetensors", model, KIND, header)
 
     def check_export(self, directory: pathlib.Path) -> str:
         """Checks the files that `export` needs, and returns a sentence on what it will write.

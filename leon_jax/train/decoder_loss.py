@@ -108,11 +108,49 @@ def batch_loss(
     """
     batch = {name: jax.reshard(array, spec("batch", "length")) for name, array in batch.items()}
     totals = loss_totals(batch, vocabulary) if totals is None else totals
+    total, losses = _token_losses(model, batch, vocabulary, chunk, z_loss)
+    metrics = {
+        name: jnp.where(mask, losses, 0).sum() / jnp.maximum(totals[name], 1e-6)
+        for name, mask in _target_masks(batch, vocabulary).items()
+    }
+    tokens = (batch["segment_ids"] > 0).sum().astype(jnp.float32)
+    loss = total / jnp.maximum(totals["loss"], 1e-6)
+    return loss, {**metrics, "loss": loss, "tokens": tokens}
+
+
+def query_losses(
+    model: Decoder, batch: dict[str, Array], *, vocabulary: Vocabulary, chunk: int
+) -> dict[str, Float[Array, "b"]]:
+    """Returns `image_loss` and `text_loss`: sums of weighted cross-entropies, in nats, by row.
+
+    Args:
+      model: the decoder.
+      batch: see `leon_jax.data.pipeline.make`.
+      vocabulary: separates text tokens from image tokens.
+      chunk: see `chunked_cross_entropy`.
+    """
+    batch = {name: jax.reshard(array, spec("batch", "length")) for name, array in batch.items()}
+    _, losses = _token_losses(model, batch, vocabulary, chunk)
+    masks = _target_masks(batch, vocabulary)
+    return {
+        "image_loss": jnp.where(masks["loss_image"], losses, 0).sum(1),
+        "text_loss": jnp.where(masks["loss_text"], losses, 0).sum(1),
+    }
+
+
+def _token_losses(
+    model: Decoder,
+    batch: dict[str, Array],
+    vocabulary: Vocabulary,
+    chunk: int,
+    z_loss: float = 0.0,
+) -> tuple[Float[Array, ""], Float[Array, "b t"]]:
+    """Returns the weighted cross-entropy: its sum, and the term of each target."""
     cells = None
     if model.config.form.positions == "rotary_2d":
         cells = image_cells(vocabulary.is_image(batch["ids"]))
     hidden = model(batch["ids"], batch["positions"], batch["segment_ids"], cells)
-    total, losses = chunked_cross_entropy(
+    return chunked_cross_entropy(
         hidden,
         model.head_rows,
         batch["targets"],
@@ -121,13 +159,6 @@ def batch_loss(
         z_loss=z_loss,
         operands=model.operands,
     )
-    metrics = {
-        name: jnp.where(mask, losses, 0).sum() / jnp.maximum(totals[name], 1e-6)
-        for name, mask in _target_masks(batch, vocabulary).items()
-    }
-    tokens = (batch["segment_ids"] > 0).sum().astype(jnp.float32)
-    loss = total / jnp.maximum(totals["loss"], 1e-6)
-    return loss, {**metrics, "loss": loss, "tokens": tokens}
 
 
 def loss_totals(batch: dict[str, Array], vocabulary: Vocabulary) -> dict[str, Float[Array, ""]]:

@@ -14,10 +14,11 @@ from jaxtyping import UInt8
 
 from leon_jax.config import UserError
 from leon_jax.data import pipeline
-from leon_jax.data.config import FolderComponent, FoldersConfig
+from leon_jax.data.config import FolderComponent, FoldersConfig, ImageDataConfig
 from leon_jax.data.document_folder import DocumentFolder
 from leon_jax.data.records import RecordSource
 from leon_jax.documents import Document, Image
+from leon_jax.train import evaluation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +95,27 @@ def sample_component(components: Sequence[Component]) -> Component:
                 settings = FolderComponent(part.settings.folder, split)
                 return Component(settings, part.folder, part.folder.records(split))
     return components[0]
+
+
+def held_out_documents(data: ImageDataConfig) -> tuple[list[tuple[Component, int]], str]:
+    """Returns the documents that a run is evaluated on; see `evaluation.choose_held_out`.
+
+    Args:
+      data: the data settings.
+
+    Returns:
+      For each document, its folder and its number there; and all of them in words.
+
+    Raises:
+      UserError: see `evaluation.choose_held_out`.
+    """
+    held_out = evaluation.choose_held_out(data, DocumentFolder)
+    documents: list[tuple[Component, int]] = []
+    for part in held_out:
+        settings = FolderComponent(str(part.folder.folder), part.split)
+        component = Component(settings, part.folder, part.folder.records(part.split))
+        documents += [(component, number) for number in part.documents.tolist()]
+    return documents, f"{len(documents)} documents of {evaluation.names(held_out)}"
 
 
 def check_batch_size(batch_size: int, views: int, items: int, name: str) -> None:

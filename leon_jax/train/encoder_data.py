@@ -10,7 +10,7 @@ from jaxtyping import Int64, UInt8
 from leon_jax.data.augment import AugmentConfig, augment
 from leon_jax.documents import Document
 from leon_jax.models.clip import CLIPConfig
-from leon_jax.retrieval.encoder import frame
+from leon_jax.retrieval.encoder import frame, plain_square
 from leon_jax.tokenizers.text import TextTokenizer
 from leon_jax.train import document_data
 from leon_jax.train.document_data import Component
@@ -99,8 +99,7 @@ class Views(grain.transforms.RandomMap):
     def _view(self, row: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
         document = self.component.source[row]
         images = self.component.images(document, row)
-        provenance = document.provenance
-        captions = (provenance.captions if provenance else ()) or (document.text,)
+        captions = _captions(document)
         caption = captions[int(rng.integers(len(captions)))]
         if not caption:
             raise self.component.error(row, "has no text, but the encoder learns from captions")
@@ -110,6 +109,46 @@ class Views(grain.transforms.RandomMap):
             "text": frame(self.text.encode(caption), self.model.text),
             "concept": np.array(concept(document, images, self.folder), np.int32),
         }
+
+
+def plain_pairs(
+    documents: Sequence[tuple[Component, int]], model: CLIPConfig, text: TextTokenizer
+) -> dict[str, np.ndarray]:
+    """Returns the first image of each document, unchanged, and its first caption.
+
+    Args:
+      documents: for each document, its folder and its number there.
+      model: the sizes of the encoder's inputs.
+      text: the text tokenizer.
+
+    Returns:
+      `image` uint8[n, size, size, 3], `text` int32[n, t] and `concept` int32[n].
+
+    Raises:
+      UserError: a document has no image or no text.
+    """
+    numbers: dict[str, int] = {}
+    pairs = []
+    for component, row in documents:
+        document = component.source[row]
+        images, caption = component.images(document, row), _captions(document)[0]
+        if not caption:
+            raise component.error(row, "has no text, but the encoder is evaluated with captions")
+        folder = numbers.setdefault(str(component.folder.folder), len(numbers))
+        pairs.append(
+            {
+                "image": plain_square(images[0], model.vision.image_size),
+                "text": frame(text.encode(caption), model.text),
+                "concept": np.array(concept(document, images, folder), np.int32),
+            }
+        )
+    return {name: np.stack([pair[name] for pair in pairs]) for name in pairs[0]}
+
+
+def _captions(document: Document) -> tuple[str, ...]:
+    """Returns the captions of a document, at least one; without captions it is the text."""
+    provenance = document.provenance
+    return (provenance.captions if provenance else ()) or (document.text,)
 
 
 def concept(document: Document, images: Sequence[UInt8[np.ndarray, "h w 3"]], folder: int) -> int:

@@ -18,6 +18,7 @@ CATEGORIES = {
     "input": "devices idle, waiting for a batch",
     "step": "updates",
     "checkpoint": "waiting for a checkpoint (most of it is written in the background)",
+    "evaluate": "evaluating the model on held-out documents",
     "sample": "generating samples and exporting",
     "redone": "updates that were lost in a stop and repeated",
     "down": "between a stop and the next start",
@@ -39,7 +40,12 @@ class GoodputTracker:
         if path is not None and path.exists():
             try:
                 saved = json.loads(path.read_text())
-                self.seconds |= {name: float(saved["seconds"][name]) for name in CATEGORIES}
+                # Files of earlier versions lack new categories.
+                self.seconds |= {
+                    name: float(saved["seconds"][name])
+                    for name in CATEGORIES
+                    if name in saved["seconds"]
+                }
                 self._step, stop_time = int(saved["step"]), float(saved["time"])
             except (ValueError, KeyError, TypeError):
                 return  # the file is of another version; start from zero

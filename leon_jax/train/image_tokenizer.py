@@ -7,7 +7,7 @@ decoder's last layer as large as that of the reconstruction loss.
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import grain
@@ -29,6 +29,7 @@ from leon_jax.models.vqgan import VQGAN, VQGANConfig, quantize
 from leon_jax.tokenizers.image import fit_image, normalize, to_pixels
 from leon_jax.train import document_data, optimizer, perceptual_weights
 from leon_jax.train.document_data import Component
+from leon_jax.train.evaluation import Evaluation
 from leon_jax.train.state import TrainState, check_multiples, rows_of_shard
 
 # Images above and below each other in a sample.
@@ -222,13 +223,18 @@ class TokenizerProgram:
     def _reconstruction_loss(
         self, outputs: Float[Array, "b h w 3"], images: Float[Array, "b h w 3"]
     ) -> tuple[Float[Array, ""], tuple[Float[Array, ""], ...]]:
-        losses = self.config.losses
-        weights = jax.tree.map(jnp.asarray, self.perceptual)
         l1 = jnp.abs(outputs - images).mean()
-        perceptual = lpips(outputs, images, weights, losses.network).mean()
+        perceptual, psnr = (values.mean() for values in self._image_quality(outputs, images))
+        return l1 + self.config.losses.perceptual * perceptual, (l1, perceptual, psnr)
+
+    def _image_quality(
+        self, outputs: Float[Array, "b h w 3"], images: Float[Array, "b h w 3"]
+    ) -> tuple[Float[Array, "b"], Float[Array, "b"]]:
+        """Returns the LPIPS distance and the PSNR in dB of each image."""
+        weights = jax.tree.map(jnp.asarray, self.perceptual)
+        perceptual = lpips(outputs, images, weights, self.config.losses.network)
         error = jnp.square((jnp.clip(outputs, -1, 1) - images) / 2).mean((1, 2, 3))
-        psnr = (-10 * jnp.log10(error + 1e-10)).mean()
-        return l1 + losses.perceptual * perceptual, (l1, perceptual, psnr)
+        return perceptual, -10 * jnp.log10(error + 1e-10)
 
     def _revive(
         self, generator: VQGAN, state: TrainState, images: Float[Array, "b h w 3"]
@@ -283,6 +289,56 @@ class TokenizerProgram:
         side = self.config.model.resolution
         shape = self.config.batch_size, side, side, 3
         return {"images": jax.ShapeDtypeStruct(shape, jnp.uint8)}
+
+    def evaluation(self) -> Evaluation | None:
+        """Prepares the evaluation: whole images, cropped to squares in the middle.
+
+        The metrics are `psnr_db`, `lpips`, `codes_used` (share of the codebook that all images
+        together use) and `reconstruction_loss` (L1 + weight x LPIPS). The lowest
+        `reconstruction_loss` is that of the best model.
+
+        Returns:
+          The evaluation; None: no folder has held-out documents.
+
+        Raises:
+          UserError: see `evaluation.choose_held_out`; or a document has no image.
+        """
+        documents, description = document_data.held_out_documents(self.config.data)
+        if not documents:
+            return None
+        model, weight = self.config.model, self.config.losses.perceptual
+        images = [
+            fit_image(component.images(component.source[i], i)[0], model.resolution)
+            for component, i in documents
+        ]
+
+        def metrics(outputs: Mapping[str, np.ndarray]) -> dict[str, float]:
+            l1, perceptual, psnr = (
+                outputs[name].mean(dtype=np.float64) for name in ("l1", "lpips", "psnr_db")
+            )
+            return {
+                "reconstruction_loss": l1 + weight * perceptual,
+                "psnr_db": psnr,
+                "lpips": perceptual,
+                "codes_used": len(np.unique(outputs["codes"])) / model.codes,
+            }
+
+        return Evaluation(
+            description,
+            {"images": np.stack(images)},
+            self.config.batch_size,
+            self._evaluate,
+            metrics,
+            "reconstruction_loss",
+        )
+
+    def _evaluate(self, pair: AdversarialPair, batch: dict[str, Array]) -> dict[str, Array]:
+        images = batch["images"].astype(jnp.float32) / 127.5 - 1
+        codes = pair.generator.encode(images)
+        outputs = pair.generator.decode(codes)
+        perceptual, psnr = self._image_quality(outputs, images)
+        l1 = jnp.abs(outputs - images).mean((1, 2, 3))
+        return {"l1": l1, "lpips": perceptual, "psnr_db": psnr, "codes": codes}
 
     def samples(self, state: TrainState) -> dict[str, np.ndarray]:
         """Returns up to sixteen images above their reconstructions.

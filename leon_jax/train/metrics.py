@@ -1,10 +1,11 @@
 """Writes a run's metrics to metrics.jsonl, TensorBoard and the terminal."""
 
+import contextlib
 import json
 import pathlib
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import jax
 import numpy as np
@@ -61,15 +62,19 @@ class Metrics:
         }
 
     def report(
-        self, fetched: Mapping[str, Float64[np.ndarray, "steps"]], goodput: float
+        self,
+        fetched: Mapping[str, Float64[np.ndarray, "steps"]],
+        goodput: float,
+        held_out: Mapping[str, float] | None = None,
     ) -> dict[str, float]:
-        """Writes and returns the means and rates of the fetched metrics.
+        """Writes and returns the means and rates of the fetched metrics, and held-out metrics.
 
         Means exclude skipped steps, unless all steps were skipped.
 
         Args:
           fetched: the result of `fetch`.
           goodput: share of the wall time, 0 to 1.
+          held_out: metrics of an evaluation after the last of these steps, by name.
         """
         now = time.monotonic()
         seconds, self._time = now - self._time, now
@@ -86,6 +91,7 @@ class Metrics:
         values["goodput"] = goodput
         if self._peak and self._flops_per_token and "tokens_per_second" in values:
             values["mfu"] = values["tokens_per_second"] * self._flops_per_token / self._peak
+        values |= held_out or {}
         if self._directory is not None:
             with (self._directory / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps({"step": self._step, **values}) + "\n")
@@ -94,9 +100,14 @@ class Metrics:
             print(self._line(values), file=sys.stderr, flush=True)
         return values
 
-    def pause(self) -> None:
-        """Excludes the time since the last report from the rates; call it after other work."""
-        self._time = time.monotonic()
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Excludes the time within the context from the rates."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self._time += time.monotonic() - start
 
     def save_images(self, images: Mapping[str, np.ndarray]) -> None:
         """Writes sample images, uint8[h, w, 3] by name, as PNG and to TensorBoard."""
@@ -119,7 +130,11 @@ class Metrics:
         seconds_left = seconds_per_step * (self._total - self._step)
         parts = [f"step {self._step}/{self._total}"]
         for name, value in values.items():
-            if name.startswith("loss") or name in ("psnr_db", "codes_used", "accuracy"):
+            if name.startswith(("loss", "heldout/")) or name in (
+                "psnr_db",
+                "codes_used",
+                "accuracy",
+            ):
                 parts.append(f"{name} {value:.4g}")
             elif name.endswith("_per_second"):
                 parts.append(f"{value:,.0f} {name.removesuffix('_per_second')}/s")

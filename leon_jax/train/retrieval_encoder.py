@@ -9,7 +9,7 @@ not be negatives.
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import grain
 import jax
@@ -28,6 +28,7 @@ from leon_jax.retrieval.encoder import KIND, SPECIALS
 from leon_jax.sharding import spec
 from leon_jax.tokenizers.text import TextTokenizer
 from leon_jax.train import document_data, encoder_data, optimizer
+from leon_jax.train.evaluation import Evaluation
 from leon_jax.train.optimizer import OptimizerConfig
 from leon_jax.train.state import TrainState, check_multiples, rows_of_shard
 
@@ -190,6 +191,27 @@ class EncoderProgram:
             "concept": jax.ShapeDtypeStruct((rows,), jnp.int32),
         }
 
+    def evaluation(self) -> Evaluation | None:
+        """Prepares the evaluation: each image searches all captions, and each caption all images.
+
+        The metrics are `loss`, the contrastive loss over all documents, and the recalls at 1
+        `image_to_text` and `text_to_image`, the shares of images and captions whose best match
+        shows the same concept. The lowest `loss` is that of the best model.
+
+        Returns:
+          The evaluation; None: no folder has held-out documents.
+
+        Raises:
+          UserError: see `evaluation.choose_held_out`; or a document has no image or no text.
+        """
+        documents, description = document_data.held_out_documents(self.config.data)
+        if not documents:
+            return None
+        rows = encoder_data.plain_pairs(documents, self.config.model, self.text)
+        metrics = functools.partial(_retrieval_metrics, concepts=rows["concept"])
+        rows = {name: rows[name] for name in ("image", "text")}
+        return Evaluation(description, rows, self.config.batch_size, _embed, metrics, "loss")
+
     def samples(self, state: TrainState) -> dict[str, np.ndarray]:
         """Returns no images, since an encoder generates none."""
         del state
@@ -238,6 +260,31 @@ def contrastive_loss(
     to_text, accuracy = one_way(image, text)
     to_image, _ = one_way(text, image)
     return (to_text + to_image) / 2, accuracy
+
+
+def _embed(model: CLIP, batch: dict[str, Array]) -> dict[str, Array]:
+    """Returns the embeddings of images, times the scale of the logits, and of texts."""
+    images = model.embed_image(batch["image"].astype(jnp.float32) / 255)
+    return {"image": model.scale() * images, "text": model.embed_text(batch["text"])}
+
+
+def _retrieval_metrics(
+    embeddings: Mapping[str, np.ndarray], concepts: Int[np.ndarray, "n"]
+) -> dict[str, float]:
+    """Returns `contrastive_loss` of all pairs in float64, and the recalls at 1."""
+    logits = embeddings["image"].astype(np.float64) @ embeddings["text"].astype(np.float64).T
+    same = concepts[:, None] == concepts[None, :]
+    losses, recalls = [], []
+    for scores in (logits, logits.T):
+        scores = scores - scores.max(1, keepdims=True)
+        log_shares = scores - np.log(np.exp(scores).sum(1, keepdims=True))
+        losses.append(-(same * log_shares).sum(1) / same.sum(1))
+        recalls.append(same[np.arange(len(scores)), scores.argmax(1)].mean())
+    return {
+        "loss": float(np.mean(losses)),
+        "image_to_text": float(recalls[0]),
+        "text_to_image": float(recalls[1]),
+    }
 
 
 def _flatten(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from leon_jax.config import UserError
+from leon_jax.train.evaluation import Evaluation
 
 
 @jax.tree_util.register_dataclass
@@ -119,6 +120,15 @@ class Program(Protocol):
 
     def batch_shapes(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Returns the shapes and dtypes of the arrays of a global batch; reads no file."""
+        ...
+
+    def evaluation(self) -> Evaluation | None:
+        """Prepares the evaluation on held-out documents; None: no folder has some.
+
+        Raises:
+          UserError: `config.data.eval_split` does not fit the folders, or a document cannot be
+            read.
+        """
         ...
 
     def samples(self, state: TrainState) -> dict[str, np.ndarray]:

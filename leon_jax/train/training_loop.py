@@ -6,7 +6,7 @@ import pathlib
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -19,14 +19,16 @@ from leon_jax import file_lock, weight_files
 from leon_jax.config import UserError
 from leon_jax.train.checkpoint import (
     Checkpoints,
-    check_config,
-    load_weights,
+    find_step,
+    load_model,
     on_all_processes,
 )
+from leon_jax.train.evaluation import Evaluator
 from leon_jax.train.global_batches import Feed
 from leon_jax.train.goodput import GoodputTracker
 from leon_jax.train.metrics import SKIPPED, Metrics
 from leon_jax.train.optimizer import averaged
+from leon_jax.train.run_config import check_config
 from leon_jax.train.state import Program, TrainState
 
 # (state, batch) -> (state after one update, scalar metrics).
@@ -49,7 +51,11 @@ class LoopConfig:
         run.
       init_from: initial weights of a new run: a model file (`<kind>.safetensors`), or the workdir
         of another run (its newest checkpoint); "" is random initialisation.
+      eval_every: period, in steps, of the evaluation on held-out documents; the last step is
+        evaluated too. 0: no evaluation.
     """
+
+    OMITTED_DEFAULTS: ClassVar[tuple[str, ...]] = ("eval_every",)
 
     log_every: int = 20
     save_every: int = 200
@@ -60,6 +66,7 @@ class LoopConfig:
     data_shards: int = 1
     max_skipped: int = 20
     init_from: str = ""
+    eval_every: int = 0
 
     def __post_init__(self) -> None:
         counts = (
@@ -69,6 +76,8 @@ class LoopConfig:
         for name in counts:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.eval_every < 0:
+            raise ValueError(f"eval_every is {self.eval_every}; it must be at least 0")
 
 
 def run(program: Program, loop: LoopConfig, workdir: pathlib.Path) -> TrainState:
@@ -103,12 +112,19 @@ def run(program: Program, loop: LoopConfig, workdir: pathlib.Path) -> TrainState
 
         # Data. It comes first, so that no workdir is created if data is missing.
         feed = Feed(program.batches, loop.data_shards)
+        evaluation = program.evaluation() if loop.eval_every else None
+        evaluator = None if evaluation is None else Evaluator(evaluation)
 
         # Workdir.
         workdir.mkdir(parents=True, exist_ok=True)
         stack.enter_context(_lock_workdir(workdir))
         run_config = {**configs.to_dict(program.config), "loop": configs.to_dict(loop)}
         check_config(workdir / "config.json", run_config)
+        if loop.eval_every and is_main:
+            sentence = "no folder of config.data has a held-out split, so the run is not evaluated"
+            if evaluation is not None:
+                sentence = f"every {loop.eval_every} steps the run evaluates {evaluation.documents}"
+            print(f"leon train: {sentence}", file=sys.stderr)
         goodput = GoodputTracker(workdir / "goodput.json" if is_main else None)
         checkpoints = Checkpoints(workdir / "checkpoints", loop.keep)
 
@@ -126,6 +142,8 @@ def run(program: Program, loop: LoopConfig, workdir: pathlib.Path) -> TrainState
             with goodput.spend("compile"):
                 step_function = jax.jit(skip_nonfinite(program.step), donate_argnums=0)
                 train_step = step_function.lower(state, batch).compile()
+                if evaluator is not None:
+                    evaluator.compile(averaged(state).model)
             goodput.switch("step")
 
         # Loop.
@@ -144,18 +162,27 @@ def run(program: Program, loop: LoopConfig, workdir: pathlib.Path) -> TrainState
             # Read only once a step: a signal during logging or saving takes effect after the next.
             signal_number = stop_signal.received(step)
             is_last = step == total or bool(signal_number)
-            if is_last or step % loop.log_every == 0:
+            is_evaluated = evaluator is not None and (step == total or step % loop.eval_every == 0)
+            if is_last or is_evaluated or step % loop.log_every == 0:
                 fetched = metrics.fetch()
+                held_out: dict[str, float] = {}
                 skipped_in_a_row = _consecutive_skips(skipped_in_a_row, fetched[SKIPPED])
-                metrics.report(fetched, goodput.report(step))
+                if evaluator is not None and is_evaluated:
+                    with goodput.spend("evaluate"), metrics.paused():
+                        held_out = evaluator.run(averaged(state).model)
+                metrics.report(fetched, goodput.report(step), held_out)
+            best_loss = None  # the held-out loss, if it is the lowest so far
+            if evaluator is not None and is_evaluated:
+                loss = evaluator.loss(held_out)
+                best_loss = loss if loss < checkpoints.best_loss else None
             has_failed = skipped_in_a_row >= loop.max_skipped
-            if is_last or has_failed or step % loop.save_every == 0:
+            is_saved = is_last or has_failed or step % loop.save_every == 0
+            if is_saved or best_loss is not None:
                 with goodput.spend("checkpoint"):
-                    checkpoints.save(state, feed.get_state())
+                    checkpoints.save(state, feed.get_state(), best_loss)
             if is_last or step % loop.sample_every == 0:
-                with goodput.spend("sample"):
+                with goodput.spend("sample"), metrics.paused():
                     metrics.save_images(program.samples(averaged(state)))
-                metrics.pause()
 
             if signal_number or has_failed:
                 with goodput.spend("checkpoint"):
@@ -259,11 +286,8 @@ def _initial_state(
     if not init_from:
         return state
     if pathlib.Path(init_from).is_dir():
-        leaves, structure = jax.tree.flatten(abstract.model)
-        names = [f"model.{name}" for name in weight_files.flatten(abstract.model)]
-        shapes = dict(zip(names, leaves, strict=True))
-        arrays = load_weights(pathlib.Path(init_from) / "checkpoints", shapes)
-        model = jax.tree.unflatten(structure, [arrays[name] for name in names])
+        directory = pathlib.Path(init_from) / "checkpoints"
+        model = load_model(directory, abstract, find_step(directory, "newest"))
     else:
         stored, _ = weight_files.load(init_from, program.kind)
         model = weight_files.restore(state.model, stored, init_from)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tests.end_to_end import curves
-from tests.train.test_decoder_program import write_data
+from tests.train import test_decoder_evaluation
 
 ROOT = pathlib.Path(__file__).parents[2]
 LOCAL = [sys.executable, str(ROOT / "launch" / "local.py")]
@@ -21,7 +21,7 @@ LOCAL = [sys.executable, str(ROOT / "launch" / "local.py")]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("prepared")
-    write_data(folder)
+    test_decoder_evaluation.write(folder)
     return folder
 
 
@@ -73,12 +73,23 @@ def test_the_other_programs_train_equally_on_meshes_and_on_one_device(kind, tmp_
             assert step["loss"] == pytest.approx(expected["loss"], rel=1e-5)
 
 
+@pytest.mark.slow
+def test_an_evaluation_on_a_mesh_equals_one_on_one_device(tmp_path):
+    results = json.loads(run(sys.executable, "-m", "tests.end_to_end.evaluations", str(tmp_path)))
+    assert set(results) == {"decoder", "tokenizer", "encoder"}
+    for one_device, *meshes in results.values():
+        assert len(one_device) >= 3 and all(np.isfinite(value) for value in one_device.values())
+        for metrics in meshes:
+            assert metrics == pytest.approx(one_device, rel=1e-5)
+
+
 CONFIG = """
 from tests.end_to_end import curves
 
 def get_config():
     config = curves.get_config({folder!r})
     config.loop = dict(log_every=1, save_every=5, mesh=(2, 2, 1, 2), data_shards=2, slices=1)
+    config.loop["eval_every"] = 7
     return config
 """
 
@@ -90,19 +101,26 @@ def test_two_processes_train_as_one_and_one_process_resumes_their_run(folder, lo
     train = [sys.executable, "-m", "leon_jax.cli.main", "train", f"--config={config}"]
     pair = [*LOCAL, "--processes=2", "--devices=4", "--"]
 
-    def curve(workdir):
-        lines = (workdir / "metrics.jsonl").read_text().splitlines()
-        return np.array([json.loads(line)["loss"] for line in lines])
+    def values(workdir, name="loss"):
+        lines = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+        return np.array([line[name] for line in lines if name in line])
 
     # Each process is a slice, so only gradients are sent between processes.
     run(*pair, *train, f"--workdir={tmp_path / 'two'}", "--config.loop.slices=2")
-    np.testing.assert_allclose(curve(tmp_path / "two"), losses[2, 2, 1, 2], rtol=1e-5)
+    np.testing.assert_allclose(values(tmp_path / "two"), losses[2, 2, 1, 2], rtol=1e-5)
     assert (tmp_path / "two" / "export" / "decoder.safetensors").is_file()
+    evaluated = values(tmp_path / "two", "heldout/image_loss_1")
+    assert len(evaluated) == 3
 
     # Two processes train ten steps, and one process trains the remaining steps.
     run(*pair, *train, f"--workdir={tmp_path / 'both'}", "--config.steps=10")
     run(*train, f"--workdir={tmp_path / 'both'}")
-    np.testing.assert_allclose(curve(tmp_path / "both"), losses[2, 2, 1, 2], rtol=1e-5)
+    np.testing.assert_allclose(values(tmp_path / "both"), losses[2, 2, 1, 2], rtol=1e-5)
+    resumed = values(tmp_path / "both", "heldout/image_loss_1")
+    # The run that ended after ten steps was evaluated there, too.
+    np.testing.assert_allclose(np.delete(resumed, 1), evaluated, rtol=1e-5)
+    steps = {path.name for path in (tmp_path / "two" / "checkpoints").iterdir()}
+    assert steps == {path.name for path in (tmp_path / "both" / "checkpoints").iterdir()}
 
 
 def test_ctrl_c_reaches_every_process_once_and_as_sigterm(tmp_path):

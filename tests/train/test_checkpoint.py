@@ -15,7 +15,8 @@ from leon_jax.config import UserError, to_dict
 from leon_jax.data.augment import CropConfig
 from leon_jax.models.decoder_config import DecoderConfig
 from leon_jax.models.vqgan import VQGANConfig
-from leon_jax.train.checkpoint import Checkpoints, check_config, load_weights
+from leon_jax.train.checkpoint import Checkpoints, find_step, load_model, load_weights
+from leon_jax.train.run_config import check_config
 from leon_jax.train.state import TrainState
 
 
@@ -104,7 +105,7 @@ def test_a_checkpoint_of_an_older_version_is_restored_exactly(
     ):
         np.testing.assert_array_equal(raw(restored_leaf), raw(saved_leaf))
     shapes = {f"model.{name}": leaf for name, leaf in flatten(abstract.model).items()}
-    weights = load_weights(tmp_path / "checkpoints", shapes)
+    weights = load_weights(tmp_path / "checkpoints", shapes, 3)
     for name, array in flatten(layered(0).model).items():
         np.testing.assert_array_equal(weights[f"model.{name}"], array)
 
@@ -125,6 +126,28 @@ def test_silently_changed_bytes_are_detected(tmp_path, capsys):
         "checkpoint 2 is damaged (model.large does not match its checksum"
         in capsys.readouterr().err
     )
+
+
+def test_the_best_checkpoint_is_kept_beside_the_newest_ones(tmp_path):
+    folder = tmp_path / "run[1]" / "checkpoints"
+    losses = {1: None, 2: 3.0, 3: None, 4: 2.5, 5: None, 6: None}
+    for steps in ((1, 2, 3), (4, 5, 6)):  # two starts
+        checkpoints = Checkpoints(folder, keep=2)
+        assert checkpoints.best_loss == (np.inf if steps[0] == 1 else 3.0)
+        for step in steps:
+            checkpoints.save(state(step, step), {"0": ""}, losses[step])
+        checkpoints.close()
+    assert {path.name for path in folder.iterdir() if path.name.isdigit()} == {"4", "5", "6"}
+    assert Checkpoints(folder).best_loss == 2.5
+    assert [find_step(folder, name) for name in ("best", "newest", "5")] == [4, 6, 5]
+    model = load_model(folder, ABSTRACT, 4)
+    np.testing.assert_array_equal(model.large[...], state(4, 4).model.large[...])
+    with pytest.raises(UserError, match=r"no checkpoint of step 3 in .*; its steps are 4, 5, 6"):
+        find_step(folder, "3")
+    assert Checkpoints(folder).restore(ABSTRACT)[0] == 6, "a run continues from the newest"
+    save_two(tmp_path / "other")
+    with pytest.raises(UserError, match=r"has a held-out loss; set config\.loop\.eval_every"):
+        find_step(tmp_path / "other", "best")
 
 
 def test_a_folder_that_cannot_be_created_is_named(tmp_path):
@@ -158,7 +181,7 @@ def test_arrays_of_another_shape_are_refused_without_quoting_the_library(tmp_pat
     message = r"a file is damaged, or .*another shape|or its arrays do not fit\); restore the"
     for load in (
         lambda: Checkpoints(tmp_path / "checkpoints").restore(other),
-        lambda: load_weights(tmp_path / "checkpoints", names),
+        lambda: load_weights(tmp_path / "checkpoints", names, 2),
     ):
         with pytest.raises(UserError, match=message) as raised:
             load()

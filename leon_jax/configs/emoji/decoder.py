@@ -89,7 +89,14 @@ def get_config() -> ConfigDict:
         }
     )
     config.loss_chunk = 512
+    # An evaluation takes as long as about fifteen steps.
     config.loop = ConfigDict(
-        {"log_every": 10, "save_every": 200, "sample_every": 400, "init_from": ""}
+        {
+            "log_every": 10,
+            "save_every": 200,
+            "sample_every": 400,
+            "eval_every": 600,
+            "init_from": "",
+        }
     )
     return config

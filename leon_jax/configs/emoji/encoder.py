@@ -52,6 +52,6 @@ def get_config() -> ConfigDict:
                 "folder": "data/emoji_prepared",
                 "text": "runs/emoji/text/export/text.json",
             },
-            "loop": {},
+            "loop": {"eval_every": 100},
         }
     )

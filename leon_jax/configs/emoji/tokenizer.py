@@ -48,6 +48,6 @@ def get_config() -> ConfigDict:
                 "weight_decay": 0.0,
             },
             "data": {"folder": "data/emoji_prepared"},
-            "loop": {},
+            "loop": {"eval_every": 100},
         }
     )
