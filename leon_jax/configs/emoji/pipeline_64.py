@@ -127,7 +127,7 @@ def tokenizer(grid: int, codebook: str) -> dict:
         },
         # A quarter shows several small drawings, for tasks with more than one.
         "augment": {"crop": 0.75, "mirror": 0.5, "scenes": 0.25},
-        "loop": {"save_every": 200, "sample_every": 400},
+        "loop": {"save_every": 200, "sample_every": 400, "eval_every": 400},
     }
 
 
@@ -136,7 +136,7 @@ def encoder() -> dict:
     values = runpy.run_path(str(HERE / "encoder.py"))["get_config"]().to_dict()
     values["steps"] = values["optimizer"]["total_steps"] = 3000
     del values["data"]
-    return values | {"loop": {"save_every": 200}}
+    return values | {"loop": {"save_every": 200, "eval_every": 200}}
 
 
 def decoder(grid: int) -> dict:
@@ -182,6 +182,7 @@ def decoder(grid: int) -> dict:
             "unchanged": 0.5,
             # Skin tones do not dominate.
             "balance": 0.7,
+            "eval_documents": 128,
         },
         "masking": {"placement": "segment", "whole_segment": 0.6, "query_text": 0.6},
         "samples": {
@@ -193,5 +194,5 @@ def decoder(grid: int) -> dict:
             ),
             "guidance": 3.0,
         },
-        "loop": {"log_every": 20, "save_every": 200, "sample_every": 1000},
+        "loop": {"log_every": 20, "save_every": 200, "sample_every": 1000, "eval_every": 500},
     }
