@@ -127,7 +127,7 @@ def tokenizer(grid: int, codebook: str) -> dict:
         },
         # A quarter shows several small drawings, for tasks with more than one.
         "augment": {"crop": 0.75, "mirror": 0.5, "scenes": 0.25},
-        "loop": {"save_every": 200, "sample_every": 400, "eval_every": 200},
+        "loop": {"save_every": 200, "sample_every": 400, "eval_every": 400},
     }
 
 
@@ -182,6 +182,7 @@ def decoder(grid: int) -> dict:
             "unchanged": 0.5,
             # Skin tones do not dominate.
             "balance": 0.7,
+            "eval_documents": 128,
         },
         "masking": {"placement": "segment", "whole_segment": 0.6, "query_text": 0.6},
         "samples": {
@@ -193,5 +194,5 @@ def decoder(grid: int) -> dict:
             ),
             "guidance": 3.0,
         },
-        "loop": {"log_every": 20, "save_every": 200, "sample_every": 1000, "eval_every": 1000},
+        "loop": {"log_every": 20, "save_every": 200, "sample_every": 1000, "eval_every": 500},
     }
