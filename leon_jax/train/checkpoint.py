@@ -34,6 +34,7 @@ from leon_jax.train.state import TrainState
 
 # What Orbax stores with a checkpoint that was the best when it was saved: its held-out loss, the
 # documents of the loss in words, and its step. The newest checkpoint with these is the best.
+# Checkpoints of an earlier version have the loss only.
 _LOSS, _DOCUMENTS, _STEP = "held_out_loss", "documents", "step"
 
 
@@ -151,7 +152,7 @@ class Checkpoints:
     def _open(self) -> None:
         policies, preserve = ocp.training, ocp.training.preservation_policies
         best = preserve.BestN(
-            get_metric_fn=lambda metrics: metrics[_STEP],
+            get_metric_fn=lambda metrics: metrics.get(_STEP, 0),
             n=1,
             keep_checkpoints_without_metrics=False,
         )
@@ -170,8 +171,9 @@ class Checkpoints:
                 f"checkpoints cannot be saved in {self._directory}: "
                 f"{_reason(error, 'it is not a writable folder')}"
             ) from error
-        saved, self.best_loss = _best(self._checkpointer), math.inf
-        if saved is not None and saved.metrics[_DOCUMENTS] == self._documents:
+        saved, documents = _best(self._checkpointer), self._documents
+        self.best_loss = math.inf
+        if saved is not None and saved.metrics.get(_DOCUMENTS, documents) == documents:
             self.best_loss = saved.metrics[_LOSS]
 
     def _load(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, str]]:

@@ -157,6 +157,28 @@ def test_the_best_checkpoint_is_kept_beside_the_newest_ones(tmp_path):
         find_step(tmp_path / "other", "best")
 
 
+def test_the_best_checkpoint_of_an_earlier_version_is_known(tmp_path, monkeypatch):
+    """It has a loss without the documents and the step."""
+    folder = tmp_path / "checkpoints"
+    checkpoints = Checkpoints(folder, 1)
+    save = checkpoints._checkpointer.save_checkpointables_async
+
+    def save_loss_only(*arguments, metrics, **options):
+        loss = metrics and {"held_out_loss": metrics["held_out_loss"]}
+        return save(*arguments, metrics=loss, **options)
+
+    monkeypatch.setattr(checkpoints._checkpointer, "save_checkpointables_async", save_loss_only)
+    for step, loss in ((1, 3.0), (2, 2.5), (3, None)):
+        checkpoints.save(state(step, step), {"0": ""}, loss)
+    checkpoints.close()
+    checkpoints = Checkpoints(folder, 1, "nine documents")
+    assert checkpoints.best_loss == 2.5
+    checkpoints.save(state(4, 4), {"0": ""}, 2.0)
+    checkpoints.save(state(5, 5), {"0": ""})
+    checkpoints.close()
+    assert {path.name for path in folder.iterdir() if path.name.isdigit()} == {"4", "5"}
+
+
 def test_a_folder_that_cannot_be_created_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"checkpoints cannot be saved in .*file"):
