@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from leon_jax import config as configs
 from leon_jax import weight_files
+from leon_jax.config import UserError
 from leon_jax.data.augment import CropConfig, random_crop
 from leon_jax.data.config import ImageDataConfig
 from leon_jax.data.scenes import MAX_IMAGES, MIN_IMAGES, compose
@@ -95,6 +96,11 @@ class TokenizerProgram:
 
     def __init__(self, config: TokenizerConfig) -> None:
         self.config = config
+        if config.optimizer.average:
+            raise UserError(
+                f"config.optimizer.average is {config.optimizer.average}; it must be 0 for an "
+                "image tokenizer, whose codebook is revived and not averaged"
+            )
         self.optimizer = optimizer.make(config.optimizer)
         network: Network = config.losses.network
         self.perceptual = jax.tree.map(np.asarray, perceptual_weights.load(network))

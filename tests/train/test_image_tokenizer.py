@@ -241,3 +241,9 @@ def test_a_document_without_an_image_is_named(tmp_path):
     folder = document_folders.write(tmp_path / "a", documents)
     with pytest.raises(UserError, match=r"document \d of .*a \(train\) \(k7\) has no stored image"):
         next(iter(program_of(folder).batches()))
+
+
+def test_an_average_of_the_weights_is_refused():
+    optimizer = dataclasses.replace(CONFIG.optimizer, average=0.9)
+    with pytest.raises(UserError, match=r"config\.optimizer\.average is 0.9; it must be 0"):
+        TokenizerProgram(dataclasses.replace(CONFIG, optimizer=optimizer))
