@@ -108,7 +108,8 @@ def main(argv: list[str]) -> None:
     if not 1 <= num_groups <= len(source) // size:
         raise UserError(f"--groups is {num_groups}; it must be 1 to {len(source) // size}")
     documents = [source[i] for i in range(len(source))]
-    groups = [documents[start : start + size] for start in range(0, num_groups * size, size)]
+    slices = [slice(start, start + size) for start in range(0, num_groups * size, size)]
+    groups = [documents[part] for part in slices]
     max_docs = min(2, leon.model.folder.max_docs)
     own_sampler, top_p = leon.model.folder.defaults.sampling.image, _TOP_P.value
     if top_p is None and not (isinstance(own_sampler, Categorical) and own_sampler.top_p):
@@ -135,11 +136,8 @@ def main(argv: list[str]) -> None:
         )
 
     if weights is not None:
-        rows = [
-            reconstruction.images[1][start : start + size]
-            for start in range(0, num_groups * size, size)
-        ]
-        record("lpips_reconstruction_share", lpips_share([list(row) for row in rows]))
+        decoded = [list(reconstruction.images[1][part]) for part in slices]
+        record("lpips_reconstruction_share", lpips_share(decoded))
     record("real_match_share", fmean(measurements.real_match(leon, group) for group in groups))
     record(
         "image_perplexity_by_documents",

@@ -188,10 +188,10 @@ def _index_documents(index: Mapping[str, Any], inputs: Inputs, files: Layout) ->
         raise UserError(f"config.index.share is {index['share']}; it must be 0 to 1")
     # The configuration names its sources with their licences.
     accepts = [flag for flag in inputs.prepare_flags if flag.startswith("--accept=")]
-    own = Inputs((), accepts, inputs.workdir)
+    index_inputs = Inputs((), accepts, inputs.workdir)
 
     def make() -> Command:
-        return prepare_command("index", own, files, index["prepare"], files.index)
+        return prepare_command("index", index_inputs, files, index["prepare"], files.index)
 
     return Stage(
         "index", "collect the documents of the index", make, files.index / MANIFEST, 60, True

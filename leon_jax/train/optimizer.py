@@ -155,9 +155,8 @@ def make(
 
 def averaged(state: TrainState) -> TrainState:
     """Returns the state with the averaged weights, or `state` if there is no average."""
-    is_average = lambda part: isinstance(part, Average)  # noqa: E731
-    for part in jax.tree.leaves(state.opt_state, is_leaf=is_average):
-        if is_average(part):
+    for part in jax.tree.leaves(state.opt_state, is_leaf=lambda part: isinstance(part, Average)):
+        if isinstance(part, Average):
             return dataclasses.replace(state, model=part.weights)
     return state
 
@@ -177,9 +176,9 @@ def _averaging(rate: float) -> optax.GradientTransformation:
 
     def update(updates: Any, state: Average, params: Any = None) -> tuple[Any, Average]:
         count = state.updates + 1
-        kept = jnp.minimum(rate, (1 + count) / (10 + count))
+        step_rate = jnp.minimum(rate, (1 + count) / (10 + count))
         weights = jax.tree.map(
-            lambda old, new: kept * old + (1 - kept) * new,
+            lambda old, new: step_rate * old + (1 - step_rate) * new,
             state.weights,
             optax.apply_updates(params, updates),
         )
