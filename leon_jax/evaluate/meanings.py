@@ -27,10 +27,10 @@ MEANINGS = {
     "in decibels; mean over images",
     "codes_used_share": "share of the codebook that the held-out images use",
     "lpips_reconstruction_share": "share of held-out images that are nearest to themselves among "
-    "all candidates, by LPIPS (VGG16), after the image tokenizer; the ceiling of "
-    "lpips_match_share_by_documents",
+    "all candidates, by LPIPS (VGG16), after the image tokenizer; about the most that generated "
+    "images can reach",
     "real_match_share": "share of real held-out images that the retrieval encoder matches to their "
-    "own caption among all candidates; an estimate of the ceiling of prompt_match_share",
+    "own caption among all candidates; it shows how reliable the encoder is as a judge",
     "image_perplexity_by_documents": "perplexity per token of a held-out image given its caption",
     "prompt_match_share_by_documents": "share of generated images that the retrieval encoder "
     "matches to their own prompt among all candidates",
@@ -40,9 +40,11 @@ MEANINGS = {
     "unchanged; a model that only copies reaches it",
     "caption_rank1_share_by_documents": "share of held-out images whose own caption is the most "
     "likely of all candidates; each caption follows the documents that it retrieves",
-    "judge": "lpips_match_share of designs that were trained on and of held-out designs, with 0 "
-    "and 2 retrieved documents",
-    "judge_copy": "lpips_copy_share of the same designs",
+    "judge": "share of generated images whose nearest real image among all candidates, by LPIPS "
+    "(VGG16), is the one of their own prompt; seen: designs that were trained on, unseen: held-out "
+    "designs",
+    "judge_copy": "the same share for the nearest retrieved document of each prompt, unchanged; a "
+    "model that only copies reaches it",
     "seconds": "wall-clock time of the whole demo",
 }
 
@@ -70,4 +72,6 @@ def format_metric(name: str, value: Number) -> str:
 def _group(key: str) -> str:
     """Formats a key of a metric: "2" is "2 documents", "seen_2" is "seen, 2 documents"."""
     *words, docs = key.split("_")
-    return ", ".join([*words, f"{docs} documents"]) if docs.isdigit() else key
+    if not docs.isdigit():
+        return key
+    return ", ".join([*words, f"{docs} document{'s' * (docs != '1')}"])

@@ -153,7 +153,8 @@ def _score(leon, ids, weights):
 
 def test_every_metric_has_a_label_and_a_meaning():
     assert list(meanings.LABELS) == list(meanings.MEANINGS)
-    judge = {"seen_2": 0.9, "unseen_0": 0.25}
-    shares = "seen, 2 documents: 90.0 %; unseen, 0 documents: 25.0 %"
+    assert not any("_" in text for text in (*meanings.LABELS.values(), *meanings.MEANINGS.values()))
+    judge = {"seen_2": 0.9, "unseen_1": 0.25}
+    shares = "seen, 2 documents: 90.0 %; unseen, 1 document: 25.0 %"
     assert meanings.format_metric("judge", judge) == shares
     assert meanings.format_metric("judge_copy", {"seen": 0.5}) == "seen: 50.0 %"
