@@ -98,10 +98,6 @@ class Layout:
         self.selection = self.encoder.with_name("selection.json")
         self.model = workdir / "model"
 
-    def models(self) -> dict[str, pathlib.Path]:
-        """Returns the models that encode documents, by their flag of `leon encode`."""
-        return {"tokenizer": self.tokenizer, "encoder": self.encoder, "text": self.text}
-
     def config(self, stage: str) -> pathlib.Path:
         """Returns the path of a stage's config file."""
         return self.workdir / "configs" / f"{stage}.py"
@@ -140,9 +136,12 @@ def stages(values: Mapping[str, Any], inputs: Inputs) -> list[Stage]:
     for name, config in sorted(values["stages"].items(), key=_position):
         if config["kind"] == "decoder":
             if before_decoder:
-                result += [_thresholds(values.get("selection"), files), _encode(values, files)]
+                title = "encode the documents and find neighbours"
+                result.append(_thresholds(values.get("selection"), files))
+                result.append(_encode("encode", title, files.documents, values, files))
                 if index is not None:
-                    result.append(_encode_index(values, files))
+                    title = "encode the documents of the index"
+                    result.append(_encode("encode_index", title, files.index, values, files))
                 before_decoder = False
             if index is not None:
                 config = {**config, "data": {**config["data"], **_mixture(index, files)}}
@@ -196,18 +195,6 @@ def _index_documents(index: Mapping[str, Any], inputs: Inputs, files: Layout) ->
     return Stage(
         "index", "collect the documents of the index", make, files.index / MANIFEST, 60, True
     )
-
-
-def _encode_index(values: Mapping[str, Any], files: Layout) -> Stage:
-    """Returns the stage that encodes the documents of the model's index."""
-
-    def make() -> Command:
-        return encode_command(files.index, files.models(), values.get("encode", {}))
-
-    return Stage(
-        "encode_index", "encode the documents of the index", make,
-        files.index / "encoded", 60, True,
-    )  # fmt: skip
 
 
 def _mixture(index: Mapping[str, Any], files: Layout) -> dict[str, Any]:
@@ -291,14 +278,16 @@ def _thresholds(selection: Mapping[str, Any] | None, files: Layout) -> Stage:
     return Stage("thresholds", "measure the encoder's thresholds", make, files.selection, 15)
 
 
-def _encode(values: Mapping[str, Any], files: Layout) -> Stage:
-    def make() -> Command:
-        return encode_command(files.documents, files.models(), values.get("encode", {}))
+def _encode(
+    name: str, title: str, folder: pathlib.Path, values: Mapping[str, Any], files: Layout
+) -> Stage:
+    """Returns the stage that encodes a documents folder with the models of the pipeline."""
 
-    return Stage(
-        "encode", "encode the documents and find neighbours", make,
-        files.documents / "encoded", 60, True,
-    )  # fmt: skip
+    def make() -> Command:
+        models = {"tokenizer": files.tokenizer, "encoder": files.encoder, "text": files.text}
+        return encode_command(folder, models, values.get("encode", {}))
+
+    return Stage(name, title, make, folder / "encoded", 60, True)
 
 
 def _decoder(
