@@ -260,15 +260,22 @@ class Decoder(nnx.Module):
         """Applies the last convolution, with its own kernel or another one."""
         kernel = self.out.kernel[...] if kernel is None else kernel
         x = conv(features, kernel, self.out.bias[...])
-        batch, height, width, _ = x.shape
-        patch = self.patch
-        if patch == 1:
-            return x
-        squares = x.reshape(batch, height, width, patch, patch, 3).swapaxes(2, 3)
-        return squares.reshape(batch, height * patch, width * patch, 3)
+        return x if self.patch == 1 else _squares(x, self.patch)
 
     def __call__(self, latents: Float[Array, "b i j c"]) -> Float[Array, "b h w 3"]:
         return self.pixels(self.features(latents))
+
+
+def _squares(x: Float[Array, "b i j c"], side: int) -> Float[Array, "b h w 3"]:
+    """Makes a square of pixels of the channels of each position, row by row."""
+    batch, height, width, _ = x.shape
+    by_image = jax.typeof(x).sharding.spec[:1]
+    rows = x.reshape(
+        (batch, height, width, side, side, 3), out_sharding=jax.P(*by_image, *[None] * 5)
+    ).swapaxes(2, 3)
+    return rows.reshape(
+        (batch, height * side, width * side, 3), out_sharding=jax.P(*by_image, *[None] * 3)
+    )
 
 
 def _run(layers: Iterable[nnx.Module], x: Array, remat: bool) -> Array:
