@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from leon_jax import sharding
 from leon_jax.config import ConfigError, build
 from leon_jax.models.discriminator import PatchDiscriminator, hinge_loss
 from leon_jax.models.vqgan import VQGAN, GroupNorm, VQGANConfig, nearest_code, quantize
@@ -44,6 +45,10 @@ def test_the_last_layer_may_make_squares_of_pixels(images):
     # The channels of a position are the rows of its square, from top to bottom.
     square = patches[1, 2, 5].reshape(2, 2, 3)
     np.testing.assert_array_equal(pixels[1, 4:6, 10:12], square)
+    # Also for a batch that a mesh shares, as in training.
+    with jax.set_mesh(sharding.make_mesh((1, 1, 1, 1), jax.devices()[:1])):
+        batch = jax.device_put(np.asarray(features), sharding.spec("batch"))
+        np.testing.assert_allclose(jax.jit(model.decoder.pixels)(batch), pixels, atol=1e-5)
 
 
 def test_the_default_configuration_has_the_grid_of_cm3leon():
