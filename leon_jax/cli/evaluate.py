@@ -171,6 +171,10 @@ def main(argv: list[str]) -> None:
         )
         rank1_shares[str(docs)] = float((ranks == 0).mean())
     record("caption_rank1_share_by_documents", rank1_shares)
+    described = [document for group in groups for document in group]
+    exact, right = measurements.caption_matches(measurements.captions(leon, described), described)
+    record("caption_exact_share", float(exact.mean()))
+    record("caption_concept_share", float(right.mean()))
     print(json.dumps(metrics, indent=1))
     if _OUT.value is not None:
         folder = pathlib.Path(_OUT.value)

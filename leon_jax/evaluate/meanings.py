@@ -17,6 +17,8 @@ LABELS = {
     "lpips_match_share_by_documents": "Generated images recognised (LPIPS)",
     "lpips_copy_share": "Retrieved documents recognised (LPIPS)",
     "caption_rank1_share_by_documents": "True caption is the likeliest",
+    "caption_exact_share": "Generated captions that are exact",
+    "caption_concept_share": "Generated captions that name the concept",
     "judge": "Generated images recognised (LPIPS)",
     "judge_copy": "Retrieved documents recognised (LPIPS)",
     "seconds": "Time of the demo",
@@ -40,6 +42,9 @@ MEANINGS = {
     "unchanged; a model that only copies reaches it",
     "caption_rank1_share_by_documents": "share of held-out images whose own caption is the most "
     "likely of all candidates; each caption follows the documents that it retrieves",
+    "caption_exact_share": "share of held-out images whose most likely caption is their own",
+    "caption_concept_share": "share of held-out images whose most likely caption is one of theirs, "
+    "in any language or wording, with or without the style",
     "judge": "share of generated images whose nearest real image among all candidates, by LPIPS "
     "(VGG16), is the one of their own prompt; seen: designs that were trained on, unseen: held-out "
     "designs",

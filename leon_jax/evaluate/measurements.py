@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 import PIL.Image
-from jaxtyping import UInt8
+from jaxtyping import Bool, UInt8
 
 from leon_jax.documents import Document, Hole, Image, Text
 from leon_jax.engine.engine import Engine
@@ -108,6 +108,50 @@ def caption_ranks(
         scores[:, column] = _score(leon, sequences, weights)
     own_scores = np.diag(scores)[:, None]
     return (scores > own_scores).sum(1), scores
+
+
+def captions(leon: Leon, documents: Sequence[Document]) -> list[str]:
+    """Returns the most likely caption of each document's image, token by token, for all at once."""
+    prompts = [Document((Hole("text"), Image(codes=document.codes))) for document in documents]
+    params = SamplingParams.of(temperature=0.0)
+    return [document.text for document in leon.complete(prompts, params=params)]
+
+
+def caption_matches(
+    texts: Sequence[str], documents: Sequence[Document]
+) -> tuple[Bool[np.ndarray, "n"], Bool[np.ndarray, "n"]]:
+    """Compares generated captions with the captions of the documents.
+
+    Case and spaces at the ends do not count. A text names the right concept if it is the caption of
+    the document or one of its alternative captions (`Provenance.captions`), with or without the
+    part after the last comma, which may name a style.
+
+    Args:
+      texts: a generated caption for the image of each document.
+      documents: documents with captions.
+
+    Returns:
+      Which texts equal the caption, and which name the right concept.
+    """
+    exact, right = [], []
+    for text, document in zip(texts, documents, strict=True):
+        names = {
+            name
+            for caption in (document.text, *document.provenance.captions)
+            for name in _names(caption)
+        }
+        exact.append(_plain(text) == _plain(document.text))
+        right.append(not names.isdisjoint(_names(text)))
+    return np.array(exact), np.array(right)
+
+
+def _plain(text: str) -> str:
+    return text.strip().casefold()
+
+
+def _names(caption: str) -> tuple[str, str]:
+    """Returns a caption, and the caption without the part after the last comma."""
+    return _plain(caption), _plain(caption.rpartition(",")[0] or caption)
 
 
 def generate(

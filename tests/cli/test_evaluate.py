@@ -60,6 +60,10 @@ def test_matching_metrics_are_averaged_over_the_groups(run, tmp_path):
         assert metrics["caption_rank1_share_by_documents"][str(docs)] == np.mean(
             np.concatenate(ranks) == 0
         )
+    described = groups[0] + groups[1]
+    exact, right = measurements.caption_matches(measurements.captions(leon, described), described)
+    assert metrics["caption_exact_share"] == exact.mean()
+    assert metrics["caption_concept_share"] == right.mean()
     generations = [
         measurements.generate(leon, group, 2, guidance=3.0, top_p=1.0) for group in groups
     ]

@@ -7,7 +7,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from leon_jax.documents import Document, Hole, Text
+from leon_jax.documents import Document, Hole, Provenance, Text
 from leon_jax.engine.likelihood import log_likelihoods
 from leon_jax.evaluate import meanings, measurements, report_page
 from leon_jax.leon import GeneratedImage, Leon
@@ -87,6 +87,27 @@ def test_prompt_match_is_the_share_of_images_nearest_to_their_own_prompt(
     assert measurements.prompt_match(leon, generations) == 0.0
     monkeypatch.setattr(leon.model.encoder, "embed_texts", lambda texts: np.eye(4)[[0, 1, 3, 2]])
     assert measurements.prompt_match(leon, generations) == 0.5
+
+
+def test_captions_are_those_of_one_image_at_a_time(leon, documents):
+    texts = measurements.captions(leon, documents)
+    assert texts == [leon.caption(document.pixels).text for document in documents]
+
+
+def test_a_caption_may_have_another_wording_or_no_style():
+    provenance = Provenance("1", "test", "CC0-1.0", "", captions=("cat face", "Katzengesicht"))
+    document = Document((Text("cat face, Twemoji style"),), provenance)
+    texts = [
+        "cat face, Twemoji style",
+        " Cat face, twemoji style",
+        "Katzengesicht, Noto style",
+        "cat face",
+        "cat, Twemoji style",
+        "",
+    ]
+    exact, right = measurements.caption_matches(texts, [document] * len(texts))
+    assert exact.tolist() == [True, True, False, False, False, False]
+    assert right.tolist() == [True, True, True, True, False, False]
 
 
 def test_generating_a_batch_equals_generating_one_image(leon, documents):
