@@ -20,8 +20,9 @@ from absl import app, flags
 
 from benchmarks.short_runs import held_out, train
 from leon_jax import weight_files
+from leon_jax.config import build
+from leon_jax.models.vqgan import VQGANConfig
 from leon_jax.pipeline import stages
-from leon_jax.tokenizers.image import ImageTokenizer
 from leon_jax.tokenizers.text import TextTokenizer
 
 _RUN = flags.DEFINE_string("run", "runs/emoji_64", "A workdir of leon pipeline.")
@@ -93,8 +94,8 @@ def measure(row: Row, folder: pathlib.Path) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     files = stages.Layout(pathlib.Path(_RUN.value).absolute())
-    tokenizer = ImageTokenizer.load(files.tokenizer)
-    values = runpy.run_path(CONFIG)["decoder"](tokenizer.shape[0])
+    tokenizer = build(VQGANConfig, weight_files.read_config(files.tokenizer, "tokenizer"), "config")
+    values = runpy.run_path(CONFIG)["decoder"](tokenizer.grid)
     text_tokens = TextTokenizer.load(files.text).size
     text_start = 4 + tokenizer.codes + 2 + values["vocabulary"]["sentinels"]
     values["vocabulary"] |= {

@@ -15,6 +15,7 @@ import json
 import pathlib
 import runpy
 
+import jax
 import numpy as np
 import PIL.Image
 import PIL.ImageDraw
@@ -22,6 +23,7 @@ from absl import app, flags
 from jaxtyping import UInt8
 
 from benchmarks.short_runs import held_out, leon, train
+from leon_jax import sharding
 from leon_jax.data.document_folder import DocumentFolder
 from leon_jax.data.scenes import compose
 from leon_jax.evaluate import perceptual_match
@@ -77,8 +79,9 @@ def main(argv: list[str]) -> None:
     """Runs the missing parts, then writes the page if every cell is measured."""
     del argv
     work = pathlib.Path(_WORKDIR.value).absolute()
-    for name in _CELLS.value or CELLS:
-        measure(CELLS[name], work / name)
+    with jax.set_mesh(sharding.make_mesh()):
+        for name in _CELLS.value or CELLS:
+            measure(CELLS[name], work / name)
     paths = {name: work / name / "result.json" for name in CELLS}
     if all(path.exists() for path in paths.values()):
         results = {name: json.loads(path.read_text()) for name, path in paths.items()}

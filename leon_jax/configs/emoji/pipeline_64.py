@@ -134,7 +134,7 @@ def tokenizer(grid: int, codebook: str) -> dict:
 def encoder() -> dict:
     """Returns the configuration of the retrieval encoder."""
     values = runpy.run_path(str(HERE / "encoder.py"))["get_config"]().to_dict()
-    values["steps"] = values["optimizer"]["total_steps"] = 3000
+    values["steps"] = values["optimizer"]["total_steps"] = 2000
     del values["data"]
     return values | {"loop": {"save_every": 200, "eval_every": 200}}
 
