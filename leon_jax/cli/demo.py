@@ -35,6 +35,17 @@ _MEASURED, _SHOWN = 50, 16
 _GUIDANCE, _TOP_P = 3.0, 0.9
 _FIRST_STEPS, _ALL_STEPS = 60, 120
 
+# Images in the first row of the report.
+_OPENING = 8
+
+_LIMITS = """<ul>
+<li>It draws emoji, one to an image. It knows no photographs and no other scenes.</li>
+<li>It draws few concepts well that it was not trained on and cannot retrieve.</li>
+<li>Small details blur: faces in a crowd, letters, the pattern of a flag.</li>
+<li>It gives images the captions of emoji. It does not answer questions, and it does not follow
+instructions to edit an image.</li>
+</ul>"""
+
 _CONFIG = pathlib.Path(__file__).parents[1] / "configs" / "emoji" / "decoder.py"
 
 
@@ -108,15 +119,19 @@ def main(argv: list[str]) -> None:
 
     metrics["seconds"] = time.monotonic() - start_time
     sections = [
+        ("", report_page.gallery(generations[2][:_OPENING])),
         (
             "About this report",
-            f"<p>The model <code>{leon.name}</code> generated everything here on this machine. The "
-            "prompts and images are Twemoji designs that were held out of training; the model saw "
-            "the same concepts as OpenMoji designs only. Images are "
+            f"<p>The model <code>{leon.name}</code> generated everything here on this machine. "
+            f"Above are its images for the first {_OPENING} prompts of the held-out designs; none "
+            "was chosen. The prompts and images are Twemoji designs that were held out of "
+            "training. The model read two retrieved documents for each, and the same concept in "
+            "another design may be one of them. Images are "
             f"{leon.model.image_tokenizer.resolution} pixels a side, shown larger. OpenMoji is CC "
             "BY-SA 4.0 by the OpenMoji project; Twemoji is CC BY 4.0 by Twitter, Inc and other "
             "contributors.</p>",
         ),
+        ("What the model cannot do", _LIMITS),
         ("Metrics", report_page.metrics_table(metrics)),
         (
             "Images for held-out prompts",

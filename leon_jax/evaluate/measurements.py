@@ -135,11 +135,8 @@ def caption_matches(
     """
     exact, right = [], []
     for text, document in zip(texts, documents, strict=True):
-        names = {
-            name
-            for caption in (document.text, *document.provenance.captions)
-            for name in _names(caption)
-        }
+        others = document.provenance.captions if document.provenance else ()
+        names = {name for caption in (document.text, *others) for name in _names(caption)}
         exact.append(_plain(text) == _plain(document.text))
         right.append(not names.isdisjoint(_names(text)))
     return np.array(exact), np.array(right)

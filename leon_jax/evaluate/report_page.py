@@ -7,7 +7,6 @@ import json
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -29,6 +28,9 @@ small { color: #555; display: block; line-height: 1.3 }
 .number { text-align: right; font-variant-numeric: tabular-nums }
 figure { margin: 0; width: 10rem; overflow-wrap: anywhere }
 .read { display: flex; gap: .75rem }
+.gallery { display: flex; flex-wrap: wrap; gap: 1rem }
+.gallery figure { width: 128px; font-size: .85rem; line-height: 1.3 }
+.gallery img { width: 128px; height: 128px; margin: 0 }
 .good { color: #14692b } .bad { color: #a3231f }
 """
 
@@ -104,6 +106,16 @@ def generated_images(
         ],
         rows,
     )
+
+
+def gallery(images: Sequence[GeneratedImage]) -> str:
+    """Returns generated images in a row, each above its prompt, as HTML."""
+    figures = (
+        f"<figure>{image_tag(image.image, image.prompt)}"
+        f"<figcaption>{html.escape(image.prompt)}</figcaption></figure>"
+        for image in images
+    )
+    return f'<div class="gallery">{"".join(figures)}</div>'
 
 
 def captions(documents: Sequence[Document], generated: Sequence[tuple[str, str]]) -> str:
@@ -189,17 +201,16 @@ def metrics_table(metrics: Mapping[str, Number]) -> str:
     return table(["Metric", "Value", "Definition"], rows)
 
 
-def page(title: str, sections: Sequence[tuple[str, str]], metrics: Mapping[str, Any]) -> str:
+def page(title: str, sections: Sequence[tuple[str, str]]) -> str:
     """Returns the whole page.
 
     Args:
       title: the title, plain text.
-      sections: (heading, HTML body) pairs.
-      metrics: shown as JSON at the end.
+      sections: (heading, HTML body) pairs. A section without a heading continues the one before.
     """
-    raw = html.escape(json.dumps(metrics, indent=1))
-    body = "".join(f"<h2>{html.escape(name)}</h2>{content}" for name, content in sections)
-    body += f"<h2>All metrics</h2><pre>{raw}</pre>"
+    body = "".join(
+        (f"<h2>{html.escape(name)}</h2>" if name else "") + content for name, content in sections
+    )
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}'
         f'</title><meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head>'
@@ -216,7 +227,7 @@ def write(
     """Writes `index.html` (see `page`) and `metrics.json` atomically. Creates the folder."""
     pathlib.Path(folder).mkdir(parents=True, exist_ok=True)
     for name, text in (
-        ("index.html", page(title, sections, metrics)),
+        ("index.html", page(title, sections)),
         ("metrics.json", json.dumps(metrics, indent=1) + "\n"),
     ):
         path = pathlib.Path(folder) / name

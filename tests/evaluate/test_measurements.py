@@ -140,6 +140,7 @@ def test_the_report_is_well_formed_and_credits_retrieved_documents(leon, documen
     images = {n: measurements.generate(leon, documents[:2], n, guidance=1.0) for n in (0, 2)}
     hostile = Document((Text('<script>alert("x")</script>'), documents[0].parts[1]))
     sections = [
+        ("", report_page.gallery(images[2])),
         ("Images", report_page.generated_images(documents[:2], images[0], images[2])),
         ("Captions", report_page.captions([hostile], [("<b>a", "b & c")])),
         ("Loss", report_page.curve([(1, 2.0), (2, 1.5), (3, 1.25)], 2, "loss, nats")),
@@ -150,13 +151,13 @@ def test_the_report_is_well_formed_and_credits_retrieved_documents(leon, documen
             ),
         ),
     ]
-    text = report_page.page("A <title>", sections, {"seconds": 1.0})
+    text = report_page.page("A <title>", sections)
     reader = _Reader()
     reader.feed(text)
     assert reader.open_tags == [] and "script" not in reader.tags
     for content in ("61 s", "2 documents: 50.0 %", ">loss, nats</text>", "Time of the demo"):
         assert content in text
-    assert len(reader.images) == 2 * 3 + sum(len(image.retrieved) for image in images[2]) + 1
+    assert len(reader.images) == 2 * 4 + sum(len(image.retrieved) for image in images[2]) + 1
     assert all(image["alt"] for image in reader.images)
     for document in images[2][0].retrieved:
         assert document.provenance.licence in text and document.provenance.key in text
