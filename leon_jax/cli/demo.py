@@ -65,6 +65,8 @@ def main(argv: list[str]) -> None:
     except OSError as error:
         raise UserError(f"the folder {out} cannot be created: {error.strerror}") from error
 
+    import numpy as np
+
     from leon_jax.datasets import demo as dataset
     from leon_jax.evaluate import meanings, measurements, report_page
     from leon_jax.generate.retriever import model_files
@@ -100,7 +102,8 @@ def main(argv: list[str]) -> None:
         "tokenizer_psnr_db": reconstruction.psnr_db,
         "codes_used_share": reconstruction.codes_used,
         "image_perplexity_by_documents": {
-            str(n): measurements.image_perplexity(leon, documents, n) for n in (0, 1, 2)
+            str(n): float(np.exp(measurements.image_losses(leon, documents, n).mean()))
+            for n in (0, 1, 2)
         },
         "caption_rank1_share_by_documents": {str(n): float((ranks[n] == 0).mean()) for n in ranks},
         "prompt_match_share_by_documents": {

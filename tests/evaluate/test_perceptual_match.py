@@ -42,3 +42,14 @@ def test_the_share_counts_images_that_are_nearest_to_their_own(weights):
     assert perceptual_match.match_share(generated, real, weights) == 1
     swapped = [generated[1], generated[0], *generated[2:]]
     assert perceptual_match.match_share(swapped, real, weights) == 0.5
+
+
+def test_a_copy_of_a_document_is_not_nearer_to_the_truth(weights):
+    truth, other, document = images(3)
+    noise = np.random.default_rng(5).integers(-20, 20, truth.shape)
+    drawn = np.clip(truth.astype(int) + noise, 0, 255).astype(np.uint8)
+    share = perceptual_match.beyond_documents_share(
+        [drawn, document], [truth, other], [[document], [document, truth]], weights
+    )
+    assert share == 0.5
+    assert perceptual_match.beyond_documents_share([drawn], [truth], [[]], weights) == 1
