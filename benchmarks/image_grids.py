@@ -95,7 +95,9 @@ def measure(cell: Cell, folder: pathlib.Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     config = runpy.run_path(CONFIG)
     tokenizer = config["tokenizer"](cell.grid, cell.codebook)
-    tokenizer["model"] |= {"codes": cell.codes, "pixel_patch": cell.pixel_patch}
+    tokenizer["model"] |= {
+        "channels": 16, "codes": cell.codes, "pixel_patch": cell.pixel_patch,
+    }  # fmt: skip
     tokenizer["losses"]["adversarial_start"] = cell.tokenizer_steps
     tokenizer["data"] = {"folder": _DOCUMENTS.value}
     tokenizer["loop"] = {"log_every": 50, "save_every": 200, "eval_every": 200}
