@@ -259,12 +259,13 @@ class Decoder(nnx.Module):
 
     def _embed(self, ids: Array, positions: Array, sharding: jax.P = _TOKENS) -> Array:
         """Returns the embeddings of tokens and of learned positions, [*ids, embed]."""
-        x = _lookup(self.table[...], ids, sharding)
+        dtype = self.config.dtype
+        x = _lookup(self.table[...], ids, sharding, dtype).astype(jnp.float32)
         if self.config.form.embed_scale != 1:
             x = x * self.config.form.embed_scale
         if self.config.form.positions == "learned":
-            x = x + _lookup(self.positions[...], positions, sharding)
-        return x.astype(self.config.dtype)
+            x = x + _lookup(self.positions[...], positions, sharding, dtype)
+        return x.astype(dtype)
 
     def _rotation(
         self, positions: Array, cells: Array | None, sharding: jax.P = _TOKENS
@@ -294,19 +295,20 @@ class Decoder(nnx.Module):
         return normalize(x, form.norm, scale, bias, form.norm_epsilon)
 
 
-def _lookup(table, ids, sharding: jax.P):
+def _lookup(table, ids, sharding: jax.P, dtype: str):
     """Looks up rows of a table whose columns are split over axes that also split the batch.
 
     Gathering the table first would replicate it on every device. Instead each device looks up its
     columns for all rows of its column group, and the devices then exchange the rows. So devices
-    exchange activations, not the table, and the gradient of the table is split like the table.
+    exchange activations, not the table, and the gradient of the table is split like the table. The
+    rows are exchanged in `dtype`.
     """
     columns = RULES["weight_embed"]
     other_axes = jax.P(
         *(tuple(axis for axis in _axes(entry) if axis not in _axes(columns)) for entry in sharding)
     )
     rows = table.at[jax.reshard(ids, other_axes)].get(out_sharding=jax.P(*other_axes, columns))
-    return jax.reshard(rows, jax.P(*sharding, None))
+    return jax.reshard(rows.astype(dtype), jax.P(*sharding, None))
 
 
 def _axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
@@ -316,9 +318,12 @@ def _axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
 def _remat(layer, policy: str):
     if policy == "none":
         return layer
+    dots = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    attention = jax.checkpoint_policies.save_only_these_names(SAVED)
     saved = {
-        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        "attention": jax.checkpoint_policies.save_only_these_names(SAVED),
+        "dots_and_attention": jax.checkpoint_policies.save_from_both_policies(dots, attention),
+        "dots": dots,
+        "attention": attention,
         "full": None,
     }[policy]
     # XLA cannot merge computations across iterations of a scan, so the barrier is not needed.

@@ -106,7 +106,7 @@ class DecoderConfig:
         "bfloat16" with float32 sums, or "auto" (see `leon_jax.ops.products.operand_dtype`).
       remat: what the backward pass recomputes inside a layer: nothing ("none"), everything except
         the products with weights ("dots"), everything except the attention's result
-        ("attention"), or everything ("full").
+        ("attention"), everything except both ("dots_and_attention"), or everything ("full").
       attention: the implementation (see `leon_jax.ops.attention`); "auto" depends on the platform.
       init_std: initial sd of the weights, which are truncated normals.
       position_std: initial sd of learned positions.
@@ -135,7 +135,7 @@ class DecoderConfig:
     mlp: int
     dtype: Literal["float32", "bfloat16"] = "float32"
     products: Products = "dtype"
-    remat: Literal["none", "dots", "attention", "full"] = "none"
+    remat: Literal["none", "dots_and_attention", "dots", "attention", "full"] = "none"
     attention: Implementation = "auto"
     init_std: float = 0.006
     position_std: float = 0.0002

@@ -78,10 +78,11 @@ def chunked_cross_entropy(
 
 def _local_loss(hidden, table, targets, weights, *, rows, columns, batch, chunk, z_loss, operands):
     """Returns the sum over all devices, and the losses of this device's tokens."""
-    if columns:
-        table = jax.lax.all_gather(table, columns, axis=1, tiled=True)
+    # Marked before it is gathered, so that each device reduces its columns of the gradient alone.
     if other_axes := tuple(axis for axis in batch if axis not in columns):
         table = jax.lax.pcast(table, other_axes, to="varying")
+    if columns:
+        table = jax.lax.all_gather(table, columns, axis=1, tiled=True)
     shape, embed, size = targets.shape, hidden.shape[-1], targets.size
     count = -(-size // min(chunk, size))
     width = -(-size // count)

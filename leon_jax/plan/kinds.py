@@ -158,7 +158,7 @@ class DecoderKind(Kind):
     """The decoder. Its attention is a kernel, so its work is counted from its configuration."""
 
     unit = "tokens"
-    remat = ("none", "dots", "attention", "full")
+    remat = ("none", "dots_and_attention", "dots", "attention", "full")
     microbatches = (1, 2, 4, 8)
     split_axes = ("fsdp", "context", "tensor")
     config: DecoderTraining

@@ -6,7 +6,8 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 from jax.experimental import topologies
@@ -54,7 +55,10 @@ def find(name: str) -> Topology:
             f"the chips are {known}"
         )
     # On v4 JAX uses both cores of a chip as one device; the default description has two.
-    options = {"chip_config_name": "megacore"} if chip.name == "v4" else {}
+    options: dict[str, Any] = {"chip_config_name": "megacore"} if chip.name == "v4" else {}
+    sizes = [int(size) for size in shape[2].split("x")]
+    if _wraps(sizes):
+        options["wrap"] = (True, True, True)
     try:
         with _quiet():
             topology = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
@@ -68,8 +72,19 @@ def find(name: str) -> Topology:
             "the TPU compiler is not installed; run pip install 'leon_jax[tpu]', or run make tpu "
             "and set TPU_LIBRARY_PATH=.tpu/libtpu/libtpu.so"
         ) from error
-    chips = math.prod(int(size) for size in shape[2].split("x"))
-    return Topology(name, chip, chips, tuple(topology.devices))
+    return Topology(name, chip, math.prod(sizes), tuple(topology.devices))
+
+
+def _wraps(sizes: Sequence[int]) -> bool:
+    """Returns whether the links of a slice close to rings.
+
+    Those of a three-dimensional slice do if it consists of whole cubes of 4x4x4 chips, which
+    optical switches connect; those of a two-dimensional one if it is a whole pod of 16x16 chips.
+    The compiler otherwise assumes that no links do.
+    """
+    if len(sizes) == 3:
+        return all(size % 4 == 0 for size in sizes)
+    return all(size == 16 for size in sizes)
 
 
 @contextlib.contextmanager

@@ -163,7 +163,7 @@ def test_decode_steps_equal_the_whole_sequence(model):
     assert lengths.max() == 12
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("remat", ["dots", "dots_and_attention", "full"])
 def test_remat_does_not_change_the_gradients(model, remat):
     ids = random_ids()
     config = DecoderConfig(48, 16, layers=2, embed=32, heads=4, mlp=64, remat=remat)

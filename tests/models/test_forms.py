@@ -112,7 +112,7 @@ def test_decode_steps_equal_the_whole_sequence(model):
         keys[..., count, :], values[..., count, :] = k[:, 0], v[:, 0]
 
 
-@pytest.mark.parametrize("remat", ["dots", "attention", "full"])
+@pytest.mark.parametrize("remat", ["dots", "dots_and_attention", "attention", "full"])
 def test_remat_does_not_change_the_gradients(model, remat):
     ids, cells = forms.random_ids()
 
