@@ -35,6 +35,7 @@ def make(*, layers: int, embed: int, heads: int, learning_rate: float, tokens: f
             "steps": round(tokens / BATCH_TOKENS),
             "loss_chunk": 2048,
             "microbatches": 1,
+            "head_exchange": "bfloat16",
             "vocabulary": {
                 "image_codes": 8192,
                 "sentinels": 512,

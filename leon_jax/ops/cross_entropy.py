@@ -17,6 +17,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -32,6 +33,7 @@ def chunked_cross_entropy(
     chunk: int = 512,
     z_loss: float = 0.0,
     operands: DTypeLike | None = None,
+    exchange: DTypeLike | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, "batch length"]]:
     """Sums weights * (-log softmax(logits)[targets] + z_loss log(sum(exp(logits)))^2).
 
@@ -39,13 +41,14 @@ def chunked_cross_entropy(
 
     Args:
       hidden: final hidden states.
-      table: the tied embedding table. Its gradient is accumulated in the table's dtype.
+      table: the tied embedding table. Each device sums its gradient in float32.
       targets: ids 0..vocab - 1; any id where the weight is 0.
       weights: weight of each token; 0 ignores the token. They have no gradient.
       chunk: tokens of a device in one step.
       z_loss: coefficient that prevents drifting logits (PaLM, section 5: 1e-4); 0: plain
         cross-entropy.
       operands: dtype of the operands of the matmuls; None: that of `hidden`.
+      exchange: dtype in which devices exchange the table and its gradient; None: that of the table.
 
     Returns:
       The sum over all tokens, and the term of each token, both in float32. Only the sum has a
@@ -54,6 +57,7 @@ def chunked_cross_entropy(
     batch, length, _ = jax.typeof(hidden).sharding.spec
     rows, columns = jax.typeof(table).sharding.spec
     tokens, states = jax.P(batch, length), jax.P(batch, length, None)
+    exchange = table.dtype if exchange is None else jnp.dtype(exchange)
     run = functools.partial(
         _local_loss,
         rows=_axes(rows),
@@ -69,7 +73,7 @@ def chunked_cross_entropy(
         out_specs=(jax.P(), tokens),
     )(
         jax.reshard(hidden, states),
-        table,
+        table.astype(exchange),
         jax.reshard(targets, tokens),
         jax.reshard(jax.lax.stop_gradient(weights).astype(jnp.float32), tokens),
     )
@@ -82,7 +86,12 @@ def _local_loss(hidden, table, targets, weights, *, rows, columns, batch, chunk,
     if other_axes := tuple(axis for axis in batch if axis not in columns):
         table = jax.lax.pcast(table, other_axes, to="varying")
     if columns:
-        table = jax.lax.all_gather(table, columns, axis=1, tiled=True)
+        table = jax.lax.all_gather(table.T, columns, axis=0, tiled=True)
+        if not on_cpu():
+            # The TPU compiler scatters a gradient along the major axis; along the minor one it
+            # sends the whole gradient to every device.
+            table = with_layout_constraint(table, Layout((0, 1)))
+        table = table.T
     shape, embed, size = targets.shape, hidden.shape[-1], targets.size
     count = -(-size // min(chunk, size))
     width = -(-size // count)
@@ -131,27 +140,29 @@ def _chunks_forward(rows, z_loss, operands, hidden, table, targets, weights):
             table_gradient += sum_in_float32("nd,nv->dv", states.astype(operands), slope)
         else:
             table_gradient += jnp.einsum(
-                "nv,nd->vd", slope, states, preferred_element_type=table_gradient.dtype
+                "nv,nd->vd", slope, states, preferred_element_type=jnp.float32
             )
         return (total + loss.sum(), table_gradient), (loss, gradient.astype(states.dtype))
 
-    start = _zero(weights), jnp.zeros_like(table.T if is_rounded else table)
+    shape = table.shape[::-1] if is_rounded else table.shape
+    start = _zero(weights), jnp.zeros_like(table, jnp.float32, shape=shape)
     (total, table_gradient), (losses, gradients) = jax.lax.scan(
         step, start, (hidden, targets, weights)
     )
     if is_rounded:
         table_gradient = transpose(table_gradient, "dv", "vd")
-    return (total, losses), (gradients, table_gradient)
+    # Zeros of no size carry the table's dtype, which its gradient has.
+    return (total, losses), (gradients, table_gradient, table[:0])
 
 
 def _chunks_backward(rows, z_loss, operands, saved, cotangents):
     """Scales the gradients of the sum. The losses have no gradient."""
     del rows, z_loss, operands
-    gradients, table_gradient = saved
+    gradients, table_gradient, empty_table = saved
     scale, _ = cotangents
     return (
         (gradients * scale).astype(gradients.dtype),
-        (table_gradient * scale).astype(table_gradient.dtype),
+        (table_gradient * scale).astype(empty_table.dtype),
         None,
         None,
     )

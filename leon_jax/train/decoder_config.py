@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import ClassVar, Literal
 
 from leon_jax.config import UserError
 from leon_jax.data.config import DataConfig
@@ -69,7 +70,11 @@ class DecoderTraining:
         other to save memory; the update is the same.
       z_loss: weight of log(sum(exp(logits)))^2, which keeps logits from drifting (PaLM, section
         5: 1e-4); CM3Leon uses 0.
+      head_exchange: dtype in which devices exchange the output head and its gradient. "bfloat16"
+        halves these bytes and rounds the gradient of each device before the sum.
     """
+
+    OMITTED_DEFAULTS: ClassVar[tuple[str, ...]] = ("head_exchange",)
 
     model: DecoderConfig
     vocabulary: Vocabulary
@@ -85,6 +90,7 @@ class DecoderTraining:
     loss_chunk: int = 2048
     microbatches: int = 1
     z_loss: float = 0.0
+    head_exchange: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self):
         if self.model.vocab_size != self.vocabulary.size:

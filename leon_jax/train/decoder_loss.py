@@ -9,6 +9,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from leon_jax.models.decoder import Decoder
@@ -38,7 +39,7 @@ def gradients(
     the parts have different weights.
 
     Args:
-      config: the vocabulary, `loss_chunk`, `z_loss` and `microbatches` are used.
+      config: the vocabulary, `loss_chunk`, `z_loss`, `head_exchange` and `microbatches` are used.
       model: the decoder.
       batch: see `leon_jax.data.pipeline.make`; its rows are a multiple of `microbatches`.
 
@@ -51,6 +52,7 @@ def gradients(
             vocabulary=config.vocabulary,
             chunk=config.loss_chunk,
             z_loss=config.z_loss,
+            exchange=config.head_exchange,
         ),
         has_aux=True,
     )
@@ -90,6 +92,7 @@ def batch_loss(
     vocabulary: Vocabulary,
     chunk: int,
     z_loss: float = 0.0,
+    exchange: DTypeLike = "float32",
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Returns the weighted mean cross-entropy in nats per token, and metrics.
 
@@ -100,7 +103,7 @@ def batch_loss(
         losses and metrics of the microbatches add up to those of the whole batch. None if `batch`
         is the whole batch.
       vocabulary: separates text tokens from image tokens.
-      chunk, z_loss: see `chunked_cross_entropy`. Metrics include the z-loss.
+      chunk, z_loss, exchange: see `chunked_cross_entropy`. Metrics include the z-loss.
 
     Returns:
       The loss, and the metrics `loss`, `loss_text` and `loss_image` (means over the targets of
@@ -108,7 +111,7 @@ def batch_loss(
     """
     batch = {name: jax.reshard(array, spec("batch", "length")) for name, array in batch.items()}
     totals = loss_totals(batch, vocabulary) if totals is None else totals
-    total, losses = _token_losses(model, batch, vocabulary, chunk, z_loss)
+    total, losses = _token_losses(model, batch, vocabulary, chunk, z_loss, exchange)
     metrics = {
         name: jnp.where(mask, losses, 0).sum() / jnp.maximum(totals[name], 1e-6)
         for name, mask in _target_masks(batch, vocabulary).items()
@@ -144,6 +147,7 @@ def _token_losses(
     vocabulary: Vocabulary,
     chunk: int,
     z_loss: float = 0.0,
+    exchange: DTypeLike = "float32",
 ) -> tuple[Float[Array, ""], Float[Array, "b t"]]:
     """Returns the weighted cross-entropy: its sum, and the term of each target."""
     cells = None
@@ -158,6 +162,7 @@ def _token_losses(
         chunk=chunk,
         z_loss=z_loss,
         operands=model.operands,
+        exchange=exchange,
     )
 
 

@@ -57,6 +57,22 @@ def test_bfloat16_hidden_states_give_float32_losses_and_float32_table_gradients(
     np.testing.assert_allclose(losses, reference, atol=0.1)
 
 
+def test_an_exchange_in_bfloat16_rounds_the_gradient_of_the_table():
+    hidden, table, targets, weights = inputs()
+
+    def gradient(exchange):
+        loss = lambda t: chunked_cross_entropy(  # noqa: E731
+            hidden, t, targets, weights, chunk=4, exchange=exchange
+        )[0]
+        return jax.grad(loss)(table)
+
+    exact, rounded = gradient(None), gradient("bfloat16")
+    assert rounded.dtype == jnp.float32
+    np.testing.assert_array_equal(rounded, rounded.astype(jnp.bfloat16).astype(jnp.float32))
+    np.testing.assert_allclose(rounded, exact, rtol=2e-2, atol=2e-3 * np.abs(exact).max())
+    assert np.any(rounded != exact)
+
+
 def test_no_intermediate_array_has_all_logits():
     """The largest array of the compiled gradient has the logits of a chunk, not of all tokens."""
     hidden, table, targets, weights = inputs()
