@@ -10,6 +10,9 @@ without a TPU, an account or a network. Install it with pip install 'leon_jax[tp
     leon plan --config=configs/vqgan_256.py --topology=v5e:4x4 --search
     leon plan --config=configs/clip_b32.py --config.model.text.vocab_size=49408 --topology=v5e:4x4
 
+config.loop.compiler names options of the compiler, for example auto. The plan says what they
+change.
+
 No data is read. A retrieval encoder needs its text tokenizer, or the size of its vocabulary.
 
     leon plan --program=decode --model=models/cats --topology=v5e:2x2
@@ -142,12 +145,14 @@ def main(argv: list[str]) -> None:
 def _train(kind, loop, pod):
     from leon_jax.plan import search, train
     from leon_jax.plan.kinds import Setting
+    from leon_jax.train import compiler_presets
 
     if loop.slices > 1:
         raise UserError(f"config.loop.slices is {loop.slices}; leon plan supports one slice only")
     setting = kind.setting(_mesh(loop.mesh, pod))
     if not _SEARCH.value:
-        return train.plan(kind, pod, setting)
+        options = compiler_presets.options(loop.compiler, pod.devices[0])
+        return train.plan(kind, pod, setting, options)
     plan = search.search(
         kind, pod, setting, lambda line: print(f"leon plan: {line}", file=sys.stderr, flush=True)
     )

@@ -7,7 +7,8 @@
   and a slice. It counts as a reduce-scatter.
 - Conditionals: only the longest branch counts.
 - Asynchronous collectives: they occur two or three times in the text (start, overlapped work, done)
-  with the same channel id. They run as often as the piece with the fewest runs.
+  with the same channel id, and run as often as the piece with the fewest runs. Or they occur once,
+  as a start, or on a SparseCore.
 """
 
 import dataclasses
@@ -41,11 +42,13 @@ class Collective:
       instructions: number of instructions in the program.
       runs: number of executions.
       bytes_sent: bytes that one device sends in all executions, with ring algorithms.
+      asynchronous: number of instructions that run at the same time as other work.
     """
 
     instructions: int = 0
     runs: int = 0
     bytes_sent: float = 0.0
+    asynchronous: int = 0
 
 
 def collectives(hlo: str, iterations: int = 1) -> dict[str, Collective]:
@@ -60,6 +63,7 @@ def collectives(hlo: str, iterations: int = 1) -> dict[str, Collective]:
     _count_runs(entry, 1, bodies, runs, iterations)
     # (runs, bytes) of each collective; the key is what all its pieces have in common.
     counts: dict[tuple[str, str, str, int], tuple[int, float]] = {}
+    asynchronous = set()
     for name, lines in bodies.items():
         for number, (shape, opcode, rest) in enumerate(lines):
             kind = opcode.removesuffix("-start")
@@ -73,12 +77,19 @@ def collectives(hlo: str, iterations: int = 1) -> dict[str, Collective]:
             plain_shape = re.sub(r"\{[^}]*\}", "", shape)  # layouts may differ between pieces
             key = kind, channel[1] if channel else f"{name} {number}", plain_shape, group
             count = runs[name], _sent(kind, size, group) * runs[name]
+            if opcode.endswith("-start") or "DEVICE_TYPE_SPARSECORE" in rest or key in counts:
+                asynchronous.add(key)
             # The overlapped work may be a loop with a piece in each iteration.
             counts[key] = min(counts.get(key, count), count)
     totals = {}
     for kind in KINDS:
         values = [count for key, count in counts.items() if key[0] == kind]
-        totals[kind] = Collective(len(values), sum(n for n, _ in values), sum(b for _, b in values))
+        totals[kind] = Collective(
+            len(values),
+            sum(n for n, _ in values),
+            sum(b for _, b in values),
+            sum(key[0] == kind for key in asynchronous),
+        )
     return totals
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, Self
 
 import jax
@@ -122,6 +122,7 @@ def compile_for(
     state: dict[str, Any],
     topology: Topology,
     iterations: int = 1,
+    options: Mapping[str, str] | None = None,
 ) -> tuple[Memory, dict[str, Collective], float]:
     """Compiles a program for the devices of a topology.
 
@@ -130,6 +131,7 @@ def compile_for(
       state: trees of the program's abstract arrays: `parameters`, `optimizer` and `cache`.
       topology: the devices and their memory.
       iterations: see `leon_jax.plan.collectives.collectives`.
+      options: options of the compiler (see `leon_jax.train.compiler_presets`).
 
     Returns:
       The memory of a device, the collectives by kind, and the seconds of compiling.
@@ -140,7 +142,7 @@ def compile_for(
     start = time.monotonic()
     lowered = lower()
     try:
-        compiled = lowered.compile()
+        compiled = lowered.compile(compiler_options=dict(options or {}))
     except jax.errors.JaxRuntimeError as error:
         if "hbm" not in str(error).lower():
             raise

@@ -54,8 +54,20 @@ def lines(plan: Plan, source: str) -> list[tuple[str, str]]:
     for kind, collective in plan.collectives.items():
         if collective.runs:
             size = f"{collective.bytes_sent / 1e9:,.3f} GB sent by a device"
-            count = f"{collective.instructions} instructions, run {collective.runs:,} times"
-            pairs.append((kind, f"{size}; {count}"))
+            repeats = f"{collective.instructions} instructions, run {collective.runs:,} times"
+            overlapped = f", {collective.asynchronous} of them asynchronous"
+            pairs.append((kind, f"{size}; {repeats}{overlapped if collective.asynchronous else ''}"))
+    if "plain_peak" in figures:
+        total = sum(collective.instructions for collective in plan.collectives.values())
+        count = sum(collective.asynchronous for collective in plan.collectives.values())
+        pairs.append(
+            (
+                "what the compiler's preset changes",
+                f"peak {figures['plain_peak'] / _GIB:,.2f} to {memory.peak / _GIB:,.2f} GiB; "
+                f"asynchronous collectives {figures['plain_asynchronous']:.0f} to {count} of "
+                f"{total}",
+            )
+        )
     for part, bound in plan.rooflines.items():
         seconds = ", ".join(
             f"{name} {getattr(bound, name):.3g} s" for name in ("compute", "memory", "links")

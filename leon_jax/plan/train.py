@@ -1,6 +1,7 @@
 """Plans training: compiles the training step for a topology."""
 
 import dataclasses
+from collections.abc import Mapping
 
 import jax
 
@@ -11,8 +12,21 @@ from leon_jax.plan.plan import Plan, Roofline
 from leon_jax.plan.topology import Topology
 
 
-def plan(kind: Kind, topology: Topology, setting: Setting) -> Plan:
+def plan(
+    kind: Kind,
+    topology: Topology,
+    setting: Setting,
+    options: Mapping[str, str] | None = None,
+) -> Plan:
     """Compiles a training step.
+
+    Args:
+      kind: the kind of model, with the configuration of the run.
+      topology: the devices.
+      setting: the mesh, and what saves memory.
+      options: options of the compiler. With any, the step is compiled a second time without them,
+        and the figures `plain_peak` and `plain_asynchronous` are the memory and the number of
+        asynchronous collectives of that program.
 
     Raises:
       UserError: the mesh cannot split the batch or the model evenly.
@@ -21,11 +35,15 @@ def plan(kind: Kind, topology: Topology, setting: Setting) -> Plan:
     kind = kind.apply(setting)
     with jax.set_mesh(sharding.make_mesh(setting.mesh, topology.devices)):
         step = TracedStep.of(kind.program)
+        state = {"parameters": step.state.model, "optimizer": step.state.opt_state}
         memory, collectives, seconds = plans.compile_for(
-            step.traced.lower,
-            {"parameters": step.state.model, "optimizer": step.state.opt_state},
-            topology,
+            step.traced.lower, state, topology, options=options
         )
+        plain = {}
+        if options:
+            plain_memory, others, _ = plans.compile_for(step.traced.lower, state, topology)
+            count = sum(collective.asynchronous for collective in others.values())
+            plain = {"plain_peak": plain_memory.peak, "plain_asynchronous": float(count)}
         work = kind.step_work(step, setting, memory.parameters + memory.optimizer)
     bound = Roofline.of(work.device, plans.sent_bytes(collectives), topology)
     return Plan(
@@ -38,7 +56,7 @@ def plan(kind: Kind, topology: Topology, setting: Setting) -> Plan:
         memory=memory,
         collectives=collectives,
         rooflines={"step": bound},
-        figures=_figures(kind, topology, work, bound),
+        figures=_figures(kind, topology, work, bound) | plain,
         compile_seconds=seconds,
     )
 

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float64
 from leon_jax import config as configs
 from leon_jax import file_lock, weight_files
 from leon_jax.config import UserError
+from leon_jax.train import compiler_presets
 from leon_jax.train.checkpoint import (
     Checkpoints,
     find_step,
@@ -53,9 +54,11 @@ class LoopConfig:
         of another run (its newest checkpoint); "" is random initialisation.
       eval_every: period, in steps, of the evaluation on held-out documents; the last step is
         evaluated too. 0: no evaluation.
+      compiler: named options of the compiler (see `leon_jax.train.compiler_presets`): "auto" takes
+        those of the devices, "" none.
     """
 
-    OMITTED_DEFAULTS: ClassVar[tuple[str, ...]] = ("eval_every",)
+    OMITTED_DEFAULTS: ClassVar[tuple[str, ...]] = ("eval_every", "compiler")
 
     log_every: int = 20
     save_every: int = 200
@@ -67,6 +70,7 @@ class LoopConfig:
     max_skipped: int = 20
     init_from: str = ""
     eval_every: int = 0
+    compiler: str = ""
 
     def __post_init__(self) -> None:
         counts = (
@@ -142,7 +146,8 @@ def run(program: Program, loop: LoopConfig, workdir: pathlib.Path) -> TrainState
             batch = next(feed)
             with goodput.spend("compile"):
                 step_function = jax.jit(skip_nonfinite(program.step), donate_argnums=0)
-                train_step = step_function.lower(state, batch).compile()
+                options = compiler_presets.options(loop.compiler, jax.devices()[0])
+                train_step = step_function.lower(state, batch).compile(dict(options))
                 if evaluator is not None:
                     evaluator.compile(averaged(state).model)
             goodput.switch("step")
