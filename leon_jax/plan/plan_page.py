@@ -56,7 +56,9 @@ def lines(plan: Plan, source: str) -> list[tuple[str, str]]:
             size = f"{collective.bytes_sent / 1e9:,.3f} GB sent by a device"
             repeats = f"{collective.instructions} instructions, run {collective.runs:,} times"
             overlapped = f", {collective.asynchronous} of them asynchronous"
-            pairs.append((kind, f"{size}; {repeats}{overlapped if collective.asynchronous else ''}"))
+            pairs.append(
+                (kind, f"{size}; {repeats}{overlapped if collective.asynchronous else ''}")
+            )
     if "plain_peak" in figures:
         total = sum(collective.instructions for collective in plan.collectives.values())
         count = sum(collective.asynchronous for collective in plan.collectives.values())

@@ -64,12 +64,24 @@ def test_loops_asynchronous_pieces_and_fusions_are_counted_correctly():
     gathered, permuted, reduced, scattered = 8 * 64 * 2, 2 * 64 * 2, 10 * 4 + 6 * 4, 8 * 16 * 4
     gathered_outside, scalar = 16 * 64 * 2, 4
     assert collectives(HLO) == {
-        "all-gather": Collective(2, 6, (5 * gathered + gathered_outside) * 3 / 4),
+        "all-gather": Collective(2, 6, (5 * gathered + gathered_outside) * 3 / 4, asynchronous=2),
         "reduce-scatter": Collective(1, 1, scattered * 3 / 4),
         "all-reduce": Collective(2, 2, 2 * reduced * 1 / 2 + 2 * scalar * 3 / 4),
         "all-to-all": Collective(0, 0, 0),
-        "collective-permute": Collective(1, 5, 5 * permuted),
+        "collective-permute": Collective(1, 5, 5 * permuted, asynchronous=1),
     }
+
+
+def test_collectives_on_sparse_cores_are_asynchronous():
+    config = 'backend_config={"device_type":"DEVICE_TYPE_SPARSECORE"}'
+    gather = "all-gather(%a), channel_id=5, replica_groups=[1,4]<=[4]"
+    hlo = f"""\
+ENTRY %main (a: f32[8]) -> f32[32] {{
+  %one = f32[32] {gather}, {config}
+  ROOT %other = f32[32] {gather.replace("=5", "=6")}
+}}
+"""
+    assert collectives(hlo)["all-gather"] == Collective(2, 2, 2 * 96, asynchronous=1)
 
 
 def test_the_collectives_of_a_compiled_scan_count_once_per_layer():
