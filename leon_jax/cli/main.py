@@ -203,7 +203,10 @@ def version() -> str:
 
 def describe(module: types.ModuleType, verb: str) -> str:
     """Returns the text of `leon COMMAND --help`: the module's docstring, flags and defaults."""
-    lines = [inspect.cleandoc(module.__doc__ or VERBS[verb]), "", f"flags of leon {verb}:"]
+    lines = [inspect.cleandoc(module.__doc__ or VERBS[verb]), ""]
+    if arguments := getattr(module, "ARGUMENTS", ""):
+        lines += [f"usage: leon {verb} {arguments} [--flag=value ...]", ""]
+    lines.append(f"flags of leon {verb}:")
     values = getattr(module, "FLAGS", flags.FLAGS)
     for flag in sorted(values.get_flags_for_module(module.__name__), key=lambda f: f.name):
         has_default = flag.default not in (None, "", [])

@@ -50,11 +50,11 @@ def line_chart(
     y_ticks = ticks(y.min(), top)
     low, high = min(y.min(), y_ticks[0]), top if is_cut else max(top, y_ticks[-1])
 
-    def across(values: np.ndarray | float) -> np.ndarray | float:
+    def across(values: np.ndarray) -> np.ndarray:
         share = (values - x.min()) / ((x.max() - x.min()) or 1)
         return _LEFT + share * (_WIDTH - _LEFT - _RIGHT)
 
-    def down(values: np.ndarray | float) -> np.ndarray | float:
+    def down(values: np.ndarray) -> np.ndarray:
         share = (np.minimum(values, high) - low) / ((high - low) or 1)
         return _HEIGHT - _BOTTOM - share * (_HEIGHT - _BOTTOM - _TOP)
 
@@ -65,7 +65,7 @@ def line_chart(
             f"{high:.3g}</text>"
         )
     for tick in y_ticks:
-        level = f"{down(tick):.1f}"
+        level = f"{down(np.asarray(tick)):.1f}"
         parts.append(
             f'<line x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{level}" y2="{level}" stroke="#e4e4e4"'
             f'/><text x="{_LEFT - 7}" y="{float(level) + 4:.1f}" text-anchor="end">{_number(tick)}'
@@ -73,7 +73,7 @@ def line_chart(
         )
     for tick in x_ticks:
         parts.append(
-            f'<text x="{across(tick):.1f}" y="{_HEIGHT - _BOTTOM + 17}" text-anchor="middle">'
+            f'<text x="{across(np.asarray(tick)):.1f}" y="{_HEIGHT - _BOTTOM + 17}" text-anchor="middle">'
             f"{_number(tick)}</text>"
         )
     for name, stroke, points in curves:
