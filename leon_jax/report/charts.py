@@ -72,10 +72,8 @@ def line_chart(
             "</text>"
         )
     for tick in x_ticks:
-        parts.append(
-            f'<text x="{across(np.asarray(tick)):.1f}" y="{_HEIGHT - _BOTTOM + 17}" text-anchor="middle">'
-            f"{_number(tick)}</text>"
-        )
+        place = f'x="{across(np.asarray(tick)):.1f}" y="{_HEIGHT - _BOTTOM + 17}"'
+        parts.append(f'<text {place} text-anchor="middle">{_number(tick)}</text>')
     for name, stroke, points in curves:
         xs, ys = across(points[:, 0]), down(points[:, 1])
         pairs = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(xs, ys, strict=True))

@@ -30,6 +30,7 @@ from leon_jax.train.metrics import SKIPPED, Metrics
 from leon_jax.train.optimizer import averaged
 from leon_jax.train.run_config import check_config
 from leon_jax.train.state import Program, TrainState
+from leon_jax.train.tracker import Tracker, split
 
 # (state, batch) -> (state after one update, scalar metrics).
 Step = Callable[[TrainState, dict[str, Array]], tuple[TrainState, dict[str, Array]]]
@@ -53,9 +54,11 @@ class LoopConfig:
         of another run (its newest checkpoint); "" is random initialisation.
       eval_every: period, in steps, of the evaluation on held-out documents; the last step is
         evaluated too. 0: no evaluation.
+      log_to: an experiment tracker that receives the metrics too: "wandb" or "trackio", or one of
+        them with a project, for example "wandb:cats"; "": none.
     """
 
-    OMITTED_DEFAULTS: ClassVar[tuple[str, ...]] = ("eval_every",)
+    OMITTED_DEFAULTS: ClassVar[tuple[str, ...]] = ("eval_every", "log_to")
 
     log_every: int = 20
     save_every: int = 200
@@ -67,6 +70,7 @@ class LoopConfig:
     max_skipped: int = 20
     init_from: str = ""
     eval_every: int = 0
+    log_to: str = ""
 
     def __post_init__(self) -> None:
         counts = (
@@ -78,6 +82,8 @@ class LoopConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if self.eval_every < 0:
             raise ValueError(f"eval_every is {self.eval_every}; it must be at least 0")
+        if self.log_to:
+            split(self.log_to)
 
 
 def run(program: Program, loop: LoopConfig, workdir: pathlib.Path) -> TrainState:
@@ -133,7 +139,10 @@ def run(program: Program, loop: LoopConfig, workdir: pathlib.Path) -> TrainState
         state = _initial_state(program, loop.init_from, checkpoints, feed, workdir)
         start = int(state.step)
         goodput.resume(start)
-        metrics = Metrics(workdir if is_main else None, start, total, program.flops_per_token)
+        tracker = Tracker(loop.log_to, workdir, run_config) if loop.log_to and is_main else None
+        metrics = Metrics(
+            workdir if is_main else None, start, total, program.flops_per_token, tracker
+        )
         stack.enter_context(contextlib.closing(metrics))
 
         # Compile.
