@@ -6,7 +6,7 @@
 The page index.html needs no network. It has curves of the losses, the held-out losses, the learning
 rate, the gradient norm, the speed and the goodput; the wall time by what it was spent on; the
 differences of the configs; the times of the hosts; the operations that take most of the time of
-each profile (config.loop.profile of leon train); and sample images over time.
+each profile (config.loop.profile of leon train; needs xprof); and sample images over time.
 """
 
 import pathlib
@@ -33,11 +33,12 @@ def main(argv: list[str]) -> None:
         raise UserError("name at least one workdir of leon train, for example runs/emoji/decoder")
     if not _OUT.value:
         raise UserError("--out is missing; for example --out=out/report")
-    from leon_jax.report import page, runs
+    from leon_jax.report import page, profile_section, runs
 
     out = pathlib.Path(_OUT.value)
     try:
-        page.write(runs.read(folders), out, [])
+        read = runs.read(folders)
+        page.write(read, out, profile_section.sections(read))
     except OSError as error:
         raise UserError(f"{error.filename or out} cannot be used: {error.strerror}") from error
     print(f"wrote {out / 'index.html'}")

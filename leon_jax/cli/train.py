@@ -9,10 +9,13 @@ checkpoint. The trained model is written to WORKDIR/export.
 On several hosts, run the command with --distributed in every process. On TPU pods, SLURM, Open MPI
 and Kubernetes the processes find each other. Elsewhere set --coordinator, --processes and
 --process_id. If a process is lost, the others exit with code 134 within --heartbeat_seconds.
+
+kill -USR1 PID writes a profile of the next five steps into WORKDIR/profiles; leon report shows it.
 """
 
 import os
 import pathlib
+import signal
 import sys
 import threading
 from typing import Any
@@ -101,6 +104,8 @@ def main(argv: list[str]) -> None:
 
 def _train(kind: str, values: dict[str, Any], workdir: pathlib.Path) -> None:
     """Trains a model in this process; with --distributed it is one of several."""
+    # The loop handles this signal. Until then its default effect would end the process.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     import jax
 
     from leon_jax import compilation_cache, sharding

@@ -28,6 +28,7 @@ from leon_jax.train.global_batches import Feed
 from leon_jax.train.goodput import GoodputTracker
 from leon_jax.train.metrics import SKIPPED, Metrics
 from leon_jax.train.optimizer import averaged
+from leon_jax.train.profiler import Profiler
 from leon_jax.train.run_config import check_config
 from leon_jax.train.state import Program, TrainState
 from leon_jax.train.tracker import Tracker, split
@@ -56,9 +57,10 @@ class LoopConfig:
         evaluated too. 0: no evaluation.
       log_to: an experiment tracker that receives the metrics too: "wandb" or "trackio", or one of
         them with a project, for example "wandb:cats"; "": none.
+      profile: (first step, number of steps) of an XProf trace; (): none.
     """
 
-    OMITTED_DEFAULTS: ClassVar[tuple[str, ...]] = ("eval_every", "log_to")
+    OMITTED_DEFAULTS: ClassVar[tuple[str, ...]] = ("eval_every", "log_to", "profile")
 
     log_every: int = 20
     save_every: int = 200
@@ -71,6 +73,7 @@ class LoopConfig:
     init_from: str = ""
     eval_every: int = 0
     log_to: str = ""
+    profile: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         counts = (
@@ -84,15 +87,21 @@ class LoopConfig:
             raise ValueError(f"eval_every is {self.eval_every}; it must be at least 0")
         if self.log_to:
             split(self.log_to)
+        if self.profile and (len(self.profile) != 2 or min(self.profile) < 1):
+            raise ValueError(
+                f"profile is {self.profile}; it must be the first step and the number of steps, "
+                "both at least 1, for example (100, 3)"
+            )
 
 
 def run(program: Program, loop: LoopConfig, workdir: pathlib.Path) -> TrainState:
     """Trains `program` up to step `program.config.steps`, resuming from the newest checkpoint.
 
     A resumed run has the state, data position and randomness of an uninterrupted run, so its
-    parameters are the same bit for bit. SIGTERM and SIGINT save a checkpoint and end the run. An
-    update with a non-finite loss or gradient is skipped. The step is compiled once, before the
-    loop. Only batches and metrics move between host and devices.
+    parameters are the same bit for bit. SIGTERM and SIGINT save a checkpoint and end the run;
+    SIGUSR1 writes a profile (see `leon_jax.train.profiler`). An update with a non-finite loss or
+    gradient is skipped. The step is compiled once, before the loop. Only batches and metrics move
+    between host and devices.
 
     Writes `config.json`, `checkpoints/`, `metrics.jsonl`, `goodput.json` and `samples/`. At the end
     `program.export` writes the model to `workdir/export`.
@@ -147,6 +156,7 @@ def run(program: Program, loop: LoopConfig, workdir: pathlib.Path) -> TrainState
 
         # Compile.
         stop_signal, skipped_in_a_row = _StopSignal(), 0
+        profiler = stack.enter_context(Profiler(workdir, loop.profile))
         if start < total:
             batch = next(feed)
             with goodput.spend("compile"):
@@ -159,14 +169,16 @@ def run(program: Program, loop: LoopConfig, workdir: pathlib.Path) -> TrainState
         # Loop.
         values: dict[str, jax.Array] = {}  # metrics of the last step
         for step in range(start + 1, total + 1):
+            profiler.start(step)
             if values:
                 goodput.switch("input")
                 batch = next(feed)
                 # The wait counts as input time only if the devices have finished the last step.
                 is_idle = values[SKIPPED].is_ready()  # type: ignore[attr-defined]  # stubs lack it
                 goodput.switch("step", was="input" if is_idle else "step")
-            with jax.transfer_guard("disallow"):
+            with jax.transfer_guard("disallow"), profiler.annotated(step):
                 state, values = train_step(state, batch)
+            profiler.end(step, values)
             metrics.add(values)
 
             # Read only once a step: a signal during logging or saving takes effect after the next.
