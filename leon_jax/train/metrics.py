@@ -46,7 +46,7 @@ class Metrics:
         self._directory, self._tracker = directory, tracker
         if directory is not None:
             directory.mkdir(parents=True, exist_ok=True)
-            _drop_after(directory / "metrics.jsonl", step)
+            drop_after(directory / "metrics.jsonl", step)
             self._board = tensorboardX.SummaryWriter(str(directory / "tensorboard"))
         self._total, self._flops_per_token = total, flops_per_token
         self._peak = peak_flops.peak_flops(jax.devices())
@@ -72,16 +72,17 @@ class Metrics:
         self,
         fetched: Mapping[str, Float64[np.ndarray, "steps"]],
         goodput: float,
-        held_out: Mapping[str, float] | None = None,
+        measured: Mapping[str, float] | None = None,
     ) -> dict[str, float]:
-        """Writes and returns the means and rates of the fetched metrics, and held-out metrics.
+        """Writes and returns the means and rates of the fetched metrics, and other metrics.
 
         Means exclude skipped steps, unless all steps were skipped.
 
         Args:
           fetched: the result of `fetch`.
           goodput: share of the wall time, 0 to 1.
-          held_out: metrics of an evaluation after the last of these steps, by name.
+          measured: more metrics, by name: times of the hosts, and those of an evaluation after the
+            last of these steps.
         """
         now = time.monotonic()
         seconds, self._time = now - self._time, now
@@ -98,7 +99,7 @@ class Metrics:
         values["goodput"] = goodput
         if self._peak and self._flops_per_token and "tokens_per_second" in values:
             values["mfu"] = values["tokens_per_second"] * self._flops_per_token / self._peak
-        values |= held_out or {}
+        values |= measured or {}
         if self._directory is not None:
             with (self._directory / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps({"step": self._step, **values}) + "\n")
@@ -157,7 +158,8 @@ class Metrics:
         return "  ".join([*parts, f"ETA {minutes}:{seconds:02d}"])
 
 
-def _drop_after(path: pathlib.Path, step: int) -> None:
+def drop_after(path: pathlib.Path, step: int) -> None:
+    """Removes the lines of later steps, and damaged lines, from a file of JSON lines."""
     if not path.exists():
         return
     lines = []

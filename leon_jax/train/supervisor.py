@@ -17,6 +17,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 # Exit code of a process that ended because another one was lost: 128 + SIGABRT, as JAX does it.
 LOST_PEER = 134
+# Exit code of a process in which a step did not end: 128 + SIGALRM. The run is to be started again.
+STUCK = 142
 
 # Texts that JAX writes when its coordination service aborts a process: always
 # (xla/pjrt/distributed/client.h), and if the process had not connected to the others yet.

@@ -26,12 +26,14 @@ from leon_jax.train.checkpoint import (
 from leon_jax.train.evaluation import Evaluator
 from leon_jax.train.global_batches import Feed
 from leon_jax.train.goodput import GoodputTracker
-from leon_jax.train.metrics import SKIPPED, Metrics
+from leon_jax.train.host_times import HostTimes
+from leon_jax.train.metrics import SKIPPED, Metrics, drop_after
 from leon_jax.train.optimizer import averaged
 from leon_jax.train.profiler import Profiler
 from leon_jax.train.run_config import check_config
 from leon_jax.train.state import Program, TrainState
 from leon_jax.train.tracker import Tracker, split
+from leon_jax.train.watchdog import Watchdog
 
 # (state, batch) -> (state after one update, scalar metrics).
 Step = Callable[[TrainState, dict[str, Array]], tuple[TrainState, dict[str, Array]]]
@@ -58,9 +60,13 @@ class LoopConfig:
       log_to: an experiment tracker that receives the metrics too: "wandb" or "trackio", or one of
         them with a project, for example "wandb:cats"; "": none.
       profile: (first step, number of steps) of an XProf trace; (): none.
+      step_timeout: seconds after which a step that does not end ends the run; the stacks of all
+        hosts are then in the workdir (see `leon_jax.train.watchdog`). 0: never.
     """
 
-    OMITTED_DEFAULTS: ClassVar[tuple[str, ...]] = ("eval_every", "log_to", "profile")
+    OMITTED_DEFAULTS: ClassVar[tuple[str, ...]] = (
+        "eval_every", "log_to", "profile", "step_timeout",
+    )  # fmt: skip
 
     log_every: int = 20
     save_every: int = 200
@@ -74,6 +80,7 @@ class LoopConfig:
     eval_every: int = 0
     log_to: str = ""
     profile: tuple[int, ...] = ()
+    step_timeout: float = 1800.0
 
     def __post_init__(self) -> None:
         counts = (
@@ -83,8 +90,9 @@ class LoopConfig:
         for name in counts:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.eval_every < 0:
-            raise ValueError(f"eval_every is {self.eval_every}; it must be at least 0")
+        for name in ("eval_every", "step_timeout"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0")
         if self.log_to:
             split(self.log_to)
         if self.profile and (len(self.profile) != 2 or min(self.profile) < 1):
@@ -157,6 +165,7 @@ def run(program: Program, loop: LoopConfig, workdir: pathlib.Path) -> TrainState
         # Compile.
         stop_signal, skipped_in_a_row = _StopSignal(), 0
         profiler = stack.enter_context(Profiler(workdir, loop.profile))
+        watchdog = stack.enter_context(contextlib.closing(Watchdog(workdir, loop.step_timeout)))
         if start < total:
             batch = next(feed)
             with goodput.spend("compile"):
@@ -165,20 +174,33 @@ def run(program: Program, loop: LoopConfig, workdir: pathlib.Path) -> TrainState
                 if evaluator is not None:
                     evaluator.compile(averaged(state).model)
             goodput.switch("step")
+        if is_main:
+            drop_after(workdir / "hosts.jsonl", start)
+        host_times = HostTimes(workdir / "hosts.jsonl")
+
+        @contextlib.contextmanager
+        def spend(category: str) -> Iterator[None]:
+            """Counts time between steps: it is neither a host's own nor a step's."""
+            with goodput.spend(category), host_times.waiting(), watchdog.paused():
+                yield
 
         # Loop.
+        watchdog.start()
         values: dict[str, jax.Array] = {}  # metrics of the last step
         for step in range(start + 1, total + 1):
             profiler.start(step)
             if values:
                 goodput.switch("input")
-                batch = next(feed)
+                with host_times.reading():
+                    batch = next(feed)
                 # The wait counts as input time only if the devices have finished the last step.
                 is_idle = values[SKIPPED].is_ready()  # type: ignore[attr-defined]  # stubs lack it
                 goodput.switch("step", was="input" if is_idle else "step")
-            with jax.transfer_guard("disallow"), profiler.annotated(step):
-                state, values = train_step(state, batch)
-            profiler.end(step, values)
+            with host_times.waiting():
+                with jax.transfer_guard("disallow"), profiler.annotated(step):
+                    state, values = train_step(state, batch)
+                watchdog.add(values[SKIPPED])
+                profiler.end(step, values)
             metrics.add(values)
 
             # Read only once a step: a signal during logging or saving takes effect after the next.
@@ -186,28 +208,29 @@ def run(program: Program, loop: LoopConfig, workdir: pathlib.Path) -> TrainState
             is_last = step == total or bool(signal_number)
             is_evaluated = evaluator is not None and (step == total or step % loop.eval_every == 0)
             if is_last or is_evaluated or step % loop.log_every == 0:
-                fetched = metrics.fetch()
-                held_out: dict[str, float] = {}
+                with host_times.waiting():
+                    fetched = metrics.fetch()
+                measured = host_times.report(step, len(fetched[SKIPPED]))
                 skipped_in_a_row = _consecutive_skips(skipped_in_a_row, fetched[SKIPPED])
                 if evaluator is not None and is_evaluated:
-                    with goodput.spend("evaluate"), metrics.paused():
-                        held_out = evaluator.run(averaged(state).model)
-                metrics.report(fetched, goodput.report(step), held_out)
+                    with spend("evaluate"), metrics.paused():
+                        measured |= evaluator.run(averaged(state).model)
+                metrics.report(fetched, goodput.report(step), measured)
             best_loss = None  # the held-out loss, if it is the lowest so far
             if evaluator is not None and is_evaluated:
-                loss = evaluator.loss(held_out)
+                loss = evaluator.loss(measured)
                 best_loss = loss if loss < checkpoints.best_loss else None
             has_failed = skipped_in_a_row >= loop.max_skipped
             is_saved = is_last or has_failed or step % loop.save_every == 0
             if is_saved or best_loss is not None:
-                with goodput.spend("checkpoint"):
+                with spend("checkpoint"):
                     checkpoints.save(state, feed.get_state(), best_loss)
             if is_last or step % loop.sample_every == 0:
-                with goodput.spend("sample"), metrics.paused():
+                with spend("sample"), metrics.paused():
                     metrics.save_images(program.samples(averaged(state)))
 
             if signal_number or has_failed:
-                with goodput.spend("checkpoint"):
+                with spend("checkpoint"):
                     checkpoints.close()
                 goodput.report(step)
                 if has_failed:
@@ -221,6 +244,7 @@ def run(program: Program, loop: LoopConfig, workdir: pathlib.Path) -> TrainState
                 raise SystemExit(128 + signal_number)
 
         # Export.
+        watchdog.close()
         goodput.switch("checkpoint")
         checkpoints.close()
         with goodput.spend("sample"):
