@@ -1,4 +1,4 @@
-"""Trains a text tokenizer, an image tokenizer, a retrieval encoder or a decoder.
+r"""Trains a text tokenizer, an image tokenizer, a retrieval encoder or a decoder.
 
     leon train --config=configs/emoji/decoder.py --workdir=runs/emoji/decoder
 
@@ -9,6 +9,11 @@ checkpoint. The trained model is written to WORKDIR/export.
 On several hosts, run the command with --distributed in every process. On TPU pods, SLURM, Open MPI
 and Kubernetes the processes find each other. Elsewhere set --coordinator, --processes and
 --process_id. If a process is lost, the others exit with code 134 within --heartbeat_seconds.
+
+--branch_from=WORKDIR@STEP starts a new run from a checkpoint of another run, with a changed config:
+
+    leon train --config=configs/emoji/decoder.py --workdir=runs/emoji/decoder_wsd \
+      --branch_from=runs/emoji/decoder@600 --config.optimizer.schedule=constant
 
 kill -USR1 PID writes a profile of the next five steps into WORKDIR/profiles; leon report shows it.
 """
@@ -29,6 +34,12 @@ from leon_jax.train import supervisor
 
 _CONFIG = config_flag.define()
 _WORKDIR = flags.DEFINE_string("workdir", None, "The folder for all files of the run.")
+_BRANCH_FROM = flags.DEFINE_string(
+    "branch_from",
+    "",
+    "WORKDIR@STEP: start a new run from a checkpoint of another run; the step is a number, newest "
+    "or best.",
+)
 
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "Run as one of several processes that train one model."
@@ -109,7 +120,7 @@ def _train(kind: str, values: dict[str, Any], workdir: pathlib.Path) -> None:
     import jax
 
     from leon_jax import compilation_cache, sharding
-    from leon_jax.train import decoder_config, programs, training_loop
+    from leon_jax.train import branch, decoder_config, programs, training_loop
 
     if _DISTRIBUTED.value:
         _join_processes()
@@ -121,6 +132,7 @@ def _train(kind: str, values: dict[str, Any], workdir: pathlib.Path) -> None:
     except ValueError as error:
         raise UserError(f"config.loop.mesh: {error}") from error
     program = programs.make_program(kind, values)
+    program, begun = branch.prepare(_BRANCH_FROM.value, workdir, program, configs.to_dict(settings))
     if kind == "decoder" and (notice := decoder_config.retrieval_notice(program.config)):
         print(f"leon train: {notice}", file=sys.stderr)
     if check_export := getattr(program, "check_export", None):
@@ -129,7 +141,7 @@ def _train(kind: str, values: dict[str, Any], workdir: pathlib.Path) -> None:
         if jax.process_index() == 0:
             print(f"leon train: {sentence}", file=sys.stderr)
     with jax.set_mesh(mesh):
-        training_loop.run(program, settings, workdir)
+        training_loop.run(program, settings, workdir, begun)
 
 
 def _check_process_flags() -> None:

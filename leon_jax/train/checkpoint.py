@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -177,20 +177,7 @@ class Checkpoints:
             self.best_loss = saved.metrics[_LOSS]
 
     def _load(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, str]]:
-        leaves, structure = jax.tree.flatten(abstract)
-        sums = self._checkpointer.load_checkpointables(step, {"checksums": None})["checksums"]
-        names = _stored_names(weight_files.flatten(abstract), sums)
-        targets = {name: _target(leaf) for name, leaf in zip(names, leaves, strict=True)}
-        loaded = self._checkpointer.load_checkpointables(step, {"state": targets, "data": None})
-        actual_sums = {name: str(value) for name, value in _checksums(loaded["state"]).items()}
-        if damaged := [name for name in names if actual_sums[name] != sums[name]]:
-            raise UserError(f"{damaged[0]} does not match its checksum")
-        arrays = [
-            jax.random.wrap_key_data(loaded["state"][name]) if _is_key(leaf) else array
-            for name, leaf in zip(names, leaves, strict=True)
-            for array in [loaded["state"][name]]
-        ]
-        return jax.tree.unflatten(structure, arrays), loaded["data"]
+        return _load(functools.partial(self._checkpointer.load_checkpointables, step), abstract)
 
     def _move_damaged(self, step: int, problem: str) -> None:
         target = self._directory.with_name("damaged_checkpoints") / str(step)
@@ -292,6 +279,66 @@ def load_model(directory: pathlib.Path, abstract: TrainState, step: int, model: 
     names = [all_names[id(leaf)] for leaf in leaves]
     arrays = load_weights(directory, dict(zip(names, leaves, strict=True)), step)
     return jax.tree.unflatten(structure, [arrays[name] for name in names])
+
+
+def load_data(directory: pathlib.Path, step: int) -> dict[str, str]:
+    """Returns the data position of a checkpoint, by the number of the data shard.
+
+    Raises:
+      UserError: the checkpoint cannot be read.
+    """
+    path = directory / str(step)
+    try:
+        orbax_path = _path_for_orbax(directory.absolute()) / path.name
+        return ocp.load_checkpointables(orbax_path, {"data": None})["data"]
+    except Exception as error:
+        reason = _reason(error, "a file is missing or damaged")
+        raise UserError(f"the data position in {path} cannot be loaded: {reason}") from error
+
+
+def load_state(directory: pathlib.Path, abstract: TrainState, step: int) -> TrainState:
+    """Loads the state of a checkpoint of another run, which may go on meanwhile.
+
+    Args:
+      directory: the folder `checkpoints` of the run.
+      abstract: as for `Checkpoints.restore`.
+      step: the step of the checkpoint.
+
+    Raises:
+      UserError: the checkpoint is damaged or does not fit.
+    """
+    path = directory / str(step)
+    try:
+        orbax_path = _path_for_orbax(directory.absolute()) / path.name
+        return _load(functools.partial(ocp.load_checkpointables, orbax_path), abstract)[0]
+    except Exception as error:
+        reason = _reason(error, "a file is missing or damaged, or its arrays do not fit")
+        raise UserError(f"the checkpoint {path} cannot be loaded: {reason}") from error
+
+
+def _load(
+    load: Callable[[dict[str, Any]], dict[str, Any]], abstract: TrainState
+) -> tuple[TrainState, dict[str, str]]:
+    """Returns the state and the data position of a checkpoint.
+
+    Args:
+      load: Orbax's function that loads parts of the checkpoint.
+      abstract: shapes, dtypes and shardings of the state.
+    """
+    leaves, structure = jax.tree.flatten(abstract)
+    sums = load({"checksums": None})["checksums"]
+    names = _stored_names(weight_files.flatten(abstract), sums)
+    targets = {name: _target(leaf) for name, leaf in zip(names, leaves, strict=True)}
+    loaded = load({"state": targets, "data": None})
+    actual_sums = {name: str(value) for name, value in _checksums(loaded["state"]).items()}
+    if damaged := [name for name in names if actual_sums[name] != sums[name]]:
+        raise UserError(f"{damaged[0]} does not match its checksum")
+    arrays = [
+        jax.random.wrap_key_data(loaded["state"][name]) if _is_key(leaf) else array
+        for name, leaf in zip(names, leaves, strict=True)
+        for array in [loaded["state"][name]]
+    ]
+    return jax.tree.unflatten(structure, arrays), loaded["data"]
 
 
 def load_weights(

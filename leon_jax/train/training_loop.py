@@ -17,10 +17,12 @@ from jaxtyping import Array, Float64
 from leon_jax import config as configs
 from leon_jax import file_lock, weight_files
 from leon_jax.config import UserError
+from leon_jax.train.branch import Branch
 from leon_jax.train.checkpoint import (
     Checkpoints,
     find_step,
     load_model,
+    load_state,
     on_all_processes,
 )
 from leon_jax.train.evaluation import Evaluator
@@ -102,7 +104,9 @@ class LoopConfig:
             )
 
 
-def run(program: Program, loop: LoopConfig, workdir: pathlib.Path) -> TrainState:
+def run(
+    program: Program, loop: LoopConfig, workdir: pathlib.Path, branch: Branch | None = None
+) -> TrainState:
     """Trains `program` up to step `program.config.steps`, resuming from the newest checkpoint.
 
     A resumed run has the state, data position and randomness of an uninterrupted run, so its
@@ -120,6 +124,7 @@ def run(program: Program, loop: LoopConfig, workdir: pathlib.Path) -> TrainState
       program: the model and how to train it.
       loop: configuration of the loop.
       workdir: the folder of the run; created if missing.
+      branch: the checkpoint of another run that a new run starts from.
 
     Returns:
       The final state.
@@ -143,6 +148,8 @@ def run(program: Program, loop: LoopConfig, workdir: pathlib.Path) -> TrainState
         stack.enter_context(_lock_workdir(workdir))
         run_config = {**configs.to_dict(program.config), "loop": configs.to_dict(loop)}
         check_config(workdir / "config.json", run_config)
+        if branch is not None and is_main:
+            branch.write_history(workdir)
         if loop.eval_every and is_main:
             sentence = "no folder of config.data has a held-out split, so the run is not evaluated"
             if evaluation is not None:
@@ -153,7 +160,7 @@ def run(program: Program, loop: LoopConfig, workdir: pathlib.Path) -> TrainState
         checkpoints = Checkpoints(workdir / "checkpoints", loop.keep, documents)
 
         # State: the newest checkpoint, the weights of another run, or random weights.
-        state = _initial_state(program, loop.init_from, checkpoints, feed, workdir)
+        state = _initial_state(program, loop.init_from, checkpoints, feed, workdir, branch)
         start = int(state.step)
         goodput.resume(start)
         tracker = Tracker(loop.log_to, workdir, run_config) if loop.log_to and is_main else None
@@ -318,7 +325,12 @@ def _lock_workdir(workdir: pathlib.Path) -> Iterator[None]:
 
 
 def _initial_state(
-    program: Program, init_from: str, checkpoints: Checkpoints, feed: Feed, workdir: pathlib.Path
+    program: Program,
+    init_from: str,
+    checkpoints: Checkpoints,
+    feed: Feed,
+    workdir: pathlib.Path,
+    branch: Branch | None,
 ) -> TrainState:
     """Returns the newest saved state and moves `feed` to its position, or returns a new state."""
     key = jax.random.key(program.config.seed)
@@ -327,6 +339,14 @@ def _initial_state(
         step, state, position = checkpoints.restore(abstract)
         feed.set_state(position)
         print(f"resumed from step {step} in {workdir}", file=sys.stderr)
+        return state
+    if branch is not None:
+        state = load_state(branch.checkpoints, abstract, branch.step)
+        if branch.position is not None:
+            feed.set_state(branch.position)
+        # A restart needs the parent no more.
+        checkpoints.save(state, feed.get_state())
+        print(f"branched from step {branch.step} of {branch.checkpoints.parent}", file=sys.stderr)
         return state
     state = jax.jit(program.init)(key)
     if not init_from:
