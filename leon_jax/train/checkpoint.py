@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -287,13 +287,8 @@ def load_data(directory: pathlib.Path, step: int) -> dict[str, str]:
     Raises:
       UserError: the checkpoint cannot be read.
     """
-    path = directory / str(step)
-    try:
-        orbax_path = _path_for_orbax(directory.absolute()) / path.name
-        return ocp.load_checkpointables(orbax_path, {"data": None})["data"]
-    except Exception as error:
-        reason = _reason(error, "a file is missing or damaged")
-        raise UserError(f"the data position in {path} cannot be loaded: {reason}") from error
+    with _explained(directory / str(step)) as path:
+        return ocp.load_checkpointables(path, {"data": None})["data"]
 
 
 def load_state(directory: pathlib.Path, abstract: TrainState, step: int) -> TrainState:
@@ -307,13 +302,18 @@ def load_state(directory: pathlib.Path, abstract: TrainState, step: int) -> Trai
     Raises:
       UserError: the checkpoint is damaged or does not fit.
     """
-    path = directory / str(step)
+    with _explained(directory / str(step)) as path:
+        return _load(functools.partial(ocp.load_checkpointables, path), abstract)[0]
+
+
+@contextlib.contextmanager
+def _explained(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yields the path of a checkpoint for Orbax, and converts its errors to a UserError."""
     try:
-        orbax_path = _path_for_orbax(directory.absolute()) / path.name
-        return _load(functools.partial(ocp.load_checkpointables, orbax_path), abstract)[0]
-    except Exception as error:
-        reason = _reason(error, "a file is missing or damaged, or its arrays do not fit")
-        raise UserError(f"the checkpoint {path} cannot be loaded: {reason}") from error
+        yield _path_for_orbax(path.parent.absolute()) / path.name
+    except Exception as error:  # Orbax raises many types; all mean it cannot be loaded
+        reason = _reason(error, "a file is damaged, or its model has another shape")
+        raise UserError(f"the weights in {path} cannot be loaded: {reason}") from error
 
 
 def _load(
@@ -357,21 +357,15 @@ def load_weights(
     Raises:
       UserError: the checkpoint cannot be read, or an array is missing or has another shape.
     """
-    path = directory / str(step)
     options = ocp.options.PyTreeOptions(
         loading=ocp.options.PyTreeOptions.Loading(partial_load=True)
     )
-    try:
-        with ocp.Context(pytree_options=options):
-            orbax_path = _path_for_orbax(directory.absolute()) / path.name
-            sums = ocp.load_checkpointables(orbax_path, {"checksums": None})["checksums"]
-            stored = dict(zip(names, _stored_names(names, sums), strict=True))
-            targets = {stored[name]: _target(leaf) for name, leaf in names.items()}
-            arrays = ocp.load_checkpointables(orbax_path, {"state": targets})["state"]
-            return {name: arrays[stored[name]] for name in names}
-    except Exception as error:
-        reason = _reason(error, "a file is damaged, or its model has another shape")
-        raise UserError(f"the weights in {path} cannot be loaded: {reason}") from error
+    with _explained(directory / str(step)) as path, ocp.Context(pytree_options=options):
+        sums = ocp.load_checkpointables(path, {"checksums": None})["checksums"]
+        stored = dict(zip(names, _stored_names(names, sums), strict=True))
+        targets = {stored[name]: _target(leaf) for name, leaf in names.items()}
+        arrays = ocp.load_checkpointables(path, {"state": targets})["state"]
+        return {name: arrays[stored[name]] for name in names}
 
 
 def _stored_names(names: Iterable[str], stored: Container[str]) -> list[str]:
