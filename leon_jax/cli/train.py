@@ -87,6 +87,8 @@ def main(argv: list[str]) -> None:
     if kind not in KINDS:
         raise UserError(f"config.kind is {kind!r}; it must be one of {', '.join(KINDS)}")
     if kind == "text":
+        if _BRANCH_FROM.value:
+            raise UserError("--branch_from: the run of a text tokenizer has no checkpoints")
         from leon_jax.train import text_tokenizer
 
         config = configs.build(text_tokenizer.TextConfig, values)

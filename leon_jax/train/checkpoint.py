@@ -33,8 +33,7 @@ from leon_jax.config import UserError
 from leon_jax.train.state import TrainState
 
 # What Orbax stores with a checkpoint that was the best when it was saved: its held-out loss, the
-# documents of the loss in words, and its step. The newest checkpoint with these is the best.
-# Checkpoints of an earlier version have the loss only.
+# documents of the loss in words, and its step (earlier versions: the loss). The newest is the best.
 _LOSS, _DOCUMENTS, _STEP = "held_out_loss", "documents", "step"
 
 
@@ -294,10 +293,7 @@ def load_data(directory: pathlib.Path, step: int) -> dict[str, str]:
 def load_state(directory: pathlib.Path, abstract: TrainState, step: int) -> TrainState:
     """Loads the state of a checkpoint of another run, which may go on meanwhile.
 
-    Args:
-      directory: the folder `checkpoints` of the run.
-      abstract: as for `Checkpoints.restore`.
-      step: the step of the checkpoint.
+    Args: as for `load_model`.
 
     Raises:
       UserError: the checkpoint is damaged or does not fit.
@@ -313,7 +309,7 @@ def _explained(path: pathlib.Path) -> Iterator[pathlib.Path]:
         yield _path_for_orbax(path.parent.absolute()) / path.name
     except Exception as error:  # Orbax raises many types; all mean it cannot be loaded
         reason = _reason(error, "a file is damaged, or its model has another shape")
-        raise UserError(f"the weights in {path} cannot be loaded: {reason}") from error
+        raise UserError(f"the checkpoint {path} cannot be loaded: {reason}") from error
 
 
 def _load(
