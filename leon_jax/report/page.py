@@ -21,7 +21,8 @@ svg { width: 100%; height: auto; font: 12px system-ui, sans-serif }
 th, td { padding: .3rem .75rem .3rem 0 }
 td { overflow-wrap: anywhere }
 code { font-size: .9em }
-.samples img { max-width: 100%; min-height: 64px; border: 1px solid #eee; image-rendering: pixelated }
+.samples img { max-width: 100%; min-height: 64px; border: 1px solid #eee;
+  image-rendering: pixelated }
 .samples td:first-child { width: 5rem; color: #555 }
 """
 
