@@ -88,6 +88,7 @@ class HostTimes:
         if jax.process_index() == 0:
             line = {
                 "step": step,
+                "step_seconds": round(float(step_seconds), 6),
                 "own_seconds": own.round(6).tolist(),
                 "input_seconds": reading.round(6).tolist(),
                 "slow": slow,
