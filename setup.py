@@ -50,6 +50,10 @@ DEMO = [
 
 EVAL = ["matplotlib>=3.10"]
 
+# Experiment trackers and profiles of training runs.
+WANDB = ["wandb>=0.31"]
+PROFILE = ["xprof>=2.24"]
+
 DEV = [
     *DEMO,
     *EVAL,
@@ -57,6 +61,8 @@ DEV = [
     *HUGGINGFACE,
     *FAISS,
     *IMAGES,
+    *PROFILE,
+    *WANDB,
     "beartype>=0.22",
     "build>=1.3",
     "hypothesis>=6.170",
@@ -125,6 +131,8 @@ setup(
         # Only for checkpoints in PyTorch's own format; safetensors files need no extra.
         "convert": ["torch>=2.9"],
         "serve": ["gradio>=6.31"],
+        "wandb": WANDB,
+        "profile": PROFILE,
         "demo": DEMO,
         "dev": DEV,
     },

@@ -63,7 +63,10 @@ MAY_IMPORT = {
     # Config files are run by path; nothing imports them.
     "configs": set(),
     # What is measured is the finished thing, as a person would use it.
-    "evaluate": BELOW_TRAINING | {"engine", "generate", "leon"},
+    "evaluate": BELOW_TRAINING | {"engine", "generate", "leon", "html_page"},
+    "html_page": set(),
+    # Reads the files of runs, which may be on another machine, and needs no model.
+    "report": {"config", "html_page"},
 }
 MAY_IMPORT_ANYTHING = {"leon", "cli"}
 

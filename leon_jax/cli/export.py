@@ -14,7 +14,8 @@ and in the runs beside theirs. Other flags replace what is found.
 --step takes the decoder from a checkpoint of the run, which may not be finished: best (the lowest
 held-out loss, see config.loop.eval_every of leon train), newest, or the number of a step. With
 --step, --workdir may also name the run of an image tokenizer or a retrieval encoder; --out receives
-the files that the end of the run writes.
+the files that the end of the run writes. A run with config.optimizer.average exports the averaged
+weights; --noaverage exports the weights after the last update.
 
 The folder has decoder.safetensors, tokenizer.safetensors, text.json, encoder.safetensors (or a
 folder encoder), selection.json, model.json and README.md. It appears when it is complete. A .tar of
@@ -40,6 +41,10 @@ _WORKDIR = flags.DEFINE_string(
 _STEP = flags.DEFINE_string(
     "step", None, "The checkpoint of --workdir: best, newest, or the number of its step; by "
     "default the model at the end of the run.", flag_values=FLAGS,
+)  # fmt: skip
+_AVERAGE = flags.DEFINE_bool(
+    "average", True, "With --step: the averaged weights of a run with config.optimizer.average; "
+    "--noaverage: the weights after the last update.", flag_values=FLAGS,
 )  # fmt: skip
 _DECODER = flags.DEFINE_string("decoder", None, "The decoder's file.", flag_values=FLAGS)
 _TOKENIZER = flags.DEFINE_string(
@@ -102,6 +107,8 @@ def main(argv: list[str]) -> None:
     if not _OUT.value:
         raise UserError("--out is missing; for example --out=models/cats")
     if _STEP.value is None:
+        if not _AVERAGE.value:
+            raise UserError("--noaverage needs --step, for example --step=newest")
         _write(_parts(), pathlib.Path(_OUT.value))
     else:
         _export_checkpoint(_STEP.value, pathlib.Path(_OUT.value))
@@ -120,12 +127,12 @@ def _export_checkpoint(step: str, out: pathlib.Path) -> None:
     workdir = pathlib.Path(_WORKDIR.value)
     kind = provenance.run_config(workdir).get("kind")
     if kind in ("tokenizer", "encoder"):
-        number = programs.save_checkpoint(workdir, step, out)
+        number = programs.save_checkpoint(workdir, step, out, _AVERAGE.value)
         print(f"wrote the {kind} of step {number} into {out}")
         return
     parts = _parts()
     with tempfile.TemporaryDirectory(prefix="leon-") as folder:
-        number = programs.save_checkpoint(workdir, step, pathlib.Path(folder))
+        number = programs.save_checkpoint(workdir, step, pathlib.Path(folder), _AVERAGE.value)
         print(f"leon export: the decoder is that of step {number}", file=sys.stderr)
         known = provenance.of_run("decoder", workdir)
         training = known.training | {"steps": number}

@@ -1,9 +1,9 @@
 """The program `leon`: `leon COMMAND --flag=value ...`.
 
-A command is a module of this package with a docstring, its own absl flags, `main(argv)` and, if a
-flag changes others, `rewritten(arguments)`. It is imported only when it is used, so `leon --help`
-is quick. A command uses absl's global flags, or its own `FlagValues` called FLAGS, which lets
-several commands run in one process.
+A command is a module of this package with a docstring, its own absl flags and `main(argv)`. It has
+`rewritten(arguments)` if a flag changes others, and ARGUMENTS if it takes arguments that are no
+flags. It is imported only when it is used, so `leon --help` is quick. A command uses absl's global
+flags, or its own `FlagValues` called FLAGS, which lets several commands run in one process.
 
 An error that the user can fix prints one sentence on stderr and exits with code 2. Ctrl-C exits
 with code 130. A closed output pipe exits with code 141 and prints nothing, like other programs.
@@ -43,6 +43,7 @@ VERBS = {
     "plan": "estimate memory and speed of a config on a TPU pod, without the pod",
     "export": "write a model folder from its parts, with a model card",
     "evaluate": "evaluate a trained model on held-out documents",
+    "report": "write a page of curves, differences and samples of training runs",
     "cache": "show or clear the cache of compiled programs and prepared folders",
     "doctor": "print versions, devices, extras, caches and settings, for a bug report",
     "demo": "run every step once on real data and write an HTML report",
@@ -128,7 +129,7 @@ def run_verb(verb: str, arguments: Sequence[str]) -> int:
         if hasattr(module, "rewritten"):
             arguments = module.rewritten(arguments)
         positional = _parse(module, [name, *arguments])
-        if len(positional) > 1:
+        if len(positional) > 1 and not hasattr(module, "ARGUMENTS"):
             raise UserError(f"{positional[1]!r} is not a flag; flags are written --name=value")
         module.main(positional)
     except UserError as error:
@@ -202,7 +203,10 @@ def version() -> str:
 
 def describe(module: types.ModuleType, verb: str) -> str:
     """Returns the text of `leon COMMAND --help`: the module's docstring, flags and defaults."""
-    lines = [inspect.cleandoc(module.__doc__ or VERBS[verb]), "", f"flags of leon {verb}:"]
+    lines = [inspect.cleandoc(module.__doc__ or VERBS[verb]), ""]
+    if arguments := getattr(module, "ARGUMENTS", ""):
+        lines += [f"usage: leon {verb} {arguments} [--flag=value ...]", ""]
+    lines.append(f"flags of leon {verb}:")
     values = getattr(module, "FLAGS", flags.FLAGS)
     for flag in sorted(values.get_flags_for_module(module.__name__), key=lambda f: f.name):
         has_default = flag.default not in (None, "", [])

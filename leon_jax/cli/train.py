@@ -1,4 +1,4 @@
-"""Trains a text tokenizer, an image tokenizer, a retrieval encoder or a decoder.
+r"""Trains a text tokenizer, an image tokenizer, a retrieval encoder or a decoder.
 
     leon train --config=configs/emoji/decoder.py --workdir=runs/emoji/decoder
 
@@ -9,10 +9,18 @@ checkpoint. The trained model is written to WORKDIR/export.
 On several hosts, run the command with --distributed in every process. On TPU pods, SLURM, Open MPI
 and Kubernetes the processes find each other. Elsewhere set --coordinator, --processes and
 --process_id. If a process is lost, the others exit with code 134 within --heartbeat_seconds.
+
+--branch_from=WORKDIR@STEP starts a new run from a checkpoint of another run, with a changed config:
+
+    leon train --config=configs/emoji/decoder.py --workdir=runs/emoji/decoder_wsd \
+      --branch_from=runs/emoji/decoder@600 --config.optimizer.schedule=constant
+
+kill -USR1 PID writes a profile of the next five steps into WORKDIR/profiles; leon report shows it.
 """
 
 import os
 import pathlib
+import signal
 import sys
 import threading
 from typing import Any
@@ -26,6 +34,12 @@ from leon_jax.train import supervisor
 
 _CONFIG = config_flag.define()
 _WORKDIR = flags.DEFINE_string("workdir", None, "The folder for all files of the run.")
+_BRANCH_FROM = flags.DEFINE_string(
+    "branch_from",
+    "",
+    "WORKDIR@STEP: start a new run from a checkpoint of another run; the step is a number, newest "
+    "or best.",
+)
 
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "Run as one of several processes that train one model."
@@ -73,6 +87,8 @@ def main(argv: list[str]) -> None:
     if kind not in KINDS:
         raise UserError(f"config.kind is {kind!r}; it must be one of {', '.join(KINDS)}")
     if kind == "text":
+        if _BRANCH_FROM.value:
+            raise UserError("--branch_from: the run of a text tokenizer has no checkpoints")
         from leon_jax.train import text_tokenizer
 
         config = configs.build(text_tokenizer.TextConfig, values)
@@ -101,10 +117,12 @@ def main(argv: list[str]) -> None:
 
 def _train(kind: str, values: dict[str, Any], workdir: pathlib.Path) -> None:
     """Trains a model in this process; with --distributed it is one of several."""
+    # The loop handles this signal. Until then its default effect would end the process.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     import jax
 
     from leon_jax import compilation_cache, sharding
-    from leon_jax.train import decoder_config, programs, training_loop
+    from leon_jax.train import branch, decoder_config, programs, training_loop
 
     if _DISTRIBUTED.value:
         _join_processes()
@@ -116,6 +134,7 @@ def _train(kind: str, values: dict[str, Any], workdir: pathlib.Path) -> None:
     except ValueError as error:
         raise UserError(f"config.loop.mesh: {error}") from error
     program = programs.make_program(kind, values)
+    program, begun = branch.prepare(_BRANCH_FROM.value, workdir, program, configs.to_dict(settings))
     if kind == "decoder" and (notice := decoder_config.retrieval_notice(program.config)):
         print(f"leon train: {notice}", file=sys.stderr)
     if check_export := getattr(program, "check_export", None):
@@ -124,7 +143,7 @@ def _train(kind: str, values: dict[str, Any], workdir: pathlib.Path) -> None:
         if jax.process_index() == 0:
             print(f"leon train: {sentence}", file=sys.stderr)
     with jax.set_mesh(mesh):
-        training_loop.run(program, settings, workdir)
+        training_loop.run(program, settings, workdir, begun)
 
 
 def _check_process_flags() -> None:

@@ -15,18 +15,28 @@ class FolderComponent:
       folder: a documents folder, or a prepared folder; a decoder needs a prepared folder.
       split: the split of the folder to train on.
       weight: share of the examples, relative to the other components; above 0.
+      start: number of examples of the component's order that are left out at the beginning. A run
+        that branches from another (`leon_jax.train.branch`) continues the order of that run.
+      stream: number of the order; None: the place of the component in the mixture.
 
     Raises:
-      UserError: the weight is not above 0.
+      UserError: the weight is not above 0, or a number is below 0.
     """
+
+    OMITTED_DEFAULTS: ClassVar[tuple[str, ...]] = ("start", "stream")
 
     folder: str
     split: str = "train"
     weight: float = 1.0
+    start: int = 0
+    stream: int | None = None
 
     def __post_init__(self) -> None:
         if not self.weight > 0:
             raise UserError(f"weight is {self.weight}; it must be above 0")
+        for name, number in (("start", self.start), ("stream", self.stream)):
+            if number is not None and number < 0:
+                raise UserError(f"{name} is {number}; it must be at least 0")
 
 
 @dataclasses.dataclass(frozen=True)

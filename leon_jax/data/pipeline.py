@@ -13,7 +13,7 @@ import grain
 
 from leon_jax.config import UserError
 from leon_jax.data import packing
-from leon_jax.data.config import DataConfig
+from leon_jax.data.config import DataConfig, FolderComponent
 from leon_jax.data.examples import Component, DocumentEncoder, Limits, MakeExample
 from leon_jax.data.masking import MaskingConfig
 
@@ -118,7 +118,7 @@ def examples(
     return shuffled_mixture(
         [len(component.source) for component in components],
         [MakeExample(component, encoder, masking, limits) for component in components],
-        [component.settings.weight for component in components],
+        [component.settings for component in components],
         seed=seed,
         shard=shard,
     )
@@ -127,7 +127,7 @@ def examples(
 def shuffled_mixture(
     lengths: Sequence[int],
     transforms: Sequence[grain.transforms.RandomMap],
-    weights: Sequence[float],
+    settings: Sequence[FolderComponent],
     *,
     seed: int = 0,
     shard: tuple[int, int] = (0, 1),
@@ -140,14 +140,16 @@ def shuffled_mixture(
     Args:
       lengths: number of items of each component, at least 1.
       transforms: for each component, maps the index of an item to an example.
-      weights: weight of each component, above 0.
+      settings: weight of each component, the number of its order, and where the order begins.
       seed: seed of the order and of the transforms.
       shard: (index, count); shards are disjoint parts of the same order.
     """
     index, count = shard
     datasets = []
-    for number, (length, transform) in enumerate(zip(lengths, transforms, strict=True)):
-        first_seed = seed + number * _SEED_STRIDE
+    streams = zip(lengths, transforms, settings, strict=True)
+    for place, (length, transform, component) in enumerate(streams):
+        stream = place if component.stream is None else component.stream
+        first_seed = seed + stream * _SEED_STRIDE
         datasets.append(
             grain.MapDataset.range(length)
             .seed(first_seed % 2**32)
@@ -155,7 +157,7 @@ def shuffled_mixture(
             .repeat()
             # Map before slicing into shards, so that shards use different random numbers.
             .random_map(transform, seed=(first_seed + 1) % 2**32)
-            .slice(slice(index, None, count))
+            .slice(slice(component.start + index, None, count))
         )
     # Mix after slicing: slicing the mixture could put each component into a single shard.
-    return grain.MapDataset.mix(datasets, list(weights))
+    return grain.MapDataset.mix(datasets, [component.weight for component in settings])

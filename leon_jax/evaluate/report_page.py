@@ -1,54 +1,28 @@
 """Writes the report of `leon demo` and of `leon evaluate`: one HTML file with embedded images."""
 
-import base64
 import html
-import io
 import json
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import PIL.Image
 from jaxtyping import UInt8
 
+from leon_jax import html_page
 from leon_jax.documents import Document
 from leon_jax.evaluate.meanings import LABELS, MEANINGS, Number, format_metric
+from leon_jax.html_page import image_tag, table
 from leon_jax.leon import GeneratedImage, credit
 
 _STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem;
-  color: #1c1c1c; background: #fff }
-h2 { margin-top: 2.5rem }
-table { border-collapse: collapse; width: 100% }
-th { text-align: left; font-weight: 600 }
-th, td { border-bottom: 1px solid #ddd; padding: .5rem .75rem; vertical-align: middle }
 img { width: 96px; height: 96px; border: 1px solid #eee; margin: 2px }
-small { color: #555; display: block; line-height: 1.3 }
-.number { text-align: right; font-variant-numeric: tabular-nums }
 figure { margin: 0; width: 10rem; overflow-wrap: anywhere }
 .read { display: flex; gap: .75rem }
 .gallery { display: flex; flex-wrap: wrap; gap: 1rem }
 .gallery figure { width: 128px; font-size: .85rem; line-height: 1.3 }
 .gallery img { width: 128px; height: 128px; margin: 0 }
-.good { color: #14692b } .bad { color: #a3231f }
 """
-
-
-def image_tag(pixels: np.ndarray | PIL.Image.Image, alt: str) -> str:
-    """Returns an <img> tag with the image embedded as PNG."""
-    image = pixels if isinstance(pixels, PIL.Image.Image) else PIL.Image.fromarray(pixels)
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img alt="{html.escape(alt, quote=True)}" src="data:image/png;base64,{data}">'
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Returns an HTML table; cells are HTML."""
-    top = "".join(f"<th>{cell}</th>" for cell in head)
-    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
-    return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def retrieved(documents: Sequence[Document]) -> str:
@@ -208,14 +182,7 @@ def page(title: str, sections: Sequence[tuple[str, str]]) -> str:
       title: the title, plain text.
       sections: (heading, HTML body) pairs. A section without a heading continues the one before.
     """
-    body = "".join(
-        (f"<h2>{html.escape(name)}</h2>" if name else "") + content for name, content in sections
-    )
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}'
-        f'</title><meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head>'
-        f"<body><h1>{html.escape(title)}</h1>{body}</body></html>"
-    )
+    return html_page.page(title, sections, _STYLE)
 
 
 def write(

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 import traceback
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -33,8 +33,7 @@ from leon_jax.config import UserError
 from leon_jax.train.state import TrainState
 
 # What Orbax stores with a checkpoint that was the best when it was saved: its held-out loss, the
-# documents of the loss in words, and its step. The newest checkpoint with these is the best.
-# Checkpoints of an earlier version have the loss only.
+# documents of the loss in words, and its step (earlier versions: the loss). The newest is the best.
 _LOSS, _DOCUMENTS, _STEP = "held_out_loss", "documents", "step"
 
 
@@ -177,20 +176,7 @@ class Checkpoints:
             self.best_loss = saved.metrics[_LOSS]
 
     def _load(self, step: int, abstract: TrainState) -> tuple[TrainState, dict[str, str]]:
-        leaves, structure = jax.tree.flatten(abstract)
-        sums = self._checkpointer.load_checkpointables(step, {"checksums": None})["checksums"]
-        names = _stored_names(weight_files.flatten(abstract), sums)
-        targets = {name: _target(leaf) for name, leaf in zip(names, leaves, strict=True)}
-        loaded = self._checkpointer.load_checkpointables(step, {"state": targets, "data": None})
-        actual_sums = {name: str(value) for name, value in _checksums(loaded["state"]).items()}
-        if damaged := [name for name in names if actual_sums[name] != sums[name]]:
-            raise UserError(f"{damaged[0]} does not match its checksum")
-        arrays = [
-            jax.random.wrap_key_data(loaded["state"][name]) if _is_key(leaf) else array
-            for name, leaf in zip(names, leaves, strict=True)
-            for array in [loaded["state"][name]]
-        ]
-        return jax.tree.unflatten(structure, arrays), loaded["data"]
+        return _load(functools.partial(self._checkpointer.load_checkpointables, step), abstract)
 
     def _move_damaged(self, step: int, problem: str) -> None:
         target = self._directory.with_name("damaged_checkpoints") / str(step)
@@ -294,6 +280,63 @@ def load_model(directory: pathlib.Path, abstract: TrainState, step: int, model: 
     return jax.tree.unflatten(structure, [arrays[name] for name in names])
 
 
+def load_data(directory: pathlib.Path, step: int) -> dict[str, str]:
+    """Returns the data position of a checkpoint, by the number of the data shard.
+
+    Raises:
+      UserError: the checkpoint cannot be read.
+    """
+    with _explained(directory / str(step)) as path:
+        return ocp.load_checkpointables(path, {"data": None})["data"]
+
+
+def load_state(directory: pathlib.Path, abstract: TrainState, step: int) -> TrainState:
+    """Loads the state of a checkpoint of another run, which may go on meanwhile.
+
+    Args: as for `load_model`.
+
+    Raises:
+      UserError: the checkpoint is damaged or does not fit.
+    """
+    with _explained(directory / str(step)) as path:
+        return _load(functools.partial(ocp.load_checkpointables, path), abstract)[0]
+
+
+@contextlib.contextmanager
+def _explained(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yields the path of a checkpoint for Orbax, and converts its errors to a UserError."""
+    try:
+        yield _path_for_orbax(path.parent.absolute()) / path.name
+    except Exception as error:  # Orbax raises many types; all mean it cannot be loaded
+        reason = _reason(error, "a file is damaged, or its model has another shape")
+        raise UserError(f"the checkpoint {path} cannot be loaded: {reason}") from error
+
+
+def _load(
+    load: Callable[[dict[str, Any]], dict[str, Any]], abstract: TrainState
+) -> tuple[TrainState, dict[str, str]]:
+    """Returns the state and the data position of a checkpoint.
+
+    Args:
+      load: Orbax's function that loads parts of the checkpoint.
+      abstract: shapes, dtypes and shardings of the state.
+    """
+    leaves, structure = jax.tree.flatten(abstract)
+    sums = load({"checksums": None})["checksums"]
+    names = _stored_names(weight_files.flatten(abstract), sums)
+    targets = {name: _target(leaf) for name, leaf in zip(names, leaves, strict=True)}
+    loaded = load({"state": targets, "data": None})
+    actual_sums = {name: str(value) for name, value in _checksums(loaded["state"]).items()}
+    if damaged := [name for name in names if actual_sums[name] != sums[name]]:
+        raise UserError(f"{damaged[0]} does not match its checksum")
+    arrays = [
+        jax.random.wrap_key_data(loaded["state"][name]) if _is_key(leaf) else array
+        for name, leaf in zip(names, leaves, strict=True)
+        for array in [loaded["state"][name]]
+    ]
+    return jax.tree.unflatten(structure, arrays), loaded["data"]
+
+
 def load_weights(
     directory: pathlib.Path, names: Mapping[str, jax.ShapeDtypeStruct], step: int
 ) -> dict[str, Array]:
@@ -310,21 +353,15 @@ def load_weights(
     Raises:
       UserError: the checkpoint cannot be read, or an array is missing or has another shape.
     """
-    path = directory / str(step)
     options = ocp.options.PyTreeOptions(
         loading=ocp.options.PyTreeOptions.Loading(partial_load=True)
     )
-    try:
-        with ocp.Context(pytree_options=options):
-            orbax_path = _path_for_orbax(directory.absolute()) / path.name
-            sums = ocp.load_checkpointables(orbax_path, {"checksums": None})["checksums"]
-            stored = dict(zip(names, _stored_names(names, sums), strict=True))
-            targets = {stored[name]: _target(leaf) for name, leaf in names.items()}
-            arrays = ocp.load_checkpointables(orbax_path, {"state": targets})["state"]
-            return {name: arrays[stored[name]] for name in names}
-    except Exception as error:
-        reason = _reason(error, "a file is damaged, or its model has another shape")
-        raise UserError(f"the weights in {path} cannot be loaded: {reason}") from error
+    with _explained(directory / str(step)) as path, ocp.Context(pytree_options=options):
+        sums = ocp.load_checkpointables(path, {"checksums": None})["checksums"]
+        stored = dict(zip(names, _stored_names(names, sums), strict=True))
+        targets = {stored[name]: _target(leaf) for name, leaf in names.items()}
+        arrays = ocp.load_checkpointables(path, {"state": targets})["state"]
+        return {name: arrays[stored[name]] for name in names}
 
 
 def _stored_names(names: Iterable[str], stored: Container[str]) -> list[str]:

@@ -160,8 +160,8 @@ def batches(
       shard: (index, count) of this shard; shards have different items of the same order.
       threads: number of threads that make items in advance, up to two batches ahead.
     """
-    weights = [component.settings.weight for component in components]
-    items = pipeline.shuffled_mixture(lengths, transforms, weights, seed=seed, shard=shard)
+    settings = [component.settings for component in components]
+    items = pipeline.shuffled_mixture(lengths, transforms, settings, seed=seed, shard=shard)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * rows)
     return items.to_iter_dataset(options).batch(rows, drop_remainder=True)
 

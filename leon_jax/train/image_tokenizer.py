@@ -212,6 +212,7 @@ class TokenizerProgram:
             "score_real": scores[3],
             "score_fake": scores[4],
             "gradient_norm": optax.tree.norm((grads, discriminator_grads)),
+            "learning_rate": optimizer.learning_rate(self.config.optimizer)(state.step),
             "pictures": jnp.float32(images.shape[0]),
         }
         state = dataclasses.replace(

@@ -1,4 +1,4 @@
-"""Writes a run's metrics to metrics.jsonl, TensorBoard and the terminal."""
+"""Writes a run's metrics to metrics.jsonl, TensorBoard, a tracker and the terminal."""
 
 import contextlib
 import json
@@ -14,6 +14,7 @@ import tensorboardX
 from jaxtyping import Float64
 
 from leon_jax.train import peak_flops
+from leon_jax.train.tracker import Tracker
 
 # Metrics that are counts. They are summed over steps and reported as rates.
 COUNTS = ("tokens", "pictures", "pairs")
@@ -31,15 +32,21 @@ class Metrics:
         last checkpoint, are removed.
       total: the last step of the run, used to estimate the remaining time.
       flops_per_token: operations of one update per token, used for the MFU; 0 if unknown.
+      tracker: an experiment tracker that receives the same numbers and images.
     """
 
     def __init__(
-        self, directory: pathlib.Path | None, step: int, total: int, flops_per_token: float = 0.0
+        self,
+        directory: pathlib.Path | None,
+        step: int,
+        total: int,
+        flops_per_token: float = 0.0,
+        tracker: Tracker | None = None,
     ) -> None:
-        self._directory = directory
+        self._directory, self._tracker = directory, tracker
         if directory is not None:
             directory.mkdir(parents=True, exist_ok=True)
-            _drop_after(directory / "metrics.jsonl", step)
+            drop_after(directory / "metrics.jsonl", step)
             self._board = tensorboardX.SummaryWriter(str(directory / "tensorboard"))
         self._total, self._flops_per_token = total, flops_per_token
         self._peak = peak_flops.peak_flops(jax.devices())
@@ -65,16 +72,17 @@ class Metrics:
         self,
         fetched: Mapping[str, Float64[np.ndarray, "steps"]],
         goodput: float,
-        held_out: Mapping[str, float] | None = None,
+        measured: Mapping[str, float] | None = None,
     ) -> dict[str, float]:
-        """Writes and returns the means and rates of the fetched metrics, and held-out metrics.
+        """Writes and returns the means and rates of the fetched metrics, and other metrics.
 
         Means exclude skipped steps, unless all steps were skipped.
 
         Args:
           fetched: the result of `fetch`.
           goodput: share of the wall time, 0 to 1.
-          held_out: metrics of an evaluation after the last of these steps, by name.
+          measured: more metrics, by name: times of the hosts, and those of an evaluation after the
+            last of these steps.
         """
         now = time.monotonic()
         seconds, self._time = now - self._time, now
@@ -91,12 +99,14 @@ class Metrics:
         values["goodput"] = goodput
         if self._peak and self._flops_per_token and "tokens_per_second" in values:
             values["mfu"] = values["tokens_per_second"] * self._flops_per_token / self._peak
-        values |= held_out or {}
+        values |= measured or {}
         if self._directory is not None:
             with (self._directory / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps({"step": self._step, **values}) + "\n")
             for name, value in values.items():
                 self._board.add_scalar(name, value, self._step)
+            if self._tracker is not None:
+                self._tracker.log(values, self._step)
             print(self._line(values), file=sys.stderr, flush=True)
         return values
 
@@ -118,11 +128,15 @@ class Metrics:
             folder.mkdir(exist_ok=True)
             PIL.Image.fromarray(pixels).save(folder / f"{name}_{self._step:07d}.png")
             self._board.add_image(name, pixels, self._step, dataformats="HWC")
+        if self._tracker is not None and images:
+            self._tracker.log_images(images, self._step)
 
     def close(self) -> None:
-        """Flushes TensorBoard's buffers."""
+        """Flushes TensorBoard's buffers and those of the tracker."""
         if self._directory is not None:
             self._board.close()
+        if self._tracker is not None:
+            self._tracker.close()
 
     def _line(self, values: Mapping[str, float]) -> str:
         elapsed = time.monotonic() - self._start_time
@@ -144,7 +158,8 @@ class Metrics:
         return "  ".join([*parts, f"ETA {minutes}:{seconds:02d}"])
 
 
-def _drop_after(path: pathlib.Path, step: int) -> None:
+def drop_after(path: pathlib.Path, step: int) -> None:
+    """Removes the lines of later steps, and damaged lines, from a file of JSON lines."""
     if not path.exists():
         return
     lines = []

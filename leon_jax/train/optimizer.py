@@ -30,7 +30,10 @@ class OptimizerConfig:
       learning_rate: the peak learning rate.
       total_steps: the step at which the decay ends.
       warmup_steps: steps of linear warm-up from 0.
-      schedule: the decay after warm-up; `linear` and `cosine` end at `final_fraction` of the peak.
+      schedule: the learning rate after warm-up. It is constant, or decays to `final_fraction` of
+        the peak: from the end of the warm-up on (`linear`, `cosine`), or linearly in the last
+        `decay_steps` steps (`wsd`: warm-up, stable, decay; Hu et al. 2024, arXiv 2404.06395).
+      decay_steps: steps of the decay of `wsd`, at least 1; 0 for other schedules.
       final_fraction: final learning rate as a fraction of the peak; OPT's code uses 0.1.
       beta1, beta2, eps: Adam's constants; the defaults are OPT's.
       weight_decay: decoupled weight decay, applied only to arrays with two or more axes, and not
@@ -51,7 +54,7 @@ class OptimizerConfig:
     learning_rate: float
     total_steps: int
     warmup_steps: int = 0
-    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "linear"
     final_fraction: float = 0.1
     beta1: float = 0.9
     beta2: float = 0.95
@@ -61,14 +64,26 @@ class OptimizerConfig:
     clip_norm: float = 1.0
     kind: Literal["adamw", "muon"] = "adamw"
     average: float = 0.0
+    decay_steps: int = 0
 
-    OMITTED_DEFAULTS: ClassVar[tuple[str, ...]] = ("kind", "average")
+    OMITTED_DEFAULTS: ClassVar[tuple[str, ...]] = ("kind", "average", "decay_steps")
 
     def __post_init__(self) -> None:
         if not 0 <= self.warmup_steps <= self.total_steps:
             raise ValueError(
                 f"warmup_steps is {self.warmup_steps}; it must be between 0 and total_steps "
                 f"({self.total_steps})"
+            )
+        stable_steps = self.total_steps - self.warmup_steps - self.decay_steps
+        if self.schedule == "wsd" and (self.decay_steps < 1 or stable_steps < 0):
+            raise ValueError(
+                f"decay_steps is {self.decay_steps}; with the schedule wsd it must be at least 1 "
+                f"and at most total_steps - warmup_steps, {self.total_steps - self.warmup_steps}"
+            )
+        if self.schedule != "wsd" and self.decay_steps:
+            raise ValueError(
+                f"decay_steps is {self.decay_steps}, but the schedule {self.schedule} has none; "
+                "set it to 0, or schedule to wsd"
             )
         if not 0 <= self.average < 1:
             raise ValueError(f"average is {self.average}; it must be at least 0 and below 1")
@@ -85,6 +100,9 @@ def learning_rate(config: OptimizerConfig) -> optax.Schedule:
             decay = optax.linear_schedule(peak, final, decay_steps)
         case "cosine":
             decay = optax.cosine_decay_schedule(peak, decay_steps, alpha=config.final_fraction)
+        case "wsd":
+            stable_steps = decay_steps - config.decay_steps
+            decay = optax.linear_schedule(peak, final, config.decay_steps, stable_steps)
     if config.warmup_steps == 0:
         return decay
     warmup = optax.linear_schedule(0.0, peak, config.warmup_steps)

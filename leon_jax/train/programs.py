@@ -39,7 +39,9 @@ def make_program(kind: str, values: Mapping[str, Any]) -> Program:
     raise ValueError(f"kind is {kind!r}; it must be tokenizer, encoder or decoder")
 
 
-def save_checkpoint(workdir: pathlib.Path, step: str, directory: pathlib.Path) -> int:
+def save_checkpoint(
+    workdir: pathlib.Path, step: str, directory: pathlib.Path, average: bool = True
+) -> int:
     """Writes the model of a checkpoint as the end of the run would, on one device.
 
     A decoder is written as `decoder.safetensors` alone.
@@ -48,6 +50,8 @@ def save_checkpoint(workdir: pathlib.Path, step: str, directory: pathlib.Path) -
       workdir: the folder of the run, which may go on meanwhile.
       step: "newest", "best" (the lowest held-out loss), or a number.
       directory: the folder for the files; created if missing.
+      average: writes the averaged weights, if the run has them (`optimizer.average`); False: writes
+        the weights after the last update.
 
     Returns:
       The step of the checkpoint.
@@ -61,7 +65,7 @@ def save_checkpoint(workdir: pathlib.Path, step: str, directory: pathlib.Path) -
     program = make_program(values["kind"], values)
     with jax.set_mesh(sharding.make_mesh((1, 1, 1, 1), jax.devices()[:1])):
         abstract = jax.eval_shape(program.init, jax.random.key(0))
-        exported = averaged(abstract).model
+        exported = (averaged(abstract) if average else abstract).model
         model = load_model(workdir / "checkpoints", abstract, number, exported)
         if isinstance(program, DecoderProgram):
             program.save_weights(model, directory)

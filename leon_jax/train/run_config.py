@@ -41,7 +41,7 @@ def check_config(path: pathlib.Path, config: dict[str, Any]) -> None:
     config = json.loads(json.dumps(config))
     if path.exists() and any(path.parent.glob("checkpoints/[0-9]*")):
         saved = json.loads(path.read_text())
-        for key, (old, new) in _differences(saved, config).items():
+        for key, (old, new) in differences(saved, config).items():
             if key in REMOVED and new is None:
                 if old != REMOVED[key]:
                     raise UserError(
@@ -59,10 +59,14 @@ def check_config(path: pathlib.Path, config: dict[str, Any]) -> None:
         os.replace(temporary, path)
 
 
-def _differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+def differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Returns the (old, new) values of two nested mappings by dotted key, where they differ.
+
+    A key that one of them lacks has the value None there.
+    """
     if not (isinstance(old, dict) and isinstance(new, dict)):
         return {} if old == new else {prefix.removesuffix("."): (old, new)}
-    differences: dict[str, tuple[Any, Any]] = {}
+    pairs: dict[str, tuple[Any, Any]] = {}
     for key in [*new, *(key for key in old if key not in new)]:
-        differences |= _differences(old.get(key), new.get(key), f"{prefix}{key}.")
-    return differences
+        pairs |= differences(old.get(key), new.get(key), f"{prefix}{key}.")
+    return pairs

@@ -17,6 +17,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 # Exit code of a process that ended because another one was lost: 128 + SIGABRT, as JAX does it.
 LOST_PEER = 134
+# Exit code of a process in which a step did not end: 128 + SIGALRM. The run is to be started again.
+STUCK = 142
 
 # Texts that JAX writes when its coordination service aborts a process: always
 # (xla/pjrt/distributed/client.h), and if the process had not connected to the others yet.
@@ -42,7 +44,8 @@ def is_child() -> bool:
 def supervise(command: Sequence[str], explanations: Mapping[str, str]) -> int:
     """Runs a command as a child process and returns its exit code.
 
-    SIGTERM, SIGINT and SIGHUP are forwarded. If this process is killed, the child exits too.
+    SIGTERM, SIGINT, SIGHUP and SIGUSR1 are forwarded. SIGUSR1 has no effect until the child handles
+    it. If this process is killed, the child exits too.
 
     Args:
       command: a program that calls `is_child` early.
@@ -66,6 +69,8 @@ def supervise(command: Sequence[str], explanations: Mapping[str, str]) -> int:
         # The child inherits ignored signals, as under nohup; keep them ignored.
         if signal.getsignal(getattr(signal, name)) is not signal.SIG_IGN:
             signal.signal(getattr(signal, name), forward)
+    # The child inherits that the signal is ignored; its default effect would end the child.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     # Only the parent holds the write end, so the read end reaches end of file when it exits.
     lifeline, _write_end = os.pipe()
     child = subprocess.Popen(
@@ -75,6 +80,7 @@ def supervise(command: Sequence[str], explanations: Mapping[str, str]) -> int:
         stderr=subprocess.PIPE,
         start_new_session=True,  # a terminal's Ctrl-C reaches the child only through this process
     )
+    signal.signal(signal.SIGUSR1, forward)
     os.close(lifeline)
     for number in early_signals:
         child.send_signal(number)

@@ -18,19 +18,25 @@ from leon_jax import config as configs
 from leon_jax import file_lock, weight_files
 from leon_jax.config import UserError
 from leon_jax.train import compiler_presets
+from leon_jax.train.branch import Branch
 from leon_jax.train.checkpoint import (
     Checkpoints,
     find_step,
     load_model,
+    load_state,
     on_all_processes,
 )
 from leon_jax.train.evaluation import Evaluator
 from leon_jax.train.global_batches import Feed
 from leon_jax.train.goodput import GoodputTracker
-from leon_jax.train.metrics import SKIPPED, Metrics
+from leon_jax.train.host_times import HostTimes
+from leon_jax.train.metrics import SKIPPED, Metrics, drop_after
 from leon_jax.train.optimizer import averaged
+from leon_jax.train.profiler import Profiler
 from leon_jax.train.run_config import check_config
 from leon_jax.train.state import Program, TrainState
+from leon_jax.train.tracker import Tracker, split
+from leon_jax.train.watchdog import Watchdog
 
 # (state, batch) -> (state after one update, scalar metrics).
 Step = Callable[[TrainState, dict[str, Array]], tuple[TrainState, dict[str, Array]]]
@@ -56,9 +62,16 @@ class LoopConfig:
         evaluated too. 0: no evaluation.
       compiler: named options of the compiler (see `leon_jax.train.compiler_presets`): "auto" takes
         those of the devices, "" none.
+      log_to: an experiment tracker that receives the metrics too: "wandb" or "trackio", or one of
+        them with a project, for example "wandb:cats"; "": none.
+      profile: (first step, number of steps) of an XProf trace; (): none.
+      step_timeout: seconds after which a step that does not end ends the run; the stacks of all
+        hosts are then in the workdir (see `leon_jax.train.watchdog`). 0: never.
     """
 
-    OMITTED_DEFAULTS: ClassVar[tuple[str, ...]] = ("eval_every", "compiler")
+    OMITTED_DEFAULTS: ClassVar[tuple[str, ...]] = (
+        "compiler", "eval_every", "log_to", "profile", "step_timeout",
+    )  # fmt: skip
 
     log_every: int = 20
     save_every: int = 200
@@ -71,6 +84,9 @@ class LoopConfig:
     init_from: str = ""
     eval_every: int = 0
     compiler: str = ""
+    log_to: str = ""
+    profile: tuple[int, ...] = ()
+    step_timeout: float = 1800.0
 
     def __post_init__(self) -> None:
         counts = (
@@ -80,17 +96,28 @@ class LoopConfig:
         for name in counts:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.eval_every < 0:
-            raise ValueError(f"eval_every is {self.eval_every}; it must be at least 0")
+        for name in ("eval_every", "step_timeout"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0")
+        if self.log_to:
+            split(self.log_to)
+        if self.profile and (len(self.profile) != 2 or min(self.profile) < 1):
+            raise ValueError(
+                f"profile is {self.profile}; it must be the first step and the number of steps, "
+                "both at least 1, for example (100, 3)"
+            )
 
 
-def run(program: Program, loop: LoopConfig, workdir: pathlib.Path) -> TrainState:
+def run(
+    program: Program, loop: LoopConfig, workdir: pathlib.Path, branch: Branch | None = None
+) -> TrainState:
     """Trains `program` up to step `program.config.steps`, resuming from the newest checkpoint.
 
     A resumed run has the state, data position and randomness of an uninterrupted run, so its
-    parameters are the same bit for bit. SIGTERM and SIGINT save a checkpoint and end the run. An
-    update with a non-finite loss or gradient is skipped. The step is compiled once, before the
-    loop. Only batches and metrics move between host and devices.
+    parameters are the same bit for bit. SIGTERM and SIGINT save a checkpoint and end the run;
+    SIGUSR1 writes a profile (see `leon_jax.train.profiler`). An update with a non-finite loss or
+    gradient is skipped. The step is compiled once, before the loop. Only batches and metrics move
+    between host and devices.
 
     Writes `config.json`, `checkpoints/`, `metrics.jsonl`, `goodput.json` and `samples/`. At the end
     `program.export` writes the model to `workdir/export`.
@@ -101,6 +128,7 @@ def run(program: Program, loop: LoopConfig, workdir: pathlib.Path) -> TrainState
       program: the model and how to train it.
       loop: configuration of the loop.
       workdir: the folder of the run; created if missing.
+      branch: the checkpoint of another run that a new run starts from.
 
     Returns:
       The final state.
@@ -124,6 +152,8 @@ def run(program: Program, loop: LoopConfig, workdir: pathlib.Path) -> TrainState
         stack.enter_context(_lock_workdir(workdir))
         run_config = {**configs.to_dict(program.config), "loop": configs.to_dict(loop)}
         check_config(workdir / "config.json", run_config)
+        if branch is not None and is_main:
+            branch.write_history(workdir)
         if loop.eval_every and is_main:
             sentence = "no folder of config.data has a held-out split, so the run is not evaluated"
             if evaluation is not None:
@@ -134,14 +164,19 @@ def run(program: Program, loop: LoopConfig, workdir: pathlib.Path) -> TrainState
         checkpoints = Checkpoints(workdir / "checkpoints", loop.keep, documents)
 
         # State: the newest checkpoint, the weights of another run, or random weights.
-        state = _initial_state(program, loop.init_from, checkpoints, feed, workdir)
+        state = _initial_state(program, loop.init_from, checkpoints, feed, workdir, branch)
         start = int(state.step)
         goodput.resume(start)
-        metrics = Metrics(workdir if is_main else None, start, total, program.flops_per_token)
+        tracker = Tracker(loop.log_to, workdir, run_config) if loop.log_to and is_main else None
+        metrics = Metrics(
+            workdir if is_main else None, start, total, program.flops_per_token, tracker
+        )
         stack.enter_context(contextlib.closing(metrics))
 
         # Compile.
         stop_signal, skipped_in_a_row = _StopSignal(), 0
+        profiler = stack.enter_context(Profiler(workdir, loop.profile))
+        watchdog = stack.enter_context(contextlib.closing(Watchdog(workdir, loop.step_timeout)))
         if start < total:
             batch = next(feed)
             with goodput.spend("compile"):
@@ -151,18 +186,33 @@ def run(program: Program, loop: LoopConfig, workdir: pathlib.Path) -> TrainState
                 if evaluator is not None:
                     evaluator.compile(averaged(state).model)
             goodput.switch("step")
+        if is_main:
+            drop_after(workdir / "hosts.jsonl", start)
+        host_times = HostTimes(workdir / "hosts.jsonl")
+
+        @contextlib.contextmanager
+        def spend(category: str) -> Iterator[None]:
+            """Counts time between steps: it is neither a host's own nor a step's."""
+            with goodput.spend(category), host_times.waiting(), watchdog.paused():
+                yield
 
         # Loop.
+        watchdog.start()
         values: dict[str, jax.Array] = {}  # metrics of the last step
         for step in range(start + 1, total + 1):
+            profiler.start(step)
             if values:
                 goodput.switch("input")
-                batch = next(feed)
+                with host_times.reading():
+                    batch = next(feed)
                 # The wait counts as input time only if the devices have finished the last step.
                 is_idle = values[SKIPPED].is_ready()  # type: ignore[attr-defined]  # stubs lack it
                 goodput.switch("step", was="input" if is_idle else "step")
-            with jax.transfer_guard("disallow"):
-                state, values = train_step(state, batch)
+            with host_times.waiting():
+                with jax.transfer_guard("disallow"), profiler.annotated(step):
+                    state, values = train_step(state, batch)
+                watchdog.add(values[SKIPPED])
+                profiler.end(step, values)
             metrics.add(values)
 
             # Read only once a step: a signal during logging or saving takes effect after the next.
@@ -170,28 +220,29 @@ def run(program: Program, loop: LoopConfig, workdir: pathlib.Path) -> TrainState
             is_last = step == total or bool(signal_number)
             is_evaluated = evaluator is not None and (step == total or step % loop.eval_every == 0)
             if is_last or is_evaluated or step % loop.log_every == 0:
-                fetched = metrics.fetch()
-                held_out: dict[str, float] = {}
+                with host_times.waiting():
+                    fetched = metrics.fetch()
+                measured = host_times.report(step, len(fetched[SKIPPED]))
                 skipped_in_a_row = _consecutive_skips(skipped_in_a_row, fetched[SKIPPED])
                 if evaluator is not None and is_evaluated:
-                    with goodput.spend("evaluate"), metrics.paused():
-                        held_out = evaluator.run(averaged(state).model)
-                metrics.report(fetched, goodput.report(step), held_out)
+                    with spend("evaluate"), metrics.paused():
+                        measured |= evaluator.run(averaged(state).model)
+                metrics.report(fetched, goodput.report(step), measured)
             best_loss = None  # the held-out loss, if it is the lowest so far
             if evaluator is not None and is_evaluated:
-                loss = evaluator.loss(held_out)
+                loss = evaluator.loss(measured)
                 best_loss = loss if loss < checkpoints.best_loss else None
             has_failed = skipped_in_a_row >= loop.max_skipped
             is_saved = is_last or has_failed or step % loop.save_every == 0
             if is_saved or best_loss is not None:
-                with goodput.spend("checkpoint"):
+                with spend("checkpoint"):
                     checkpoints.save(state, feed.get_state(), best_loss)
             if is_last or step % loop.sample_every == 0:
-                with goodput.spend("sample"), metrics.paused():
+                with spend("sample"), metrics.paused():
                     metrics.save_images(program.samples(averaged(state)))
 
             if signal_number or has_failed:
-                with goodput.spend("checkpoint"):
+                with spend("checkpoint"):
                     checkpoints.close()
                 goodput.report(step)
                 if has_failed:
@@ -205,6 +256,7 @@ def run(program: Program, loop: LoopConfig, workdir: pathlib.Path) -> TrainState
                 raise SystemExit(128 + signal_number)
 
         # Export.
+        watchdog.close()
         goodput.switch("checkpoint")
         checkpoints.close()
         with goodput.spend("sample"):
@@ -278,7 +330,12 @@ def _lock_workdir(workdir: pathlib.Path) -> Iterator[None]:
 
 
 def _initial_state(
-    program: Program, init_from: str, checkpoints: Checkpoints, feed: Feed, workdir: pathlib.Path
+    program: Program,
+    init_from: str,
+    checkpoints: Checkpoints,
+    feed: Feed,
+    workdir: pathlib.Path,
+    branch: Branch | None,
 ) -> TrainState:
     """Returns the newest saved state and moves `feed` to its position, or returns a new state."""
     key = jax.random.key(program.config.seed)
@@ -287,6 +344,14 @@ def _initial_state(
         step, state, position = checkpoints.restore(abstract)
         feed.set_state(position)
         print(f"resumed from step {step} in {workdir}", file=sys.stderr)
+        return state
+    if branch is not None:
+        state = load_state(branch.checkpoints, abstract, branch.step)
+        if branch.position is not None:
+            feed.set_state(branch.position)
+        # A restart needs the parent no more.
+        checkpoints.save(state, feed.get_state())
+        print(f"branched from step {branch.step} of {branch.checkpoints.parent}", file=sys.stderr)
         return state
     state = jax.jit(program.init)(key)
     if not init_from:

@@ -13,6 +13,7 @@ from leon_jax.cli import main
 from leon_jax.data.config import ImageDataConfig
 from leon_jax.model_folder import ModelFolder
 from leon_jax.train import training_loop
+from leon_jax.train.checkpoint import load_model
 from leon_jax.train.decoder import DecoderProgram
 from leon_jax.train.decoder_config import DecoderTraining
 from tests import tiny
@@ -89,6 +90,18 @@ def test_the_best_decoder_of_a_run_becomes_a_model_folder(workdir, tmp_path):
     assert main.run(("export", f"--workdir={workdir}", f"--out={newest}")) == 0
     assert are_equal(decoder_of(newest), decoder_of(workdir / "export"))
     assert ModelFolder.open(newest).description.training["decoder"]["steps"] == 6
+
+
+def test_the_weights_after_the_last_update_are_exported_on_request(workdir, tmp_path):
+    flags = (f"--workdir={workdir}", "--step=6")
+    for name, flag in (("averaged", "--average"), ("last", "--noaverage")):
+        assert main.run(("export", *flags, flag, f"--out={tmp_path / name}")) == 0
+    averaged, last = (decoder_of(tmp_path / name) for name in ("averaged", "last"))
+    assert are_equal(averaged, decoder_of(workdir / "export"))
+    abstract = jax.eval_shape(make_program().init, jax.random.key(0))
+    model = load_model(workdir / "checkpoints", abstract, 6)
+    assert are_equal(last, {k: np.asarray(v) for k, v in weight_files.flatten(model).items()})
+    assert not are_equal(last, averaged)
 
 
 def _shorter(steps: int) -> DecoderProgram:

@@ -18,6 +18,7 @@ import time
 import pytest
 from jax._src import clusters
 
+from leon_jax.train.supervisor import STUCK
 from tests.train.test_decoder_program import write_data
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -156,6 +157,14 @@ def test_only_a_running_job_requeues_itself(tmp_path, state, is_requeued):
     messages = job.communicate(timeout=30)[1]
     assert job.returncode == 143, messages
     assert bool(cluster.requeued()) == is_requeued
+
+
+def test_a_job_in_which_a_step_does_not_end_is_requeued(tmp_path):
+    cluster = Cluster(tmp_path)
+    program(tmp_path / "bin" / "leon", f"exit {STUCK}")
+    job = cluster.start("--config=any")
+    assert job.wait(timeout=60) == STUCK
+    assert len(cluster.requeued()) == 1
 
 
 def test_a_job_that_fails_with_a_mistake_is_not_requeued(tmp_path):

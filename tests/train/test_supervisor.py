@@ -97,6 +97,19 @@ def test_signals_are_forwarded_to_the_child(tmp_path):
     assert process.returncode == 7
 
 
+def test_the_signal_for_a_profile_reaches_a_child_that_handles_it_and_ends_no_other(tmp_path):
+    handled = WAITING.replace("signal.SIGTERM, ", "signal.SIGUSR1, ")
+    for name, child in (("ignores", WAITING), ("handles", handled)):
+        process = start(child, str(tmp_path / name))
+        wait_until((tmp_path / name).exists)
+        process.send_signal(signal.SIGUSR1)
+        if name == "ignores":
+            time.sleep(0.2)
+            process.send_signal(signal.SIGTERM)
+        process.communicate()
+        assert process.returncode == 7
+
+
 def test_the_child_exits_when_its_parent_is_killed(tmp_path):
     process = start(WAITING, str(tmp_path / "child"))
     wait_until((tmp_path / "child").exists)
