@@ -1,7 +1,10 @@
 """Fixtures for all tests."""
 
 import gc
+import os
 import pathlib
+from collections.abc import Iterator
+from unittest import mock
 
 import jax
 import pytest
@@ -45,3 +48,35 @@ def few_programs():
 def emoji_data_dir() -> str:
     """The folder of the rendered emoji dataset."""
     return emoji_data.data_dir()
+
+
+@pytest.fixture(scope="session")
+def cloud_storage(tmp_path_factory) -> Iterator[str]:
+    """The address of a Cloud Storage server; gcsfs and TensorStore use it in this session."""
+    from tests import buckets
+
+    with (
+        buckets.cloud_storage(tmp_path_factory.mktemp("cloud_storage")) as url,
+        mock.patch.dict(os.environ, buckets.cloud_storage_environment(url)),
+    ):
+        yield url
+
+
+@pytest.fixture
+def gs_folder(cloud_storage, request) -> str:
+    """The address of an empty folder in a `gs://` bucket."""
+    return f"gs://bucket/{request.node.nodeid.rpartition('::')[2].replace('/', '_')}"
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[None]:
+    from tests import buckets
+
+    with buckets.s3() as variables, mock.patch.dict(os.environ, variables):
+        yield
+
+
+@pytest.fixture
+def s3_folder(s3_server, request) -> str:
+    """The address of an empty folder in an `s3://` bucket."""
+    return f"s3://bucket/{request.node.nodeid.rpartition('::')[2].replace('/', '_')}"

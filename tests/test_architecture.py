@@ -18,6 +18,7 @@ ALL_SOURCES = sorted(
 )
 
 FOUNDATION = {"config", "documents", "vocabulary", "sharding", "ops", "compilation_cache"}
+FOUNDATION |= {"storage"}
 BELOW_DATA = FOUNDATION | {"models", "safetensors_format", "weight_files", "weight_digests"}
 BELOW_DATA |= {"tokenizers"}
 BELOW_TRAINING = BELOW_DATA | {"retrieval", "data"}
@@ -26,15 +27,16 @@ BELOW_TRAINING = BELOW_DATA | {"retrieval", "data"}
 MAY_IMPORT = {
     "config": set(),
     "file_lock": {"config"},
+    "storage": {"config", "compilation_cache", "file_lock"},
     "documents": set(),
     "vocabulary": set(),
     "sharding": set(),
     "ops": set(),
     "compilation_cache": {"config"},
     "models": {"ops", "sharding", "config", "vocabulary"},
-    "safetensors_format": {"config"},
-    "weight_files": {"config", "sharding", "safetensors_format", "models"},
-    "weight_digests": {"config", "safetensors_format", "weight_files"},
+    "safetensors_format": {"config", "storage"},
+    "weight_files": {"config", "storage", "sharding", "safetensors_format", "models"},
+    "weight_digests": {"config", "storage", "safetensors_format", "weight_files"},
     "tokenizers": FOUNDATION | {"models", "weight_files"},
     "data": BELOW_DATA,
     # What is retrieved are records.
@@ -43,7 +45,7 @@ MAY_IMPORT = {
     # A dataset brings its own source, and says how it is prepared.
     "datasets": BELOW_TRAINING | {"prepare"},
     # The generation defaults are sampling parameters.
-    "model_description": {"config", "engine"},
+    "model_description": {"config", "storage", "engine"},
     "model_archive": {"config", "compilation_cache"},
     "model_folder": BELOW_DATA | {"engine", "model_archive", "model_description"},
     # What a model was trained on stands in the prepared folders of its run.
