@@ -12,6 +12,9 @@ Requests that fail for a moment are repeated by gcsfs and s3fs, up to half a min
 
 import concurrent.futures
 import contextlib
+import datetime
+import email.utils
+import errno
 import hashlib
 import importlib.util
 import json
@@ -167,7 +170,7 @@ def move(source: pathlib.Path, target: pathlib.Path) -> None:
         _remove_objects(source, names)
 
 
-def local(value: str | os.PathLike) -> pathlib.Path:
+def local(value: str | os.PathLike, without: str = "") -> pathlib.Path:
     """Returns the path of a file or folder on a disk, with a copy of what is in a bucket.
 
     The copy is in the cache folder and has the name of the original. Only objects that are new or
@@ -175,6 +178,7 @@ def local(value: str | os.PathLike) -> pathlib.Path:
 
     Args:
       value: a path on a disk, which is returned as it is, or in a bucket.
+      without: the name of a folder in it that is not copied.
 
     Raises:
       UserError: nothing is there, it cannot be read, or the disk is full.
@@ -192,9 +196,10 @@ def local(value: str | os.PathLike) -> pathlib.Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with file_lock.hold(folder / "lock", wait), _as_os_errors(source):
-            _update(address, target, folder / "objects.jsonl")
+            _update(address, target, folder / "objects.jsonl", without)
     except OSError as error:
-        raise UserError(f"cannot copy {address} to {target}: {reason(error)}") from error
+        sentence = f"{address} cannot be copied to {target.parent}: {reason(error)}"
+        raise UserError(sentence) from error
     return target
 
 
@@ -227,8 +232,11 @@ def upload(
         put(last)
 
 
-def read_generation(target: pathlib.Path) -> tuple[bytes, int]:
+def read_generation(target: pathlib.Path) -> tuple[bytes, int, float]:
     """Reads an object of Cloud Storage and its generation, a number that each write changes.
+
+    Returns:
+      The content, the generation, and the seconds since it was written, by the server's clock.
 
     Raises:
       FileNotFoundError: there is no such object.
@@ -238,13 +246,16 @@ def read_generation(target: pathlib.Path) -> tuple[bytes, int]:
     bucket, name = _bucket_and_name(target)
     with _as_os_errors(target):
         while True:
-            about = files.call("GET", "b/{}/o/{}", bucket, name, json_out=True)
+            headers, text = files.call("GET", "b/{}/o/{}", bucket, name)
+            about = json.loads(text)
             generation = int(about["generation"])
+            written = datetime.datetime.fromisoformat(about["updated"])
+            age = email.utils.parsedate_to_datetime(headers["Date"]) - written
             with contextlib.suppress(FileNotFoundError):  # it was written again in between
                 _, content = files.call(
                     "GET", "b/{}/o/{}", bucket, name, alt="media", generation=generation
                 )
-                return content, generation
+                return content, generation, max(0.0, age.total_seconds())
 
 
 def write_generation(target: pathlib.Path, content: bytes, generation: int) -> int:
@@ -279,10 +290,27 @@ def write_generation(target: pathlib.Path, content: bytes, generation: int) -> i
             return int(about["generation"])
         except FileExistsError:
             # A request is repeated if its answer is lost, and then conflicts with itself.
-            written, new_generation = read_generation(target)
-            if written == content:
-                return new_generation
+            with contextlib.suppress(FileNotFoundError):
+                written, new_generation, _ = read_generation(target)
+                if written == content:
+                    return new_generation
             raise
+
+
+def remove_generation(target: pathlib.Path, generation: int) -> None:
+    """Removes an object of Cloud Storage if it has a generation; nothing if it does not exist.
+
+    Raises:
+      FileExistsError: the object has another generation.
+      OSError: it cannot be removed.
+    """
+    bucket, name = _bucket_and_name(target)
+    with _as_os_errors(target), contextlib.suppress(FileNotFoundError):
+        if read_generation(target)[1] != generation:
+            raise FileExistsError(errno.EEXIST, "it has another generation", os.fspath(target))
+        _file_system(target).call(
+            "DELETE", "b/{}/o/{}", bucket, name, ifGenerationMatch=str(generation)
+        )
 
 
 def reason(error: BaseException) -> str | None:
@@ -341,9 +369,13 @@ def _objects(address: str) -> dict[str, tuple[int, str]]:
     }
 
 
-def _update(address: str, target: pathlib.Path, log: pathlib.Path) -> None:
+def _update(address: str, target: pathlib.Path, log: pathlib.Path, without: str) -> None:
     """Copies the objects of an address that `log` does not have, and adds them to it."""
     objects = _objects(address)
+    if without:
+        objects = {
+            name: about for name, about in objects.items() if not name.startswith(f"{without}/")
+        }
     if not objects:
         raise FileNotFoundError(None, "nothing is there")
     copied = {}

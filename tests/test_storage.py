@@ -85,7 +85,7 @@ def test_one_file_is_copied_to_the_disk(bucket):
 
 
 def test_what_does_not_exist_is_named(bucket):
-    with pytest.raises(UserError, match=f"cannot copy {bucket}/none .*: nothing is there"):
+    with pytest.raises(UserError, match=f"{bucket}/none cannot be copied to .*: nothing is there"):
         storage.local(bucket / "none")
 
 
@@ -124,7 +124,13 @@ def test_an_object_is_written_only_if_it_has_the_stated_generation(gs_folder):
     assert second != first
     with pytest.raises(FileExistsError):
         storage.write_generation(path, b"4", first)
-    assert storage.read_generation(path) == (b"3", second)
+    content, generation, age = storage.read_generation(path)
+    assert (content, generation) == (b"3", second) and 0 <= age < 30
+    with pytest.raises(FileExistsError):
+        storage.remove_generation(path, first)
+    storage.remove_generation(path, second)
+    storage.remove_generation(path, second)
+    assert not path.exists()
 
 
 def test_a_repeated_request_does_not_conflict_with_itself(gs_folder):

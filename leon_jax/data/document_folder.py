@@ -19,10 +19,13 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
+from leon_jax import storage
 from leon_jax.config import UserError
 from leon_jax.data.records import RecordSource
 
 MANIFEST = "manifest.json"
+# The folder inside a documents folder that `leon encode` writes its prepared folders into.
+ENCODED = "encoded"
 # Formats of the manifest: of documents folders, and of prepared folders.
 DOCUMENTS_FORMAT, PREPARED_FORMAT = 4, 3
 TRAIN = "train"
@@ -32,7 +35,8 @@ class DocumentFolder:
     """The documents of a documents folder, or of a prepared folder.
 
     Attributes:
-      folder: its path.
+      address: its path.
+      folder: the same; of a folder in a bucket, the path of its copy on the disk.
       manifest: `splits` (documents in each), `shards` (documents in each shard of each split),
         `config`, `counts`.
 
@@ -45,7 +49,8 @@ class DocumentFolder:
     FORMATS: ClassVar[tuple[int, ...]] = (DOCUMENTS_FORMAT, PREPARED_FORMAT)
 
     def __init__(self, folder: str | os.PathLike):
-        self.folder = pathlib.Path(folder)
+        self.address = storage.path(folder)
+        self.folder = storage.local(self.address, without=ENCODED)
         self.manifest = read_manifest(self.folder, self.NAME, self.FORMATS)
 
     @property

@@ -10,14 +10,13 @@ import numpy as np
 
 from leon_jax.config import UserError
 from leon_jax.data import records
-from leon_jax.data.document_folder import MANIFEST, PREPARED_FORMAT, TRAIN, DocumentFolder
+from leon_jax.data.document_folder import ENCODED, MANIFEST, PREPARED_FORMAT, TRAIN, DocumentFolder
 from leon_jax.prepare import folder_lock, gather
 from leon_jax.prepare.data_card import write_card
 from leon_jax.prepare.shard_encoding import line
 from leon_jax.retrieval.exact_search import NONE
 from leon_jax.retrieval.neighbour_table import Neighbours
 from leon_jax.retrieval.prepared_folder import (
-    ENCODED,
     PreparedFolder,
     encodings,
     read_removed,

@@ -11,13 +11,12 @@ import pathlib
 from typing import Any
 
 from leon_jax.config import UserError
-from leon_jax.data.document_folder import DOCUMENTS_FORMAT, DocumentFolder
+from leon_jax.data.document_folder import DOCUMENTS_FORMAT, ENCODED, DocumentFolder
 from leon_jax.data.sources.raw_record import SourceConfig
 from leon_jax.prepare.config import DuplicatesConfig, PrepareConfig
 from leon_jax.prepare.encoding_models import digest
 from leon_jax.prepare.prepare import Runner, prepare
 from leon_jax.retrieval.neighbour_selection import SelectionConfig
-from leon_jax.retrieval.prepared_folder import ENCODED
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,13 +15,12 @@ from jax.experimental import multihost_utils
 from jaxtyping import Array, Float64
 
 from leon_jax import config as configs
-from leon_jax import file_lock, weight_files
+from leon_jax import storage, weight_files
 from leon_jax.config import UserError
 from leon_jax.train.checkpoint import (
     Checkpoints,
     find_step,
     load_model,
-    on_all_processes,
 )
 from leon_jax.train.evaluation import Evaluator
 from leon_jax.train.global_batches import Feed
@@ -30,6 +29,7 @@ from leon_jax.train.metrics import SKIPPED, Metrics
 from leon_jax.train.optimizer import averaged
 from leon_jax.train.run_config import check_config
 from leon_jax.train.state import Program, TrainState
+from leon_jax.train.workdir import open_workdir
 
 # (state, batch) -> (state after one update, scalar metrics).
 Step = Callable[[TrainState, dict[str, Array]], tuple[TrainState, dict[str, Array]]]
@@ -116,8 +116,7 @@ def run(program: Program, loop: LoopConfig, workdir: pathlib.Path) -> TrainState
         evaluator = None if evaluation is None else Evaluator(evaluation)
 
         # Workdir.
-        workdir.mkdir(parents=True, exist_ok=True)
-        stack.enter_context(_lock_workdir(workdir))
+        folder = stack.enter_context(open_workdir(workdir))
         run_config = {**configs.to_dict(program.config), "loop": configs.to_dict(loop)}
         check_config(workdir / "config.json", run_config)
         if loop.eval_every and is_main:
@@ -125,7 +124,7 @@ def run(program: Program, loop: LoopConfig, workdir: pathlib.Path) -> TrainState
             if evaluation is not None:
                 sentence = f"every {loop.eval_every} steps the run evaluates {evaluation.documents}"
             print(f"leon train: {sentence}", file=sys.stderr)
-        goodput = GoodputTracker(workdir / "goodput.json" if is_main else None)
+        goodput = GoodputTracker(folder.files / "goodput.json" if is_main else None)
         documents = "" if evaluation is None else evaluation.documents
         checkpoints = Checkpoints(workdir / "checkpoints", loop.keep, documents)
 
@@ -133,7 +132,7 @@ def run(program: Program, loop: LoopConfig, workdir: pathlib.Path) -> TrainState
         state = _initial_state(program, loop.init_from, checkpoints, feed, workdir)
         start = int(state.step)
         goodput.resume(start)
-        metrics = Metrics(workdir if is_main else None, start, total, program.flops_per_token)
+        metrics = Metrics(folder.files if is_main else None, start, total, program.flops_per_token)
         stack.enter_context(contextlib.closing(metrics))
 
         # Compile.
@@ -172,6 +171,7 @@ def run(program: Program, loop: LoopConfig, workdir: pathlib.Path) -> TrainState
                     with goodput.spend("evaluate"), metrics.paused():
                         held_out = evaluator.run(averaged(state).model)
                 metrics.report(fetched, goodput.report(step), held_out)
+                folder.copy_files()
             best_loss = None  # the held-out loss, if it is the lowest so far
             if evaluator is not None and is_evaluated:
                 loss = evaluator.loss(held_out)
@@ -180,6 +180,8 @@ def run(program: Program, loop: LoopConfig, workdir: pathlib.Path) -> TrainState
             is_saved = is_last or has_failed or step % loop.save_every == 0
             if is_saved or best_loss is not None:
                 with goodput.spend("checkpoint"):
+                    folder.copy_files(wait=True)
+                    folder.check_lock()
                     checkpoints.save(state, feed.get_state(), best_loss)
             if is_last or step % loop.sample_every == 0:
                 with goodput.spend("sample"), metrics.paused():
@@ -203,6 +205,7 @@ def run(program: Program, loop: LoopConfig, workdir: pathlib.Path) -> TrainState
         goodput.switch("checkpoint")
         checkpoints.close()
         with goodput.spend("sample"):
+            folder.check_lock()
             program.export(averaged(state), workdir / "export")
             if jax.process_count() > 1:
                 # No process exits before the last file is written.
@@ -238,38 +241,16 @@ def skip_nonfinite(step: Step) -> Step:
 
 @contextlib.contextmanager
 def _report_write_errors(workdir: pathlib.Path) -> Iterator[None]:
-    """Converts an OSError within the context, such as a full disk, to a UserError."""
+    """Converts an error of a disk or a bucket within the context to a UserError."""
     try:
         yield
-    except OSError as error:
-        reason = f": {error.strerror}" if error.strerror else ""
+    except Exception as error:
+        if isinstance(error, UserError) or (reason := storage.reason(error)) is None:
+            raise
         raise UserError(
-            f"{error.filename or workdir} cannot be written{reason}; fix this and run the same "
-            "command again to resume from the newest checkpoint"
+            f"{getattr(error, 'filename', None) or workdir} cannot be written: {reason}; fix this "
+            "and run the same command again to resume from the newest checkpoint"
         ) from error
-
-
-@contextlib.contextmanager
-def _lock_workdir(workdir: pathlib.Path) -> Iterator[None]:
-    """Locks `workdir` against other runs; process 0 holds the lock for all processes of its run."""
-
-    def refuse() -> None:
-        raise UserError(
-            f"another run is training in {workdir}; wait for its end, or use another --workdir"
-        )
-
-    with contextlib.ExitStack() as stack:
-        refusal = None
-        if jax.process_index() == 0:
-            try:
-                stack.enter_context(file_lock.hold(workdir / "lock", refuse))
-            except file_lock.NoLocks as error:
-                print(f"{error}; a second run in {workdir} will not be detected", file=sys.stderr)
-            except UserError as error:
-                refusal = error
-        if not on_all_processes(refusal is None):
-            raise refusal or UserError(f"process 0 cannot use {workdir}; its error says why")
-        yield
 
 
 def _initial_state(
@@ -286,8 +267,8 @@ def _initial_state(
     state = jax.jit(program.init)(key)
     if not init_from:
         return state
-    if pathlib.Path(init_from).is_dir():
-        directory = pathlib.Path(init_from) / "checkpoints"
+    if storage.path(init_from).is_dir():
+        directory = storage.path(init_from) / "checkpoints"
         model = load_model(directory, abstract, find_step(directory, "newest"))
     else:
         stored, _ = weight_files.load(init_from, program.kind)

@@ -1,0 +1,233 @@
+"""Tests runs whose workdir is in a Cloud Storage bucket: resumption, the lock, damage, kills."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from leon_jax import sharding, storage
+from leon_jax.config import UserError
+from leon_jax.train import bucket_lock, training_loop, workdir
+from leon_jax.train.bucket_lock import BucketLock, Holder
+from leon_jax.train.checkpoint import complete_steps
+from tests.train.test_training_loop import SETTINGS, ToyConfig, ToyProgram, exported_kernel
+
+
+@pytest.fixture(scope="module")
+def on_disk(tmp_path_factory):
+    """Returns the kernel of a run of 30 steps on a disk."""
+    path = tmp_path_factory.mktemp("on_disk")
+    with jax.set_mesh(sharding.make_mesh((1, 1, 1, 1), jax.devices()[:1])):
+        training_loop.run(ToyProgram(ToyConfig(30)), SETTINGS, path)
+    return exported_kernel(path)
+
+
+@pytest.fixture
+def run(gs_folder, tmp_path, monkeypatch) -> pathlib.Path:
+    """A new workdir in the bucket."""
+    monkeypatch.setenv("LEON_CACHE", str(tmp_path / "cache"))
+    return storage.path(gs_folder) / "run"
+
+
+def metrics_steps(run: pathlib.Path) -> list[int]:
+    return [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_two_starts_in_a_bucket_give_the_model_of_one_on_a_disk(run, on_disk):
+    training_loop.run(ToyProgram(ToyConfig(13)), SETTINGS, run)
+    assert complete_steps(run / "checkpoints") == [12, 13]
+    training_loop.run(ToyProgram(ToyConfig(30)), SETTINGS, run)
+    np.testing.assert_array_equal(exported_kernel(run), on_disk)
+    assert metrics_steps(run) == [3, 6, 9, 12, 13, 15, 18, 21, 24, 27, 30]
+    assert len(list((run / "samples").glob("kernel_*.png"))) == 7
+    assert len(list((run / "tensorboard").iterdir())) == 2
+    goodput = json.loads((run / "goodput.json").read_text())
+    assert goodput["step"] == 30 and goodput["seconds"]["down"] > 0
+    assert json.loads((run / "config.json").read_text())["steps"] == 30
+    assert not (run / "lock.json").exists()
+    other = run.parent / "other"
+    settings = training_loop.LoopConfig(init_from=str(run), log_every=1)
+    state = training_loop.run(ToyProgram(ToyConfig(1)), settings, other)
+    assert np.abs(np.asarray(state.model.kernel[...]) - on_disk).max() < 0.2
+
+
+def test_another_configuration_is_refused(run):
+    training_loop.run(ToyProgram(ToyConfig(2)), SETTINGS, run)
+    with pytest.raises(UserError, match=r"gs://.* holds a run with width = 4, but it is now 5"):
+        training_loop.run(ToyProgram(ToyConfig(2, width=5)), SETTINGS, run)
+
+
+def test_a_damaged_checkpoint_is_moved_and_the_one_before_it_is_used(run, on_disk, capfd):
+    training_loop.run(ToyProgram(ToyConfig(13)), SETTINGS, run)
+    files = [file for file in storage._objects(str(run / "checkpoints/13")) if "/d/" in f"/{file}"]
+    assert files
+    for file in files:
+        storage.write(run / "checkpoints/13" / file, b"damaged")
+    training_loop.run(ToyProgram(ToyConfig(30)), SETTINGS, run)
+    assert "checkpoint 13 is damaged" in capfd.readouterr().err
+    assert [path.name for path in (run / "damaged_checkpoints").iterdir()] == ["13"]
+    np.testing.assert_array_equal(exported_kernel(run), on_disk)
+
+
+SCRIPT = """
+import sys
+import jax
+from leon_jax import sharding, storage
+from leon_jax.train import bucket_lock, training_loop
+from tests.train.test_training_loop import SETTINGS, ToyConfig, ToyProgram
+bucket_lock.RENEW_SECONDS, bucket_lock.STALE_SECONDS = {seconds}
+with jax.set_mesh(sharding.make_mesh((1, 1, 1, 1), jax.devices()[:1])):
+    program = ToyProgram(ToyConfig({steps}), delay=0.05)
+    training_loop.run(program, SETTINGS, storage.path(sys.argv[1]))
+"""
+
+
+def start(run: pathlib.Path, steps: int = 30, seconds=(0.5, 3.0), **variables) -> subprocess.Popen:
+    root = str(pathlib.Path(__file__).parents[2])
+    return subprocess.Popen(
+        [sys.executable, "-c", SCRIPT.format(steps=steps, seconds=seconds), str(run)],
+        env={**os.environ, "PYTHONPATH": root, **variables}, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def wait_for_step(run: pathlib.Path, step: int, process: subprocess.Popen) -> None:
+    end = time.monotonic() + 300
+    while not any(saved >= step for saved in complete_steps(run / "checkpoints")):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def test_a_killed_run_resumes_to_the_parameters_of_a_run_on_a_disk(run, on_disk):
+    process = start(run)
+    wait_for_step(run, 8, process)
+    process.kill()
+    process.wait()
+    assert (run / "lock.json").exists() and not (run / "export").exists()
+    again = start(run)  # at once: the holder of the lock is a process that does not exist
+    error = again.communicate(timeout=300)[1]
+    assert again.returncode == 0, error
+    assert "resumed from step" in error and "took the lock" in error
+    np.testing.assert_array_equal(exported_kernel(run), on_disk)
+    assert metrics_steps(run) == list(range(3, 31, 3))
+
+
+def test_a_second_run_is_refused_at_once(run, monkeypatch):
+    monkeypatch.setattr(bucket_lock, "RENEW_SECONDS", 0.5)
+    with workdir.open_workdir(run):
+        second = start(run)
+        error = second.communicate(timeout=300)[1]
+    assert second.returncode != 0
+    assert f"another run is training in {run}: attempt 0, process {os.getpid()} on" in error
+
+
+@pytest.mark.slow
+def test_a_paused_run_that_has_lost_its_lock_ends_and_writes_nothing(run, on_disk):
+    first = start(run, steps=100_000)
+    wait_for_step(run, 8, first)
+    first.send_signal(signal.SIGSTOP)
+    time.sleep(4.5)  # longer than the lock's life
+    second = start(run)
+    error = second.communicate(timeout=300)[1]
+    assert second.returncode == 0, error
+    files = storage._objects(str(run))
+    first.send_signal(signal.SIGCONT)
+    error = first.communicate(timeout=60)[1]
+    assert first.returncode == 1
+    assert "this process was paused for" in error
+    changed = dict(storage._objects(str(run)).items() - files.items())
+    complete = complete_steps(run / "checkpoints")
+    # Requests that were on their way may have reached the checkpoint that was not complete.
+    unfinished = [f"checkpoints/{step}/" for step in range(100) if step not in complete]
+    assert not [name for name in changed if not name.startswith(tuple(unfinished))]
+    np.testing.assert_array_equal(exported_kernel(run), on_disk)
+
+
+def lock(run: pathlib.Path, sentences: list[str] | None = None) -> BucketLock:
+    on_loss = (sentences if sentences is not None else []).append
+    return BucketLock(run / "lock.json", on_loss, 0.2, 3.0)
+
+
+HOLDER = """
+import sys, time
+from leon_jax import storage
+from leon_jax.train import bucket_lock
+bucket_lock.RENEW_SECONDS, bucket_lock.STALE_SECONDS = 0.2, 2.0
+with bucket_lock.hold(storage.path(sys.argv[1]) / "lock.json"):
+    print("holds", flush=True)
+    time.sleep(100)
+"""
+
+
+def test_a_paused_process_ends_when_it_wakes(run):
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(run)],
+        env={**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parents[2])},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert holder.stdout.readline() == "holds\n"
+    with pytest.raises(UserError, match="another run is training"):
+        lock(run)
+    holder.send_signal(signal.SIGSTOP)
+    time.sleep(4)
+    taken = lock(run)
+    holder.send_signal(signal.SIGCONT)
+    assert "this process was paused for" in holder.communicate(timeout=60)[1]
+    assert holder.returncode == 1
+    taken.check()
+    taken.release()
+
+
+def test_the_next_attempt_of_a_run_takes_its_lock_at_once(run, monkeypatch):
+    monkeypatch.setenv("LEON_RUN", "cats")
+    sentences: list[str] = []
+    first = lock(run, sentences)
+    with pytest.raises(UserError, match=r"another run is training in .*: run cats, attempt 0"):
+        lock(run)
+    monkeypatch.setenv("LEON_RUN", "dogs")
+    monkeypatch.setenv("LEON_ATTEMPT", "1")
+    with pytest.raises(UserError, match="another run is training"):
+        lock(run)
+    monkeypatch.setenv("LEON_RUN", "cats")
+    second = lock(run)
+    with pytest.raises(UserError, match="another run has taken"):
+        first.check()
+    end = time.monotonic() + 10
+    while not sentences and time.monotonic() < end:
+        time.sleep(0.05)
+    assert sentences and "another run has taken" in sentences[0]
+    first.release()
+    second.check()
+    second.release()
+    assert not (run / "lock.json").exists()
+
+
+def test_a_renewed_lock_stays_and_an_old_one_is_free(run):
+    first = lock(run)
+    time.sleep(4)
+    with pytest.raises(UserError, match="another run is training"):
+        lock(run)
+    first._ended.set()  # the holder stops renewing
+    time.sleep(4.5)
+    lock(run).release()
+
+
+def test_only_a_process_of_this_host_that_does_not_exist_is_replaced():
+    this = Holder.this_process()
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    values = {"run": "", "attempt": 0, "host": "h", "key": "k"}
+    assert this.replaces(Holder(**values, process=child.pid, system=this.system))
+    assert not this.replaces(Holder(**values, process=child.pid, system="another host"))
+    assert not this.replaces(Holder(**values, process=os.getppid(), system=this.system))
+
+
+def test_the_times_are_those_of_the_documentation():
+    assert (bucket_lock.RENEW_SECONDS, bucket_lock.STALE_SECONDS) == (10, 60)
