@@ -12,9 +12,6 @@ Requests that fail for a moment are repeated by gcsfs and s3fs, up to half a min
 
 import concurrent.futures
 import contextlib
-import datetime
-import email.utils
-import errno
 import hashlib
 import importlib.util
 import json
@@ -35,11 +32,6 @@ CACHE = "buckets"
 # The beginning of an address, and the package that reads it.
 _PACKAGES = {"gs://": "gcsfs", "s3://": "s3fs"}
 _THREADS = 8
-# The body of an upload: the description of the object, and its content.
-_MULTIPART = (
-    b"--part\r\nContent-Type: application/json\r\n\r\n%b\r\n"
-    b"--part\r\nContent-Type: application/octet-stream\r\n\r\n%b\r\n--part--"
-)
 # Copies of more bytes are announced on stderr.
 _ANNOUNCED = 100_000_000
 
@@ -102,8 +94,8 @@ def write(target: pathlib.Path, content: bytes | str) -> None:
     """
     data = content.encode() if isinstance(content, str) else content
     if is_bucket(target):
-        with _as_os_errors(target):
-            _file_system(target).pipe_file(os.fspath(target), data)
+        with as_os_errors(target):
+            file_system(target).pipe_file(os.fspath(target), data)
         return
     with writing(target) as temporary:
         temporary.write_bytes(data)
@@ -122,8 +114,8 @@ def writing(target: pathlib.Path) -> Iterator[pathlib.Path]:
         with tempfile.TemporaryDirectory(prefix="leon-") as folder:
             temporary = pathlib.Path(folder, target.name)
             yield temporary
-            with _as_os_errors(target):
-                _file_system(target).put_file(str(temporary), os.fspath(target))
+            with as_os_errors(target):
+                file_system(target).put_file(str(temporary), os.fspath(target))
         return
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
@@ -145,7 +137,7 @@ def remove(target: pathlib.Path) -> None:
         else:
             target.unlink(missing_ok=True)
         return
-    with _as_os_errors(target):
+    with as_os_errors(target):
         if names := list(_objects(os.fspath(target))):
             _remove_objects(target, names)
 
@@ -163,11 +155,56 @@ def move(source: pathlib.Path, target: pathlib.Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         os.rename(source, target)
         return
-    with _as_os_errors(source):
-        files, start = _file_system(source), os.fspath(source)
+    with as_os_errors(source):
+        files, start = file_system(source), os.fspath(source)
         names = list(_objects(start))
         _each(lambda name: files.cp_file(f"{start}/{name}", f"{target}/{name}"), names)
         _remove_objects(source, names)
+
+
+@contextlib.contextmanager
+def temporary_copy(value: str | os.PathLike) -> Iterator[pathlib.Path]:
+    """Yields the path of a file on a disk; a copy of a file in a bucket is removed at the end.
+
+    Raises:
+      OSError: it cannot be read.
+    """
+    if not is_bucket(value):
+        yield pathlib.Path(value)
+        return
+    source = path(value)
+    with tempfile.TemporaryDirectory(prefix="leon-") as folder:
+        target = pathlib.Path(folder, source.name)
+        with as_os_errors(source):
+            file_system(source).get_file(os.fspath(source), str(target))
+        yield target
+
+
+def size_and_version(value: str | os.PathLike) -> tuple[int, str]:
+    """Returns the size of an object in bytes, and a string that each write of it changes.
+
+    Raises:
+      OSError: it does not exist, or cannot be read.
+    """
+    source = path(value)
+    with as_os_errors(source):
+        about = file_system(source).info(os.fspath(source))
+        return int(about["size"]), str(about.get("generation") or about.get("ETag"))
+
+
+def glob(pattern: str) -> list[str]:
+    """Returns the addresses of the objects in a bucket that match a pattern.
+
+    Raises:
+      OSError: the bucket cannot be read.
+    """
+    source = path(pattern)
+    with as_os_errors(source):
+        return [
+            f"{pattern[:5]}{name}"
+            for name, about in file_system(source).glob(pattern, detail=True).items()
+            if about["type"] == "file"
+        ]
 
 
 def local(value: str | os.PathLike, without: str = "") -> pathlib.Path:
@@ -195,12 +232,31 @@ def local(value: str | os.PathLike, without: str = "") -> pathlib.Path:
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with file_lock.hold(folder / "lock", wait), _as_os_errors(source):
-            _update(address, target, folder / "objects.jsonl", without)
+        with file_lock.hold(folder / "lock", wait):
+            download(source, target, without)
     except OSError as error:
         sentence = f"{address} cannot be copied to {target.parent}: {reason(error)}"
         raise UserError(sentence) from error
     return target
+
+
+def download(source: pathlib.Path, target: pathlib.Path, without: str = "") -> None:
+    """Copies a file or folder from a bucket to a disk. What is there and unchanged is not copied.
+
+    A file has the time of its object. The file `.NAME.objects` beside the target lists what was
+    copied.
+
+    Args:
+      source: the file or folder in the bucket.
+      target: its path on the disk.
+      without: the name of a folder in it that is not copied.
+
+    Raises:
+      OSError: nothing is there, it cannot be read, or the disk is full.
+    """
+    log = target.with_name(f".{target.name}.objects")
+    with as_os_errors(source):
+        _update(os.fspath(source), target, log, without)
 
 
 def upload(
@@ -220,8 +276,8 @@ def upload(
     """
     names = [str(file.relative_to(folder)) for file in sorted(folder.rglob("*")) if file.is_file()]
     remove(target / last)
-    with _as_os_errors(target):
-        files, start = _file_system(target), os.fspath(target)
+    with as_os_errors(target):
+        files, start = file_system(target), os.fspath(target)
 
         def put(name: str) -> None:
             files.put_file(str(folder / name), f"{start}/{name}")
@@ -230,87 +286,6 @@ def upload(
             _remove_objects(target, others)
         _each(put, [name for name in names if name != last])
         put(last)
-
-
-def read_generation(target: pathlib.Path) -> tuple[bytes, int, float]:
-    """Reads an object of Cloud Storage and its generation, a number that each write changes.
-
-    Returns:
-      The content, the generation, and the seconds since it was written, by the server's clock.
-
-    Raises:
-      FileNotFoundError: there is no such object.
-      OSError: it cannot be read.
-    """
-    files = _file_system(target)
-    bucket, name = _bucket_and_name(target)
-    with _as_os_errors(target):
-        while True:
-            headers, text = files.call("GET", "b/{}/o/{}", bucket, name)
-            about = json.loads(text)
-            generation = int(about["generation"])
-            written = datetime.datetime.fromisoformat(about["updated"])
-            age = email.utils.parsedate_to_datetime(headers["Date"]) - written
-            with contextlib.suppress(FileNotFoundError):  # it was written again in between
-                _, content = files.call(
-                    "GET", "b/{}/o/{}", bucket, name, alt="media", generation=generation
-                )
-                return content, generation, max(0.0, age.total_seconds())
-
-
-def write_generation(target: pathlib.Path, content: bytes, generation: int) -> int:
-    """Writes an object of Cloud Storage if it has a generation.
-
-    Args:
-      target: the object.
-      content: its new content, which no other process writes.
-      generation: the generation that the object must have; 0: it must not exist.
-
-    Returns:
-      The new generation.
-
-    Raises:
-      FileExistsError: the object has another generation.
-      OSError: it cannot be written.
-    """
-    files = _file_system(target)
-    bucket, name = _bucket_and_name(target)
-    with _as_os_errors(target):
-        try:
-            about = files.call(
-                "POST",
-                f"{files._location}/upload/storage/v1/b/{{}}/o",
-                bucket,
-                uploadType="multipart",
-                ifGenerationMatch=str(generation),
-                headers={"Content-Type": "multipart/related; boundary=part"},
-                data=_MULTIPART % (json.dumps({"name": name}).encode(), content),
-                json_out=True,
-            )
-            return int(about["generation"])
-        except FileExistsError:
-            # A request is repeated if its answer is lost, and then conflicts with itself.
-            with contextlib.suppress(FileNotFoundError):
-                written, new_generation, _ = read_generation(target)
-                if written == content:
-                    return new_generation
-            raise
-
-
-def remove_generation(target: pathlib.Path, generation: int) -> None:
-    """Removes an object of Cloud Storage if it has a generation; nothing if it does not exist.
-
-    Raises:
-      FileExistsError: the object has another generation.
-      OSError: it cannot be removed.
-    """
-    bucket, name = _bucket_and_name(target)
-    with _as_os_errors(target), contextlib.suppress(FileNotFoundError):
-        if read_generation(target)[1] != generation:
-            raise FileExistsError(errno.EEXIST, "it has another generation", os.fspath(target))
-        _file_system(target).call(
-            "DELETE", "b/{}/o/{}", bucket, name, ifGenerationMatch=str(generation)
-        )
 
 
 def reason(error: BaseException) -> str | None:
@@ -341,28 +316,28 @@ def _configure() -> None:
         fsspec.config.conf.setdefault(name, {}).setdefault("use_listings_cache", False)
 
 
-def _file_system(target: str | os.PathLike) -> Any:
+def file_system(target: str | os.PathLike) -> Any:
+    """Returns the file system of fsspec for a path in a bucket."""
     _configure()
     import fsspec
 
     return fsspec.filesystem(os.fspath(target)[:2])
 
 
-def _bucket_and_name(target: pathlib.Path) -> tuple[str, str]:
-    bucket, _, name = os.fspath(target)[5:].partition("/")
-    return bucket, name
-
-
-def _objects(address: str) -> dict[str, tuple[int, str]]:
-    """Returns the size and the version of each object below an address, by relative name.
+def _objects(address: str) -> dict[str, tuple[int, str, int]]:
+    """Returns the size, version and time (in ns) of the objects below an address, by relative name.
 
     The relative name of an object with this very address is "".
     """
-    files, start = _file_system(address), address[5:].rstrip("/")
+    files, start = file_system(address), address[5:].rstrip("/")
     return {
         name.removeprefix(start).removeprefix("/"): (
             int(about["size"]),
-            str(about.get("generation") or about.get("ETag") or ""),
+            str(about.get("generation") or about.get("ETag")),
+            # A generation is the time of the write in microseconds.
+            1000 * int(about["generation"])
+            if "generation" in about
+            else int(about["LastModified"].timestamp()) * 10**9,
         )
         for name, about in files.find(start, detail=True).items()
         if about["type"] == "file"
@@ -382,8 +357,8 @@ def _update(address: str, target: pathlib.Path, log: pathlib.Path, without: str)
     if log.exists():
         for line in log.read_text().splitlines():
             with contextlib.suppress(ValueError):  # a process was killed while it wrote the line
-                name, size, version = json.loads(line)
-                copied[name] = (size, version)
+                name, *about = json.loads(line)
+                copied[name] = tuple(about)
     for name in set(copied) - set(objects):
         (target / name).unlink(missing_ok=True)
     if "" in objects and target.is_dir():
@@ -398,7 +373,7 @@ def _update(address: str, target: pathlib.Path, log: pathlib.Path, without: str)
     size = sum(objects[name][0] for name in missing)
     if size > _ANNOUNCED:
         print(f"copying {size / 1e9:.1f} GB from {address} to {target}", file=sys.stderr)
-    files = _file_system(address)
+    files = file_system(address)
 
     def get(name: str) -> None:
         file = target / name
@@ -407,6 +382,7 @@ def _update(address: str, target: pathlib.Path, log: pathlib.Path, without: str)
         files.get_file(f"{address}/{name}".rstrip("/"), str(part))
         if part.stat().st_size != objects[name][0]:
             raise OSError(None, f"{name} changed while it was copied; run the command again")
+        os.utime(part, ns=(objects[name][2], objects[name][2]))
         os.replace(part, file)
         with log.open("a") as lines:  # one call of write, so lines of threads do not mix
             lines.write(json.dumps([name, *objects[name]]) + "\n")
@@ -416,7 +392,7 @@ def _update(address: str, target: pathlib.Path, log: pathlib.Path, without: str)
 
 def _remove_objects(target: pathlib.Path, names: Iterable[str]) -> None:
     start = os.fspath(target)
-    _file_system(target).rm([f"{start}/{name}".rstrip("/") for name in names])
+    file_system(target).rm([f"{start}/{name}".rstrip("/") for name in names])
 
 
 def _each(function: Callable[[str], None], names: Iterable[str]) -> None:
@@ -432,7 +408,7 @@ def _each(function: Callable[[str], None], names: Iterable[str]) -> None:
 
 
 @contextlib.contextmanager
-def _as_os_errors(target: pathlib.Path) -> Iterator[None]:
+def as_os_errors(target: pathlib.Path) -> Iterator[None]:
     """Converts exceptions of the packages for buckets to OSErrors with a reason and the address."""
     try:
         yield

@@ -3,6 +3,7 @@
 import gc
 import os
 import pathlib
+import re
 from collections.abc import Iterator
 from unittest import mock
 
@@ -10,7 +11,7 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from leon_jax import sharding
+from leon_jax import sharding, storage
 from tests import emoji_data
 
 
@@ -65,7 +66,7 @@ def cloud_storage(tmp_path_factory) -> Iterator[str]:
 @pytest.fixture
 def gs_folder(cloud_storage, request) -> str:
     """The address of an empty folder in a `gs://` bucket."""
-    return f"gs://bucket/{request.node.nodeid.rpartition('::')[2].replace('/', '_')}"
+    return f"gs://bucket/{_folder_name(request)}"
 
 
 @pytest.fixture(scope="session")
@@ -79,4 +80,15 @@ def s3_server() -> Iterator[None]:
 @pytest.fixture
 def s3_folder(s3_server, request) -> str:
     """The address of an empty folder in an `s3://` bucket."""
-    return f"s3://bucket/{request.node.nodeid.rpartition('::')[2].replace('/', '_')}"
+    return f"s3://bucket/{_folder_name(request)}"
+
+
+@pytest.fixture(params=["gs", "s3"])
+def bucket(request, tmp_path, monkeypatch) -> pathlib.Path:
+    """An empty folder in a bucket of each kind; copies of it are below `tmp_path`."""
+    monkeypatch.setenv("LEON_CACHE", str(tmp_path / "cache"))
+    return storage.path(request.getfixturevalue(f"{request.param}_folder"))
+
+
+def _folder_name(request) -> str:
+    return re.sub(r"[^a-z0-9]+", "_", request.node.name.lower()).strip("_")

@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "config": set(),
     "file_lock": {"config"},
     "storage": {"config", "compilation_cache", "file_lock"},
+    "bucket_lock": {"config", "storage"},
     "documents": set(),
     "vocabulary": set(),
     "sharding": set(),
@@ -41,7 +42,7 @@ MAY_IMPORT = {
     "data": BELOW_DATA,
     # What is retrieved are records.
     "retrieval": BELOW_DATA | {"data"},
-    "prepare": BELOW_TRAINING | {"file_lock"},
+    "prepare": BELOW_TRAINING | {"file_lock", "bucket_lock"},
     # A dataset brings its own source, and says how it is prepared.
     "datasets": BELOW_TRAINING | {"prepare"},
     # The generation defaults are sampling parameters.
@@ -57,7 +58,7 @@ MAY_IMPORT = {
     | {"engine", "model_folder", "model_description", "prepare", "datasets"},
     # A training run samples images, with the same engine as everyone else. A decoder's run ends in
     # a model folder.
-    "train": BELOW_TRAINING | {"engine", "file_lock", "export"},
+    "train": BELOW_TRAINING | {"engine", "file_lock", "bucket_lock", "export"},
     # A plan compiles what training and decoding would run.
     "plan": BELOW_TRAINING | {"train", "engine"},
     # Runs commands, each in a process.

@@ -14,16 +14,7 @@ def folder(request, tmp_path) -> pathlib.Path:
     """An empty folder of each kind."""
     if request.param == "disk":
         return tmp_path
-    name = request.getfixturevalue(f"{request.param}_folder")
-    return storage.path(name.translate(str.maketrans("[]", "__")))
-
-
-@pytest.fixture(params=["gs", "s3"])
-def bucket(request, tmp_path, monkeypatch) -> pathlib.Path:
-    """An empty folder in a bucket of each kind; copies of it are below `tmp_path`."""
-    monkeypatch.setenv("LEON_CACHE", str(tmp_path / "cache"))
-    name = request.getfixturevalue(f"{request.param}_folder")
-    return storage.path(name.translate(str.maketrans("[]", "__")))
+    return storage.path(request.getfixturevalue(f"{request.param}_folder"))
 
 
 def test_what_is_written_is_read_and_listed(folder):
@@ -103,7 +94,7 @@ def test_a_folder_without_its_last_file_was_not_uploaded_completely(bucket, tmp_
     storage.write(bucket / "manifest", "former")
     order: list[str] = []
     with monkeypatch.context() as patch:
-        files = storage._file_system(bucket)
+        files = storage.file_system(bucket)
         patch.setattr(files, "put_file", lambda file, to: order.append(file[-1]))
         storage.upload(source, bucket, last="manifest")
     assert order[-1] == "t" and sorted(order) == ["a", "c", "t"]
@@ -111,33 +102,6 @@ def test_a_folder_without_its_last_file_was_not_uploaded_completely(bucket, tmp_
     storage.upload(source, bucket, last="manifest")
     assert (bucket / "manifest").read_text() == "manifest"
     assert sorted(path.name for path in bucket.iterdir()) == ["a", "b", "manifest"]
-
-
-def test_an_object_is_written_only_if_it_has_the_stated_generation(gs_folder):
-    path = storage.path(gs_folder) / "lock"
-    with pytest.raises(FileNotFoundError):
-        storage.read_generation(path)
-    first = storage.write_generation(path, b"1", 0)
-    with pytest.raises(FileExistsError):
-        storage.write_generation(path, b"2", 0)
-    second = storage.write_generation(path, b"3", first)
-    assert second != first
-    with pytest.raises(FileExistsError):
-        storage.write_generation(path, b"4", first)
-    content, generation, age = storage.read_generation(path)
-    assert (content, generation) == (b"3", second) and 0 <= age < 30
-    with pytest.raises(FileExistsError):
-        storage.remove_generation(path, first)
-    storage.remove_generation(path, second)
-    storage.remove_generation(path, second)
-    assert not path.exists()
-
-
-def test_a_repeated_request_does_not_conflict_with_itself(gs_folder):
-    """An answer is lost, so the request is sent again."""
-    path = storage.path(gs_folder) / "lock"
-    generation = storage.write_generation(path, b"1", 0)
-    assert storage.write_generation(path, b"1", 0) == generation
 
 
 def test_addresses_of_other_kinds_and_missing_packages_are_refused(monkeypatch):

@@ -76,14 +76,14 @@ def encode(
     documents = DocumentFolder(folder)
     if documents.manifest["format"] != DOCUMENTS_FORMAT:
         raise UserError(f"{folder} is a prepared folder; its documents are encoded already")
-    out = encoded_folder(documents.folder, config)
+    out = encoded_folder(documents.address, config)
     has_held_out = len(documents.splits) > 1
     # The documents were filtered and stored at their side when they were collected.
     collected = documents.manifest["config"]
     return out, prepare(
         PrepareConfig(
             sources=tuple(
-                SourceConfig("documents", os.fspath(documents.folder), split=split)
+                SourceConfig("documents", os.fspath(documents.address), split=split)
                 for split in documents.splits
             ),
             tokenizer=config.tokenizer,

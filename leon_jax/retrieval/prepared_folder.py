@@ -173,7 +173,7 @@ def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
 def read_removed(folder: pathlib.Path) -> set[tuple[str, str]]:
     """Reads the source (or "" for any) and the key of each document that was removed."""
     try:
-        lines = (folder / _REMOVED).read_text(encoding="ascii").splitlines()
+        lines = (folder / _REMOVED).read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
         return set()
     return {(source, key) for source, key in map(json.loads, lines)}

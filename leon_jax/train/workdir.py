@@ -14,10 +14,9 @@ from collections.abc import Iterator
 
 import jax
 
-from leon_jax import file_lock, storage
+from leon_jax import bucket_lock, file_lock, storage
+from leon_jax.bucket_lock import BucketLock
 from leon_jax.config import UserError
-from leon_jax.train import bucket_lock
-from leon_jax.train.bucket_lock import BucketLock
 from leon_jax.train.checkpoint import on_all_processes
 
 # Seconds between two copies of growing files to a bucket.

@@ -1,4 +1,4 @@
-"""The lock of a workdir in a bucket: an object that its holder writes again and again.
+"""The lock of a folder in a bucket: an object that its holder writes again and again.
 
 The object is created only if it is absent, and later replaced only if it has the generation of the
 holder's last write. So at most one run holds it. A lock that was not renewed for `STALE_SECONDS` is
@@ -12,6 +12,9 @@ a restart takes the checkpoint before it.
 
 import contextlib
 import dataclasses
+import datetime
+import email.utils
+import errno
 import json
 import os
 import pathlib
@@ -26,6 +29,11 @@ from leon_jax import storage
 from leon_jax.config import UserError
 
 RENEW_SECONDS, STALE_SECONDS = 10.0, 60.0
+# The body of an upload: the description of the object, and its content.
+_MULTIPART = (
+    b"--part\r\nContent-Type: application/json\r\n\r\n%b\r\n"
+    b"--part\r\nContent-Type: application/octet-stream\r\n\r\n%b\r\n--part--"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +98,7 @@ class Holder:
 
 
 class BucketLock:
-    """Holds the lock of a workdir; a thread renews it.
+    """Holds the lock of a folder; a thread renews it.
 
     Args:
       path: the object of the lock, in a `gs://` bucket.
@@ -126,9 +134,7 @@ class BucketLock:
         """
         with self._mutex:
             try:
-                self._generation = storage.write_generation(
-                    self._path, self._content(), self._generation
-                )
+                self._generation = write_generation(self._path, self._content(), self._generation)
             except FileExistsError as error:
                 raise UserError(self._loss()) from error
 
@@ -137,32 +143,32 @@ class BucketLock:
         self._ended.set()
         self._thread.join()
         with contextlib.suppress(OSError):
-            storage.remove_generation(self._path, self._generation)
+            remove_generation(self._path, self._generation)
 
     def _take(self) -> int:
         while True:
             try:
-                return storage.write_generation(self._path, self._content(), 0)
+                return write_generation(self._path, self._content(), 0)
             except FileExistsError:
                 pass
             try:
-                content, generation, age = storage.read_generation(self._path)
+                content, generation, age = read_generation(self._path)
             except FileNotFoundError:  # released in between
                 continue
             try:
                 holder = Holder(**json.loads(content)["holder"])
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(
-                    f"{self._path} is not a lock of this version; remove it if no run is training"
+                    f"{self._path} is not a lock of this version; remove it if no run is writing"
                 ) from error
             if age < self._stale_seconds and not self._holder.replaces(holder):
                 raise UserError(
-                    f"another run is training in {self._path.parent}: {holder}; wait for its end, "
-                    f"or use another --workdir (its lock is {age:.0f} s old; if it has died, the "
-                    f"workdir is free when the lock is {self._stale_seconds:.0f} s old)"
+                    f"another run is writing into {self._path.parent}: {holder}; wait for its "
+                    f"end, or name another folder (its lock is {age:.0f} s old; if it has died, "
+                    f"the folder is free when the lock is {self._stale_seconds:.0f} s old)"
                 )
             with contextlib.suppress(FileExistsError):  # another process was faster
-                generation = storage.write_generation(self._path, self._content(), generation)
+                generation = write_generation(self._path, self._content(), generation)
                 print(f"took the lock of {self._path.parent} from {holder}", file=sys.stderr)
                 return generation
 
@@ -193,7 +199,7 @@ class BucketLock:
     def _loss(self) -> str:
         return (
             f"another run has taken {self._path.parent}, because this process did not renew its "
-            "lock in time; this process ends and leaves the workdir to it"
+            "lock in time; this process ends and leaves the folder to it"
         )
 
 
@@ -214,5 +220,91 @@ def hold(path: pathlib.Path) -> Iterator[BucketLock]:
 
 def _end_process(sentence: str) -> None:
     """Ends the process without further writes, even those of other threads."""
-    print(f"leon train: {sentence}", file=sys.stderr, flush=True)
+    print(f"leon: {sentence}", file=sys.stderr, flush=True)
     os._exit(1)
+
+
+def read_generation(target: pathlib.Path) -> tuple[bytes, int, float]:
+    """Reads an object of Cloud Storage and its generation, a number that each write changes.
+
+    Returns:
+      The content, the generation, and the seconds since it was written, by the server's clock.
+
+    Raises:
+      FileNotFoundError: there is no such object.
+      OSError: it cannot be read.
+    """
+    files = storage.file_system(target)
+    bucket, name = _bucket_and_name(target)
+    with storage.as_os_errors(target):
+        while True:
+            headers, text = files.call("GET", "b/{}/o/{}", bucket, name)
+            about = json.loads(text)
+            generation = int(about["generation"])
+            written = datetime.datetime.fromisoformat(about["updated"])
+            age = email.utils.parsedate_to_datetime(headers["Date"]) - written
+            with contextlib.suppress(FileNotFoundError):  # it was written again in between
+                _, content = files.call(
+                    "GET", "b/{}/o/{}", bucket, name, alt="media", generation=generation
+                )
+                return content, generation, max(0.0, age.total_seconds())
+
+
+def write_generation(target: pathlib.Path, content: bytes, generation: int) -> int:
+    """Writes an object of Cloud Storage if it has a generation.
+
+    Args:
+      target: the object.
+      content: its new content, which no other process writes.
+      generation: the generation that the object must have; 0: it must not exist.
+
+    Returns:
+      The new generation.
+
+    Raises:
+      FileExistsError: the object has another generation.
+      OSError: it cannot be written.
+    """
+    files = storage.file_system(target)
+    bucket, name = _bucket_and_name(target)
+    with storage.as_os_errors(target):
+        try:
+            about = files.call(
+                "POST",
+                f"{files._location}/upload/storage/v1/b/{{}}/o",
+                bucket,
+                uploadType="multipart",
+                ifGenerationMatch=str(generation),
+                headers={"Content-Type": "multipart/related; boundary=part"},
+                data=_MULTIPART % (json.dumps({"name": name}).encode(), content),
+                json_out=True,
+            )
+            return int(about["generation"])
+        except FileExistsError:
+            # A request is repeated if its answer is lost, and then conflicts with itself.
+            with contextlib.suppress(FileNotFoundError):
+                written, new_generation, _ = read_generation(target)
+                if written == content:
+                    return new_generation
+            raise
+
+
+def remove_generation(target: pathlib.Path, generation: int) -> None:
+    """Removes an object of Cloud Storage if it has a generation; nothing if it does not exist.
+
+    Raises:
+      FileExistsError: the object has another generation.
+      OSError: it cannot be removed.
+    """
+    bucket, name = _bucket_and_name(target)
+    with storage.as_os_errors(target), contextlib.suppress(FileNotFoundError):
+        if read_generation(target)[1] != generation:
+            raise FileExistsError(errno.EEXIST, "it has another generation", os.fspath(target))
+        storage.file_system(target).call(
+            "DELETE", "b/{}/o/{}", bucket, name, ifGenerationMatch=str(generation)
+        )
+
+
+def _bucket_and_name(target: pathlib.Path) -> tuple[str, str]:
+    bucket, _, name = os.fspath(target)[5:].partition("/")
+    return bucket, name
