@@ -40,6 +40,10 @@ class DocumentFolder:
       manifest: `splits` (documents in each), `shards` (documents in each shard of each split),
         `config`, `counts`.
 
+    Args:
+      folder: the folder.
+      address: the path that it will have, if it is not there yet.
+
     Raises:
       UserError: the folder is neither, or is one of another version.
     """
@@ -48,9 +52,9 @@ class DocumentFolder:
     NAME: ClassVar[str] = "a documents folder"
     FORMATS: ClassVar[tuple[int, ...]] = (DOCUMENTS_FORMAT, PREPARED_FORMAT)
 
-    def __init__(self, folder: str | os.PathLike):
-        self.address = storage.path(folder)
-        self.folder = storage.local(self.address, without=ENCODED)
+    def __init__(self, folder: str | os.PathLike, address: pathlib.Path | None = None):
+        self.address = storage.path(folder) if address is None else address
+        self.folder = storage.local(folder, without=ENCODED)
         self.manifest = read_manifest(self.folder, self.NAME, self.FORMATS)
 
     @property

@@ -165,11 +165,13 @@ def _resume(
     manifest = recorded | gather.gather(config, parts, shards, final, removed)
     write_removed(final, removed)
     _write(final / MANIFEST, manifest)
+    # The images of an encoding are in the documents folder around it.
+    address = out if storage.is_bucket(out) else None
     if config.has_models:
         mining.mine(config, PreparedFolder(final), parts, progress)
         if config.variants > 1:
-            _encode_variants(config, PreparedFolder(final), progress)
-    write_card(final)
+            _encode_variants(config, PreparedFolder(final, address), progress)
+    write_card(final, address)
     if storage.is_bucket(out):
         storage.upload(final, out, MANIFEST)
         storage.remove(encoded.parent)

@@ -58,6 +58,7 @@ class PreparedFolder(DocumentFolder):
 
     Args:
       folder: a prepared folder, or a documents folder with a single encoding, which is opened.
+      address: the path that it will have, if it is not there yet.
 
     Raises:
       UserError: the folder is not a prepared folder, is one of another version, or has several
@@ -67,8 +68,8 @@ class PreparedFolder(DocumentFolder):
     NAME = "a prepared folder"
     FORMATS = (PREPARED_FORMAT,)
 
-    def __init__(self, folder: str | os.PathLike):
-        super().__init__(resolve(folder))
+    def __init__(self, folder: str | os.PathLike, address: pathlib.Path | None = None):
+        super().__init__(resolve(folder), address)
 
     @property
     def selection(self) -> SelectionConfig:
