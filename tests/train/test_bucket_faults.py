@@ -8,6 +8,7 @@ import os
 import pathlib
 import random
 import threading
+import time
 from unittest import mock
 
 import numpy as np
@@ -103,7 +104,10 @@ def test_a_bucket_that_fails_for_long_ends_the_run_and_loses_nothing(
     with disturbed(cloud_storage, from_second_checkpoint), pytest.raises(UserError) as failure:
         training_loop.run(ToyProgram(ToyConfig(12)), SETTINGS, run)
     assert len(str(failure.value).splitlines()) == 1 and str(run) in str(failure.value)
-    monkeypatch.setattr("leon_jax.bucket_lock.STALE_SECONDS", 0.5)  # the lock could not be removed
+    # The lock could not be removed.
+    monkeypatch.setattr("leon_jax.bucket_lock.RENEW_SECONDS", 0.5)
+    monkeypatch.setattr("leon_jax.bucket_lock.STALE_SECONDS", 5.0)
+    time.sleep(6)
     training_loop.run(ToyProgram(ToyConfig(12)), SETTINGS, run)
     monkeypatch.setenv("LEON_CACHE", str(tmp_path / "cache"))
     np.testing.assert_array_equal(exported_kernel(run), exported_kernel(tmp_path / "disk"))
