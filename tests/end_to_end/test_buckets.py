@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from absl import flags
 
 from leon_jax import config as configs
 from leon_jax import storage, weight_files
@@ -47,8 +48,8 @@ def weights(folder: pathlib.Path) -> dict[str, np.ndarray]:
     return weight_files.load(folder / "decoder.safetensors", "decoder")[0]
 
 
-def export(*flags: str) -> None:
-    assert cli.run_verb("export", flags) == 0
+def export(*arguments: str) -> None:
+    assert cli.run_verb("export", arguments) == 0
 
 
 @pytest.mark.slow
@@ -56,6 +57,7 @@ def test_a_decoder_is_trained_exported_and_loaded_in_a_bucket(gs_folder, tmp_pat
     monkeypatch.setenv("LEON_CACHE", str(tmp_path / "cache"))
     disk, bucket = tmp_path / "disk", storage.path(gs_folder)
     disk.mkdir()
+    flags.FLAGS.mark_as_parsed()
     for name, folder in zip(("tiny", "prepared"), tiny.folders(), strict=True):
         (disk / name).symlink_to(folder, target_is_directory=True)
     ModelFolder.open(tiny.folders()[0]).copy_to(bucket / "tiny")

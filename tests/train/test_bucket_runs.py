@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import random
 import signal
 import subprocess
 import sys
@@ -116,6 +117,21 @@ def test_a_killed_run_resumes_to_the_parameters_of_a_run_on_a_disk(run, on_disk)
     assert "resumed from step" in error and "took the lock" in error
     np.testing.assert_array_equal(exported_kernel(run), on_disk)
     assert metrics_steps(run) == list(range(3, 31, 3))
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_ten_times_has_the_parameters_of_a_run_on_a_disk(run, on_disk):
+    rng = random.Random(0)
+    for _ in range(10):
+        process = start(run)
+        end = time.monotonic() + rng.uniform(1, 20)
+        while process.poll() is None and time.monotonic() < end:
+            time.sleep(0.1)
+        process.kill()
+        process.wait()
+    error = start(run).communicate(timeout=600)[1]
+    assert (run / "export/toy.safetensors").exists(), error
+    np.testing.assert_array_equal(exported_kernel(run), on_disk)
 
 
 def test_a_second_run_is_refused_at_once(run, monkeypatch):
