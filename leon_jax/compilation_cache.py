@@ -75,6 +75,10 @@ def use_compilation_cache(folder: str | os.PathLike) -> str | None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)  # no minimum
     if override := os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return override
+    if "://" in os.fspath(folder):
+        jax.config.update("jax_compilation_cache_max_size", -1)  # a lock would need a disk
+        jax.config.update("jax_compilation_cache_dir", os.fspath(folder))
+        return os.fspath(folder)
     folder = pathlib.Path(folder).absolute()
     parent = next(path for path in (folder, *folder.parents) if path.exists())
     try:

@@ -3,10 +3,10 @@
 import dataclasses
 import json
 import os
-import pathlib
 from typing import Any, Literal
 
 from leon_jax import config as configs
+from leon_jax import storage
 from leon_jax.config import UserError
 from leon_jax.engine.guidance import ClassifierFree
 from leon_jax.engine.sampling_params import SamplingParams
@@ -136,7 +136,7 @@ def read(folder: str | os.PathLike) -> ModelDescription | None:
     Raises:
       UserError: the file cannot be read, is of a later format, or has an unknown or wrong value.
     """
-    path = pathlib.Path(folder) / FILE
+    path = storage.path(folder) / FILE
     try:
         values: Any = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

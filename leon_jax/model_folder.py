@@ -16,7 +16,14 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Int
 
-from leon_jax import __version__, model_archive, model_description, weight_digests, weight_files
+from leon_jax import (
+    __version__,
+    model_archive,
+    model_description,
+    storage,
+    weight_digests,
+    weight_files,
+)
 from leon_jax.config import UserError, build
 from leon_jax.model_description import GenerationDefaults, IndexAddress, ModelDescription
 from leon_jax.models.decoder import Decoder
@@ -92,7 +99,7 @@ class ModelFolder:
           UserError: the folder does not exist; files of it are missing or empty (the message lists
             all of them), or damaged.
         """
-        folder = shipped_folder() if folder is None else pathlib.Path(folder)
+        folder = shipped_folder() if folder is None else _on_disk(folder)
         if folder.is_file():
             folder = model_archive.unpack(folder)
         if not folder.is_dir():
@@ -136,8 +143,14 @@ class ModelFolder:
         return unstack(decoder)
 
     def copy_to(self, folder: str | os.PathLike) -> None:
-        """Copies each file atomically to another folder. The same folder does not change."""
-        folder = pathlib.Path(folder)
+        """Copies each file atomically to another folder. The same folder does not change.
+
+        In a bucket `decoder.safetensors` is copied last.
+        """
+        folder = storage.path(folder)
+        if storage.is_bucket(folder):
+            storage.upload(self.path, folder, FILES[0], is_complete_folder=False)
+            return
         folder.mkdir(parents=True, exist_ok=True)
         if folder.samefile(self.path):
             return
@@ -156,7 +169,7 @@ class ModelFolder:
     @property
     def name(self) -> str:
         """Name and version of the model, for messages and for the metadata of images."""
-        return f"leon_jax {__version__} {self.path.absolute().name}"
+        return f"leon_jax {__version__} {storage.absolute(self.path).name}"
 
     @functools.cached_property
     def digest(self) -> str:
@@ -181,7 +194,7 @@ class ModelFolder:
     @property
     def index_path(self) -> pathlib.Path:
         """The path of the prepared folder that `index` names. It may not exist."""
-        return self.path / self.index.folder
+        return storage.join(self.path, self.index.folder)
 
     @functools.cached_property
     def defaults(self) -> GenerationDefaults:
@@ -213,6 +226,15 @@ class ModelFolder:
     def extent(self, ids: Int[np.ndarray, "n"]) -> int:
         """Returns the number of positions of a sequence of ids."""
         return self.tokenizer.vocabulary.extent(ids, self.config.part_step)
+
+
+def _on_disk(folder: str | os.PathLike) -> pathlib.Path:
+    """Returns a path, of a copy if it is in a bucket; a folder without a decoder is not copied."""
+    path = storage.path(folder)
+    is_model = path.name.endswith(".tar") or (path / FILES[0]).is_file()
+    if storage.is_bucket(path) and not is_model:
+        raise UserError(f"there is no model folder {path}: it has no {FILES[0]}")
+    return storage.local(path)
 
 
 def shipped_folder() -> pathlib.Path:

@@ -12,13 +12,13 @@ name. Tensors of wider types come first, so that each tensor is aligned to its t
 import json
 import math
 import mmap
-import os
 import pathlib
 from collections.abc import Mapping
 
 import jax.numpy as jnp
 import numpy as np
 
+from leon_jax import storage
 from leon_jax.config import UserError
 
 _DTYPES = {
@@ -53,13 +53,11 @@ def write(
         }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
+    storage.make_folder(path.parent)
+    with storage.writing(path) as temporary, temporary.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
             file.write(content(arrays[name]).data)
-    os.replace(temporary, path)
 
 
 def read_metadata(path: pathlib.Path) -> dict[str, str]:
@@ -80,7 +78,7 @@ def read(path: pathlib.Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
       UserError: the file cannot be read, or it is not a whole safetensors file.
     """
     try:
-        with path.open("rb") as file:
+        with storage.local(path).open("rb") as file:
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error

@@ -9,12 +9,11 @@ under `replaces`.
 import hashlib
 import json
 import os
-import pathlib
 from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from leon_jax import safetensors_format, weight_files
+from leon_jax import safetensors_format, storage, weight_files
 
 # Number and size of the samples that `sampled_digest` reads.
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
@@ -107,7 +106,7 @@ def upgrade(path: str | os.PathLike) -> bool:
         return False
     replaces = [_byte_digest(path), _sampled_bytes_digest(path)]
     metadata = metadata | {"format": weight_files.FORMAT, "replaces": json.dumps(replaces)}
-    safetensors_format.write(pathlib.Path(path), arrays, metadata)
+    safetensors_format.write(storage.path(path), arrays, metadata)
     return True
 
 
@@ -124,15 +123,15 @@ def _replaces(metadata: Mapping[str, str]) -> list[str]:
 
 def _byte_digest(path: str | os.PathLike) -> str:
     """Returns the SHA-256 of a file's bytes, which older versions recorded in prepared folders."""
-    with open(path, "rb") as file:
+    with storage.local(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sampled_bytes_digest(path: str | os.PathLike) -> str:
     """Returns the digest that older versions recorded in images: of the size and 64 samples."""
-    digest, size = hashlib.sha256(), os.stat(path).st_size
+    digest, size = hashlib.sha256(), storage.local(path).stat().st_size
     digest.update(str(size).encode())
-    with open(path, "rb") as file:
+    with storage.local(path).open("rb") as file:
         for sample in range(_SAMPLES):
             file.seek(size * sample // _SAMPLES)
             digest.update(file.read(_SAMPLE_BYTES))

@@ -12,7 +12,6 @@ Files of the format `leon_jax/1` left out every path part named `value`: the dec
 
 import json
 import os
-import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -22,7 +21,7 @@ import numpy as np
 from flax import nnx
 
 import leon_jax.models  # noqa: F401  # sets flax's mode before any module is created
-from leon_jax import safetensors_format, sharding
+from leon_jax import safetensors_format, sharding, storage
 from leon_jax.config import UserError
 
 FORMAT = "leon_jax/2"
@@ -79,7 +78,7 @@ def save(
     if jax.process_index() != 0:
         return
     metadata = {"format": FORMAT, "kind": kind, "config": json.dumps(config)}
-    safetensors_format.write(pathlib.Path(path), arrays, metadata)
+    safetensors_format.write(storage.path(path), arrays, metadata)
 
 
 def load(path: str | os.PathLike, kind: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -166,7 +165,7 @@ def check_finite(array: np.ndarray, name: str, source: str) -> None:
 def is_weight_file(path: str | os.PathLike) -> bool:
     """Returns whether this is a complete weight file of either format, of any kind."""
     try:
-        metadata = safetensors_format.read_metadata(pathlib.Path(path))
+        metadata = safetensors_format.read_metadata(storage.path(path))
     except UserError:
         return False
     return metadata.get("format") in (FORMAT, _FORMER_FORMAT)
@@ -187,7 +186,7 @@ def read_mapped(
     Raises:
       UserError: the file is missing or damaged, or has another kind of model.
     """
-    path, expected = pathlib.Path(path), kind or "model"
+    path, expected = storage.path(path), kind or "model"
     if not path.is_file():
         raise UserError(f"there is no {expected} file at {path}")
     metadata, arrays = safetensors_format.read(path)

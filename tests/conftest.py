@@ -1,13 +1,17 @@
 """Fixtures for all tests."""
 
 import gc
+import os
 import pathlib
+import re
+from collections.abc import Iterator
+from unittest import mock
 
 import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from leon_jax import sharding
+from leon_jax import sharding, storage
 from tests import emoji_data
 
 
@@ -45,3 +49,46 @@ def few_programs():
 def emoji_data_dir() -> str:
     """The folder of the rendered emoji dataset."""
     return emoji_data.data_dir()
+
+
+@pytest.fixture(scope="session")
+def cloud_storage(tmp_path_factory) -> Iterator[str]:
+    """The address of a Cloud Storage server; gcsfs and TensorStore use it in this session."""
+    from tests import buckets
+
+    with (
+        buckets.cloud_storage(tmp_path_factory.mktemp("cloud_storage")) as url,
+        mock.patch.dict(os.environ, buckets.cloud_storage_environment(url)),
+    ):
+        yield url
+
+
+@pytest.fixture
+def gs_folder(cloud_storage, request) -> str:
+    """The address of an empty folder in a `gs://` bucket."""
+    return f"gs://bucket/{_folder_name(request)}"
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[None]:
+    from tests import buckets
+
+    with buckets.s3() as variables, mock.patch.dict(os.environ, variables):
+        yield
+
+
+@pytest.fixture
+def s3_folder(s3_server, request) -> str:
+    """The address of an empty folder in an `s3://` bucket."""
+    return f"s3://bucket/{_folder_name(request)}"
+
+
+@pytest.fixture(params=["gs", "s3"])
+def bucket(request, tmp_path, monkeypatch) -> pathlib.Path:
+    """An empty folder in a bucket of each kind; copies of it are below `tmp_path`."""
+    monkeypatch.setenv("LEON_CACHE", str(tmp_path / "cache"))
+    return storage.path(request.getfixturevalue(f"{request.param}_folder"))
+
+
+def _folder_name(request) -> str:
+    return re.sub(r"[^a-z0-9]+", "_", request.node.name.lower()).strip("_")

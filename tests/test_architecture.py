@@ -18,6 +18,7 @@ ALL_SOURCES = sorted(
 )
 
 FOUNDATION = {"config", "documents", "vocabulary", "sharding", "ops", "compilation_cache"}
+FOUNDATION |= {"storage"}
 BELOW_DATA = FOUNDATION | {"models", "safetensors_format", "weight_files", "weight_digests"}
 BELOW_DATA |= {"tokenizers"}
 BELOW_TRAINING = BELOW_DATA | {"retrieval", "data"}
@@ -26,24 +27,26 @@ BELOW_TRAINING = BELOW_DATA | {"retrieval", "data"}
 MAY_IMPORT = {
     "config": set(),
     "file_lock": {"config"},
+    "storage": {"config", "compilation_cache", "file_lock"},
+    "bucket_lock": {"config", "storage"},
     "documents": set(),
     "vocabulary": set(),
     "sharding": set(),
     "ops": set(),
     "compilation_cache": {"config"},
     "models": {"ops", "sharding", "config", "vocabulary"},
-    "safetensors_format": {"config"},
-    "weight_files": {"config", "sharding", "safetensors_format", "models"},
-    "weight_digests": {"config", "safetensors_format", "weight_files"},
+    "safetensors_format": {"config", "storage"},
+    "weight_files": {"config", "storage", "sharding", "safetensors_format", "models"},
+    "weight_digests": {"config", "storage", "safetensors_format", "weight_files"},
     "tokenizers": FOUNDATION | {"models", "weight_files"},
     "data": BELOW_DATA,
     # What is retrieved are records.
     "retrieval": BELOW_DATA | {"data"},
-    "prepare": BELOW_TRAINING | {"file_lock"},
+    "prepare": BELOW_TRAINING | {"file_lock", "bucket_lock"},
     # A dataset brings its own source, and says how it is prepared.
     "datasets": BELOW_TRAINING | {"prepare"},
     # The generation defaults are sampling parameters.
-    "model_description": {"config", "engine"},
+    "model_description": {"config", "storage", "engine"},
     "model_archive": {"config", "compilation_cache"},
     "model_folder": BELOW_DATA | {"engine", "model_archive", "model_description"},
     # What a model was trained on stands in the prepared folders of its run.
@@ -55,7 +58,7 @@ MAY_IMPORT = {
     | {"engine", "model_folder", "model_description", "prepare", "datasets"},
     # A training run samples images, with the same engine as everyone else. A decoder's run ends in
     # a model folder.
-    "train": BELOW_TRAINING | {"engine", "file_lock", "export"},
+    "train": BELOW_TRAINING | {"engine", "file_lock", "bucket_lock", "export"},
     # A plan compiles what training and decoding would run.
     "plan": BELOW_TRAINING | {"train", "engine"},
     # Runs commands, each in a process.

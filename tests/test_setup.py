@@ -71,7 +71,7 @@ def test_all_metadata_is_in_setup_py():
 def test_the_extras():
     expected = {
         "tpu", "cuda", "data", "beam", "huggingface", "faiss", "eval", "convert", "serve", "demo",
-        "dev", "images", "wandb", "profile",
+        "dev", "images", "wandb", "profile", "buckets",
     }  # fmt: skip
     assert set(importlib.metadata.metadata("leon_jax").get_all("Provides-Extra")) == expected
     assert set(requirements()) == expected | {""}

@@ -5,8 +5,8 @@
     leon cache --clear --workdir=runs/emoji/decoder
 
 The cache has compiled programs, so that the next command starts without compiling. It also has the
-prepared folder of the emoji, and the models that were unpacked from .tar files. Everything in it is
-rebuilt when needed.
+prepared folder of the emoji, the models that were unpacked from .tar files, and copies of what was
+read from buckets. Everything in it is rebuilt when needed.
 
 The cache is the folder LEON_CACHE, by default ~/.cache/leon_jax. Compiled programs take at most
 5 GB, or LEON_CACHE_LIMIT, for example 500MB. The least recently used programs are removed first.
@@ -22,11 +22,14 @@ from leon_jax.config import UserError
 FLAGS = flags.FlagValues()
 _CLEAR = flags.DEFINE_bool("clear", False, "Remove the compiled programs.", flag_values=FLAGS)
 _CLEAR_ALL = flags.DEFINE_bool(
-    "clear_all", False, "Remove the compiled programs, prepared folders and unpacked models.",
+    "clear_all", False,
+    "Remove the compiled programs, prepared folders, unpacked models and copies from buckets.",
     flag_values=FLAGS,
 )  # fmt: skip
 # `leon_jax.model_archive.CACHE`, whose module would make --help slow.
 _MODELS = "models"
+# `leon_jax.storage.CACHE`.
+_BUCKETS = "buckets"
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Use the compiled programs of this training run instead.", flag_values=FLAGS
 )
@@ -76,6 +79,8 @@ def prepared_folders() -> dict[pathlib.Path, str]:
             contents[path] = "emoji images"
         elif path.name == _MODELS:
             contents[path] = "unpacked models"
+        elif path.name == _BUCKETS:
+            contents[path] = "copies from buckets"
     return contents
 
 

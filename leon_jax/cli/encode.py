@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from leon_jax import config as configs
+from leon_jax import storage
 from leon_jax.config import UserError
 
 if TYPE_CHECKING:
@@ -89,11 +90,11 @@ def main(argv: list[str]) -> None:
         "evaluation": _EVALUATION.value,
     }
     paths = {"tokenizer": _TOKENIZER.value, "encoder": _ENCODER.value, "text": _TEXT.value}
-    files = model_files(paths, None if _MODEL.value is None else pathlib.Path(_MODEL.value))
+    files = model_files(paths, None if _MODEL.value is None else storage.path(_MODEL.value))
     if files is None:
         raise UserError("--model is missing; no shipped model is installed")
     values |= {kind: str(path) for kind, path in files.items()}
-    values["selection"] = configs.to_dict(selection(files, pathlib.Path(_FOLDER.value)))
+    values["selection"] = configs.to_dict(selection(files, storage.path(_FOLDER.value)))
     config = configs.build(EncodeConfig, values)
     folder, manifest = encode(_FOLDER.value, config, run=runner(_RUNNER.value, _BEAM.value))
     counts = ", ".join(f"{count} {split}" for split, count in manifest["splits"].items())
@@ -123,7 +124,7 @@ def model_files(
     files = {}
     for kind, name in _FILES.items():
         path = paths.get(kind)
-        files[kind] = pathlib.Path(path) if path else folder / name
+        files[kind] = storage.path(path) if path else folder / name
         if kind == "encoder" and not path and model is not None:
             files[kind] = encoder_path(folder)
     missing = [

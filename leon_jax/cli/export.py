@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
+from leon_jax import storage
 from leon_jax.config import UserError
 
 if TYPE_CHECKING:
@@ -109,9 +110,9 @@ def main(argv: list[str]) -> None:
     if _STEP.value is None:
         if not _AVERAGE.value:
             raise UserError("--noaverage needs --step, for example --step=newest")
-        _write(_parts(), pathlib.Path(_OUT.value))
+        _write(_parts(), storage.path(_OUT.value))
     else:
-        _export_checkpoint(_STEP.value, pathlib.Path(_OUT.value))
+        _export_checkpoint(_STEP.value, storage.path(_OUT.value))
 
 
 def _export_checkpoint(step: str, out: pathlib.Path) -> None:
@@ -124,7 +125,7 @@ def _export_checkpoint(step: str, out: pathlib.Path) -> None:
     from leon_jax.export import provenance
     from leon_jax.train import programs
 
-    workdir = pathlib.Path(_WORKDIR.value)
+    workdir = storage.path(_WORKDIR.value)
     kind = provenance.run_config(workdir).get("kind")
     if kind in ("tokenizer", "encoder"):
         number = programs.save_checkpoint(workdir, step, out, _AVERAGE.value)
@@ -186,7 +187,7 @@ def _parts() -> "Parts":
     known = parts.Parts()
     folder = None
     if _WORKDIR.value:
-        workdir = pathlib.Path(_WORKDIR.value)
+        workdir = storage.path(_WORKDIR.value)
         config = provenance.run_config(workdir)
         if config.get("kind") != "decoder":
             raise UserError(
@@ -196,16 +197,16 @@ def _parts() -> "Parts":
         data, export = config.get("data") or {}, workdir / "export"
         decoder, text = export / "decoder.safetensors", export / "text.json"
         if _STEP.value is not None:  # the run may not be finished
-            text = text if text.is_file() else pathlib.Path(data.get("text") or "")
+            text = text if text.is_file() else storage.path(data.get("text") or "")
         elif not decoder.is_file():
             raise UserError(
                 f"--workdir={workdir} has no export/decoder.safetensors; finish the run with leon "
                 "train first, or take a checkpoint with --step=newest or --step=best"
             )
         known = dataclasses.replace(parts.of_run(config), decoder=decoder, text=text)
-        folder = pathlib.Path(data.get("folder") or "")
+        folder = storage.path(data.get("folder") or "")
     given: dict[str, Any] = {
-        name: pathlib.Path(flag.value)
+        name: storage.path(flag.value)
         for name, flag in (
             ("decoder", _DECODER), ("tokenizer", _TOKENIZER), ("text", _TEXT), ("encoder", _ENCODER)
         )
@@ -213,7 +214,7 @@ def _parts() -> "Parts":
     }  # fmt: skip
     known = dataclasses.replace(known, **given)
     if _SELECTION.value or "encoder" in given:
-        index = pathlib.Path(_INDEX.value) if _INDEX.value else folder
+        index = storage.path(_INDEX.value) if _INDEX.value else folder
         rules = parts.selection_of(known.encoder, _SELECTION.value, index)
         known = dataclasses.replace(known, selection=rules)
     if _INDEX.value:

@@ -36,6 +36,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from leon_jax import config as configs
+from leon_jax import storage
 from leon_jax.cli import config_flag
 from leon_jax.cli.encode import model_files, runner, selection
 from leon_jax.config import UserError
@@ -156,7 +157,7 @@ def main(argv: list[str]) -> None:
     _report("documents folder", _OUT.value, manifest)
     if encode_config is not None:
         if encoder_files is not None:
-            rules = selection(encoder_files, pathlib.Path(_OUT.value))
+            rules = selection(encoder_files, storage.path(_OUT.value))
             encode_config = dataclasses.replace(encode_config, selection=rules)
         folder, manifest = encode(_OUT.value, encode_config, run=run)
         _report("prepared folder", folder, manifest)
@@ -216,7 +217,7 @@ def _report(name: str, folder: "str | pathlib.Path", manifest: dict[str, Any]) -
     counts = ", ".join(f"{count} {split}" for split, count in manifest["splits"].items())
     rejected = sum(sum(c["rejected"].values()) for c in manifest["counts"].values())
     print(f"{name}: {folder} ({counts}; {rejected} records rejected)")
-    print(f"contents and reasons for rejection: {pathlib.Path(folder) / 'card.md'}")
+    print(f"contents and reasons for rejection: {storage.path(folder) / 'card.md'}")
     for line in reject_summary.lines(folder, manifest):
         print(line, file=sys.stderr)
 

@@ -28,6 +28,7 @@ from typing import Any
 from absl import flags
 
 from leon_jax import config as configs
+from leon_jax import storage
 from leon_jax.cli import config_flag
 from leon_jax.config import UserError
 from leon_jax.train import supervisor
@@ -77,12 +78,12 @@ def main(argv: list[str]) -> None:
     values = config_flag.read(_CONFIG, "configs/emoji/decoder.py")
     if not _WORKDIR.value:
         raise UserError("--workdir is missing; for example --workdir=runs/emoji/decoder")
-    if "://" in _WORKDIR.value:  # pathlib would create a local folder
+    workdir = storage.path(_WORKDIR.value)
+    if _WORKDIR.value.startswith("s3://"):
         raise UserError(
-            f"--workdir={_WORKDIR.value} is an address; it must be a folder that all hosts share, "
-            "for example a mounted bucket or network file system"
+            f"--workdir={_WORKDIR.value} is in an S3 bucket, which Orbax cannot write checkpoints "
+            "to; use a gs:// bucket or a folder that all hosts share"
         )
-    workdir = pathlib.Path(_WORKDIR.value)
     kind = values.get("kind")
     if kind not in KINDS:
         raise UserError(f"config.kind is {kind!r}; it must be one of {', '.join(KINDS)}")

@@ -19,10 +19,13 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
+from leon_jax import storage
 from leon_jax.config import UserError
 from leon_jax.data.records import RecordSource
 
 MANIFEST = "manifest.json"
+# The folder inside a documents folder that `leon encode` writes its prepared folders into.
+ENCODED = "encoded"
 # Formats of the manifest: of documents folders, and of prepared folders.
 DOCUMENTS_FORMAT, PREPARED_FORMAT = 4, 3
 TRAIN = "train"
@@ -32,9 +35,14 @@ class DocumentFolder:
     """The documents of a documents folder, or of a prepared folder.
 
     Attributes:
-      folder: its path.
+      address: its path.
+      folder: the same; of a folder in a bucket, the path of its copy on the disk.
       manifest: `splits` (documents in each), `shards` (documents in each shard of each split),
         `config`, `counts`.
+
+    Args:
+      folder: the folder.
+      address: the path that it will have, if it is not there yet.
 
     Raises:
       UserError: the folder is neither, or is one of another version.
@@ -44,8 +52,9 @@ class DocumentFolder:
     NAME: ClassVar[str] = "a documents folder"
     FORMATS: ClassVar[tuple[int, ...]] = (DOCUMENTS_FORMAT, PREPARED_FORMAT)
 
-    def __init__(self, folder: str | os.PathLike):
-        self.folder = pathlib.Path(folder)
+    def __init__(self, folder: str | os.PathLike, address: pathlib.Path | None = None):
+        self.address = storage.path(folder) if address is None else address
+        self.folder = storage.local(folder, without=ENCODED)
         self.manifest = read_manifest(self.folder, self.NAME, self.FORMATS)
 
     @property

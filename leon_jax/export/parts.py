@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from leon_jax import config as configs
+from leon_jax import storage
 from leon_jax.config import UserError
 from leon_jax.export.provenance import EXPORT
 from leon_jax.model_description import IndexAddress
@@ -93,7 +94,7 @@ def of_run(config: Mapping[str, Any]) -> Parts:
     """
     named, data = config.get("export") or {}, config.get("data") or {}
     folders = [data.get("folder"), *(each.get("folder") for each in data.get("mixture") or ())]
-    folder = pathlib.Path(next(filter(None, folders), ""))
+    folder = storage.path(next(filter(None, folders), ""))
     recorded = _manifest(folder).get("sha256") or {}
     text = _path(data.get("text"))
     tokenizer = _path(named.get("tokenizer") or (config.get("samples") or {}).get("image"))
@@ -133,7 +134,7 @@ def selection_of(
     Raises:
       UserError: the file cannot be read, or has an unknown or wrong value.
     """
-    candidates = [pathlib.Path(path)] if path else []
+    candidates = [storage.path(path)] if path else []
     if encoder is not None and not path:
         candidates = [encoder / SELECTION, encoder.parent / SELECTION]
     for candidate in candidates:
@@ -156,8 +157,8 @@ def index_of(value: str | None) -> IndexAddress:
         return IndexAddress()
     if value == DEMO_INDEX:
         return IndexAddress(prepare="demo")
-    read_manifest(pathlib.Path(value))
-    return IndexAddress(folder=str(pathlib.Path(value).absolute()))
+    read_manifest(storage.path(value))
+    return IndexAddress(folder=str(storage.absolute(value)))
 
 
 def _read_selection(path: pathlib.Path) -> dict[str, Any]:
@@ -182,7 +183,7 @@ def _manifest(folder: pathlib.Path | None) -> dict[str, Any]:
 
 
 def _path(value: str | None) -> pathlib.Path | None:
-    return pathlib.Path(value) if value else None
+    return storage.path(value) if value else None
 
 
 def _search(

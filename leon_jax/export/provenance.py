@@ -11,7 +11,7 @@ import pathlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from leon_jax import model_description
+from leon_jax import model_description, storage
 from leon_jax.config import UserError
 from leon_jax.data.document_folder import MANIFEST, TRAIN
 from leon_jax.model_description import TrainingData
@@ -48,7 +48,7 @@ def of_part(part: str, path: pathlib.Path) -> Provenance:
     Raises:
       UserError: `model.json` or `config.json` beside the part is damaged.
     """
-    return _of_part(part, pathlib.Path(path).absolute(), frozenset())
+    return _of_part(part, storage.absolute(path), frozenset())
 
 
 def of_run(part: str, workdir: pathlib.Path, config: Mapping[str, Any] | None = None) -> Provenance:
@@ -62,7 +62,7 @@ def of_run(part: str, workdir: pathlib.Path, config: Mapping[str, Any] | None = 
     Raises:
       UserError: `config.json`, or a file of a model that the run started from, is damaged.
     """
-    workdir = pathlib.Path(workdir).absolute()
+    workdir = storage.absolute(workdir)
     if config is not None and not (workdir / CONFIG).is_file():
         return _of_config(part, dict(config), frozenset())
     return _of_run(part, workdir, frozenset())
@@ -121,13 +121,13 @@ def _of_run(part: str, workdir: pathlib.Path, seen: frozenset) -> Provenance:
 def _of_config(part: str, config: dict[str, Any], seen: frozenset) -> Provenance:
     settings = config.get("data") or {}
     if part == "text" and config.get("kind") == "decoder":
-        return _of_part(part, pathlib.Path(settings.get("text", "")).absolute(), seen)
+        return _of_part(part, storage.absolute(settings.get("text", "")), seen)
     data = tuple(_training_data(part, *address) for address in _addresses(settings))
     licences = [licence for each in data for licence in each.licences if licence != OTHERS]
     is_complete = bool(data) and all(each.licences for each in data)
     base = (config.pop("loop", None) or {}).get("init_from", "")
     if base:
-        path = pathlib.Path(base).absolute()
+        path = storage.absolute(base)
         is_run = (path / CONFIG).is_file()
         start = _of_run(part, path, seen) if is_run else _of_part(part, path, seen)
         data, licences = (*start.data, *data), [*start.licences, *licences]
@@ -145,12 +145,12 @@ def _addresses(settings: Mapping[str, Any]) -> Iterator[tuple[pathlib.Path, str]
     for group in groups:
         for key in ("folder", "dir"):
             if isinstance(group.get(key), str) and group[key]:
-                yield pathlib.Path(group[key]), group.get("split") or TRAIN
+                yield storage.path(group[key]), group.get("split") or TRAIN
 
 
 def _training_data(part: str, folder: pathlib.Path, split: str) -> TrainingData:
     """Returns what the manifest of a folder says of a split."""
-    name = folder.absolute().name
+    name = storage.absolute(folder).name
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         documents = manifest["splits"][split]

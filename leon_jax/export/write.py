@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
@@ -11,7 +12,8 @@ from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
-from leon_jax import __version__, model_description, weight_files
+from leon_jax import __version__, model_description, storage, weight_files
+from leon_jax.compilation_cache import cache_folder
 from leon_jax.config import UserError, build
 from leon_jax.export import provenance
 from leon_jax.export.model_card import card
@@ -82,14 +84,17 @@ def write(
     with _writing(out):
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        shutil.copyfile(parts.path("decoder"), temporary / "decoder.safetensors")
-        shutil.copyfile(parts.path("text"), temporary / "text.json")
+        shutil.copyfile(storage.local(parts.path("decoder")), temporary / "decoder.safetensors")
+        shutil.copyfile(storage.local(parts.path("text")), temporary / "text.json")
         return complete(temporary, parts, out, settings, decoder)
 
 
 def staging_folder(out: pathlib.Path) -> pathlib.Path:
-    """Returns the folder beside `out` in which the files are written first."""
-    out = out.absolute()
+    """Returns the folder in which the files are written first: beside `out`, or in the cache."""
+    out = storage.absolute(out)
+    if storage.is_bucket(out):
+        digest = hashlib.sha256(str(out).encode()).hexdigest()[:16]
+        return cache_folder() / "writing" / digest / out.name
     return out.with_name(f".{out.name}.writing")
 
 
@@ -100,7 +105,7 @@ def complete(
     settings: ExportSettings,
     decoder: Provenance | None = None,
 ) -> ModelFolder:
-    """Adds the other files to a folder with decoder and text tokenizer, and renames it to `out`.
+    """Adds the other files to a folder with decoder and text tokenizer, and moves it to `out`.
 
     Args:
       temporary: `staging_folder(out)`. It is removed if something fails.
@@ -113,11 +118,12 @@ def complete(
     Raises:
       UserError: see `write`.
     """
-    out = out.absolute()
+    out = storage.absolute(out)
     with _writing(out):
         try:
-            shutil.copyfile(parts.path("tokenizer"), temporary / "tokenizer.safetensors")
-            encoder = parts.path("encoder")
+            tokenizer = storage.local(parts.path("tokenizer"))
+            shutil.copyfile(tokenizer, temporary / "tokenizer.safetensors")
+            encoder = storage.local(parts.path("encoder"))
             if encoder.is_dir():
                 shutil.copytree(encoder, temporary / "encoder")
             else:
@@ -129,7 +135,7 @@ def complete(
             check_index(folder, parts.index)
             index = parts.index
             if settings.copy_index and index.folder:
-                shutil.copytree(index.folder, temporary / INDEX)
+                shutil.copytree(storage.local(index.folder), temporary / INDEX)
                 index = IndexAddress(folder=INDEX)
             known = {
                 name: decoder
@@ -154,9 +160,7 @@ def write_description(folder: ModelFolder, description: ModelDescription) -> Non
         (model_description.FILE, description.to_json()),
         (CARD, card(folder, description)),
     ):
-        temporary = folder.path / f"{name}.tmp"
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, folder.path / name)
+        storage.write(folder.path / name, text)
 
 
 def describe(
@@ -252,7 +256,7 @@ def check_index(folder: ModelFolder, index: IndexAddress) -> None:
     """
     if not index.folder:
         return
-    recorded = read_manifest(pathlib.Path(index.folder))["sha256"]
+    recorded = read_manifest(storage.path(index.folder))["sha256"]
     for kind, path in (
         ("tokenizer", folder.path / "tokenizer.safetensors"),
         ("encoder", encoder_path(folder.path)),
@@ -303,7 +307,7 @@ def _trained_docs(data: dict[str, Any]) -> int:
 
 def _prompt(training: dict[str, Any], index: IndexAddress, folder: ModelFolder) -> str:
     if index.folder:
-        records = PreparedFolder(folder.path / index.folder).records(pixels=False)
+        records = PreparedFolder(storage.join(folder.path, index.folder)).records(pixels=False)
         if len(records) and records[0].text:
             return records[0].text
     captions = ((training.get("config") or {}).get("samples") or {}).get("captions")
@@ -318,7 +322,13 @@ def _check_out(out: pathlib.Path) -> None:
 
 
 def _publish(temporary: pathlib.Path, out: pathlib.Path) -> None:
-    """Renames `temporary` to `out`; other files of an older `out` move into it."""
+    """Renames `temporary` to `out`; other files of an older `out` move into it.
+
+    In a bucket the decoder is copied last.
+    """
+    if storage.is_bucket(out):
+        storage.upload(temporary, out, FILES[0], is_complete_folder=False)
+        return
     former = out.with_name(f".{out.name}.former")
     shutil.rmtree(former, ignore_errors=True)
     if out.exists():

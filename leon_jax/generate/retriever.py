@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from leon_jax import storage
 from leon_jax.compilation_cache import cache_folder
 from leon_jax.config import UserError, build
 from leon_jax.data.document_folder import MANIFEST
@@ -161,7 +162,7 @@ def find_index(folder: ModelFolder, index: str | os.PathLike | None = None) -> p
         model files, or cannot be made.
     """
     if index is not None:
-        path = pathlib.Path(index)
+        path = storage.path(index)
     elif folder.index.prepare:
         return _demo_documents(folder.path)
     elif reason := missing_index(folder):
@@ -181,7 +182,7 @@ def missing_index(folder: ModelFolder) -> str | None:
     Args:
       folder: the model folder.
     """
-    name = folder.path.absolute().name
+    name = storage.absolute(folder.path).name
     if folder.index.prepare:
         return None
     if not folder.index.folder:
@@ -268,7 +269,7 @@ def check_index(index: str | os.PathLike, model: pathlib.Path) -> None:
     Raises:
       UserError: it was made with other files, or is not a prepared folder.
     """
-    index = pathlib.Path(index)
+    index = storage.path(index)
     read_manifest(index)
     if kind := _differing_file(index, model):
         raise UserError(

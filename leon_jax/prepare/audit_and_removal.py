@@ -8,16 +8,16 @@ from typing import Any
 
 import numpy as np
 
+from leon_jax import storage
 from leon_jax.config import UserError
 from leon_jax.data import records
-from leon_jax.data.document_folder import MANIFEST, PREPARED_FORMAT, TRAIN, DocumentFolder
+from leon_jax.data.document_folder import ENCODED, MANIFEST, PREPARED_FORMAT, TRAIN, DocumentFolder
 from leon_jax.prepare import folder_lock, gather
 from leon_jax.prepare.data_card import write_card
 from leon_jax.prepare.shard_encoding import line
 from leon_jax.retrieval.exact_search import NONE
 from leon_jax.retrieval.neighbour_table import Neighbours
 from leon_jax.retrieval.prepared_folder import (
-    ENCODED,
     PreparedFolder,
     encodings,
     read_removed,
@@ -48,7 +48,7 @@ def audit(folder: str | os.PathLike, key: str) -> list[dict[str, Any]]:
     """
     documents = DocumentFolder(folder)
     entries = _audit(documents, key)
-    for encoding in encodings(documents.folder):
+    for encoding in encodings(documents.address):
         entries += [
             {**entry, "encoding": encoding.name} for entry in _audit(DocumentFolder(encoding), key)
         ]
@@ -160,6 +160,11 @@ def remove(folder: str | os.PathLike, keys: set[tuple[str, str]]) -> tuple[int, 
       UserError: the folder is neither, cannot be written, or would have no train
         documents left.
     """
+    if storage.is_bucket(folder):
+        raise UserError(
+            f"{folder} is in a bucket, where documents cannot be removed; prepare the folder again "
+            "without them, or remove them from a copy on a disk"
+        )
     folder = pathlib.Path(folder).resolve()
     if not folder.parent.is_dir():
         raise UserError(f"there is no folder {folder}")

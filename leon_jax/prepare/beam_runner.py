@@ -1,19 +1,20 @@
 """Prepares shards on a cluster: Apache Beam calls `shard_encoding.Worker` for each shard.
 
 Every worker loads the models once. The sources, the model files and the output folder must have
-the same paths on all workers and on the machine that starts the pipeline. Their file system must
-be able to rename folders, because a finished shard is renamed to its final name.
+the same paths on all workers and on the machine that starts the pipeline: addresses in buckets, or
+paths on a shared disk. The disk must be able to rename folders, because a finished shard is renamed
+to its final name.
 """
 
 import logging
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+from leon_jax import storage
 from leon_jax.config import UserError
 from leon_jax.prepare.config import PrepareConfig
 from leon_jax.prepare.prepare import Runner, Sources
-from leon_jax.prepare.shard_encoding import Shard, Worker
+from leon_jax.prepare.shard_encoding import Shard, Worker, is_complete
 
 try:
     import apache_beam as beam
@@ -52,7 +53,7 @@ def on_beam(runner: str, arguments: Sequence[str] = ()) -> Runner:
     """
 
     def run(config: PrepareConfig, sources: Sources, folder: str, shards: Sequence[Shard]) -> None:
-        folder = str(pathlib.Path(folder).absolute())
+        folder = str(storage.absolute(folder))
         try:
             options = PipelineOptions([f"--runner={runner}", *arguments])
             with beam.Pipeline(options=options) as pipeline:
@@ -70,7 +71,9 @@ def on_beam(runner: str, arguments: Sequence[str] = ()) -> Runner:
         except Exception as error:  # each Beam runner raises its own exceptions
             logging.exception("the pipeline on %s failed", runner)
             raise UserError(f"the pipeline on {runner} failed; see its log") from error
-        missing = [shard.name for shard in shards if not pathlib.Path(folder, shard.name).is_dir()]
+        missing = [
+            shard.name for shard in shards if not is_complete(storage.path(folder) / shard.name)
+        ]
         if missing:
             raise UserError(
                 f"{len(missing)} shards are missing, among them {missing[0]}; check that all "

@@ -71,9 +71,14 @@ small { color: #555 }
 _SAMPLES, _CAPTION = 12, 160
 
 
-def write_card(folder: pathlib.Path) -> None:
-    """Writes card.md and card.html into a documents folder or a prepared folder, atomically."""
-    prepared = DocumentFolder(folder)
+def write_card(folder: pathlib.Path, address: pathlib.Path | None = None) -> None:
+    """Writes card.md and card.html into a documents folder or a prepared folder, atomically.
+
+    Args:
+      folder: the folder.
+      address: the path that it will have, if it is not there yet.
+    """
+    prepared = DocumentFolder(folder, address)
     for name, text in (("card.md", markdown(prepared)), ("card.html", page(prepared))):
         temporary = folder / f"{name}.tmp"
         temporary.write_text(text, encoding="utf-8")
@@ -124,7 +129,9 @@ def page(prepared: DocumentFolder) -> str:
 def samples(prepared: DocumentFolder) -> list[Document]:
     """Returns up to 12 evenly spaced documents of train."""
     is_encoded = prepared.manifest["format"] == PREPARED_FORMAT
-    records = (PreparedFolder(prepared.folder) if is_encoded else prepared).records()
+    records = (
+        PreparedFolder(prepared.folder, prepared.address) if is_encoded else prepared
+    ).records()
     step = max(1, len(records) // _SAMPLES)
     return [records[row] for row in range(0, len(records), step)[:_SAMPLES]]
 

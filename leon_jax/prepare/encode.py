@@ -11,13 +11,12 @@ import pathlib
 from typing import Any
 
 from leon_jax.config import UserError
-from leon_jax.data.document_folder import DOCUMENTS_FORMAT, DocumentFolder
+from leon_jax.data.document_folder import DOCUMENTS_FORMAT, ENCODED, DocumentFolder
 from leon_jax.data.sources.raw_record import SourceConfig
 from leon_jax.prepare.config import DuplicatesConfig, PrepareConfig
 from leon_jax.prepare.encoding_models import digest
 from leon_jax.prepare.prepare import Runner, prepare
 from leon_jax.retrieval.neighbour_selection import SelectionConfig
-from leon_jax.retrieval.prepared_folder import ENCODED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,14 +76,14 @@ def encode(
     documents = DocumentFolder(folder)
     if documents.manifest["format"] != DOCUMENTS_FORMAT:
         raise UserError(f"{folder} is a prepared folder; its documents are encoded already")
-    out = encoded_folder(documents.folder, config)
+    out = encoded_folder(documents.address, config)
     has_held_out = len(documents.splits) > 1
     # The documents were filtered and stored at their side when they were collected.
     collected = documents.manifest["config"]
     return out, prepare(
         PrepareConfig(
             sources=tuple(
-                SourceConfig("documents", os.fspath(documents.folder), split=split)
+                SourceConfig("documents", os.fspath(documents.address), split=split)
                 for split in documents.splits
             ),
             tokenizer=config.tokenizer,

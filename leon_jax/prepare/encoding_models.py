@@ -8,7 +8,7 @@ import threading
 
 import jax
 
-from leon_jax import sharding, weight_digests, weight_files
+from leon_jax import sharding, storage, weight_digests, weight_files
 from leon_jax.config import UserError
 from leon_jax.retrieval.encoder import RetrievalEncoder
 from leon_jax.tokenizers.image import ImageTokenizer
@@ -74,7 +74,7 @@ def digest(path: str | os.PathLike) -> str:
     Raises:
       UserError: the model cannot be read.
     """
-    path = pathlib.Path(path)
+    path = storage.path(path)
     if weight_files.is_weight_file(path):
         return weight_digests.content_digest(path)
     return _bytes_digest(path)
@@ -90,7 +90,7 @@ def matches(path: str | os.PathLike, recorded: str | None) -> bool:
     """
     if recorded is None:
         return False
-    path = pathlib.Path(path)
+    path = storage.path(path)
     if weight_files.is_weight_file(path):
         return weight_digests.same_weights(path, recorded)
     return recorded == _bytes_digest(path)
@@ -98,6 +98,7 @@ def matches(path: str | os.PathLike, recorded: str | None) -> bool:
 
 def _bytes_digest(path: pathlib.Path) -> str:
     try:
+        path = storage.local(path)
         if path.is_dir():
             files = sorted(file for file in path.rglob("*") if file.is_file())
             total = hashlib.sha256()

@@ -12,22 +12,32 @@ import shutil
 import sys
 from collections.abc import Iterator
 
-from leon_jax import file_lock
+from leon_jax import bucket_lock, file_lock, storage
 from leon_jax.config import UserError
 
 
 @contextlib.contextmanager
-def hold(folder: pathlib.Path) -> Iterator[None]:
+def hold(folder: pathlib.Path, on_disk: pathlib.Path | None = None) -> Iterator[None]:
     """Holds the lock of a folder, so that no other process changes it.
 
-    If a killed process left a backup of the folder, the backup is restored first.
+    If a killed process left a backup of the folder, the backup is restored first. A folder in an
+    S3 bucket is locked only against processes of this host.
 
     Args:
       folder: path of the folder; it need not exist.
+      on_disk: for a folder in a bucket, the path of its copy on the disk, which is locked too.
 
     Raises:
-      UserError: the parent folder is not writable.
+      UserError: the parent folder is not writable, or another host holds the lock of a bucket.
     """
+    if storage.is_bucket(folder):
+        assert on_disk is not None
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(hold(on_disk))
+            if str(folder).startswith("gs://"):
+                stack.enter_context(bucket_lock.hold(beside(folder, "lock") / "lock.json"))
+            yield
+        return
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -12,6 +12,10 @@ folder (`leon_jax.data.document_folder`).
 All steps write into `.NAME.preparing` beside the folder NAME, which is renamed at the end, so NAME
 is complete or does not exist. Each step writes its files atomically and skips files that exist.
 A run that was killed therefore resumes where it stopped and produces the same bytes.
+
+If NAME is in a bucket, the shards are encoded into `.NAME.preparing` in the bucket, by any machine.
+The other steps work on copies in the cache folder of this machine. Then the files of NAME are
+copied to the bucket, manifest.json as the last one.
 """
 
 import dataclasses
@@ -21,35 +25,32 @@ import os
 import pathlib
 import shutil
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from tqdm import tqdm
 
-from leon_jax import sharding
+from leon_jax import storage
+from leon_jax.compilation_cache import cache_folder
 from leon_jax.config import UserError, to_dict
 from leon_jax.data import image_variants
 from leon_jax.data.document_folder import DOCUMENTS_FORMAT, MANIFEST
 from leon_jax.data.sources.open import open_source
 from leon_jax.data.sources.raw_record import ShardedSource, SourceConfig
 from leon_jax.documents import Document, Source
-from leon_jax.prepare import folder_lock, gather, licences
+from leon_jax.prepare import folder_lock, gather, licences, mining
 from leon_jax.prepare.config import DEFAULT_SIDE, TRAIN, PrepareConfig
 from leon_jax.prepare.data_card import write_card
 from leon_jax.prepare.encoding_models import digest, load_models, matches
-from leon_jax.prepare.shard_encoding import Shard, Worker, plan
-from leon_jax.retrieval.exact_search import PASS
-from leon_jax.retrieval.neighbour_selection import SelectionConfig, find_neighbours
-from leon_jax.retrieval.neighbour_table import row_type
+from leon_jax.prepare.shard_encoding import Shard, Worker, is_complete, plan
 from leon_jax.retrieval.prepared_folder import (
     FORMAT,
     PreparedFolder,
     read_removed,
     write_removed,
 )
-from leon_jax.retrieval.vector_index import VectorIndex, save_rows
+from leon_jax.retrieval.vector_index import save_rows
 
 Sources = list[tuple[SourceConfig, ShardedSource]]
 # Calls `Worker(config, sources, folder)(shard)` for every shard, in this process or elsewhere.
@@ -88,13 +89,15 @@ def prepare(
       UserError: a source or a model file is missing, `out_dir` exists and was not made by `prepare`
         or must not be replaced, the disk is full, or no document of train can be used.
     """
-    out = pathlib.Path(out_dir).resolve()
+    out = storage.path(out_dir)
+    if not storage.is_bucket(out):
+        out = out.resolve()
     licences.check_list(config.licences)
     if sources is None:
         sources = [(source, open_source(source)) for source in config.sources]
     shards = plan(sources, config.holds_out)
     expected = settings(config, sources, shards)
-    work = folder_lock.beside(out, "preparing")
+    work = folder_lock.beside(_on_disk(out), "preparing")
     manifest = _read_manifest(out)
     if (
         manifest
@@ -102,7 +105,7 @@ def prepare(
         and not work.exists()
     ):
         return manifest
-    with folder_lock.hold(out):
+    with folder_lock.hold(out, _on_disk(out)):
         # The process that held the lock before may have prepared the folder.
         manifest = _read_manifest(out)
         if manifest and is_up_to_date(manifest, _with_recorded_digests(expected, manifest, config)):
@@ -122,7 +125,7 @@ def prepare(
             recorded = _begin(work, expected, config)
             return _resume(config, out, work, recorded, sources, shards, removed, run, progress)
         except OSError as error:
-            reason = error.strerror or "the file system refuses it"
+            reason = storage.reason(error) or "the file system refuses it"
             raise UserError(
                 f"preparing {out} failed: {reason} ({error.filename or work}); "
                 "finished work remains, so run the same command again"
@@ -150,18 +153,30 @@ def _resume(
         folder.mkdir(exist_ok=True)
         for path in folder.glob(".*"):  # incomplete files of a killed run
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    remaining = [shard for shard in shards if not (parts / shard.name).is_dir()]
+    # Where the shards are encoded; in a bucket, so that any machine can do it.
+    encoded = parts
+    if storage.is_bucket(out):
+        encoded = folder_lock.beside(out, "preparing") / parts.name
+    remaining = [shard for shard in shards if not is_complete(encoded / shard.name)]
     if remaining:
-        (run or in_process(progress))(config, sources, str(parts), remaining)
+        (run or in_process(progress))(config, sources, str(encoded), remaining)
+    if encoded != parts:
+        storage.download(encoded, parts)
     manifest = recorded | gather.gather(config, parts, shards, final, removed)
     write_removed(final, removed)
     _write(final / MANIFEST, manifest)
+    # The images of an encoding are in the documents folder around it.
+    address = out if storage.is_bucket(out) else None
     if config.has_models:
-        _mine(config, PreparedFolder(final), parts, progress)
+        mining.mine(config, PreparedFolder(final), parts, progress)
         if config.variants > 1:
-            _encode_variants(config, PreparedFolder(final), progress)
-    write_card(final)
-    folder_lock.replace(out, final)
+            _encode_variants(config, PreparedFolder(final, address), progress)
+    write_card(final, address)
+    if storage.is_bucket(out):
+        storage.upload(final, out, MANIFEST)
+        storage.remove(encoded.parent)
+    else:
+        folder_lock.replace(out, final)
     _clear(work)
     return manifest
 
@@ -263,59 +278,6 @@ def is_up_to_date(manifest: dict[str, Any], expected: dict[str, Any]) -> bool:
     )
 
 
-def _mine(
-    config: PrepareConfig, prepared: PreparedFolder, parts: pathlib.Path, progress: bool
-) -> None:
-    """Writes the neighbour tables of all splits."""
-    bank, images = prepared.vector_index(), gather.image_index(parts, prepared.shards(TRAIN))
-    selection = config.selection
-    sources = gather.source_numbers(prepared) if selection.alternate_sources else None
-    pictures = gather.picture_numbers(prepared)
-    total = sum(prepared.manifest["splits"].values())
-    with (
-        tqdm(total=total, desc="neighbours", unit="doc", disable=not progress) as bar,
-        jax.set_mesh(sharding.make_mesh()),
-    ):
-        for split in prepared.manifest["splits"]:
-            start = 0
-            for group in _groups(prepared.shards(split)):
-                paths = {name: prepared.folder / f"{name}.neighbours.npy" for name in group}
-                count = sum(group.values())
-                if not all(path.exists() for path in paths.values()):
-                    vectors = [gather.query_vectors(parts, name) for name in group]
-                    queries = {
-                        view: np.concatenate([shard_vectors[view] for shard_vectors in vectors])
-                        for view in vectors[0]
-                    }
-                    rows = np.arange(start, start + count, dtype=np.int32)
-                    table = neighbour_rows(
-                        queries,
-                        bank,
-                        images,
-                        selection,
-                        rows if split == TRAIN else None,
-                        sources,
-                        (pictures[TRAIN], pictures[split][rows]) if pictures else None,
-                    )
-                    ends = np.cumsum([0, *group.values()])
-                    for path, low, high in zip(paths.values(), ends, ends[1:], strict=False):
-                        save_rows(path, table[low:high])
-                start += count
-                bar.update(count)
-
-
-def _groups(shards: dict[str, int]) -> Iterator[dict[str, int]]:
-    """Groups shards, given with their numbers of documents, that share one pass over the index."""
-    group: dict[str, int] = {}
-    for name, count in shards.items():
-        if group and sum(group.values()) + count > PASS:
-            yield group
-            group = {}
-        group[name] = count
-    if group:
-        yield group
-
-
 def _encode_variants(config: PrepareConfig, prepared: PreparedFolder, progress: bool) -> None:
     """Writes the image codes of every variant of all train images."""
     models = load_models(config.tokenizer, config.encoder, config.text)
@@ -348,57 +310,6 @@ class _Range:
         return self.source[self.start + index]
 
 
-def neighbour_rows(
-    queries: dict[str, np.ndarray],
-    bank: VectorIndex,
-    images: VectorIndex,
-    selection: SelectionConfig,
-    query_rows: np.ndarray | None,
-    sources: np.ndarray | None,
-    pictures: tuple[np.ndarray, np.ndarray] | None = None,
-) -> np.ndarray:
-    """Finds the neighbours of documents and returns them as rows of a neighbour table.
-
-    Args:
-      queries: float16[n, d] unit rows by view: "text", "image" and "document".
-      bank: the document vectors of train.
-      images: the image embeddings of train, in the same order.
-      selection: how neighbours are selected.
-      query_rows: int32[n], the rows of the documents in `bank`, which a document must not find
-        itself in; None for held-out documents.
-      sources: int32, the source of each row of `bank`, or None.
-      pictures: int32, a number for the image of each row of `bank`, and of each document; or None.
-
-    Returns:
-      Structured [n] of the dtype `leon_jax.retrieval.neighbour_table.row_type`.
-    """
-    count = len(queries["text"])
-    table = np.zeros(count, row_type(selection.per_modality))
-    views: tuple[str, ...] = ("text", "image")
-    if not selection.through_parts:
-        views = ("document",)
-        selection = dataclasses.replace(selection, per_modality=2 * selection.per_modality)
-    for start in range(0, count, PASS):
-        rows = slice(start, start + PASS)
-        for view in views:
-            ids, scores = find_neighbours(
-                queries[view][rows],
-                bank,
-                selection,
-                documents=queries["document"][rows],
-                images=(images, queries["image"][rows]),
-                query_ids=None if query_rows is None else query_rows[rows],
-                sources=sources,
-                pictures=(pictures[0], pictures[1][rows]) if pictures else None,
-            )
-            # The neighbours of a whole document alternate between the two halves of the table.
-            halves = (view,) if view != "document" else ("text", "image")
-            for offset, half in enumerate(halves):
-                table[f"by_{half}_ids"][rows] = ids[:, offset :: len(halves)]
-                table[f"by_{half}_scores"][rows] = scores[:, offset :: len(halves)]
-    return table
-
-
 def _begin(work: pathlib.Path, expected: dict[str, Any], config: PrepareConfig) -> dict[str, Any]:
     """Creates the working folder, or keeps an existing one with the same settings.
 
@@ -428,6 +339,14 @@ def _clear(work: pathlib.Path) -> None:
         shutil.rmtree(work)
 
 
+def _on_disk(out: pathlib.Path) -> pathlib.Path:
+    """Returns `out`, or the path of its copy in the cache folder if it is in a bucket."""
+    if not storage.is_bucket(out):
+        return out
+    digest = hashlib.sha256(str(out).encode()).hexdigest()[:16]
+    return cache_folder() / "preparing" / digest / out.name
+
+
 def _read_manifest(out: pathlib.Path) -> dict[str, Any] | None:
     """Reads the manifest of a folder of `prepare`, of any version; None if there is none."""
     try:
@@ -440,6 +359,4 @@ def _read_manifest(out: pathlib.Path) -> dict[str, Any] | None:
 
 
 def _write(path: pathlib.Path, value: Any) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(temporary, path)
+    storage.write(path, json.dumps(value, indent=1) + "\n")

@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from leon_jax import storage
 from leon_jax.prepare.data_card import MEANINGS
 from leon_jax.prepare.gather import read_lines
 from leon_jax.prepare.shard_encoding import REJECTS
@@ -41,7 +42,7 @@ def lines(folder: str | os.PathLike, manifest: Mapping[str, Any]) -> list[str]:
     if not counts:
         return []
     documents = sum(manifest["splits"].values())
-    examples, licences = _details(pathlib.Path(folder))
+    examples, licences = _details(storage.path(folder))
     result = [f"{counts.total():,} of {documents + counts.total():,} records were rejected:"]
     for reason, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
         result.append(f"  {count:,} {reason}: {MEANINGS[reason]}")
@@ -56,7 +57,7 @@ def lines(folder: str | os.PathLike, manifest: Mapping[str, Any]) -> list[str]:
             result.append(f"    to accept them: {_REMEDIES[reason]}")
         if reason in examples:
             result.append(f"    for example {examples[reason]}")
-    result.append(f"All of them: {pathlib.Path(folder)}/*.{REJECTS}")
+    result.append(f"All of them: {storage.path(folder)}/*.{REJECTS}")
     return result
 
 

@@ -35,6 +35,7 @@ import jax
 import numpy as np
 from jaxtyping import Float32
 
+from leon_jax import storage
 from leon_jax.data import records
 from leon_jax.data.sources.raw_record import RawRecord, Reject, ShardedSource, SourceConfig
 from leon_jax.documents import Document, Image, Text
@@ -48,6 +49,7 @@ from leon_jax.tokenizers.image import normalize
 
 RECORDS, DOCUMENTS = "records.array_record", "documents.jsonl"
 REJECTS = "rejects.jsonl"
+_LAST = DOCUMENTS
 # A block of records ends once its encoded images exceed this size.
 _BLOCK_BYTES = 256 * 2**20
 VECTORS = ("document", "text", "image")
@@ -118,7 +120,7 @@ class Worker:
         folder: str,
         report: Callable[[int, int], None] = lambda documents, rejects: None,
     ):
-        self.config, self.sources, self.folder = config, sources, pathlib.Path(folder)
+        self.config, self.sources, self.folder = config, sources, storage.path(folder)
         self.report = report
         self.models = (
             load_models(config.tokenizer, config.encoder, config.text)
@@ -127,19 +129,20 @@ class Worker:
         )
 
     def __call__(self, shard: Shard) -> dict[str, int]:
-        """Encodes a shard unless its folder exists.
+        """Encodes a shard unless it is complete.
 
         Returns:
           The numbers of its "documents" and "rejects".
         """
         path = self.folder / shard.name
-        if not path.is_dir():
-            staging = pathlib.Path(tempfile.mkdtemp(dir=self.folder, prefix=f".{shard.name}."))
+        if not is_complete(path):
+            parent = None if storage.is_bucket(path) else self.folder
+            staging = pathlib.Path(tempfile.mkdtemp(dir=parent, prefix=f".{shard.name}."))
             try:
                 with jax.set_mesh(self.models.mesh) if self.models else contextlib.nullcontext():
                     self._write(shard, staging)
                 os.chmod(staging, 0o755)  # only the owner can read the folders of mkdtemp
-                _rename(staging, path)
+                _publish(staging, path)
             finally:
                 shutil.rmtree(staging, ignore_errors=True)
         return {
@@ -360,8 +363,16 @@ def line(fields: dict[str, Any]) -> str:
     return json.dumps(fields, ensure_ascii=True) + "\n"
 
 
-def _rename(staging: pathlib.Path, path: pathlib.Path) -> None:
-    """Renames a complete folder to `path`, unless another process was first."""
+def is_complete(folder: pathlib.Path) -> bool:
+    """Returns whether the folder of a shard has all its files. In a bucket `_LAST` is the last."""
+    return (folder / _LAST).is_file() if storage.is_bucket(folder) else folder.is_dir()
+
+
+def _publish(staging: pathlib.Path, path: pathlib.Path) -> None:
+    """Renames or copies a complete folder to `path`, unless another process was first."""
+    if storage.is_bucket(path):
+        storage.upload(staging, path, _LAST)
+        return
     try:
         os.rename(staging, path)
     except OSError:

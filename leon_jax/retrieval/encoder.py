@@ -2,7 +2,6 @@
 
 import functools
 import os
-import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
@@ -10,7 +9,7 @@ import numpy as np
 import PIL.Image
 from jaxtyping import Float32, Int32, UInt8
 
-from leon_jax import sharding, weight_files
+from leon_jax import sharding, storage, weight_files
 from leon_jax.config import UserError, build
 from leon_jax.data.augment import plain
 from leon_jax.documents import Document, Image, Text
@@ -80,9 +79,9 @@ class RetrievalEncoder:
         Raises:
           UserError: a file is missing, damaged, of another kind, or made for another tokenizer.
         """
-        path = pathlib.Path(path)
+        path = storage.path(path)
         if path.is_dir():
-            return cls(*openai_clip_folder.load(path), batch_size)
+            return cls(*openai_clip_folder.load(storage.local(path)), batch_size)
         arrays, values = weight_files.load(path, KIND)
         text = text_tokenizer or TextTokenizer.load(path.with_name("text.json"))
         config = build(CLIPConfig, values)

@@ -26,10 +26,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32
 
+from leon_jax import storage
 from leon_jax.config import UserError, build
 from leon_jax.data import document_folder, records
 from leon_jax.data.document_folder import (
     DOCUMENTS_FORMAT,
+    ENCODED,
     MANIFEST,
     PREPARED_FORMAT,
     TRAIN,
@@ -43,8 +45,6 @@ from leon_jax.retrieval.neighbour_table import Neighbours, row_type
 from leon_jax.retrieval.vector_index import VectorIndex, save_rows
 
 FORMAT = PREPARED_FORMAT
-# The folder inside a documents folder that `leon encode` writes its prepared folders into.
-ENCODED = "encoded"
 _REMOVED = "removed.jsonl"
 _KEYS = ("splits", "shards", "config", "sha256", "inputs", "counts")
 
@@ -58,6 +58,7 @@ class PreparedFolder(DocumentFolder):
 
     Args:
       folder: a prepared folder, or a documents folder with a single encoding, which is opened.
+      address: the path that it will have, if it is not there yet.
 
     Raises:
       UserError: the folder is not a prepared folder, is one of another version, or has several
@@ -67,8 +68,8 @@ class PreparedFolder(DocumentFolder):
     NAME = "a prepared folder"
     FORMATS = (PREPARED_FORMAT,)
 
-    def __init__(self, folder: str | os.PathLike):
-        super().__init__(resolve(folder))
+    def __init__(self, folder: str | os.PathLike, address: pathlib.Path | None = None):
+        super().__init__(resolve(folder), address)
 
     @property
     def selection(self) -> SelectionConfig:
@@ -112,11 +113,11 @@ class PreparedFolder(DocumentFolder):
     @property
     def documents_folder(self) -> DocumentFolder | None:
         """The documents folder that this folder is an encoding of; None if it is not inside one."""
-        for parent in list(self.folder.absolute().parents)[:4]:
+        for parent in list(storage.absolute(self.address).parents)[:4]:
             with contextlib.suppress(UserError):
-                documents = DocumentFolder(parent)
-                if documents.manifest["format"] == DOCUMENTS_FORMAT:
-                    return documents
+                name, formats = DocumentFolder.NAME, (DOCUMENTS_FORMAT,)
+                document_folder.read_manifest(parent, name, formats)
+                return DocumentFolder(parent)
         return None
 
     def vector_index(self) -> VectorIndex:
@@ -147,7 +148,7 @@ def resolve(folder: str | os.PathLike) -> pathlib.Path:
     Raises:
       UserError: the folder has several encodings.
     """
-    folder = pathlib.Path(folder)
+    folder = storage.path(folder)
     paths = encodings(folder)
     if len(paths) > 1:
         raise UserError(f"{folder} has several encodings; name one of {', '.join(map(str, paths))}")
@@ -173,7 +174,7 @@ def read_manifest(folder: pathlib.Path) -> dict[str, Any]:
 def read_removed(folder: pathlib.Path) -> set[tuple[str, str]]:
     """Reads the source (or "" for any) and the key of each document that was removed."""
     try:
-        lines = (folder / _REMOVED).read_text(encoding="ascii").splitlines()
+        lines = (folder / _REMOVED).read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
         return set()
     return {(source, key) for source, key in map(json.loads, lines)}

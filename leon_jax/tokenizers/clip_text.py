@@ -5,13 +5,13 @@ encodings and undoes HTML escapes; this tokenizer does not change such text.
 """
 
 import os
-import pathlib
 from collections.abc import Sequence
 from typing import Self
 
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
+from leon_jax import storage
 from leon_jax.config import UserError
 
 WHOLE = "tokenizer.json"
@@ -41,7 +41,7 @@ class CLIPTextTokenizer:
         Raises:
           UserError: the files are missing or damaged, or have another kind of tokenizer.
         """
-        folder = pathlib.Path(folder)
+        folder = storage.local(folder)
         paths = [folder / WHOLE]
         if not paths[0].is_file():
             paths = [folder / name for name in PARTS]

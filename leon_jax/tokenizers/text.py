@@ -6,14 +6,13 @@ ordinary ids. The joint vocabulary adds an offset to these ids.
 
 import json
 import os
-import pathlib
-import tempfile
 from collections.abc import Iterable, Sequence
 from typing import Self
 
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from leon_jax import storage
 from leon_jax.config import UserError
 
 SMALLEST = 256  # one token for each byte
@@ -66,7 +65,7 @@ class TextTokenizer:
           UserError: the file is missing, or is not a byte-level BPE without special tokens.
         """
         try:
-            content = pathlib.Path(path).read_text(encoding="utf-8")
+            content = storage.path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "it is not text"
             raise UserError(f"cannot read the text tokenizer {path}: {reason}") from error
@@ -90,13 +89,8 @@ class TextTokenizer:
         Raises:
           UserError: the folder does not exist or cannot be written.
         """
-        path = pathlib.Path(path)
         try:
-            handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(self._tokenizer.to_str(pretty=True))
-            os.chmod(temporary, 0o644)  # mkstemp creates a file that only its owner can read
-            os.replace(temporary, path)
+            storage.write(storage.path(path), self._tokenizer.to_str(pretty=True))
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}") from error
 

@@ -28,13 +28,15 @@ from jax.experimental import multihost_utils
 from jaxtyping import Array, UInt32
 from orbax.checkpoint import v1 as ocp
 
-from leon_jax import weight_files
+from leon_jax import storage, weight_files
 from leon_jax.config import UserError
 from leon_jax.train.state import TrainState
 
 # What Orbax stores with a checkpoint that was the best when it was saved: its held-out loss, the
 # documents of the loss in words, and its step (earlier versions: the loss). The newest is the best.
 _LOSS, _DOCUMENTS, _STEP = "held_out_loss", "documents", "step"
+# The file that Orbax writes last into a checkpoint in a bucket.
+_COMMIT = "commit_success.txt"
 
 
 class Checkpoints:
@@ -56,7 +58,7 @@ class Checkpoints:
     def __init__(self, directory: pathlib.Path, keep: int = 2, documents: str = "") -> None:
         logging.getLogger("absl").addFilter(_is_useful)
         threading.excepthook = _thread_failed
-        self._directory, self._keep, self._documents = directory.absolute(), keep, documents
+        self._directory, self._keep, self._documents = storage.absolute(directory), keep, documents
         self.best_loss = math.inf
         self._open()
 
@@ -156,7 +158,7 @@ class Checkpoints:
             keep_checkpoints_without_metrics=False,
         )
         try:
-            self._directory.mkdir(parents=True, exist_ok=True)
+            storage.make_folder(self._directory)
             self._checkpointer = policies.Checkpointer(
                 _path_for_orbax(self._directory),
                 save_decision_policy=policies.save_decision_policies.FixedIntervalPolicy(1),
@@ -182,14 +184,12 @@ class Checkpoints:
         target = self._directory.with_name("damaged_checkpoints") / str(step)
         print(f"checkpoint {step} is damaged ({problem}); moved to {target}", file=sys.stderr)
         if jax.process_index() == 0:
-            shutil.rmtree(target, ignore_errors=True)
-            target.parent.mkdir(exist_ok=True)
-            os.replace(self._directory / str(step), target)
+            storage.move(self._directory / str(step), target)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices(f"damaged checkpoint {step}")
 
     def _write_error(self, error: Exception) -> UserError:
-        steps = [int(path.name) for path in self._directory.iterdir() if path.name.isdigit()]
+        steps = complete_steps(self._directory)
         last = f"the last good one is of step {max(steps)}" if steps else "no earlier one exists"
         reason = _reason(error, "its storage reported an error")
         return UserError(
@@ -205,7 +205,7 @@ def _path_for_orbax(directory: pathlib.Path) -> pathlib.Path:
     folder such as `lr[3e-4]`. Then this returns a symbolic link in a temporary folder, which this
     process removes at exit.
     """
-    if not set("*?[]\\") & set(str(directory)):
+    if storage.is_bucket(directory) or not set("*?[]\\") & set(str(directory)):
         return directory
     folder = tempfile.mkdtemp(prefix="leon-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -221,6 +221,18 @@ def on_all_processes(condition: bool) -> bool:
     return bool(multihost_utils.process_allgather(np.array(condition)).all())
 
 
+def complete_steps(directory: pathlib.Path) -> list[int]:
+    """Returns the steps of the complete checkpoints in a folder, in ascending order.
+
+    On a disk Orbax renames a complete checkpoint to its step. In a bucket it writes the file
+    `commit_success.txt` last.
+    """
+    steps = [path for path in directory.glob("*") if path.name.isdigit()]
+    if storage.is_bucket(directory):
+        steps = [path for path in steps if (path / _COMMIT).exists()]
+    return sorted(int(path.name) for path in steps)
+
+
 def find_step(directory: pathlib.Path, step: str) -> int:
     """Returns the step of a checkpoint.
 
@@ -231,13 +243,13 @@ def find_step(directory: pathlib.Path, step: str) -> int:
     Raises:
       UserError: there is no such checkpoint.
     """
-    steps = sorted(int(path.name) for path in directory.glob("*") if path.name.isdigit())
+    steps = complete_steps(directory)
     if not steps:
         raise UserError(f"there is no checkpoint in {directory}")
     if step == "newest":
         return steps[-1]
     if step == "best":
-        path = _path_for_orbax(directory.absolute())
+        path = _path_for_orbax(storage.absolute(directory))
         with contextlib.closing(ocp.training.Checkpointer(path)) as checkpointer:
             best = _best(checkpointer)
         if best is None:
@@ -306,7 +318,7 @@ def load_state(directory: pathlib.Path, abstract: TrainState, step: int) -> Trai
 def _explained(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """Yields the path of a checkpoint for Orbax, and converts its errors to a UserError."""
     try:
-        yield _path_for_orbax(path.parent.absolute()) / path.name
+        yield _path_for_orbax(storage.absolute(path.parent)) / path.name
     except Exception as error:  # Orbax raises many types; all mean it cannot be loaded
         reason = _reason(error, "a file is damaged, or its model has another shape")
         raise UserError(f"the checkpoint {path} cannot be loaded: {reason}") from error

@@ -19,7 +19,7 @@ from jaxtyping import Array
 from optax.contrib import MuonDimensionNumbers
 
 from leon_jax import config as configuration
-from leon_jax import weight_files
+from leon_jax import storage, weight_files
 from leon_jax.config import UserError
 from leon_jax.data import pipeline
 from leon_jax.documents import Document, Hole, Text
@@ -175,7 +175,7 @@ class DecoderProgram:
         Raises:
           UserError: a file of the model folder is missing, damaged or does not fit the decoder.
         """
-        directory, config = pathlib.Path(directory), self.config
+        config = self.config
         parts = self._folder_parts(directory)
         target = directory if parts.unknown else write.staging_folder(directory)
         self.save_weights(state.model, target)
@@ -185,7 +185,7 @@ class DecoderProgram:
         if not parts.unknown:
             values = configuration.to_dict(config)
             known = provenance.of_run(KIND, directory.parent, values)
-            settings = write.ExportSettings(title=directory.absolute().parent.name)
+            settings = write.ExportSettings(title=storage.absolute(directory).parent.name)
             write.complete(target, parts, directory, settings, known)
 
     def save_weights(self, model: Decoder, directory: pathlib.Path) -> None:
@@ -218,7 +218,7 @@ class DecoderProgram:
         return dataclasses.replace(
             of_run(configuration.to_dict(self.config)),
             decoder=directory / "decoder.safetensors",
-            text=pathlib.Path(self.config.data.text),
+            text=storage.path(self.config.data.text),
         )
 
 

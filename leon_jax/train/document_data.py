@@ -88,10 +88,10 @@ def sample_component(components: Sequence[Component]) -> Component:
 
     A held-out split is one that no component trains on, the first one of the first such folder.
     """
-    trained = {(str(part.folder.folder), part.settings.split) for part in components}
+    trained = {(str(part.folder.address), part.settings.split) for part in components}
     for part in components:
         for split, count in part.folder.splits.items():
-            if count and (str(part.folder.folder), split) not in trained:
+            if count and (str(part.folder.address), split) not in trained:
                 settings = FolderComponent(part.settings.folder, split)
                 return Component(settings, part.folder, part.folder.records(split))
     return components[0]
@@ -112,7 +112,7 @@ def held_out_documents(data: ImageDataConfig) -> tuple[list[tuple[Component, int
     held_out = evaluation.choose_held_out(data, DocumentFolder)
     documents: list[tuple[Component, int]] = []
     for part in held_out:
-        settings = FolderComponent(str(part.folder.folder), part.split)
+        settings = FolderComponent(str(part.folder.address), part.split)
         component = Component(settings, part.folder, part.folder.records(part.split))
         documents += [(component, number) for number in part.documents.tolist()]
     return documents, f"{len(documents)} documents of {evaluation.names(held_out)}"

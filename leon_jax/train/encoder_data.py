@@ -47,7 +47,7 @@ def make_views(
             config,
             model,
             text,
-            numbers.setdefault(str(part.folder.folder), len(numbers)),
+            numbers.setdefault(str(part.folder.address), len(numbers)),
         )
         for part in components
     ]
@@ -134,7 +134,7 @@ def plain_pairs(
         images, caption = component.images(document, row), _captions(document)[0]
         if not caption:
             raise component.error(row, "has no text, but the encoder is evaluated with captions")
-        folder = numbers.setdefault(str(component.folder.folder), len(numbers))
+        folder = numbers.setdefault(str(component.folder.address), len(numbers))
         pairs.append(
             {
                 "image": plain_square(images[0], model.vision.image_size),

@@ -36,7 +36,7 @@ class HeldOut[Folder: DocumentFolder]:
     @property
     def name(self) -> str:
         """The folder and the split, for messages."""
-        return f"{self.folder.folder} ({self.split})"
+        return f"{self.folder.address} ({self.split})"
 
 
 def choose_held_out[Folder: DocumentFolder](

@@ -7,10 +7,11 @@ contains.
 
 import contextlib
 import json
-import os
 import pathlib
 import time
 from collections.abc import Iterator
+
+from leon_jax import storage
 
 CATEGORIES = {
     "start": "imports, opening data, restoring a checkpoint, and everything not listed below",
@@ -89,9 +90,7 @@ class GoodputTracker:
         self._step = step
         if self._path is not None:
             content = {"seconds": self.seconds, "step": step, "time": self._last_time}
-            temporary = self._path.with_name(self._path.name + ".tmp")
-            temporary.write_text(json.dumps(content, indent=1))
-            os.replace(temporary, self._path)
+            storage.write(self._path, json.dumps(content, indent=1))
         return self.seconds["step"] / max(sum(self.seconds.values()), 1e-9)
 
     def summary(self) -> str:

@@ -13,6 +13,7 @@ import PIL.Image
 import tensorboardX
 from jaxtyping import Float64
 
+from leon_jax import storage
 from leon_jax.train import peak_flops
 from leon_jax.train.tracker import Tracker
 
@@ -169,6 +170,4 @@ def drop_after(path: pathlib.Path, step: int) -> None:
                 lines.append(line + "\n")
         except (ValueError, KeyError):
             continue  # the partial line of a killed run
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(lines))
-    temporary.replace(path)
+    storage.write(path, "".join(lines))

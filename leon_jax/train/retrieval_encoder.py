@@ -219,7 +219,6 @@ class EncoderProgram:
 
     def export(self, state: TrainState, directory: pathlib.Path) -> None:
         """Writes `encoder.safetensors` and its text tokenizer `text.json`."""
-        directory = pathlib.Path(directory)
         config = configuration.to_dict(self.config.model)
         weight_files.save(directory / "encoder.safetensors", state.model, KIND, config)
         if jax.process_index() == 0:

@@ -1,12 +1,12 @@
 """Checks that a run is continued with the configuration that it was started with."""
 
 import json
-import os
 import pathlib
 from typing import Any
 
 import jax
 
+from leon_jax import storage
 from leon_jax.config import UserError
 
 # Keys that may change between starts: a run's length, and settings without effect on results.
@@ -54,9 +54,7 @@ def check_config(path: pathlib.Path, config: dict[str, Any]) -> None:
                     "use another --workdir or restore the value"
                 )
     if jax.process_index() == 0:
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(json.dumps(config, indent=1))
-        os.replace(temporary, path)
+        storage.write(path, json.dumps(config, indent=1))
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:

@@ -5,6 +5,7 @@ import itertools
 import pathlib
 from typing import Literal
 
+from leon_jax import storage
 from leon_jax.config import UserError
 from leon_jax.data.config import FoldersConfig
 from leon_jax.tokenizers.text import SMALLEST, TextTokenizer
@@ -52,7 +53,7 @@ def run(config: TextConfig, workdir: pathlib.Path) -> TextTokenizer:
         )
     path = workdir / "export" / "text.json"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        storage.make_folder(path.parent)
     except OSError as error:
         raise UserError(f"cannot write to {path.parent}: {error.strerror}") from error
     tokenizer.save(path)

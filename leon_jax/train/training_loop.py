@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 from jaxtyping import Array, Float64
 
 from leon_jax import config as configs
-from leon_jax import file_lock, weight_files
+from leon_jax import storage, weight_files
 from leon_jax.config import UserError
 from leon_jax.train import compiler_presets
 from leon_jax.train.branch import Branch
@@ -24,7 +24,6 @@ from leon_jax.train.checkpoint import (
     find_step,
     load_model,
     load_state,
-    on_all_processes,
 )
 from leon_jax.train.evaluation import Evaluator
 from leon_jax.train.global_batches import Feed
@@ -37,6 +36,7 @@ from leon_jax.train.run_config import check_config
 from leon_jax.train.state import Program, TrainState
 from leon_jax.train.tracker import Tracker, split
 from leon_jax.train.watchdog import Watchdog
+from leon_jax.train.workdir import open_workdir
 
 # (state, batch) -> (state after one update, scalar metrics).
 Step = Callable[[TrainState, dict[str, Array]], tuple[TrainState, dict[str, Array]]]
@@ -148,8 +148,7 @@ def run(
         evaluator = None if evaluation is None else Evaluator(evaluation)
 
         # Workdir.
-        workdir.mkdir(parents=True, exist_ok=True)
-        stack.enter_context(_lock_workdir(workdir))
+        folder = stack.enter_context(open_workdir(workdir))
         run_config = {**configs.to_dict(program.config), "loop": configs.to_dict(loop)}
         check_config(workdir / "config.json", run_config)
         if branch is not None and is_main:
@@ -159,7 +158,7 @@ def run(
             if evaluation is not None:
                 sentence = f"every {loop.eval_every} steps the run evaluates {evaluation.documents}"
             print(f"leon train: {sentence}", file=sys.stderr)
-        goodput = GoodputTracker(workdir / "goodput.json" if is_main else None)
+        goodput = GoodputTracker(folder.files / "goodput.json" if is_main else None)
         documents = "" if evaluation is None else evaluation.documents
         checkpoints = Checkpoints(workdir / "checkpoints", loop.keep, documents)
 
@@ -169,7 +168,7 @@ def run(
         goodput.resume(start)
         tracker = Tracker(loop.log_to, workdir, run_config) if loop.log_to and is_main else None
         metrics = Metrics(
-            workdir if is_main else None, start, total, program.flops_per_token, tracker
+            folder.files if is_main else None, start, total, program.flops_per_token, tracker
         )
         stack.enter_context(contextlib.closing(metrics))
 
@@ -228,6 +227,7 @@ def run(
                     with spend("evaluate"), metrics.paused():
                         measured |= evaluator.run(averaged(state).model)
                 metrics.report(fetched, goodput.report(step), measured)
+                folder.copy_files()
             best_loss = None  # the held-out loss, if it is the lowest so far
             if evaluator is not None and is_evaluated:
                 loss = evaluator.loss(measured)
@@ -236,6 +236,8 @@ def run(
             is_saved = is_last or has_failed or step % loop.save_every == 0
             if is_saved or best_loss is not None:
                 with spend("checkpoint"):
+                    folder.copy_files(wait=True)
+                    folder.check_lock()
                     checkpoints.save(state, feed.get_state(), best_loss)
             if is_last or step % loop.sample_every == 0:
                 with spend("sample"), metrics.paused():
@@ -260,6 +262,7 @@ def run(
         goodput.switch("checkpoint")
         checkpoints.close()
         with goodput.spend("sample"):
+            folder.check_lock()
             program.export(averaged(state), workdir / "export")
             if jax.process_count() > 1:
                 # No process exits before the last file is written.
@@ -295,38 +298,16 @@ def skip_nonfinite(step: Step) -> Step:
 
 @contextlib.contextmanager
 def _report_write_errors(workdir: pathlib.Path) -> Iterator[None]:
-    """Converts an OSError within the context, such as a full disk, to a UserError."""
+    """Converts an error of a disk or a bucket within the context to a UserError."""
     try:
         yield
-    except OSError as error:
-        reason = f": {error.strerror}" if error.strerror else ""
+    except Exception as error:
+        if isinstance(error, UserError) or (reason := storage.reason(error)) is None:
+            raise
         raise UserError(
-            f"{error.filename or workdir} cannot be written{reason}; fix this and run the same "
-            "command again to resume from the newest checkpoint"
+            f"{getattr(error, 'filename', None) or workdir} cannot be written: {reason}; fix this "
+            "and run the same command again to resume from the newest checkpoint"
         ) from error
-
-
-@contextlib.contextmanager
-def _lock_workdir(workdir: pathlib.Path) -> Iterator[None]:
-    """Locks `workdir` against other runs; process 0 holds the lock for all processes of its run."""
-
-    def refuse() -> None:
-        raise UserError(
-            f"another run is training in {workdir}; wait for its end, or use another --workdir"
-        )
-
-    with contextlib.ExitStack() as stack:
-        refusal = None
-        if jax.process_index() == 0:
-            try:
-                stack.enter_context(file_lock.hold(workdir / "lock", refuse))
-            except file_lock.NoLocks as error:
-                print(f"{error}; a second run in {workdir} will not be detected", file=sys.stderr)
-            except UserError as error:
-                refusal = error
-        if not on_all_processes(refusal is None):
-            raise refusal or UserError(f"process 0 cannot use {workdir}; its error says why")
-        yield
 
 
 def _initial_state(
@@ -356,8 +337,8 @@ def _initial_state(
     state = jax.jit(program.init)(key)
     if not init_from:
         return state
-    if pathlib.Path(init_from).is_dir():
-        directory = pathlib.Path(init_from) / "checkpoints"
+    if storage.path(init_from).is_dir():
+        directory = storage.path(init_from) / "checkpoints"
         model = load_model(directory, abstract, find_step(directory, "newest"))
     else:
         stored, _ = weight_files.load(init_from, program.kind)

@@ -47,10 +47,11 @@ def test_missing_flags_are_named(tmp_path):
     assert "--workdir is missing" in refused(TEXT)
 
 
-def test_a_bucket_address_as_workdir_is_refused():
-    message = refused(TEXT, "--workdir=gs://bucket/run")
-    assert "gs://bucket/run is an address" in message
-    assert not (CONFIGS.parent / "gs:").exists()
+def test_a_workdir_in_an_s3_bucket_or_elsewhere_is_refused():
+    message = refused(TEXT, "--workdir=s3://bucket/run")
+    assert "s3://bucket/run is in an S3 bucket, which Orbax cannot write checkpoints to" in message
+    assert "http://x is not a path" in refused(TEXT, "--workdir=http://x")
+    assert not (CONFIGS.parent / "s3:").exists()
 
 
 def test_incomplete_process_flags_are_refused(tmp_path):

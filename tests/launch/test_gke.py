@@ -87,15 +87,29 @@ def test_hosts_times_chips_equals_the_topology(job, pod):
     assert int(shards.split("=")[1]) % (hosts * job["replicas"]) == 0
 
 
-def test_the_workdir_is_in_the_volume(pod):
+def test_the_workdir_is_in_a_bucket_or_in_the_volume(job):
+    """The lines in comments are those for the volume."""
+    text = (GKE / "jobset.yaml").read_text()
+    for line in ("volumeMounts: [", "volumes: ["):
+        text = text.replace(f"# {line}", line)
+    (replicated_job,) = yaml.safe_load(text)["spec"]["replicatedJobs"]
+    pod = replicated_job["template"]["spec"]["template"]["spec"]
+    check(MODELS["jobset.yaml"], yaml.safe_load(text))
     (container,), (volume,) = pod["containers"], pod["volumes"]
     (mount,) = container["volumeMounts"]
-    assert mount["name"] == volume["name"]
+    assert mount == {"name": volume["name"], "mountPath": "/runs"}
     claim = read("volume.yaml")
     assert volume["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
     assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
     (workdir,) = (arg for arg in container["args"] if arg.startswith("--workdir="))
-    assert pathlib.PurePath(workdir.split("=")[1]).is_relative_to(mount["mountPath"])
+    assert workdir.startswith("--workdir=gs://")
+
+
+def test_a_restart_is_the_next_attempt_of_the_same_run(pod):
+    (container,) = pod["containers"]
+    paths = {each["name"]: each["valueFrom"]["fieldRef"]["fieldPath"] for each in container["env"]}
+    assert paths["LEON_RUN"] == "metadata.annotations['jobset.sigs.k8s.io/jobset-uid']"
+    assert paths["LEON_ATTEMPT"] == "metadata.annotations['jobset.sigs.k8s.io/restart-attempt']"
 
 
 def test_only_exit_code_2_ends_the_run(job, pod):
@@ -162,11 +176,11 @@ def test_jax_detects_the_process_index_of_every_pod(slices, monkeypatch):
 def test_the_command_is_valid_up_to_the_missing_data(job, pod, tmp_path):
     """The command runs with as many simulated devices as a slice has chips."""
     (container,) = pod["containers"]
-    (slices,) = container["env"]
+    slices = container["env"][0]
     value = slices["valueFrom"]["fieldRef"]["fieldPath"]
     assert value == "metadata.annotations['jobset.sigs.k8s.io/replicatedjob-replicas']"
     verb, *flags = (
-        word.replace(f"$({slices['name']})", "1").replace("/runs/", f"{tmp_path}/")
+        word.replace(f"$({slices['name']})", "1").replace("gs://BUCKET/", f"{tmp_path}/")
         for word in container["args"]
     )
     flags.remove("--distributed")

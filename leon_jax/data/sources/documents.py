@@ -1,6 +1,7 @@
 """Reads a documents folder, or a prepared folder with pixels, as a source."""
 
 from collections.abc import Iterator
+from typing import Any
 
 from leon_jax.config import UserError
 from leon_jax.data.document_folder import TRAIN, DocumentFolder
@@ -24,6 +25,13 @@ class Documents:
         self.folder = DocumentFolder(config.path)
         self.split = config.read_split or config.split or TRAIN
         self.folder.shards(self.split)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Another process opens the folder itself: its copy of a folder in a bucket is its own."""
+        return {"config": self.config}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
 
     def shards(self) -> list[str]:
         """Returns the names of the folder's shards, in row order."""

@@ -12,6 +12,7 @@ import re
 import stat
 from collections.abc import Iterable
 
+from leon_jax import storage
 from leon_jax.config import UserError
 from leon_jax.data.sources.field_values import RecordError
 
@@ -32,6 +33,8 @@ def find_files(path: str, endings: tuple[str, ...]) -> tuple[str, list[str]]:
     Raises:
       UserError: there are no files, a file of a range is missing, or a file has another extension.
     """
+    if storage.is_bucket(path):
+        return _find_objects(path, endings)
     if os.path.isfile(path):
         if not path.endswith(endings):
             raise UserError(f"{path} is a file that does not end in {' or '.join(endings)}")
@@ -62,7 +65,7 @@ def find_files(path: str, endings: tuple[str, ...]) -> tuple[str, list[str]]:
 
 
 def fingerprint(paths: Iterable[str]) -> str:
-    """Returns a digest of the names, sizes and modification times of files.
+    """Returns a digest of the names, sizes and modification times (or versions) of files.
 
     Raises:
       UserError: a file does not exist any more.
@@ -70,11 +73,14 @@ def fingerprint(paths: Iterable[str]) -> str:
     digest = hashlib.sha256()
     for path in paths:
         try:
-            status = os.stat(path)
+            if storage.is_bucket(path):
+                size, version = storage.size_and_version(path)
+            else:
+                status = os.stat(path)
+                size, version = status.st_size, str(status.st_mtime_ns)
         except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror}") from error
-        name = os.path.basename(path)
-        digest.update(f"{name!r} {status.st_size} {status.st_mtime_ns}\n".encode())
+            raise UserError(f"cannot read {path}: {storage.reason(error)}") from error
+        digest.update(f"{os.path.basename(path)!r} {size} {version}\n".encode())
     return digest.hexdigest()
 
 
@@ -82,7 +88,7 @@ def read_inside(folder: str, name: str, max_bytes: int) -> bytes:
     """Reads a file that a record names.
 
     Args:
-      folder: real path of the folder that must contain the file.
+      folder: real path of the folder that must contain the file (`real_folder`).
       name: path of the file relative to the folder, from the record.
       max_bytes: maximum size of the file.
 
@@ -91,6 +97,8 @@ def read_inside(folder: str, name: str, max_bytes: int) -> bytes:
     """
     if os.path.isabs(name) or ".." in name.split("/") or "\0" in name:
         raise RecordError("unsafe_name", f"{name!r} is not a path below the folder of the record")
+    if storage.is_bucket(folder):
+        return _read_object(folder, name, max_bytes)
     try:
         path = os.path.realpath(os.path.join(folder, name))
         if os.path.commonpath([folder, path]) != folder:
@@ -108,6 +116,57 @@ def read_inside(folder: str, name: str, max_bytes: int) -> bytes:
             "record_too_large", f"{name!r} has more than the remaining {max_bytes} bytes"
         )
     return data
+
+
+def real_folder(path: str) -> str:
+    """Returns the folder of a file, without links."""
+    folder = os.path.dirname(path)
+    return folder if storage.is_bucket(path) else os.path.realpath(folder or ".")
+
+
+def _find_objects(path: str, endings: tuple[str, ...]) -> tuple[str, list[str]]:
+    """Does what `find_files` does, in a bucket."""
+    try:
+        source = storage.path(path)
+        first = _PATTERN.search(path)
+        if first is None and source.is_file():
+            if not path.endswith(endings):
+                raise UserError(f"{path} is a file that does not end in {' or '.join(endings)}")
+            return os.path.dirname(path), [os.path.basename(path)]
+        if first is None:
+            names = sorted(
+                os.path.basename(name)
+                for name in storage.glob(f"{path.rstrip('/')}/*")
+                if name.endswith(endings)
+            )
+            if not names:
+                raise UserError(
+                    f"{path} is not a file, and no file in it ends in {' or '.join(endings)}"
+                )
+            return path.rstrip("/"), names
+        folder = os.path.dirname(path[: first.start()])
+        paths = []
+        for pattern in _expand(path):
+            matches = storage.glob(pattern)
+            if not matches:
+                raise UserError(f"there is no file {pattern}")
+            paths += matches
+        return folder, sorted({name.removeprefix(f"{folder}/") for name in paths})
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {storage.reason(error)}") from error
+
+
+def _read_object(folder: str, name: str, max_bytes: int) -> bytes:
+    """Reads an object below a folder in a bucket."""
+    try:
+        size, _ = storage.size_and_version(f"{folder}/{name}")
+        if size > max_bytes:
+            raise RecordError(
+                "record_too_large", f"{name!r} has more than the remaining {max_bytes} bytes"
+            )
+        return (storage.path(folder) / name).read_bytes()
+    except FileNotFoundError as error:
+        raise RecordError("missing_picture", f"{name!r} is not a file") from error
 
 
 def _expand(path: str) -> list[str]:

@@ -16,6 +16,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from leon_jax import storage
 from leon_jax.config import UserError
 from leon_jax.data import image_formats, svg_files
 from leon_jax.data.sources import field_names, image_metadata
@@ -48,11 +49,10 @@ class ImageFolder:
 
     def __init__(self, config: SourceConfig):
         self.config = config
-        if os.path.isfile(config.path):
+        if os.path.isfile(self._folder):
             raise UserError(f"{config.path} is a file; folder:PATH takes a folder of images")
-        if not os.path.isdir(config.path):
+        if not os.path.isdir(self._folder):
             raise UserError(f"there is no folder {config.path}")
-        self._folder = os.path.realpath(config.path)
         if not self._tree.names:
             endings = ", ".join(image_formats.ENDINGS[:4])
             raise UserError(f"the folder {config.path} has no image ({endings}, ...)")
@@ -80,7 +80,12 @@ class ImageFolder:
 
     def __getstate__(self) -> dict[str, Any]:
         """Another process lists the folder itself."""
-        return {name: value for name, value in vars(self).items() if name != "_tree"}
+        return {name: value for name, value in vars(self).items() if name == "config"}
+
+    @functools.cached_property
+    def _folder(self) -> str:
+        """The real path of the folder, or of its copy on this machine's disk."""
+        return os.path.realpath(storage.local(self.config.path))
 
     @functools.cached_property
     def _tree(self) -> image_metadata.ImageTree:

@@ -18,10 +18,11 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from leon_jax import storage
 from leon_jax.config import UserError
 from leon_jax.data.sources import field_names
 from leon_jax.data.sources.field_values import RecordError, check_text, parse_object, read_metadata
-from leon_jax.data.sources.files import find_files, fingerprint, read_inside
+from leon_jax.data.sources.files import find_files, fingerprint, read_inside, real_folder
 from leon_jax.data.sources.raw_record import (
     MAX_IMAGE_BYTES,
     MAX_TEXT_BYTES,
@@ -73,12 +74,11 @@ class Jsonl:
         """Yields the records of a shard, in the order of its lines."""
         lines = self._ranges[shard]
         path = os.path.join(self._folder, lines.file)
-        image_folder = os.path.realpath(os.path.dirname(path) or ".")
         try:
-            with open(path, "rb") as file:
+            with storage.local(path).open("rb") as file:
                 file.seek(lines.offset)
                 for number, line in numbered_lines(file, lines.line, lines.count):
-                    yield from self._records(f"{lines.file}:{number}", line, image_folder)
+                    yield from self._records(f"{lines.file}:{number}", line, real_folder(path))
         except OSError as error:
             yield RecordError("unreadable_shard", f"{path}: {error.strerror}").reject(shard)
 
@@ -89,7 +89,7 @@ class Jsonl:
         step = self.config.records_per_shard(0)  # every shard has a multiple of it
         for name in self._files:
             try:
-                with open(os.path.join(self._folder, name), "rb") as file:
+                with storage.local(os.path.join(self._folder, name)).open("rb") as file:
                     offsets = _offsets(file, step)
             except OSError as error:
                 raise UserError(f"cannot read {name}: {error.strerror}") from error

@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from leon_jax import storage
 from leon_jax.data.sources import field_names
 from leon_jax.data.sources.field_values import (
     METADATA_NAMES,
@@ -19,7 +20,7 @@ from leon_jax.data.sources.field_values import (
     check_image,
     read_metadata,
 )
-from leon_jax.data.sources.files import find_files, fingerprint, read_inside
+from leon_jax.data.sources.files import find_files, fingerprint, read_inside, real_folder
 from leon_jax.data.sources.raw_record import MAX_IMAGE_BYTES, RawRecord, Reject, SourceConfig
 
 IMAGE_NAMES = (*field_names.ENCODED_NAMES, *field_names.IMAGE_NAMES)
@@ -57,9 +58,9 @@ class Parquet:
         """Yields the records of a file, in the order of its rows."""
         try:
             path = os.path.join(self._folder, shard)
-            folder = os.path.realpath(os.path.dirname(path) or ".")
-            for index, row in enumerate(self._rows(path)):
-                yield from self._records(f"{shard}:{index + 1}", row, folder)
+            with storage.temporary_copy(path) as file:
+                for index, row in enumerate(self._rows(str(file))):
+                    yield from self._records(f"{shard}:{index + 1}", row, real_folder(path))
         except RecordError as error:
             yield error.reject(shard)
 

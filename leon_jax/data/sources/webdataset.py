@@ -13,6 +13,7 @@ import tarfile
 from collections.abc import Iterator
 from typing import Any
 
+from leon_jax import storage
 from leon_jax.data.sources import field_names
 from leon_jax.data.sources.field_values import RecordError, parse_object, read_metadata
 from leon_jax.data.sources.files import find_files, fingerprint
@@ -69,7 +70,7 @@ class WebDataset:
         name = shard.removesuffix(".gz").removesuffix(".tar").removesuffix(".tgz")
         group = None
         try:
-            for member, archive in _members(os.path.join(self._folder, shard)):
+            for member, archive in self._members(shard):
                 error = _member_error(member)
                 stem, extension = _split(member.name)
                 # Hidden files and files without an extension belong to no sample.
@@ -86,6 +87,10 @@ class WebDataset:
                 yield from group.end()
         except RecordError as error:
             yield error.reject(shard)
+
+    def _members(self, shard: str) -> Iterator[tuple[tarfile.TarInfo, "_LimitedFile"]]:
+        with storage.temporary_copy(os.path.join(self._folder, shard)) as path:
+            yield from _members(str(path))
 
     def _split_dotted(self, extension: str) -> tuple[str, str]:
         """Splits an extension with dots, such as "01.jpg", into a rest of the key and "jpg".
