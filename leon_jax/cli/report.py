@@ -28,7 +28,10 @@ def main(argv: list[str]) -> None:
     Raises:
       UserError: no workdir is given, a folder holds no run, or the page cannot be written.
     """
-    folders = [pathlib.Path(argument) for argument in argv[1:]]
+    from leon_jax import storage
+
+    # The page needs no weights.
+    folders = [storage.local(argument, without="checkpoints") for argument in argv[1:]]
     if not folders:
         raise UserError("name at least one workdir of leon train, for example runs/emoji/decoder")
     if not _OUT.value:

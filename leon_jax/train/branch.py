@@ -12,7 +12,6 @@ Any other change is refused. `history.json` in the workdir says how the run came
 
 import dataclasses
 import json
-import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -23,6 +22,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from leon_jax import config as configs
+from leon_jax import storage
 from leon_jax.config import UserError
 from leon_jax.data.config import FolderComponent
 from leon_jax.export import provenance
@@ -67,9 +67,7 @@ class Branch:
 
     def write_history(self, workdir: pathlib.Path) -> None:
         """Writes `history.json`."""
-        temporary = workdir / "history.json.tmp"
-        temporary.write_text(json.dumps(self.history, indent=1) + "\n")
-        os.replace(temporary, workdir / "history.json")
+        storage.write(workdir / "history.json", json.dumps(self.history, indent=1) + "\n")
 
 
 def prepare(
@@ -114,7 +112,7 @@ def _begin(branch_from: str, program: Program, loop: Mapping[str, Any]) -> tuple
     folder, at, step_name = branch_from.rpartition("@")
     if not (at and folder and step_name):
         raise UserError(f"--branch_from={branch_from} must be WORKDIR@STEP, for example runs/a@200")
-    parent = pathlib.Path(folder)
+    parent = storage.path(folder)
     values = provenance.run_config(parent)
     parent_loop = values.pop("loop", {})
     if values.get("kind") != program.kind:

@@ -16,6 +16,8 @@ from typing import Any
 
 import jax
 
+from leon_jax import storage
+
 # The signal that starts a trace, and the number of steps that it then has.
 SIGNAL = signal.SIGUSR1
 SIGNAL_STEPS = 5
@@ -86,12 +88,11 @@ class Profiler:
         (first, last), self._range = self._range, None
         jax.profiler.stop_trace()
         target = self._folder / f"step_{first:07d}"
-        target.mkdir(parents=True, exist_ok=True)
+        storage.make_folder(target)
         traces = pathlib.Path(self._traces.name)
         for path in traces.rglob("*.xplane.pb"):
             name = f"host_{jax.process_index():04d}.xplane.pb"
-            shutil.copyfile(path, target / f"{name}.tmp")
-            (target / f"{name}.tmp").replace(target / name)
+            storage.write(target / name, path.read_bytes())
         for path in traces.iterdir():
             shutil.rmtree(path)
         print(f"leon train: a profile of steps {first} to {last} is in {target}", file=sys.stderr)

@@ -7,7 +7,6 @@ The interface is that of Weights & Biases: the functions `init`, `log` and `fini
 import importlib
 import inspect
 import json
-import pathlib
 import sys
 import uuid
 from collections.abc import Mapping
@@ -15,7 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from leon_jax import storage
 from leon_jax.config import UserError
+from leon_jax.train.workdir import Workdir
 
 # Names of the modules with this interface.
 TRACKERS = ("wandb", "trackio")
@@ -51,7 +52,7 @@ class Tracker:
       UserError: the package is not installed, or does not start, for example without a login.
     """
 
-    def __init__(self, log_to: str, workdir: pathlib.Path, config: Mapping[str, Any]) -> None:
+    def __init__(self, log_to: str, workdir: Workdir, config: Mapping[str, Any]) -> None:
         self._module_name, project = split(log_to)
         try:
             self._module = importlib.import_module(self._module_name)
@@ -61,7 +62,7 @@ class Tracker:
                 f"pip install {self._module_name}"
             ) from error
         name = _run_name(workdir)
-        arguments = {"id": name, "dir": str(workdir)}
+        arguments = {"id": name, "dir": str(workdir.files)}
         known = inspect.signature(self._module.init).parameters
         try:
             self._module.init(
@@ -107,10 +108,10 @@ class Tracker:
             )
 
 
-def _run_name(workdir: pathlib.Path) -> str:
+def _run_name(workdir: Workdir) -> str:
     """Returns the name of a run, which is unique and the same at every start."""
-    path = workdir / "tracker.json"
+    path = workdir.files / "tracker.json"
     if not path.exists():
-        name = f"{workdir.absolute().name}-{uuid.uuid4().hex[:8]}"
+        name = f"{storage.absolute(workdir.path).name}-{uuid.uuid4().hex[:8]}"
         path.write_text(json.dumps({"run": name}) + "\n")
     return str(json.loads(path.read_text())["run"])

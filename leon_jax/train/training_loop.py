@@ -166,7 +166,7 @@ def run(
         state = _initial_state(program, loop.init_from, checkpoints, feed, workdir, branch)
         start = int(state.step)
         goodput.resume(start)
-        tracker = Tracker(loop.log_to, workdir, run_config) if loop.log_to and is_main else None
+        tracker = Tracker(loop.log_to, folder, run_config) if loop.log_to and is_main else None
         metrics = Metrics(
             folder.files if is_main else None, start, total, program.flops_per_token, tracker
         )
@@ -186,8 +186,8 @@ def run(
                     evaluator.compile(averaged(state).model)
             goodput.switch("step")
         if is_main:
-            drop_after(workdir / "hosts.jsonl", start)
-        host_times = HostTimes(workdir / "hosts.jsonl")
+            drop_after(folder.files / "hosts.jsonl", start)
+        host_times = HostTimes(folder.files / "hosts.jsonl")
 
         @contextlib.contextmanager
         def spend(category: str) -> Iterator[None]:

@@ -13,6 +13,7 @@ import os
 import pathlib
 import socket
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -22,6 +23,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from leon_jax import storage
 from leon_jax.train.supervisor import STUCK
 
 # Seconds that a host waits for the files of the others, besides two of their looks.
@@ -122,16 +124,16 @@ class Watchdog:
         os._exit(STUCK)
 
     def _write_stacks(self) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        path = self._folder / f"host_{jax.process_index():04d}.txt"
-        temporary = path.with_name(path.name + ".tmp")
-        with temporary.open("w") as file:
+        with tempfile.TemporaryFile("w+") as file:
             file.write(f"host {jax.process_index()} ({socket.gethostname()}), main thread:\n")
             main_thread = threading.main_thread().ident
             traceback.print_stack(sys._current_frames().get(main_thread or 0), file=file)
             file.write("\nall threads:\n")
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
-        temporary.replace(path)
+            file.seek(0)
+            stacks = file.read()
+        storage.make_folder(self._folder)
+        storage.write(self._folder / f"host_{jax.process_index():04d}.txt", stacks)
         while len(list(self._folder.glob("host_*.txt"))) < jax.process_count():
             time.sleep(0.1)

@@ -22,7 +22,7 @@ from leon_jax.train.checkpoint import on_all_processes
 # Seconds between two copies of growing files to a bucket.
 _COPY_SECONDS = 30.0
 # What a run goes on with after a restart.
-_CONTINUED = ("metrics.jsonl", "goodput.json")
+_CONTINUED = ("metrics.jsonl", "goodput.json", "hosts.jsonl", "tracker.json")
 
 
 class Workdir:
