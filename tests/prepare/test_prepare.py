@@ -18,7 +18,7 @@ from leon_jax import safetensors_format, weight_files
 from leon_jax.config import UserError, to_dict
 from leon_jax.data.sources.raw_record import SourceConfig
 from leon_jax.documents import Image
-from leon_jax.prepare import folder_lock
+from leon_jax.prepare import folder_lock, mining
 from leon_jax.prepare import prepare as preparing
 from leon_jax.retrieval.encoder import RetrievalEncoder
 from leon_jax.retrieval.prepared_folder import PreparedFolder
@@ -220,7 +220,7 @@ def test_a_full_disk_raises_an_error_and_finished_work_remains(checkpoint, out, 
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "train-00001.neighbours.npy")
 
     with monkeypatch.context() as patch:
-        patch.setattr(preparing, "save_rows", full)
+        patch.setattr(mining, "save_rows", full)
         with pytest.raises(UserError, match=r"failed: No space left on device \(train-00001"):
             make(checkpoint, out)
     assert not out.exists()
