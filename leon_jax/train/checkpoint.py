@@ -22,14 +22,14 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jaxtyping import Array, UInt32
+from jaxtyping import Array
 from orbax.checkpoint import v1 as ocp
 
 from leon_jax import storage, weight_files
 from leon_jax.config import UserError
+from leon_jax.train import stored_arrays
 from leon_jax.train.state import TrainState
 
 # What Orbax stores with a checkpoint that was the best when it was saved: its held-out loss, the
@@ -85,8 +85,10 @@ class Checkpoints:
         step, metrics = int(state.step), None
         if held_out_loss is not None:
             metrics = {_LOSS: held_out_loss, _DOCUMENTS: self._documents, _STEP: step}
-        arrays = {name: _raw(leaf) for name, leaf in weight_files.flatten(state).items()}
-        sums = {name: str(value) for name, value in _checksums(arrays).items()}
+        arrays = {
+            name: stored_arrays.raw(leaf) for name, leaf in weight_files.flatten(state).items()
+        }
+        sums = {name: str(value) for name, value in stored_arrays.checksums(arrays).items()}
         try:
             self._checkpointer.save_checkpointables_async(
                 step,
@@ -336,13 +338,15 @@ def _load(
     leaves, structure = jax.tree.flatten(abstract)
     sums = load({"checksums": None})["checksums"]
     names = _stored_names(weight_files.flatten(abstract), sums)
-    targets = {name: _target(leaf) for name, leaf in zip(names, leaves, strict=True)}
+    targets = {name: stored_arrays.target(leaf) for name, leaf in zip(names, leaves, strict=True)}
     loaded = load({"state": targets, "data": None})
-    actual_sums = {name: str(value) for name, value in _checksums(loaded["state"]).items()}
+    actual_sums = {
+        name: str(value) for name, value in stored_arrays.checksums(loaded["state"]).items()
+    }
     if damaged := [name for name in names if actual_sums[name] != sums[name]]:
         raise UserError(f"{damaged[0]} does not match its checksum")
     arrays = [
-        jax.random.wrap_key_data(loaded["state"][name]) if _is_key(leaf) else array
+        jax.random.wrap_key_data(loaded["state"][name]) if stored_arrays.is_key(leaf) else array
         for name, leaf in zip(names, leaves, strict=True)
         for array in [loaded["state"][name]]
     ]
@@ -371,7 +375,7 @@ def load_weights(
     with _explained(directory / str(step)) as path, ocp.Context(pytree_options=options):
         sums = ocp.load_checkpointables(path, {"checksums": None})["checksums"]
         stored = dict(zip(names, _stored_names(names, sums), strict=True))
-        targets = {stored[name]: _target(leaf) for name, leaf in names.items()}
+        targets = {stored[name]: stored_arrays.target(leaf) for name, leaf in names.items()}
         arrays = ocp.load_checkpointables(path, {"state": targets})["state"]
         return {name: arrays[stored[name]] for name in names}
 
@@ -386,21 +390,6 @@ def _stored_names(names: Iterable[str], stored: Container[str]) -> list[str]:
         return names
     old_names = [weight_files.former_name(name) for name in names]
     return old_names if all(name in stored for name in old_names) else names
-
-
-def _checksums(arrays: dict[str, Array]) -> dict[str, int]:
-    """Returns the sum of each array's words modulo 2^32, which is independent of the sharding."""
-    return {name: int(value) for name, value in jax.device_get(_word_sums(arrays)).items()}
-
-
-@jax.jit
-def _word_sums(arrays: dict[str, Array]) -> dict[str, UInt32[Array, ""]]:
-    def words(array: Array) -> UInt32[Array, ""]:
-        bits = array.dtype.itemsize * 8
-        unsigned = jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{bits}"))
-        return unsigned.astype(jnp.uint32).sum(dtype=jnp.uint32)
-
-    return jax.tree.map(words, arrays)
 
 
 # Storage errors that the user can fix.
@@ -442,20 +431,3 @@ def _thread_failed(failure: threading.ExceptHookArgs) -> None:
     frames = traceback.extract_tb(failure.exc_traceback)
     if not any("orbax" in frame.filename for frame in frames):
         threading.__excepthook__(failure)
-
-
-def _is_key(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _raw(leaf: jax.Array) -> jax.Array:
-    return jax.random.key_data(leaf) if _is_key(leaf) else leaf
-
-
-def _target(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    mesh = jax.sharding.get_mesh()
-    if _is_key(leaf):
-        shape = jax.eval_shape(jax.random.key_data, leaf).shape
-        return jax.ShapeDtypeStruct(shape, np.uint32, sharding=jax.NamedSharding(mesh, jax.P()))
-    sharding = jax.NamedSharding(mesh, leaf.sharding.spec if leaf.sharding else jax.P())
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
