@@ -11,8 +11,7 @@ import pytest
 
 from leon_jax.config import UserError
 from leon_jax.documents import Image, Text
-from leon_jax.prepare import gather
-from leon_jax.prepare import prepare as preparing
+from leon_jax.prepare import gather, mining
 from leon_jax.prepare.config import DuplicatesConfig
 from leon_jax.retrieval.neighbour_selection import SelectionConfig
 from leon_jax.retrieval.prepared_folder import PreparedFolder
@@ -77,7 +76,7 @@ def test_duplicates_are_decided_once(checkpoint, out, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch, pytest.raises(UserError, match="No space left"):
-        patch.setattr(preparing, "save_rows", full)
+        patch.setattr(mining, "save_rows", full)
         make(checkpoint, out)
     with monkeypatch.context() as patch:
         patch.setattr(gather, "decide", lambda *_: pytest.fail("decided again"))
@@ -89,7 +88,7 @@ def test_shards_that_share_a_search_find_the_same_neighbours_as_alone(
 ):
     tables = []
     for number in (1, 4, 100):
-        monkeypatch.setattr(preparing, "PASS", number)
+        monkeypatch.setattr(mining, "PASS", number)
         make(checkpoint, tmp_path / str(number))
         tables.append(PreparedFolder(tmp_path / str(number)).neighbours())
     for table in tables[1:]:
@@ -123,7 +122,7 @@ def test_a_near_copy_of_a_document_is_never_its_neighbour(
     checkpoint, out, monkeypatch, limits, pass_size
 ):
     """Whole documents are compared where the text is the same, images with any text."""
-    monkeypatch.setattr(preparing, "PASS", pass_size)
+    monkeypatch.setattr(mining, "PASS", pass_size)
     document_limit, image_limit = limits
     documents = tiny.documents()
     originals = documents[:6]
