@@ -1,5 +1,6 @@
 """Tests runs whose workdir is in a Cloud Storage bucket: resumption, the lock, damage, kills."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 
 from leon_jax import bucket_lock, sharding, storage
+from leon_jax.cli import main
 from leon_jax.config import UserError
 from leon_jax.train import training_loop, workdir
 from leon_jax.train.checkpoint import complete_steps
@@ -56,6 +58,19 @@ def test_two_starts_in_a_bucket_give_the_model_of_one_on_a_disk(run, on_disk):
     settings = training_loop.LoopConfig(init_from=str(run), log_every=1)
     state = training_loop.run(ToyProgram(ToyConfig(1)), settings, other)
     assert np.abs(np.asarray(state.model.kernel[...]) - on_disk).max() < 0.2
+
+
+def test_a_profile_and_the_times_of_hosts_are_in_the_bucket_and_in_the_report(run, tmp_path):
+    settings = dataclasses.replace(SETTINGS, profile=(5, 2))
+    for steps in (9, 12):
+        training_loop.run(ToyProgram(ToyConfig(steps)), settings, run)
+    traces = run / "profiles" / "plugins" / "profile" / "step_0000005"
+    assert [path.name for path in traces.iterdir()] == ["host_0000.xplane.pb"]
+    lines = (run / "hosts.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [3, 6, 9, 12]
+    assert main.run(["report", str(run), f"--out={tmp_path / 'report'}"]) == 0
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert "12 of 12" in page and "step_0000005" in page
 
 
 def test_another_configuration_is_refused(run):
