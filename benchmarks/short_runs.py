@@ -36,8 +36,9 @@ def held_out(run: pathlib.Path) -> dict[str, float]:
     for line in reversed((run / "metrics.jsonl").read_text().splitlines()):
         values = json.loads(line)
         prefix = "heldout/"
-        if found := {k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix)}:
-            return found
+        measured = {k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix)}
+        if measured:
+            return measured
     raise ValueError(f"{run} has no held-out measurements")
 
 

@@ -150,8 +150,12 @@ def _train(kind, loop, pod):
     if loop.slices > 1:
         raise UserError(f"config.loop.slices is {loop.slices}; leon plan supports one slice only")
     setting = kind.setting(_mesh(loop.mesh, pod))
+    options = compiler_presets.options(loop.compiler, pod.devices[0])
+    if _SEARCH.value and options:
+        raise UserError(
+            "--search compares defaults of the compiler; leave config.loop.compiler empty"
+        )
     if not _SEARCH.value:
-        options = compiler_presets.options(loop.compiler, pod.devices[0])
         return train.plan(kind, pod, setting, options)
     plan = search.search(
         kind, pod, setting, lambda line: print(f"leon plan: {line}", file=sys.stderr, flush=True)

@@ -135,7 +135,9 @@ def _train(kind: str, values: dict[str, Any], workdir: pathlib.Path) -> None:
     except ValueError as error:
         raise UserError(f"config.loop.mesh: {error}") from error
     program = programs.make_program(kind, values)
-    program, begun = branch.prepare(_BRANCH_FROM.value, workdir, program, configs.to_dict(settings))
+    program, new_branch = branch.prepare(
+        _BRANCH_FROM.value, workdir, program, configs.to_dict(settings)
+    )
     if kind == "decoder" and (notice := decoder_config.retrieval_notice(program.config)):
         print(f"leon train: {notice}", file=sys.stderr)
     if check_export := getattr(program, "check_export", None):
@@ -144,7 +146,7 @@ def _train(kind: str, values: dict[str, Any], workdir: pathlib.Path) -> None:
         if jax.process_index() == 0:
             print(f"leon train: {sentence}", file=sys.stderr)
     with jax.set_mesh(mesh):
-        training_loop.run(program, settings, workdir, begun)
+        training_loop.run(program, settings, workdir, new_branch)
 
 
 def _check_process_flags() -> None:

@@ -72,18 +72,15 @@ def line_chart(
             "</text>"
         )
     for tick in x_ticks:
-        place = f'x="{across(np.asarray(tick)):.1f}" y="{_HEIGHT - _BOTTOM + 17}"'
-        parts.append(f'<text {place} text-anchor="middle">{_number(tick)}</text>')
+        position = f'x="{across(np.asarray(tick)):.1f}" y="{_HEIGHT - _BOTTOM + 17}"'
+        parts.append(f'<text {position} text-anchor="middle">{_number(tick)}</text>')
     for name, stroke, points in curves:
         xs, ys = across(points[:, 0]), down(points[:, 1])
         pairs = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(xs, ys, strict=True))
         note = f"<title>{html.escape(name)}</title>"
         if len(points) == 1:
-            position = pairs.split(",")
-            parts.append(
-                f'<circle cx="{position[0]}" cy="{position[1]}" r="3" fill="{stroke}">{note}'
-                "</circle>"
-            )
+            x, y = pairs.split(",")
+            parts.append(f'<circle cx="{x}" cy="{y}" r="3" fill="{stroke}">{note}</circle>')
         else:
             parts.append(
                 f'<polyline points="{pairs}" fill="none" stroke="{stroke}" stroke-width="1.6" '

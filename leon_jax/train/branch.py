@@ -181,19 +181,19 @@ def consumed(components: Sequence[FolderComponent], position: Mapping[str, str])
       position: the state of the iterator of each data shard, as JSON.
     """
     orders = [
-        grain.MapDataset.range(_LONG).map(lambda number, place=place: (place, number))
-        for place in range(len(components))
+        grain.MapDataset.range(_LONG).map(lambda number, index=index: (index, number))
+        for index in range(len(components))
     ]
     mixture = grain.MapDataset.mix(orders, [component.weight for component in components])
     counts = []
     for state in position.values():
         missing, number = dict.fromkeys(range(len(components)), 0), _next_index(json.loads(state))
-        found: dict[int, int] = {}
-        while number > 0 and len(found) < len(components):
+        ends: dict[int, int] = {}
+        while number > 0 and len(ends) < len(components):
             number -= 1
-            place, last = mixture[number]
-            found.setdefault(place, last + 1)
-        counts.append([(missing | found)[place] for place in missing])
+            index, last = mixture[number]
+            ends.setdefault(index, last + 1)
+        counts.append([(missing | ends)[index] for index in missing])
     return [
         component.start + len(counts) * min(column)
         for component, column in zip(components, zip(*counts, strict=True), strict=True)

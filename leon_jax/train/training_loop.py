@@ -119,8 +119,8 @@ def run(
     gradient is skipped. The step is compiled once, before the loop. Only batches and metrics move
     between host and devices.
 
-    Writes `config.json`, `checkpoints/`, `metrics.jsonl`, `goodput.json` and `samples/`. At the end
-    `program.export` writes the model to `workdir/export`.
+    Writes `config.json`, `checkpoints/`, `metrics.jsonl`, `hosts.jsonl`, `goodput.json` and
+    `samples/`. At the end `program.export` writes the model to `workdir/export`.
 
     Call it under `jax.set_mesh` on all processes of the mesh.
 
@@ -141,6 +141,8 @@ def run(
     total, is_main = program.config.steps, jax.process_index() == 0
     with contextlib.ExitStack() as stack:
         stack.enter_context(_report_write_errors(workdir))
+
+        options = compiler_presets.options(loop.compiler, jax.devices()[0])
 
         # Data. It comes first, so that no workdir is created if data is missing.
         feed = Feed(program.batches, loop.data_shards)
@@ -180,7 +182,6 @@ def run(
             batch = next(feed)
             with goodput.spend("compile"):
                 step_function = jax.jit(skip_nonfinite(program.step), donate_argnums=0)
-                options = compiler_presets.options(loop.compiler, jax.devices()[0])
                 train_step = step_function.lower(state, batch).compile(dict(options))
                 if evaluator is not None:
                     evaluator.compile(averaged(state).model)
