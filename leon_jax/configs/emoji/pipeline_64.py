@@ -138,6 +138,7 @@ def encoder() -> dict:
     values = runpy.run_path(str(HERE / "encoder.py"))["get_config"]().to_dict()
     values["steps"] = values["optimizer"]["total_steps"] = 2000
     del values["data"]
+    values["products"] = "auto"
     return values | {"loop": {"save_every": 200, "eval_every": 200}}
 
 
