@@ -67,6 +67,8 @@ def get_config(variant: str = "8-unit") -> ConfigDict:
             "kind": "pipeline",
             "prepare": designs,
             "index": {"prepare": {**pypi["prepare"], "picture_side": SIDE}, "share": 0.5},
+            # One of two documents shows each design of PyPI.
+            "thresholds": {"alternate_sources": True},
             "encode": {"variants": 8},
             "stages": {
                 "text": {
