@@ -42,6 +42,7 @@ VERBS = {
     "train": "train a tokenizer, an encoder or a decoder from a config file",
     "plan": "estimate memory and speed of a config on a TPU pod, without the pod",
     "export": "write a model folder from its parts, with a model card",
+    "convert": "convert published weights to the format of leon_jax, and back",
     "evaluate": "evaluate a trained model on held-out documents",
     "report": "write a page of curves, differences and samples of training runs",
     "cache": "show or clear the cache of compiled programs and prepared folders",

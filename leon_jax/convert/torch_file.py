@@ -4,9 +4,9 @@ A pickle can name any function and ask for its call. This reader knows the names
 and plain containers. Every other name becomes an empty placeholder, which is never imported or
 called. Lightning's checkpoints, for example, name callbacks and configurations beside the weights.
 
-Two formats are read, and the first is written: a zip archive with `data.pkl` and one member for each storage (PyTorch 1.6 and
-later), and a sequence of pickles that the storages follow (before). Tensors are mapped from the
-file, so they use memory only when they are read.
+Two formats are read: a zip archive with `data.pkl` and one member for each storage (PyTorch 1.6 and
+later), and a sequence of pickles that the storages follow (before). The first one is written.
+Tensors are mapped from the file, so they use memory only when they are read.
 """
 
 import dataclasses

@@ -30,30 +30,47 @@ def entries(config: VQGANConfig, rename: Rename, has_decoder: bool = True) -> li
     named = [*_encoder(config), ("to_code", "quant_conv"), ("from_code", "post_quant_conv")]
     if has_decoder:
         named += _decoder(config)
-    result = [Entry("codebook", (rename("quantize.embedding.weight"),))]
+    if config.code_logits:
+        result = [
+            Entry("codebook", (rename("quantize.embed.weight"),)),
+            Entry("logits.kernel", (rename("quantize.proj.weight"),), CONVOLUTION),
+            Entry("logits.bias", (rename("quantize.proj.bias"),)),
+        ]
+    else:
+        result = [Entry("codebook", (rename("quantize.embedding.weight"),))]
     for ours, theirs in named:
         result += _module(ours, theirs, config, rename)
     return result
 
 
-def taming(config: VQGANConfig) -> Rename:
+def taming(levels: int) -> Rename:
     """Returns the names of taming-transformers."""
-    del config
+    del levels
     return lambda name: name
 
 
-def llamagen(config: VQGANConfig) -> Rename:
+def llamagen(levels: int) -> Rename:
     """Returns the names of LlamaGen, whose decoder begins with the coarsest level."""
-    last = len(config.multipliers) - 1
     mid = {"block_1": "0", "attn_1": "1", "block_2": "2"}
 
     def rename(name: str) -> str:
         name = re.sub(r"\.down\.(\d+)\.", r".conv_blocks.\1.", name)
-        name = re.sub(r"\.up\.(\d+)\.", lambda m: f".conv_blocks.{last - int(m[1])}.", name)
+        name = re.sub(r"\.up\.(\d+)\.", lambda m: f".conv_blocks.{levels - 1 - int(m[1])}.", name)
         name = re.sub(r"(conv_blocks\.\d+)\.block\.", r"\1.res.", name)
         return re.sub(r"\.mid\.(\w+)\.", lambda m: f".mid.{mid[m[1]]}.", name)
 
     return rename
+
+
+def from_llamagen(name: str, levels: int) -> str:
+    """Returns the name of taming of a tensor of LlamaGen."""
+    mid = ("block_1", "attn_1", "block_2")
+    name = re.sub(r"\.mid\.(\d)\.", lambda m: f".mid.{mid[int(m[1])]}.", name)
+    name = re.sub(r"(conv_blocks\.\d+)\.res\.", r"\1.block.", name)
+    name = re.sub(r"^encoder\.conv_blocks\.", "encoder.down.", name)
+    return re.sub(
+        r"^decoder\.conv_blocks\.(\d+)\.", lambda m: f"decoder.up.{levels - 1 - int(m[1])}.", name
+    )
 
 
 def read_config(
@@ -89,7 +106,8 @@ def read_config(
         multipliers.append(channels // width)
     blocks = 1 + max(_numbers(tensors, r"encoder\.down\.0\.block\.(\d+)\."), default=0)
     attention = _numbers(tensors, r"encoder\.down\.(\d+)\.attn\.")
-    codes, code_dim = shape("quantize.embedding.weight")
+    code_logits = "quantize.proj.weight" in tensors
+    codes, code_dim = shape(f"quantize.{'embed' if code_logits else 'embedding'}.weight")
     return VQGANConfig(
         resolution=resolution,
         channels=width,
@@ -101,6 +119,7 @@ def read_config(
         code_dim=code_dim,
         codes=codes,
         unit_codes=unit_codes,
+        code_logits=code_logits,
     )
 
 

@@ -35,6 +35,10 @@ class VQGANConfig:
       unit_codes: whether latents and codebook vectors have length 1, so that the nearest code is
         the one with the most similar direction (ViT-VQGAN, Yu et al. 2022, arXiv 2110.04627;
         LlamaGen). It suits a small `code_dim`, for example 8.
+      code_logits: whether a linear layer gives the logits of the codes, and the code is the largest
+        one, instead of the nearest codebook vector. Models that were trained with the Gumbel
+        softmax need it (the tokenizer of DALL-E, arXiv 2102.12092; taming's GumbelVQ). Such models
+        can be used but not trained here.
       pixel_patch: the decoder's last layer makes squares of this side at once (sub-pixel
         convolution, Shi et al. 2016, arXiv 1609.05158), so the decoder leaves out its finest
         levels. A power of 2, below the downsampling factor. 1, as in taming: single pixels.
@@ -57,11 +61,14 @@ class VQGANConfig:
     code_dim: int = 256
     codes: int = 8192
     unit_codes: bool = False
+    code_logits: bool = False
     pixel_patch: int = 1
     halo: int | None = None
     remat: bool = False
 
-    OMITTED_DEFAULTS: ClassVar[tuple[str, ...]] = ("unit_codes", "pixel_patch", "remat")
+    OMITTED_DEFAULTS: ClassVar[tuple[str, ...]] = (
+        "unit_codes", "code_logits", "pixel_patch", "remat",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         if self.resolution % self.factor:
@@ -309,6 +316,9 @@ class VQGAN(nnx.Module):
         else:
             self.encoder = PatchEncoder(config, config.halo, rngs=rngs)
         self.to_code = Conv(config.latent, config.code_dim, 1, rngs=rngs)
+        self.logits = (
+            Conv(config.code_dim, config.codes, 1, rngs=rngs) if config.code_logits else None
+        )
         self.codebook = nnx.Param(
             jax.random.uniform(
                 rngs.params(),
@@ -333,7 +343,10 @@ class VQGAN(nnx.Module):
 
     def encode(self, images: Float[Array, "b h w 3"]) -> Int[Array, "b i j"]:
         """Encodes images in [-1, 1] to codes."""
-        return nearest_code(self.latents(images), self.vectors())
+        latents = self.latents(images)
+        if self.logits is not None:
+            return jnp.argmax(self.logits(latents), axis=-1).astype(jnp.int32)
+        return nearest_code(latents, self.vectors())
 
     def decode(self, codes: Int[Array, "b i j"]) -> Float[Array, "b h w 3"]:
         """Decodes codes to images. Values may be slightly outside [-1, 1]."""
