@@ -20,16 +20,20 @@ from leon_jax.tokenizers.image import ImageTokenizer
 from tests import peers
 
 SMALL = {
-    "ch": 32, "ch_mult": [1, 1, 2], "num_res_blocks": 2, "attn_resolutions": [8], "resolution": 32,
+    "ch": 64, "ch_mult": [1, 1, 2], "num_res_blocks": 2, "attn_resolutions": [8], "resolution": 32,
     "z_channels": 32, "embed_dim": 32, "n_embed": 64,
 }  # fmt: skip
+_TAMING_ONLY = ("attn_resolutions", "resolution")
 KINDS = {
     "vq": {"family": "taming", "kind": "vq", **SMALL},
     "ema": {"family": "taming", "kind": "ema", **SMALL},
     "gumbel": {"family": "taming", "kind": "gumbel", **SMALL},
     "ldm": {"family": "taming", "kind": "vq", **SMALL, "ch_mult": [1, 2], "attn_resolutions": [],
             "z_channels": 4, "embed_dim": 4},
-    "llamagen": {"family": "llamagen", **SMALL, "embed_dim": 8},
+    "llamagen": {
+        "family": "llamagen", **{key: SMALL[key] for key in SMALL if key not in _TAMING_ONLY},
+        "embed_dim": 8,
+    },
 }  # fmt: skip
 ENVELOPES = {"taming": "state_dict", "llamagen": "model"}
 
