@@ -19,12 +19,8 @@ from leon_jax import storage, weight_files
 from leon_jax.config import UserError
 from leon_jax.train import compiler_presets
 from leon_jax.train.branch import Branch
-from leon_jax.train.checkpoint import (
-    Checkpoints,
-    find_step,
-    load_model,
-    load_state,
-)
+from leon_jax.train.checkpoint import Checkpoints, find_step
+from leon_jax.train.checkpoint_reader import load_model, load_state
 from leon_jax.train.evaluation import Evaluator
 from leon_jax.train.global_batches import Feed
 from leon_jax.train.goodput import GoodputTracker
@@ -49,6 +45,8 @@ class LoopConfig:
     Attributes:
       log_every, save_every, sample_every: periods in steps; the last step does all three.
       keep: number of newest checkpoints to keep.
+      keep_every: the checkpoint of every multiple of this many steps is saved, and kept for good.
+        0: none.
       mesh: sizes of the mesh axes (data, fsdp, context, tensor); one may be -1.
       slices: number of TPU slices, or other groups of devices with fast links, that the `data`
         axis spans.
@@ -70,13 +68,14 @@ class LoopConfig:
     """
 
     OMITTED_DEFAULTS: ClassVar[tuple[str, ...]] = (
-        "compiler", "eval_every", "log_to", "profile", "step_timeout",
+        "compiler", "eval_every", "keep_every", "log_to", "profile", "step_timeout",
     )  # fmt: skip
 
     log_every: int = 20
     save_every: int = 200
     sample_every: int = 200
     keep: int = 2
+    keep_every: int = 0
     mesh: tuple[int, ...] = (-1, 1, 1, 1)
     slices: int = 1
     data_shards: int = 1
@@ -96,7 +95,7 @@ class LoopConfig:
         for name in counts:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("eval_every", "step_timeout"):
+        for name in ("eval_every", "keep_every", "step_timeout"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0")
         if self.log_to:
@@ -162,7 +161,9 @@ def run(
             print(f"leon train: {sentence}", file=sys.stderr)
         goodput = GoodputTracker(folder.files / "goodput.json" if is_main else None)
         documents = "" if evaluation is None else evaluation.documents
-        checkpoints = Checkpoints(workdir / "checkpoints", loop.keep, documents)
+        checkpoints = Checkpoints(
+            workdir / "checkpoints", loop.keep, documents, keep_every=loop.keep_every
+        )
 
         # State: the newest checkpoint, the weights of another run, or random weights.
         state = _initial_state(program, loop.init_from, checkpoints, feed, workdir, branch)
@@ -234,7 +235,8 @@ def run(
                 loss = evaluator.loss(measured)
                 best_loss = loss if loss < checkpoints.best_loss else None
             has_failed = skipped_in_a_row >= loop.max_skipped
-            is_saved = is_last or has_failed or step % loop.save_every == 0
+            is_milestone = bool(loop.keep_every) and step % loop.keep_every == 0
+            is_saved = is_last or has_failed or is_milestone or step % loop.save_every == 0
             if is_saved or best_loss is not None:
                 with spend("checkpoint"):
                     folder.copy_files(wait=True)

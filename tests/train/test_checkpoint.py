@@ -15,7 +15,8 @@ from leon_jax.config import UserError, to_dict
 from leon_jax.data.augment import CropConfig
 from leon_jax.models.decoder_config import DecoderConfig
 from leon_jax.models.vqgan import VQGANConfig
-from leon_jax.train.checkpoint import Checkpoints, find_step, load_model, load_weights
+from leon_jax.train.checkpoint import Checkpoints, find_step
+from leon_jax.train.checkpoint_reader import load_model, load_weights
 from leon_jax.train.run_config import check_config
 from leon_jax.train.state import TrainState
 
