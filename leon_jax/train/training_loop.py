@@ -108,7 +108,11 @@ class LoopConfig:
 
 
 def run(
-    program: Program, loop: LoopConfig, workdir: pathlib.Path, branch: Branch | None = None
+    program: Program,
+    loop: LoopConfig,
+    workdir: pathlib.Path,
+    branch: Branch | None = None,
+    start_time: float | None = None,
 ) -> TrainState:
     """Trains `program` up to step `program.config.steps`, resuming from the newest checkpoint.
 
@@ -128,6 +132,7 @@ def run(
       loop: configuration of the loop.
       workdir: the folder of the run; created if missing.
       branch: the checkpoint of another run that a new run starts from.
+      start_time: the unix time from which on the time of this start counts; None: now.
 
     Returns:
       The final state.
@@ -138,15 +143,17 @@ def run(
       SystemExit: a signal ended the run; the code is 128 + its number.
     """
     total, is_main = program.config.steps, jax.process_index() == 0
+    goodput = GoodputTracker(start_time)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_report_write_errors(workdir))
 
         options = compiler_presets.options(loop.compiler, jax.devices()[0])
 
         # Data. It comes first, so that no workdir is created if data is missing.
-        feed = Feed(program.batches, loop.data_shards)
-        evaluation = program.evaluation() if loop.eval_every else None
-        evaluator = None if evaluation is None else Evaluator(evaluation)
+        with goodput.spend("data"):
+            feed = Feed(program.batches, loop.data_shards)
+            evaluation = program.evaluation() if loop.eval_every else None
+            evaluator = None if evaluation is None else Evaluator(evaluation)
 
         # Workdir.
         folder = stack.enter_context(open_workdir(workdir))
@@ -159,14 +166,17 @@ def run(
             if evaluation is not None:
                 sentence = f"every {loop.eval_every} steps the run evaluates {evaluation.documents}"
             print(f"leon train: {sentence}", file=sys.stderr)
-        goodput = GoodputTracker(folder.files / "goodput.json" if is_main else None)
+        if is_main:
+            goodput.open(folder.files / "goodput.json")
         documents = "" if evaluation is None else evaluation.documents
-        checkpoints = Checkpoints(
-            workdir / "checkpoints", loop.keep, documents, keep_every=loop.keep_every
-        )
 
         # State: the newest checkpoint, the weights of another run, or random weights.
-        state = _initial_state(program, loop.init_from, checkpoints, feed, workdir, branch)
+        with goodput.spend("restore"):
+            checkpoints = Checkpoints(
+                workdir / "checkpoints", loop.keep, documents, keep_every=loop.keep_every
+            )
+            state = _initial_state(program, loop.init_from, checkpoints, feed, workdir, branch)
+            jax.block_until_ready(state)
         start = int(state.step)
         goodput.resume(start)
         tracker = Tracker(loop.log_to, folder, run_config) if loop.log_to and is_main else None
@@ -180,7 +190,8 @@ def run(
         profiler = stack.enter_context(Profiler(workdir, loop.profile))
         watchdog = stack.enter_context(contextlib.closing(Watchdog(workdir, loop.step_timeout)))
         if start < total:
-            batch = next(feed)
+            with goodput.spend("data"):
+                batch = next(feed)
             with goodput.spend("compile"):
                 step_function = jax.jit(skip_nonfinite(program.step), donate_argnums=0)
                 train_step = step_function.lower(state, batch).compile(dict(options))
@@ -214,6 +225,10 @@ def run(
                     state, values = train_step(state, batch)
                 watchdog.add(values[SKIPPED])
                 profiler.end(step, values)
+                if step == start + 1 and is_main:
+                    jax.block_until_ready(values)
+                    summary = goodput.first_step_summary()
+                    print(f"first step after {summary}", file=sys.stderr)
             metrics.add(values)
 
             # Read only once a step: a signal during logging or saving takes effect after the next.

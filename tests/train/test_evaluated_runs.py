@@ -145,9 +145,12 @@ def test_a_run_can_continue_with_and_without_evaluation(runs, tmp_path):
 
 def test_the_wall_time_of_a_run_of_an_earlier_version_is_kept(tmp_path):
     path = tmp_path / "goodput.json"
-    GoodputTracker(path).report(0)
+    tracker = GoodputTracker()
+    tracker.open(path)
+    tracker.report(0)
     saved = json.loads(path.read_text())
     del saved["seconds"]["evaluate"]
     path.write_text(json.dumps(saved | {"seconds": {**saved["seconds"], "step": 50.0}}))
-    seconds = GoodputTracker(path).seconds
-    assert seconds["step"] == 50 and seconds["evaluate"] == 0
+    tracker = GoodputTracker()
+    tracker.open(path)
+    assert tracker.seconds["step"] == 50 and tracker.seconds["evaluate"] == 0

@@ -326,6 +326,20 @@ def test_goodput_spans_starts_and_adds_up_to_the_wall_time(tmp_path):
     assert wall - sum(seconds.values()) < wall
 
 
+def test_the_time_to_the_first_step_is_printed_by_part_and_counted(tmp_path, capfd):
+    for steps in (2, 4):
+        start_time = time.time() - 5
+        training_loop.run(ToyProgram(ToyConfig(steps)), SETTINGS, tmp_path, start_time=start_time)
+        (line,) = re.findall(r"^first step after (.*)$", capfd.readouterr().err, re.MULTILINE)
+        total, _, parts = line.partition(" s: ")
+        seconds = {name: float(value) for name, value in re.findall(r"(\w+) ([\d.]+) s", parts)}
+        assert list(seconds) == ["start", "data", "restore", "compile", "step"]
+        assert seconds["start"] >= 5
+        assert sum(seconds.values()) == pytest.approx(float(total), abs=0.31)
+    booked = json.loads((tmp_path / "goodput.json").read_text())["seconds"]
+    assert booked["start"] >= 10 and booked["data"] > 0 and booked["restore"] > 0
+
+
 def test_a_new_run_starts_from_the_weights_of_another_run(uninterrupted, tmp_path):
     settings = dataclasses.replace(SETTINGS, init_from=str(uninterrupted))
     state = training_loop.run(ToyProgram(ToyConfig(0)), settings, tmp_path)
