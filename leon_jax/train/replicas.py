@@ -63,6 +63,7 @@ def _stacked(array: Array | None, target: jax.ShapeDtypeStruct) -> Array:
     dtype = jnp.dtype(f"uint{target.dtype.itemsize * 8}")
     pieces: dict[jax.Device, Array] = {}
     if array is not None:
+        assert isinstance(array.sharding, jax.NamedSharding)
         with jax.set_mesh(array.sharding.mesh):
             words = _words(array, dtype)
         pieces = {shard.device: shard.data for shard in words.addressable_shards}
