@@ -28,6 +28,8 @@ from leon_jax.train.supervisor import STUCK
 
 # Seconds that a host waits for the files of the others, besides two of their looks.
 _GRACE_SECONDS = 10.0
+# Seconds in which the other hosts exit. They look for the files every 0.1 s.
+_EXIT_SECONDS = 2.0
 
 
 class Watchdog:
@@ -121,6 +123,9 @@ class Watchdog:
         writer = threading.Thread(target=self._write_stacks, daemon=True)
         writer.start()
         writer.join(_GRACE_SECONDS + 2 * self._interval)
+        if jax.process_count() > 1 and not jax.process_index():
+            # Without this process, which coordinates the others, they would be aborted.
+            time.sleep(_EXIT_SECONDS)
         os._exit(STUCK)
 
     def _write_stacks(self) -> None:
