@@ -111,21 +111,14 @@ def test_a_decoder_is_trained_exported_and_used_in_a_bucket(disk, bucket, tmp_pa
     assert len(generated) == 2 and generated == images(f"{disk}/model", tmp_path / "from_disk")
 
 
-CONFIG = """
-from ml_collections import ConfigDict
-from tests.end_to_end import test_buckets
-
-def get_config():
-    config = test_buckets.config_of({base!r}, {steps})
-    config["loop"] |= dict(mesh=(2, 1, 1, 1), slices=2, data_shards=2, save_every=1_000_000)
-    return ConfigDict(config)
-"""
-
-
 def start_pair(base: str, steps: int, folder: pathlib.Path) -> subprocess.Popen:
     """Starts a run of two processes, each a slice, in `base`/run."""
+    values = config_of(base, steps)
+    values["loop"] |= {"mesh": (2, 1, 1, 1), "slices": 2, "data_shards": 2, "save_every": 10**6}
     config = folder / "config.py"
-    config.write_text(CONFIG.format(base=base, steps=steps))
+    config.write_text(
+        f"from ml_collections import ConfigDict\ndef get_config(): return ConfigDict({values!r})\n"
+    )
     return subprocess.Popen(
         [
             sys.executable, ROOT / "launch/local.py", "--processes=2", "--",
