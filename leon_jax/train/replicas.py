@@ -85,7 +85,7 @@ def _words(array: Array, dtype: np.dtype) -> Array:
     return jax.lax.bitcast_convert_type(array, dtype)[None]
 
 
-@functools.partial(jax.jit, static_argnames=("dtype", "sharding"), donate_argnums=0)
+@functools.partial(jax.jit, static_argnames=("dtype", "sharding"))
 def _sum(words: Array, dtype: np.dtype, sharding: jax.NamedSharding) -> Array:
     array = jax.lax.bitcast_convert_type(words.sum(0, dtype=words.dtype), dtype)
     return jax.reshard(array, sharding)
