@@ -51,7 +51,7 @@ def main(argv: list[str]) -> None:
         the format.
     """
     del argv
-    if (_FROM.value is None) == (_TO.value is None):
+    if bool(_FROM.value) == bool(_TO.value):
         raise UserError("give --from or --to, for example --from=taming")
     if not _SOURCE.value:
         raise UserError("--source is missing; it names a file or a folder")
@@ -60,15 +60,15 @@ def main(argv: list[str]) -> None:
     from leon_jax import storage
     from leon_jax.convert import record
 
-    out = storage.path(_OUT.value)
+    source, out = storage.path(_SOURCE.value), storage.path(_OUT.value)
     record.check_out(out)
-    if _FROM.value is not None:
-        _read(_FROM.value, out)
-    else:
-        _write(_TO.value, out)
+    if _FROM.value:
+        _read(_FROM.value, source, out)
+    elif _TO.value:
+        _write(_TO.value, source, out)
 
 
-def _read(name: str, out: pathlib.Path) -> None:
+def _read(name: str, source: pathlib.Path, out: pathlib.Path) -> None:
     """Converts to the format of leon_jax."""
     import json
 
@@ -77,7 +77,7 @@ def _read(name: str, out: pathlib.Path) -> None:
     from leon_jax.convert import check, checkpoint, image_tokenizers, record
 
     family = image_tokenizers.FAMILIES[name]
-    opened = checkpoint.open_checkpoint(storage.path(_SOURCE.value))
+    opened = checkpoint.open_checkpoint(source)
     config = None if _CONFIG.value is None else storage.local(storage.path(_CONFIG.value))
     converted = image_tokenizers.read(family, opened.tensors, config, _RESOLUTION.value)
     values = configuration.to_dict(converted.config)
@@ -117,14 +117,14 @@ def _read(name: str, out: pathlib.Path) -> None:
     print(f"wrote {out}")
 
 
-def _write(name: str, out: pathlib.Path) -> None:
+def _write(name: str, source: pathlib.Path, out: pathlib.Path) -> None:
     """Converts from the format of leon_jax."""
-    from leon_jax import storage, weight_files
+    from leon_jax import weight_files
     from leon_jax.config import build
     from leon_jax.convert import image_tokenizers, record, torch_file
     from leon_jax.models.vqgan import VQGANConfig
 
-    source, family = storage.path(_SOURCE.value), image_tokenizers.FAMILIES[name]
+    family = image_tokenizers.FAMILIES[name]
     path = source / "tokenizer.safetensors" if source.is_dir() else source
     arrays, values = weight_files.load(path, "tokenizer")
     config = build(VQGANConfig, values, "config")

@@ -70,6 +70,13 @@ class Placeholder:
         del item
 
 
+class _Dict(dict):
+    """A dictionary that ignores attributes, such as `_metadata` of a module's state."""
+
+    def __setstate__(self, state):
+        del state
+
+
 @dataclasses.dataclass(frozen=True)
 class _Storage:
     """The numbers of one or more tensors.
@@ -160,7 +167,7 @@ class _Unpickler(pickle.Unpickler):
         """Returns what stands for a name in the pickle. It imports nothing."""
         match module, name:
             case "collections", "OrderedDict":
-                return dict
+                return _Dict
             case "torch._utils", "_rebuild_tensor" | "_rebuild_tensor_v2":
                 return _tensor
             case "torch._utils", "_rebuild_parameter":

@@ -65,7 +65,13 @@ def test_objects_of_other_classes_are_placeholders(written, name):
     assert content["epoch"] == 3 and content["optimizer"]["step"] == 7
     assert content["hyper"][2] == {1, 2}
     for value in (*content["callbacks"].values(), content["numpy"], *content["hyper"][:2]):
-        assert isinstance(value, torch_file.Placeholder)
+        kind = value if isinstance(value, type) else type(value)
+        assert issubclass(kind, torch_file.Placeholder)
+
+
+@pytest.mark.peers
+def test_the_state_of_a_module_is_read(written):
+    assert torch_file.read_weights(written[0] / "linear.pth").keys() == {"weight", "bias"}
 
 
 @pytest.mark.peers
