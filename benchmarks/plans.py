@@ -211,7 +211,6 @@ def train_row(labels: list[str], content: dict, with_run: bool = True) -> str:
     setting, figures = content["setting"], content["figures"]
     cells = [*labels, f"{setting['remat']}, {setting['microbatches']}", *step_cells(content)]
     if with_run:
-        cells += [f"{figures['evaluation_peak'] / GIB:.1f}"]
         cells += [f"{figures['tokens_per_second'] / 1e6:.2f}", f"{figures['days']:.1f}"]
     return f"| {' | '.join(cells)} |"
 
@@ -224,8 +223,7 @@ def other_row(labels: list[str], content: dict) -> str:
     per_second = next(figures[f"{unit}_per_second"] for unit in ("pictures", "pairs")
                       if f"{unit}_per_second" in figures)  # fmt: skip
     is_recomputed = "yes" if content["setting"]["remat"] else "no"
-    run = [f"{figures['evaluation_peak'] / GIB:.1f}", f"{per_second:,.0f}"]
-    run += [f"{figures['days']:.1f}"]
+    run = [f"{per_second:,.0f}", f"{figures['days']:.1f}"]
     return f"| {' | '.join([*labels, is_recomputed, *step_cells(content), *run])} |"
 
 
@@ -293,8 +291,18 @@ def best_flags(model: str, topology: str) -> list[str]:
         "--mesh=-1,64,1,1",
         f"--config.model.remat={remat}",
         f"--config.microbatches={microbatches}",
-        EVALUATED,
+        *((EVALUATED,) if model == "7B" else ()),
     ]
+
+
+def evaluation_sentence(plans: dict[str, dict]) -> str:
+    """Returns the peak memory of evaluations, by the name of the model and the topology."""
+    peaks = [
+        f"{content['figures']['evaluation_peak'] / GIB:.1f} for the {name}"
+        for name, content in plans.items()
+        if not content.get("missing")
+    ]
+    return f"{', '.join(peaks[:-1])} and {peaks[-1]}"
 
 
 def main() -> None:
@@ -303,16 +311,23 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=40, help="the longest time of a program")
     arguments = parser.parse_args()
     plan = Results(arguments.results, arguments.minutes).plan
-    best = [train_row(list(labels), plan(*best_flags(*labels))) for labels in SETTINGS]
+    plans = {labels: plan(*best_flags(*labels)) for labels in SETTINGS}
+    best = [train_row(list(labels), content) for labels, content in plans.items()]
+    evaluated = {
+        f"{model} on {topology}": content
+        for (model, topology), content in plans.items()
+        if model == "7B"
+    }
     meshes = []
     for mesh in MESHES:
         content = plan("--config=configs/cm3leon_7b.py", "--topology=v5p:8x8x4", f"--mesh={mesh}")
         meshes.append(train_row([mesh.replace(",", " x ")], content, with_run=False))
-    others = [
-        other_row([name, topology], plan(*flags, f"--topology={topology}", EVALUATED))
-        for name, flags in OTHERS
-        for topology in SMALL_PODS
-    ]
+    others = []
+    for name, flags in OTHERS:
+        for topology in SMALL_PODS:
+            content = plan(*flags, f"--topology={topology}", EVALUATED)
+            evaluated[f"{name} on {topology}"] = content
+            others.append(other_row([name, topology], content))
     decoding = []
     for topology, rows, weights, cache in DECODING:
         content = plan(
@@ -337,13 +352,8 @@ def main() -> None:
         "MFU at most (nothing hidden)",
     ]
     columns = ["remat, microbatches", *step_columns]
-    evaluation = "peak of an evaluation, GiB"
-    best_table = table(
-        ["model", "topology", *columns, evaluation, "million tokens/s", "days"], best
-    )
-    others_table = table(
-        ["model", "topology", "remat", *step_columns, evaluation, "images/s", "days"], others
-    )
+    best_table = table(["model", "topology", *columns, "million tokens/s", "days"], best)
+    others_table = table(["model", "topology", "remat", *step_columns, "images/s", "days"], others)
     presets_table = table(
         ["topology", "preset", "peak, GiB", "sent, GB", "collectives: synchronous / asynchronous",
          "MFU at most (nothing hidden)"],
@@ -359,6 +369,7 @@ def main() -> None:
     text = PAGE.format(
         best=best_table,
         presets=presets_table,
+        evaluations=evaluation_sentence(evaluated),
         meshes=meshes_table,
         others=others_table,
         generation=decoding_table,
