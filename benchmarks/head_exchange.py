@@ -31,7 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("out/head_exchange"))
     parser.add_argument("--data", default="data/emoji_prepared", help="the prepared folder")
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=200)
     arguments = parser.parse_args()
     losses, held_out = {}, {}
     for name, (exchange, seed) in RUNS.items():
@@ -49,13 +49,14 @@ def train(run: pathlib.Path, data: str, steps: int, exchange: str, seed: int) ->
         "steps": steps,
         "seed": seed,
         "head_exchange": exchange,
-        "batch_size": 16,
-        "model.layers": 3,
-        "model.embed": 96,
-        "model.mlp": 384,
-        "optimizer.warmup_steps": 50,
+        "batch_size": 8,
+        "model.layers": 2,
+        "model.embed": 64,
+        "model.mlp": 256,
+        "optimizer.warmup_steps": 20,
         "data.folder": data,
         "data.variants": 1,
+        "data.length": 256,
         "data.text": ROOT / "leon_jax/weights/emoji/text.json",
         "samples.image": "",
         "loop.mesh": "(2, 4, 1, 1)",
@@ -74,7 +75,7 @@ def train(run: pathlib.Path, data: str, steps: int, exchange: str, seed: int) ->
     subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
 
 
-def table(losses: dict[str, np.ndarray], held_out: dict[str, float], width: int = 50) -> str:
+def table(losses: dict[str, np.ndarray], held_out: dict[str, float], width: int = 25) -> str:
     """Returns a Markdown table: mean losses of `width` steps, and the differences of the runs."""
     names = list(losses)
     rows = [f"| steps | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
