@@ -67,7 +67,7 @@ PAGE = """\
 
 ```bash
 leon plan --config=configs/cm3leon_7b.py --topology=v5p:8x8x4 --mesh=-1,64,1,1 \\
-  --config.model.remat=dots_and_attention --config.microbatches=1 --config.loop.compiler=v5p \
+  --config.model.remat=dots_and_attention --config.microbatches=1 --config.loop.compiler=v5p \\
   --config.loop.eval_every=1000
 leon plan --config=configs/cm3leon_7b.py --topology=v5p:8x8x4 --search
 leon plan --config=configs/cm3leon_7b.py --program=decode --topology=v5e:2x4 --rows=1 --weights=int8
