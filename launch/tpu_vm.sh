@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs `leon train` on Cloud TPU slices (queued resources).
 #
-#   launch/tpu_vm.sh keep --config=configs/cm3leon_350m.py --workdir=/runs/leon ...
+#   launch/tpu_vm.sh keep --config=configs/cm3leon_350m.py --workdir=gs://BUCKET/leon ...
 #
 # requests the slices, waits for them, installs the image and starts the run. After a preemption it
 # repeats these steps until the run has finished. Single steps: create, ready, install, start FLAGS,
@@ -9,9 +9,9 @@
 set -euo pipefail
 
 : "${IMAGE:?the image of launch/Dockerfile, as REGION-docker.pkg.dev/PROJECT/REPOSITORY/leon:tpu}"
-: "${SHARE:?a network file system as HOST:/FOLDER, which all hosts mount at /runs}"
 : "${ZONE:?the zone of the TPUs, for example us-east5-b}"
 NAME=${NAME:-leon}
+SHARE=${SHARE:-} # instead of a bucket: a network file system, HOST:/FOLDER, mounted at /runs
 ACCELERATOR=${ACCELERATOR:-v6e-16} # of one slice
 RUNTIME=${RUNTIME:-v2-alpha-tpuv6e}
 SLICES=${SLICES:-1}
@@ -52,20 +52,27 @@ ready() { # waits until the slices are active; fails if the request failed or do
 }
 
 install() { # may be repeated
-  on_all "set -e
-    mountpoint -q /runs || {
+  local mount=""
+  if [[ -n $SHARE ]]; then
+    mount="mountpoint -q /runs || {
       sudo apt-get update -qq && sudo apt-get install -qq nfs-common
       sudo mkdir -p /runs && sudo mount -t nfs $SHARE /runs
-    }
+    }"
+  fi
+  on_all "set -e
+    $mount
     sudo gcloud auth configure-docker ${IMAGE%%/*} --quiet
     sudo docker pull --quiet $IMAGE"
 }
 
 start() { # FLAGS of `leon train`
-  local flags
+  local flags options=()
   flags=$(printf ' %q' --distributed --config.loop.slices="$SLICES" "$@")
+  # A restart takes the lock of a workdir in a bucket from its predecessor at once.
+  options+=(--env=LEON_RUN="$ZONE/$NAME" --env=LEON_ATTEMPT="$(date +%s)")
+  if [[ -n $SHARE ]]; then options+=(--volume=/runs:/runs); fi
   on_all "{ sudo docker stop --time=600 leon; sudo docker rm leon; } >/dev/null 2>&1
-    sudo docker run --detach --name=leon --privileged --net=host --volume=/runs:/runs $IMAGE train$flags"
+    sudo docker run --detach --name=leon --privileged --net=host ${options[*]} $IMAGE train$flags"
 }
 
 status() { # of the first host: `running 0`, `exited CODE` or `none`; fails if the host is unreachable

@@ -13,12 +13,13 @@ Fault = Callable[[int, str], str | float | None]
 
 
 @contextlib.contextmanager
-def proxy(url: str, fault: Fault) -> Iterator[str]:
+def proxy(url: str, fault: Fault, answers: list[tuple[str, int]] | None = None) -> Iterator[str]:
     """Runs a proxy of the server at `url` and yields its address.
 
     Args:
       url: the server.
       fault: called with the number of the request, from 1 on, and with "METHOD /path".
+      answers: receives "METHOD /path" and the size in bytes of each answer of the server.
     """
     numbers, mutex = iter(range(1, 10**9)), threading.Lock()
 
@@ -34,7 +35,8 @@ def proxy(url: str, fault: Fault) -> Iterator[str]:
                 self.rfile.readline()
             with mutex:
                 number = next(numbers)
-            disturbance = fault(number, f"{self.command} {urllib.parse.unquote(self.path)}")
+            line = f"{self.command} {urllib.parse.unquote(self.path)}"
+            disturbance = fault(number, line)
             if disturbance == "reset":
                 self.close_connection = True
                 self.connection.close()
@@ -53,6 +55,8 @@ def proxy(url: str, fault: Fault) -> Iterator[str]:
             connection.request(self.command, self.path, body, headers)
             response = connection.getresponse()
             content = response.read()
+            if answers is not None:
+                answers.append((line, len(content)))
             self.answer(response.status, dict(response.getheaders()), content)
             connection.close()
 

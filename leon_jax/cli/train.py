@@ -23,6 +23,7 @@ import pathlib
 import signal
 import sys
 import threading
+import time
 from typing import Any
 
 from absl import flags
@@ -118,6 +119,7 @@ def main(argv: list[str]) -> None:
 
 def _train(kind: str, values: dict[str, Any], workdir: pathlib.Path) -> None:
     """Trains a model in this process; with --distributed it is one of several."""
+    start_time = time.time()
     # The loop handles this signal. Until then its default effect would end the process.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     import jax
@@ -146,7 +148,7 @@ def _train(kind: str, values: dict[str, Any], workdir: pathlib.Path) -> None:
         if jax.process_index() == 0:
             print(f"leon train: {sentence}", file=sys.stderr)
     with jax.set_mesh(mesh):
-        training_loop.run(program, settings, workdir, new_branch)
+        training_loop.run(program, settings, workdir, new_branch, start_time)
 
 
 def _check_process_flags() -> None:

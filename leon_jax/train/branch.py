@@ -26,7 +26,8 @@ from leon_jax import storage
 from leon_jax.config import UserError
 from leon_jax.data.config import FolderComponent
 from leon_jax.export import provenance
-from leon_jax.train.checkpoint import find_step, load_data
+from leon_jax.train.checkpoint import find_step
+from leon_jax.train.checkpoint_reader import load_data
 from leon_jax.train.programs import make_program
 from leon_jax.train.run_config import MAY_CHANGE, differences
 from leon_jax.train.state import Program

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from leon_jax import config as configs
 from leon_jax import sharding
 from leon_jax.export import provenance
-from leon_jax.train.checkpoint import find_step, load_model
+from leon_jax.train.checkpoint import find_step
+from leon_jax.train.checkpoint_reader import load_model
 from leon_jax.train.decoder import DecoderProgram
 from leon_jax.train.decoder_config import DecoderTraining
 from leon_jax.train.image_tokenizer import TokenizerConfig, TokenizerProgram

@@ -28,6 +28,12 @@ def target(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
+def on_mesh(leaf: jax.ShapeDtypeStruct, mesh: jax.sharding.Mesh) -> jax.ShapeDtypeStruct:
+    """Returns a stored array's shape and dtype with its sharding on another mesh."""
+    sharding = jax.NamedSharding(mesh, leaf.sharding.spec)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
 def checksums(arrays: dict[str, Array]) -> dict[str, int]:
     """Returns the sum of each array's words modulo 2^32, which is independent of the sharding."""
     return {name: int(value) for name, value in jax.device_get(_word_sums(arrays)).items()}

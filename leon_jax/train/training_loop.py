@@ -19,12 +19,8 @@ from leon_jax import storage, weight_files
 from leon_jax.config import UserError
 from leon_jax.train import compiler_presets
 from leon_jax.train.branch import Branch
-from leon_jax.train.checkpoint import (
-    Checkpoints,
-    find_step,
-    load_model,
-    load_state,
-)
+from leon_jax.train.checkpoint import Checkpoints, find_step
+from leon_jax.train.checkpoint_reader import load_model, load_state
 from leon_jax.train.evaluation import Evaluator
 from leon_jax.train.global_batches import Feed
 from leon_jax.train.goodput import GoodputTracker
@@ -49,6 +45,8 @@ class LoopConfig:
     Attributes:
       log_every, save_every, sample_every: periods in steps; the last step does all three.
       keep: number of newest checkpoints to keep.
+      keep_every: the checkpoint of every multiple of this many steps is saved, and kept for good.
+        0: none.
       mesh: sizes of the mesh axes (data, fsdp, context, tensor); one may be -1.
       slices: number of TPU slices, or other groups of devices with fast links, that the `data`
         axis spans.
@@ -70,13 +68,14 @@ class LoopConfig:
     """
 
     OMITTED_DEFAULTS: ClassVar[tuple[str, ...]] = (
-        "compiler", "eval_every", "log_to", "profile", "step_timeout",
+        "compiler", "eval_every", "keep_every", "log_to", "profile", "step_timeout",
     )  # fmt: skip
 
     log_every: int = 20
     save_every: int = 200
     sample_every: int = 200
     keep: int = 2
+    keep_every: int = 0
     mesh: tuple[int, ...] = (-1, 1, 1, 1)
     slices: int = 1
     data_shards: int = 1
@@ -96,7 +95,7 @@ class LoopConfig:
         for name in counts:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("eval_every", "step_timeout"):
+        for name in ("eval_every", "keep_every", "step_timeout"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0")
         if self.log_to:
@@ -109,7 +108,11 @@ class LoopConfig:
 
 
 def run(
-    program: Program, loop: LoopConfig, workdir: pathlib.Path, branch: Branch | None = None
+    program: Program,
+    loop: LoopConfig,
+    workdir: pathlib.Path,
+    branch: Branch | None = None,
+    start_time: float | None = None,
 ) -> TrainState:
     """Trains `program` up to step `program.config.steps`, resuming from the newest checkpoint.
 
@@ -129,6 +132,7 @@ def run(
       loop: configuration of the loop.
       workdir: the folder of the run; created if missing.
       branch: the checkpoint of another run that a new run starts from.
+      start_time: the unix time from which on the time of this start counts; None: now.
 
     Returns:
       The final state.
@@ -139,15 +143,17 @@ def run(
       SystemExit: a signal ended the run; the code is 128 + its number.
     """
     total, is_main = program.config.steps, jax.process_index() == 0
+    goodput = GoodputTracker(start_time)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_report_write_errors(workdir))
 
         options = compiler_presets.options(loop.compiler, jax.devices()[0])
 
         # Data. It comes first, so that no workdir is created if data is missing.
-        feed = Feed(program.batches, loop.data_shards)
-        evaluation = program.evaluation() if loop.eval_every else None
-        evaluator = None if evaluation is None else Evaluator(evaluation)
+        with goodput.spend("data"):
+            feed = Feed(program.batches, loop.data_shards)
+            evaluation = program.evaluation() if loop.eval_every else None
+            evaluator = None if evaluation is None else Evaluator(evaluation)
 
         # Workdir.
         folder = stack.enter_context(open_workdir(workdir))
@@ -160,12 +166,17 @@ def run(
             if evaluation is not None:
                 sentence = f"every {loop.eval_every} steps the run evaluates {evaluation.documents}"
             print(f"leon train: {sentence}", file=sys.stderr)
-        goodput = GoodputTracker(folder.files / "goodput.json" if is_main else None)
+        if is_main:
+            goodput.open(folder.files / "goodput.json")
         documents = "" if evaluation is None else evaluation.documents
-        checkpoints = Checkpoints(workdir / "checkpoints", loop.keep, documents)
 
         # State: the newest checkpoint, the weights of another run, or random weights.
-        state = _initial_state(program, loop.init_from, checkpoints, feed, workdir, branch)
+        with goodput.spend("restore"):
+            checkpoints = Checkpoints(
+                workdir / "checkpoints", loop.keep, documents, keep_every=loop.keep_every
+            )
+            state = _initial_state(program, loop.init_from, checkpoints, feed, workdir, branch)
+            jax.block_until_ready(state)
         start = int(state.step)
         goodput.resume(start)
         tracker = Tracker(loop.log_to, folder, run_config) if loop.log_to and is_main else None
@@ -179,7 +190,8 @@ def run(
         profiler = stack.enter_context(Profiler(workdir, loop.profile))
         watchdog = stack.enter_context(contextlib.closing(Watchdog(workdir, loop.step_timeout)))
         if start < total:
-            batch = next(feed)
+            with goodput.spend("data"):
+                batch = next(feed)
             with goodput.spend("compile"):
                 step_function = jax.jit(skip_nonfinite(program.step), donate_argnums=0)
                 train_step = step_function.lower(state, batch).compile(dict(options))
@@ -213,6 +225,10 @@ def run(
                     state, values = train_step(state, batch)
                 watchdog.add(values[SKIPPED])
                 profiler.end(step, values)
+                if step == start + 1 and is_main:
+                    jax.block_until_ready(values)
+                    summary = goodput.first_step_summary()
+                    print(f"first step after {summary}", file=sys.stderr)
             metrics.add(values)
 
             # Read only once a step: a signal during logging or saving takes effect after the next.
@@ -234,7 +250,8 @@ def run(
                 loss = evaluator.loss(measured)
                 best_loss = loss if loss < checkpoints.best_loss else None
             has_failed = skipped_in_a_row >= loop.max_skipped
-            is_saved = is_last or has_failed or step % loop.save_every == 0
+            is_milestone = bool(loop.keep_every) and step % loop.keep_every == 0
+            is_saved = is_last or has_failed or is_milestone or step % loop.save_every == 0
             if is_saved or best_loss is not None:
                 with spend("checkpoint"):
                     folder.copy_files(wait=True)

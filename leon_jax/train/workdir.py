@@ -17,7 +17,7 @@ import jax
 from leon_jax import bucket_lock, file_lock, storage
 from leon_jax.bucket_lock import BucketLock
 from leon_jax.config import UserError
-from leon_jax.train.checkpoint import on_all_processes
+from leon_jax.train.replicas import on_all_processes
 
 # Seconds between two copies of growing files to a bucket.
 _COPY_SECONDS = 30.0

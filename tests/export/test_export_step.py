@@ -13,7 +13,7 @@ from leon_jax.cli import main
 from leon_jax.data.config import ImageDataConfig
 from leon_jax.model_folder import ModelFolder
 from leon_jax.train import training_loop
-from leon_jax.train.checkpoint import load_model
+from leon_jax.train.checkpoint_reader import load_model
 from leon_jax.train.decoder import DecoderProgram
 from leon_jax.train.decoder_config import DecoderTraining
 from tests import tiny

@@ -20,7 +20,7 @@ IMAGE = "us-east5-docker.pkg.dev/project/images/leon:tpu"
 # Spaces, quotes and parentheses must arrive unchanged.
 FLAGS = [
     "--config=configs/cm3leon_350m.py",
-    "--workdir=/runs/it's one",
+    "--workdir=gs://bucket/it's one",
     "--config.loop.mesh=(2, 8, 1, 1)",
 ]
 
@@ -44,7 +44,7 @@ class Cloud:
         """Runs the script and returns its stderr."""
         environment = os.environ | {
             "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}", "FAKE_CLOUD": str(self.folder),
-            "IMAGE": IMAGE, "SHARE": "10.0.0.2:/runs", "ZONE": "us-east5-b", "POLL": "0",
+            "IMAGE": IMAGE, "ZONE": "us-east5-b", "POLL": "0",
         }  # fmt: skip
         result = subprocess.run(
             [str(SCRIPT), *words],
@@ -79,7 +79,7 @@ def test_a_run_is_started_and_restarted_after_a_preemption(tmp_path):
     statuses = ["none", "running 0", "none", "running 0", "exited 0"]
     cloud = Cloud(tmp_path, states, statuses)
     assert "finished" in cloud.run("keep", *FLAGS)
-    start = ["create", "mount", "pull", "run"]
+    start = ["create", "pull", "run"]
     assert cloud.changes() == [*start, "delete", *start]
     first, second = cloud.started()
     assert first == second == ["train", "--distributed", "--config.loop.slices=1", *FLAGS]
@@ -93,13 +93,30 @@ def test_the_flags_are_those_of_leon_train(tmp_path):
     assert names <= defined_flags(verb)
 
 
-def test_all_hosts_mount_the_share_and_pull_the_image(tmp_path):
+@pytest.mark.parametrize("share", ["", "10.0.0.2:/runs"])
+def test_all_hosts_pull_the_image_and_mount_a_share_if_there_is_one(tmp_path, share):
     cloud = Cloud(tmp_path, [])
-    cloud.run("install")
+    cloud.run("install", SHARE=share)
+    cloud.run("start", SHARE=share)
     (ssh, *on_host) = cloud.calls()
     assert {"--node=all", "--worker=all", "--zone=us-east5-b"} <= set(ssh)
-    assert ["sudo", "mount", "-t", "nfs", "10.0.0.2:/runs", "/runs"] in on_host
-    assert on_host[-1] == ["sudo", "docker", "pull", "--quiet", IMAGE]
+    assert ["sudo", "docker", "pull", "--quiet", IMAGE] in on_host
+    assert (["sudo", "mount", "-t", "nfs", share, "/runs"] in on_host) == bool(share)
+    (started,) = (call for call in on_host if call[1:3] == ["docker", "run"])
+    assert ("--volume=/runs:/runs" in started) == bool(share)
+
+
+def test_a_restart_is_the_next_attempt_of_the_same_run(tmp_path):
+    """So it takes the lock of a workdir in a bucket at once."""
+    cloud = Cloud(tmp_path, ["ACTIVE"] * 3, ["exited 134", "exited 142", "exited 0"])
+    cloud.run("keep", *FLAGS, POLL="1.1")
+    starts = [call for call in cloud.calls() if call[1:3] == ["docker", "run"]]
+    attempts = []
+    for call in starts:
+        assert "--env=LEON_RUN=us-east5-b/leon" in call
+        (attempt,) = (word for word in call if word.startswith("--env=LEON_ATTEMPT="))
+        attempts.append(int(attempt.partition("ATTEMPT=")[2]))
+    assert len(attempts) == 2 and attempts[0] < attempts[1]
 
 
 def test_one_slice_is_one_node_and_several_slices_have_a_node_count(tmp_path):
@@ -116,7 +133,7 @@ def test_one_slice_is_one_node_and_several_slices_have_a_node_count(tmp_path):
 def test_a_crash_is_restarted_and_a_mistake_is_not(tmp_path):
     cloud = Cloud(tmp_path, ["ACTIVE"] * 3, ["exited 134", "running 0", "exited 2"])
     assert "mistake" in cloud.run("keep", *FLAGS, code=2)
-    assert cloud.changes() == ["mount", "pull", "run"]
+    assert cloud.changes() == ["pull", "run"]
 
 
 def test_an_unknown_state_changes_nothing(tmp_path):
@@ -128,7 +145,7 @@ def test_an_unknown_state_changes_nothing(tmp_path):
 def test_unreachable_hosts_are_tried_again(tmp_path):
     cloud = Cloud(tmp_path, ["ACTIVE"] * 3, ["none", "unreachable", "none", "exited 0"])
     assert "not all hosts could start" in cloud.run("keep", *FLAGS)
-    assert cloud.changes() == ["mount", "pull", "run"]
+    assert cloud.changes() == ["pull", "run"]
 
 
 @pytest.mark.parametrize(
@@ -146,7 +163,7 @@ def test_stop_gives_the_run_time_to_save(tmp_path):
     assert cloud.calls()[-1] == ["sudo", "docker", "stop", "--time=600", "leon"]
 
 
-@pytest.mark.parametrize("name", ["IMAGE", "SHARE", "ZONE"])
+@pytest.mark.parametrize("name", ["IMAGE", "ZONE"])
 def test_missing_variables_are_named(tmp_path, name):
     assert f"{name}: " in Cloud(tmp_path, []).run("create", code=1, **{name: ""})
 

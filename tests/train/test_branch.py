@@ -20,7 +20,10 @@ from leon_jax.train.decoder_config import DecoderTraining
 from leon_jax.train.optimizer import OptimizerConfig, learning_rate
 from tests.train.test_decoder_program import make_config, write_data
 
-LOOP = training_loop.LoopConfig(log_every=1, save_every=4, sample_every=1000, keep=30)
+# The checkpoints of steps 4 and 8 stay as milestones.
+LOOP = training_loop.LoopConfig(
+    log_every=1, save_every=1000, sample_every=1000, keep=1, keep_every=4
+)
 STEPS = 12
 
 

@@ -45,7 +45,9 @@ def metrics_steps(run: pathlib.Path) -> list[int]:
 def test_two_starts_in_a_bucket_give_the_model_of_one_on_a_disk(run, on_disk):
     training_loop.run(ToyProgram(ToyConfig(13)), SETTINGS, run)
     assert complete_steps(run / "checkpoints") == [12, 13]
-    training_loop.run(ToyProgram(ToyConfig(30)), SETTINGS, run)
+    milestones = dataclasses.replace(SETTINGS, keep=1, keep_every=10)
+    training_loop.run(ToyProgram(ToyConfig(30)), milestones, run)
+    assert complete_steps(run / "checkpoints") == [20, 30]
     np.testing.assert_array_equal(exported_kernel(run), on_disk)
     assert metrics_steps(run) == [3, 6, 9, 12, 13, 15, 18, 21, 24, 27, 30]
     assert len(list((run / "samples").glob("kernel_*.png"))) == 7

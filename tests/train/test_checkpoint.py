@@ -15,7 +15,8 @@ from leon_jax.config import UserError, to_dict
 from leon_jax.data.augment import CropConfig
 from leon_jax.models.decoder_config import DecoderConfig
 from leon_jax.models.vqgan import VQGANConfig
-from leon_jax.train.checkpoint import Checkpoints, find_step, load_model, load_weights
+from leon_jax.train.checkpoint import Checkpoints, complete_steps, find_step
+from leon_jax.train.checkpoint_reader import load_model, load_weights
 from leon_jax.train.run_config import check_config
 from leon_jax.train.state import TrainState
 
@@ -155,6 +156,19 @@ def test_the_best_checkpoint_is_kept_beside_the_newest_ones(tmp_path):
     save_two(tmp_path / "other")
     with pytest.raises(UserError, match=r"has a held-out loss; set config\.loop\.eval_every"):
         find_step(tmp_path / "other", "best")
+
+
+def test_milestones_stay_beside_the_newest_and_the_best_checkpoint(tmp_path):
+    folder = tmp_path / "checkpoints"
+    for steps in (range(1, 5), range(5, 9)):  # two starts
+        checkpoints = Checkpoints(folder, 1, keep_every=3)
+        for step in steps:
+            checkpoints.save(state(step, step), {"0": ""}, 1.0 if step == 2 else None)
+        checkpoints.close()
+    assert complete_steps(folder) == [2, 3, 6, 8]
+    assert find_step(folder, "3") == 3
+    model = load_model(folder, ABSTRACT, 3)
+    np.testing.assert_array_equal(model.large[...], state(3, 3).model.large[...])
 
 
 def test_the_best_checkpoint_of_an_earlier_version_is_known(tmp_path, monkeypatch):

@@ -12,7 +12,6 @@ from leon_jax import sharding
 from leon_jax.train import training_loop
 from leon_jax.train.checkpoint import Checkpoints, find_step
 from leon_jax.train.evaluation import Evaluation
-from leon_jax.train.goodput import GoodputTracker
 from tests.train.test_training_loop import (
     SCRIPT,
     SETTINGS,
@@ -141,13 +140,3 @@ def test_a_run_can_continue_with_and_without_evaluation(runs, tmp_path):
     assert steps_of(tmp_path) == {best, 28, 30}
     with pytest.raises(ValueError, match="eval_every is -1; it must be at least 0"):
         dataclasses.replace(SETTINGS, eval_every=-1)
-
-
-def test_the_wall_time_of_a_run_of_an_earlier_version_is_kept(tmp_path):
-    path = tmp_path / "goodput.json"
-    GoodputTracker(path).report(0)
-    saved = json.loads(path.read_text())
-    del saved["seconds"]["evaluate"]
-    path.write_text(json.dumps(saved | {"seconds": {**saved["seconds"], "step": 50.0}}))
-    seconds = GoodputTracker(path).seconds
-    assert seconds["step"] == 50 and seconds["evaluate"] == 0

@@ -311,23 +311,6 @@ def test_too_many_skipped_updates_end_the_run_with_the_state_before_them(tmp_pat
     np.testing.assert_array_equal(stopped.model.kernel[...], exported_kernel(tmp_path / "before"))
 
 
-def test_goodput_spans_starts_and_adds_up_to_the_wall_time(tmp_path):
-    before = time.time()
-    process = start(tmp_path)
-    wait_for_step(tmp_path, 9)
-    process.kill()
-    process.communicate()
-    first = json.loads((tmp_path / "goodput.json").read_text())
-    training_loop.run(ToyProgram(ToyConfig(30)), SETTINGS, tmp_path)
-    second = json.loads((tmp_path / "goodput.json").read_text())
-    seconds, wall = second["seconds"], second["time"] - before
-    assert second["step"] == 30 and all(value >= 0 for value in seconds.values())
-    # The wall time also includes the imports of the first process, before its clock starts.
-    assert sum(first["seconds"].values()) < sum(seconds.values()) <= wall
-    assert seconds["redone"] > 0 and seconds["down"] > 0 and seconds["compile"] > 0
-    assert wall - sum(seconds.values()) < wall
-
-
 def test_a_new_run_starts_from_the_weights_of_another_run(uninterrupted, tmp_path):
     settings = dataclasses.replace(SETTINGS, init_from=str(uninterrupted))
     state = training_loop.run(ToyProgram(ToyConfig(0)), settings, tmp_path)
