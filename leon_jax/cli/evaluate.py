@@ -11,7 +11,8 @@ as soon as it is known.
 --split=train measures documents that the model was trained on. --source measures those of one
 source.
 
---out names a folder for a report: index.html with the metrics and images, and metrics.json.
+--out names a folder for a report: index.html with the metrics and images, metrics.json, and
+captions.jsonl with the generated caption of every document.
 """
 
 import html
@@ -85,7 +86,10 @@ _CAPTION_DOCS = flags.DEFINE_multi_integer(
     flag_values=FLAGS,
 )
 _OUT = flags.DEFINE_string(
-    "out", None, "A folder for the report, index.html and metrics.json.", flag_values=FLAGS
+    "out",
+    None,
+    "A folder for the report: index.html, metrics.json and captions.jsonl.",
+    flag_values=FLAGS,
 )
 
 _SHOWN = 16  # documents in the report
@@ -195,7 +199,8 @@ def main(argv: list[str]) -> None:
         rank1_shares[str(docs)] = float((ranks == 0).mean())
     record("caption_rank1_share_by_documents", rank1_shares)
     described = [document for group in groups for document in group]
-    exact, right = measurements.caption_matches(measurements.captions(leon, described), described)
+    texts = measurements.captions(leon, described)
+    exact, right = measurements.caption_matches(texts, described)
     record("caption_exact_share", float(exact.mean()))
     record("caption_concept_share", float(right.mean()))
     print(json.dumps(metrics, indent=1))
@@ -214,8 +219,25 @@ def main(argv: list[str]) -> None:
                 "Reconstructions of the image tokenizer",
                 report_page.reconstructions(reconstruction.images),
             ),
+            (
+                "Captions of held-out images",
+                report_page.judged_captions(described[:_SHOWN], texts[:_SHOWN], right[:_SHOWN]),
+            ),
         ]
         report_page.write(folder, f"Evaluation of {leon.name}", sections, metrics)
+        lines = [
+            {
+                "caption": document.text,
+                "generated": text,
+                "exact": bool(same),
+                "concept": bool(names),
+            }
+            for document, text, same, names in zip(described, texts, exact, right, strict=True)
+        ]
+        report_page.write_text(
+            folder / "captions.jsonl",
+            "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines),
+        )
         print(f"report: {folder / 'index.html'}", file=sys.stderr)
 
 

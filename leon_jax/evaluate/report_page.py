@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Bool, UInt8
 
 from leon_jax import html_page
 from leon_jax.documents import Document
@@ -185,6 +185,28 @@ def page(title: str, sections: Sequence[tuple[str, str]]) -> str:
     return html_page.page(title, sections, _STYLE)
 
 
+def judged_captions(
+    documents: Sequence[Document], texts: Sequence[str], right: Bool[np.ndarray, "n"]
+) -> str:
+    """Returns a table of images with their captions and the generated ones, as HTML.
+
+    Args:
+      documents: held-out documents.
+      texts: the generated caption of each.
+      right: whether it names the concept.
+    """
+    rows = [
+        [
+            image_tag(document.pixels, document.text),
+            html.escape(document.text),
+            html.escape(text),
+            "yes" if is_right else "no",
+        ]
+        for document, text, is_right in zip(documents, texts, right, strict=True)
+    ]
+    return table(["Held-out image", "Its caption", "Generated caption", "Right concept"], rows)
+
+
 def write(
     folder: str | os.PathLike,
     title: str,
@@ -197,7 +219,11 @@ def write(
         ("index.html", page(title, sections)),
         ("metrics.json", json.dumps(metrics, indent=1) + "\n"),
     ):
-        path = pathlib.Path(folder) / name
-        temporary = path.with_name(name + ".tmp")
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+        write_text(pathlib.Path(folder) / name, text)
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    """Writes a text file atomically."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

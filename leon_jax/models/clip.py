@@ -20,9 +20,11 @@ from typing import ClassVar, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from leon_jax.ops.attention import attention
+from leon_jax.ops.products import einsum
 from leon_jax.sharding import spec
 
 LAYER_NORM_EPSILON = 1e-5
@@ -171,38 +173,54 @@ class Blocks(nnx.Module):
         self.fc2 = _parameter(rngs, outer, (layers, mlp, width), ("layers", "mlp", "weight_embed"))
         self.fc2_bias = _constant(0.0, (layers, width), ("layers", None))
 
-    def apply(self, x: Float[Array, "b t d"], config: CLIPConfig, causal: bool) -> Array:
-        """Runs all blocks in order. With `causal`, a position attends to no later positions."""
+    def apply(
+        self,
+        x: Float[Array, "b t d"],
+        config: CLIPConfig,
+        causal: bool,
+        operands: DTypeLike | None = None,
+    ) -> Float[Array, "b t d"]:
+        """Runs all blocks in order.
+
+        Args:
+          x: the tokens.
+          config: the model's configuration.
+          causal: whether a position attends to no later positions.
+          operands: dtype of the operands of the products with weights; None: that of x.
+        """
 
         def layer(x, block):
-            x = x + _attention(block, block.norm1(x), causal)
-            return x + _mlp(block, block.norm2(x), config.activation), None
+            x = x + _attention(block, block.norm1(x), causal, operands)
+            return x + _mlp(block, block.norm2(x), config.activation, operands), None
 
         return jax.lax.scan(jax.checkpoint(layer) if config.remat else layer, x, self)[0]
 
 
-def _attention(block: Blocks, x: Float[Array, "b t d"], causal: bool) -> Float[Array, "b t d"]:
-    names = (None, "batch", None, "heads", None)
-    qkv = jnp.einsum("btd,dchk->cbthk", x, block.qkv[...], out_sharding=spec(*names))
-    query, key, value = qkv + block.qkv_bias[...][:, None, None]
+def _attention(
+    block: Blocks, x: Float[Array, "b t d"], causal: bool, operands: DTypeLike | None
+) -> Float[Array, "b t d"]:
+    sharding = spec("batch", None, None, "heads", None)
+    qkv = einsum("btd,dchk->btchk", x, block.qkv[...], operands, out_sharding=sharding)
+    query, key, value = jnp.moveaxis(qkv + block.qkv_bias[...], 2, 0)
     # Rows are short, and the other implementations do not take their lengths.
     attended = attention(query, key, value, causal=causal, implementation="xla")
-    out = jnp.einsum(
-        "bthk,hkd->btd", attended, block.out[...], out_sharding=spec("batch", None, None)
-    )
+    sharding = spec("batch", None, None)
+    out = einsum("bthk,hkd->btd", attended, block.out[...], operands, out_sharding=sharding)
     return out + block.out_bias[...]
 
 
-def _mlp(block: Blocks, x: Float[Array, "b t d"], activation: str) -> Float[Array, "b t d"]:
+def _mlp(
+    block: Blocks, x: Float[Array, "b t d"], activation: str, operands: DTypeLike | None
+) -> Float[Array, "b t d"]:
     sharding = spec("batch", None, "mlp")
-    hidden = jnp.einsum("btd,dm->btm", x, block.fc1[...], out_sharding=sharding)
+    hidden = einsum("btd,dm->btm", x, block.fc1[...], operands, out_sharding=sharding)
     hidden = hidden + block.fc1_bias[...]
     if activation == "quick_gelu":
         hidden = hidden * jax.nn.sigmoid(1.702 * hidden)
     else:
         hidden = jax.nn.gelu(hidden, approximate=False)
     sharding = spec("batch", None, None)
-    out = jnp.einsum("btm,md->btd", hidden, block.fc2[...], out_sharding=sharding)
+    out = einsum("btm,md->btd", hidden, block.fc2[...], operands, out_sharding=sharding)
     return out + block.fc2_bias[...]
 
 
@@ -276,8 +294,13 @@ class CLIP(nnx.Module):
         self.text_projection = _parameter(rngs, text.width**-0.5, shape, columns)
         self.logit_scale = _constant(config.logit_scale, (1,), (None,))
 
-    def embed_image(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b e"]:
-        """Embeds images (RGB in [0, 1], `image_size` pixels a side) as unit vectors."""
+    def embed_image(
+        self, images: Float[Array, "b h w 3"], operands: DTypeLike | None = None
+    ) -> Float[Array, "b e"]:
+        """Embeds images (RGB in [0, 1], `image_size` pixels a side) as unit vectors.
+
+        `operands` is the dtype of the operands of the blocks' products; None is float32.
+        """
         config = self.config.vision
         images = jax.reshard(images, spec("batch", None, None, None))
         x = self.stem((images - jnp.array(MEAN)) / jnp.array(DEVIATION))
@@ -287,19 +310,21 @@ class CLIP(nnx.Module):
         # the batch axis sharded without a broadcast copy.
         positions = self.patch_positions[...].at[0].add(self.class_token[...])
         x = jnp.pad(x, ((0, 0), (1, 0), (0, 0))) + positions
-        x = self.vision_blocks.apply(self.vision_before(x), self.config, causal=False)
+        x = self.vision_blocks.apply(self.vision_before(x), self.config, False, operands)
         return self._project(self.vision_after(x[:, 0]), self.image_projection)
 
-    def embed_text(self, ids: Int[Array, "b t"]) -> Float[Array, "b e"]:
+    def embed_text(
+        self, ids: Int[Array, "b t"], operands: DTypeLike | None = None
+    ) -> Float[Array, "b e"]:
         """Embeds token ids (start, text, end, then any padding) as unit vectors.
 
         The embedding is the output at the first end token; without one, at the first token. t may
-        be shorter than the context length.
+        be shorter than the context length. `operands` is that of `embed_image`.
         """
         out = spec("batch", None, None)
         table = jax.reshard(self.tokens[...], spec(None, None))
         x = table.at[ids].get(out_sharding=out) + self.token_positions[...][: ids.shape[1]]
-        x = self.text_after(self.text_blocks.apply(x, self.config, causal=True))
+        x = self.text_after(self.text_blocks.apply(x, self.config, True, operands))
         last = jnp.argmax(ids == self.config.text.end, axis=1)
         at_end = jax.nn.one_hot(last, ids.shape[1], dtype=x.dtype)
         pooled = jnp.einsum("bt,btd->bd", at_end, x, out_sharding=spec("batch", None))

@@ -29,12 +29,14 @@ from leon_jax.models.blocks import Blocks, lead_spec, truncated_normal
 from leon_jax.models.decoder_config import PAD, DecoderConfig
 from leon_jax.ops.attention import SAVED, LayerCache, attention, cached_attention
 from leon_jax.ops.norm import normalize
-from leon_jax.ops.products import operand_dtype
+from leon_jax.ops.products import on_cpu, operand_dtype
 from leon_jax.ops.rotary import Rotation, grid_rotation, rotation
 from leon_jax.sharding import RULES, spec
 
 # The sharding of the tokens of whole sequences.
 _TOKENS = spec("batch", "length")
+# Deeper decoders are always scanned, so that they compile quickly.
+_UNROLLED = 16
 
 
 class Decoder(nnx.Module):
@@ -109,8 +111,12 @@ class Decoder(nnx.Module):
 
         positions = self._positions(ids, positions)
         x, turned = self._embed(ids, positions), self._rotation(positions, cells)
+        # On CPUs, a scan spends a tenth of a training step on filling arrays with zeros, in which
+        # it saves what the backward pass needs.
+        is_unrolled = on_cpu() and self.config.remat == "none" and self.config.layers <= _UNROLLED
         for stack in self.stacks:
-            x, _ = jax.lax.scan(_remat(layer, self.config.remat), x, stack)
+            layers = _remat(layer, self.config.remat)
+            x, _ = jax.lax.scan(layers, x, stack, unroll=is_unrolled or 1)
         return self._final_norm(x)
 
     @property

@@ -13,7 +13,9 @@ from leon_jax.tokenizers.text import TextTokenizer
 
 # The kinds of training, in the order of their dependencies.
 _KINDS = ("text", "tokenizer", "encoder", "decoder")
-_KEYS = {"kind", "size", "prepare", "index", "encode", "selection", "stages", "seconds"}
+_KEYS = {
+    "kind", "size", "prepare", "index", "thresholds", "encode", "selection", "stages", "seconds",
+}  # fmt: skip
 _INDEX_KEYS = {"prepare", "share"}
 # Fewer documents cannot train an encoder or measure thresholds.
 MIN_DOCUMENTS = 8
@@ -137,7 +139,7 @@ def stages(values: Mapping[str, Any], inputs: Inputs) -> list[Stage]:
         if config["kind"] == "decoder":
             if before_decoder:
                 title = "encode the documents and find neighbours"
-                result.append(_thresholds(values.get("selection"), files))
+                result.append(_thresholds(values, files))
                 result.append(_encode("encode", title, files.documents, values, files))
                 if index is not None:
                     title = "encode the documents of the index"
@@ -267,13 +269,21 @@ def adapt_batch(
     )
 
 
-def _thresholds(selection: Mapping[str, Any] | None, files: Layout) -> Stage:
+def _thresholds(values: Mapping[str, Any], files: Layout) -> Stage:
     """Returns the stage that measures selection rules, or writes those of the configuration."""
+    selection, flags = values.get("selection"), values.get("thresholds", {})
 
     def make() -> Command:
         if selection is not None:
             return Command((), files={str(files.selection): json.dumps(dict(selection)) + "\n"})
-        return Command(("thresholds", f"--folder={files.documents}", f"--encoder={files.encoder}"))
+        return Command(
+            (
+                "thresholds",
+                f"--folder={files.documents}",
+                f"--encoder={files.encoder}",
+                *(f"--{name}={value}" for name, value in flags.items()),
+            )
+        )
 
     return Stage("thresholds", "measure the encoder's thresholds", make, files.selection, 15)
 

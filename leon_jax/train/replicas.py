@@ -46,7 +46,7 @@ def send(
 
     Args:
       arrays: arrays on `reading_mesh`, which are deleted; empty on processes that are not readers.
-      targets: shapes, dtypes and shardings of the arrays on the whole mesh.
+      targets: shapes, dtypes and shardings of the arrays on the current mesh, all of it.
     """
     sent = {}
     for name, target in targets.items():
@@ -57,14 +57,13 @@ def send(
 
 def _stacked(array: Array | None, target: jax.ShapeDtypeStruct) -> Array:
     """Returns the words of an array with a leading axis of replicas, all but the first zeros."""
-    mesh, spec = target.sharding.mesh, target.sharding.spec
-    sharding = jax.NamedSharding(mesh, jax.P(_AXIS, *spec))
+    mesh = jax.sharding.get_mesh()
+    sharding = jax.NamedSharding(mesh, jax.P(_AXIS, *target.sharding.spec))
     shape = (mesh.shape[_AXIS], *target.shape)
     dtype = jnp.dtype(f"uint{target.dtype.itemsize * 8}")
     pieces: dict[jax.Device, Array] = {}
     if array is not None:
-        assert isinstance(array.sharding, jax.NamedSharding)
-        with jax.set_mesh(array.sharding.mesh):
+        with jax.set_mesh(reading_mesh(mesh)):
             words = _words(array, dtype)
         pieces = {shard.device: shard.data for shard in words.addressable_shards}
         array.delete()
@@ -85,7 +84,7 @@ def _words(array: Array, dtype: np.dtype) -> Array:
     return jax.lax.bitcast_convert_type(array, dtype)[None]
 
 
-@functools.partial(jax.jit, static_argnames=("dtype", "sharding"), donate_argnums=0)
+@functools.partial(jax.jit, static_argnames=("dtype", "sharding"))
 def _sum(words: Array, dtype: np.dtype, sharding: jax.NamedSharding) -> Array:
     array = jax.lax.bitcast_convert_type(words.sum(0, dtype=words.dtype), dtype)
     return jax.reshard(array, sharding)

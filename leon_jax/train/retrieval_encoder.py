@@ -10,12 +10,14 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from leon_jax import config as configuration
@@ -24,6 +26,7 @@ from leon_jax.config import UserError
 from leon_jax.data.augment import AugmentConfig
 from leon_jax.data.config import CaptionedImageDataConfig
 from leon_jax.models.clip import CLIP, CLIPConfig, create
+from leon_jax.ops.products import Products, operand_dtype
 from leon_jax.retrieval.encoder import KIND, SPECIALS
 from leon_jax.sharding import spec
 from leon_jax.tokenizers.text import TextTokenizer
@@ -46,6 +49,8 @@ class EncoderConfig:
         several views of the same documents. So the encoder learns to ignore what differs within a
         group.
       augment: random changes of the images.
+      products: dtype of the operands of the products in training: "dtype" (float32), "bfloat16"
+        with float32 sums, or "auto" (see `leon_jax.ops.products.operand_dtype`).
 
     Raises:
       ValueError: `views` is below 1, or `batch_size` does not fit it.
@@ -60,6 +65,9 @@ class EncoderConfig:
     kind: str = KIND
     views: int = 1
     augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
+    products: Products = "dtype"
+
+    OMITTED_DEFAULTS: ClassVar[tuple[str, ...]] = ("products",)
 
     def __post_init__(self):
         if self.views < 1:
@@ -139,8 +147,9 @@ class EncoderProgram:
           state: the current state.
           batch: `image` uint8[b, h, w, 3], `text` int32[b, t] and `concept` int32[b].
         """
+        operands = operand_dtype(self.config.products, jnp.float32)
         (loss, accuracy), gradients = jax.value_and_grad(contrastive_loss, has_aux=True)(
-            state.model, batch["image"], batch["text"], batch["concept"]
+            state.model, batch["image"], batch["text"], batch["concept"], operands
         )
         updates, opt_state = self.optimizer.update(gradients, state.opt_state, state.model)
         model = optax.apply_updates(state.model, updates)
@@ -235,6 +244,7 @@ def contrastive_loss(
     images: Array,
     texts: Int[Array, "b t"],
     concepts: Int[Array, "b"],
+    operands: DTypeLike | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Returns the symmetric InfoNCE loss over the global batch; equal concepts are positives.
 
@@ -243,14 +253,15 @@ def contrastive_loss(
       images: uint8[b, h, w, 3].
       texts: framed token ids.
       concepts: concept of each pair; equal numbers are the same concept.
+      operands: dtype of the operands of the blocks' products; None: float32.
 
     Returns:
       The loss in nats, the mean of both directions, and the share of images whose most similar text
       has the same concept.
     """
     replicated, rows = spec(None, None), spec("batch", None)
-    image = model.embed_image(images.astype(jnp.float32) / 255)
-    text = model.embed_text(texts)
+    image = model.embed_image(images.astype(jnp.float32) / 255, operands)
+    text = model.embed_text(texts, operands)
     same = (concepts[:, None] == jax.reshard(concepts, spec(None))[None, :]).astype(jnp.float32)
     target = same / same.sum(1, keepdims=True)  # `same` is symmetric, so is the row count
 

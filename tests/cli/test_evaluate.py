@@ -63,6 +63,12 @@ def test_matching_metrics_are_averaged_over_the_groups(run, tmp_path):
     described = groups[0] + groups[1]
     exact, right = measurements.caption_matches(measurements.captions(leon, described), described)
     assert metrics["caption_exact_share"] == exact.mean()
+    lines = (tmp_path / "report" / "captions.jsonl").read_text().splitlines()
+    written = [json.loads(line) for line in lines]
+    assert [line["caption"] for line in written] == [document.text for document in described]
+    assert [line["generated"] for line in written] == measurements.captions(leon, described)
+    assert [line["concept"] for line in written] == right.tolist()
+    assert "<th>Generated caption</th>" in page
     assert metrics["caption_concept_share"] == right.mean()
     generations = [
         measurements.generate(leon, group, 2, guidance=3.0, top_p=1.0) for group in groups

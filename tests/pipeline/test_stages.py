@@ -72,6 +72,13 @@ def test_the_index_may_hold_other_documents_than_the_training_data(tmp_path):
         by_name(own() | {"index": index | {"share": 2}}, tmp_path)
 
 
+def test_thresholds_and_encode_take_flags_of_their_commands(tmp_path):
+    values = own() | {"thresholds": {"alternate_sources": True}, "encode": {"variants": 3}}
+    plan = by_name(values, tmp_path)
+    assert "--alternate_sources=True" in plan["thresholds"].make().arguments
+    assert "--variants=3" in plan["encode"].make().arguments
+
+
 def test_a_batch_is_no_larger_than_the_data(tmp_path):
     document_folders.write(tmp_path / "documents", document_folders.drawings())
     plan = by_name(own(), tmp_path)

@@ -67,6 +67,8 @@ def get_config(variant: str = "8-unit") -> ConfigDict:
             "kind": "pipeline",
             "prepare": designs,
             "index": {"prepare": {**pypi["prepare"], "picture_side": SIDE}, "share": 0.5},
+            # One of two documents shows each design of PyPI.
+            "thresholds": {"alternate_sources": True},
             "encode": {"variants": 8},
             "stages": {
                 "text": {
@@ -138,6 +140,7 @@ def encoder() -> dict:
     values = runpy.run_path(str(HERE / "encoder.py"))["get_config"]().to_dict()
     values["steps"] = values["optimizer"]["total_steps"] = 2000
     del values["data"]
+    values["products"] = "auto"
     return values | {"loop": {"save_every": 200, "eval_every": 200}}
 
 
