@@ -92,7 +92,7 @@ fit.
 {best}
 
 Held-out evaluation needs much less memory than a step, because it has no gradients. With
-parameters and optimizer state, its peak is {evaluations} GiB.
+parameters and optimizer state, its peak is {evaluations}.
 
 ## The options of the compiler
 
@@ -318,11 +318,11 @@ def best_flags(model: str, topology: str) -> list[str]:
 def evaluation_sentence(plans: dict[str, dict]) -> str:
     """Returns the peak memory of evaluations, by the name of the model and the topology."""
     peaks = [
-        f"{content['figures']['evaluation_peak'] / GIB:.1f} for the {name}"
+        f"{content['figures']['evaluation_peak'] / GIB:.1f} GiB ({name})"
         for name, content in plans.items()
         if not content.get("missing")
     ]
-    return f"{', '.join(peaks[:-1])} and {peaks[-1]}"
+    return ", ".join(peaks)
 
 
 def main() -> None:
