@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 
 import leon_jax.models  # noqa: F401  # sets flax's mode before any module is created
 from leon_jax import safetensors_format, sharding, storage
@@ -79,6 +80,20 @@ def save(
         return
     metadata = {"format": FORMAT, "kind": kind, "config": json.dumps(config)}
     safetensors_format.write(storage.path(path), arrays, metadata)
+
+
+def convert(source: str | os.PathLike, out: str | os.PathLike, dtype: DTypeLike) -> None:
+    """Writes a copy of a file with all floating-point arrays in another dtype.
+
+    Raises:
+      UserError: the file is missing or damaged.
+    """
+    metadata, arrays = read_mapped(source)
+    converted = {
+        name: array.astype(dtype) if jnp.issubdtype(array.dtype, jnp.floating) else array
+        for name, array in arrays.items()
+    }
+    safetensors_format.write(storage.path(out), converted, metadata | {"format": FORMAT})
 
 
 def load(path: str | os.PathLike, kind: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

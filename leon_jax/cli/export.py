@@ -92,6 +92,10 @@ _TITLE = flags.DEFINE_string(
 _NOTES = flags.DEFINE_string(
     "notes", None, "A Markdown file for the end of the model card.", flag_values=FLAGS
 )
+_DTYPE = flags.DEFINE_enum(
+    "dtype", "", ["", "bfloat16"], "bfloat16 stores the decoder's weights in two bytes each; by "
+    "default they are as trained.", flag_values=FLAGS,
+)  # fmt: skip
 _OUT = flags.DEFINE_string(
     "out", None, "The model folder; an older one is replaced.", flag_values=FLAGS
 )
@@ -159,7 +163,7 @@ def _write(parts: "Parts", out: pathlib.Path, decoder: "Provenance | None" = Non
     parts.check_files({name: f"--{name}" for name in NAMES})
     settings = write.ExportSettings(
         _TITLE.value, _PROMPT.value, _GUIDANCE.value, _TOP_P.value, _NUM_DOCS.value, _licences(),
-        _notes(), _COPY_INDEX.value,
+        _notes(), _COPY_INDEX.value, _DTYPE.value,
     )  # fmt: skip
     folder = write.write(parts, out, settings, decoder)
     assert folder.description is not None

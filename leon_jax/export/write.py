@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from importlib import metadata
 from typing import Any
 
+import jax.numpy as jnp
+
 from leon_jax import __version__, model_description, storage, weight_files
 from leon_jax.compilation_cache import cache_folder
 from leon_jax.config import UserError, build
@@ -49,6 +51,7 @@ class ExportSettings:
       licences: SPDX expressions of the data of the parts whose data have no recorded licence.
       notes: Markdown for the end of the card.
       copy_index: copy the index into the folder.
+      dtype: "bfloat16" stores the weights of the decoder in two bytes each; "": as trained.
     """
 
     title: str = ""
@@ -59,6 +62,7 @@ class ExportSettings:
     licences: tuple[str, ...] = ()
     notes: str = ""
     copy_index: bool = False
+    dtype: str = ""
 
 
 def write(
@@ -84,7 +88,13 @@ def write(
     with _writing(out):
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        shutil.copyfile(storage.local(parts.path("decoder")), temporary / "decoder.safetensors")
+        decoder_file = storage.local(parts.path("decoder"))
+        if settings.dtype:
+            weight_files.convert(
+                decoder_file, temporary / "decoder.safetensors", jnp.dtype(settings.dtype)
+            )
+        else:
+            shutil.copyfile(decoder_file, temporary / "decoder.safetensors")
         shutil.copyfile(storage.local(parts.path("text")), temporary / "text.json")
         return complete(temporary, parts, out, settings, decoder)
 

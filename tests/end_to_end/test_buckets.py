@@ -135,10 +135,11 @@ def test_two_processes_save_at_a_signal_and_resume_in_a_bucket(disk, bucket, tmp
     process = start_pair(str(bucket), 1_000_000, tmp_path)
     assert process.stderr is not None
     lines = []
-    for line in process.stderr:
-        lines.append(line)
-        if "first step after" in line:
-            process.send_signal(signal.SIGTERM)
+    with process.stderr:
+        for line in process.stderr:
+            lines.append(line)
+            if "first step after" in line:
+                process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=300) == 128 + signal.SIGTERM, "".join(lines)
     (saved,) = re.findall(r"^stopped by a signal; step (\d+) is saved", "".join(lines), re.M)
     assert complete_steps(bucket / "run/checkpoints") == [int(saved)]

@@ -8,11 +8,12 @@ import shlex
 import shutil
 import tarfile
 
+import ml_dtypes
 import numpy as np
 import PIL.Image
 import pytest
 
-from leon_jax import model_description
+from leon_jax import model_description, weight_files
 from leon_jax.cli import main
 from leon_jax.export import write
 from leon_jax.leon import Leon
@@ -172,6 +173,19 @@ def test_flags_set_the_parts_and_the_defaults(run):
     (image,) = Leon.load("moved").generate(tiny.PROMPT)
     assert len(image.retrieved) == 3
     assert json.loads(image.settings)["num_docs"] == 3
+
+
+def test_the_weights_of_the_decoder_can_be_stored_in_bfloat16(run, tmp_path):
+    folder, prepared = tiny.folders()
+    flags = [*parts(folder), f"--index={prepared}", "--dtype=bfloat16", "--out=half"]
+    assert run("export", *flags)[0] == 0
+    before, config = weight_files.load(folder / "decoder.safetensors", "decoder")
+    after, stored_config = weight_files.load(tmp_path / "half" / "decoder.safetensors", "decoder")
+    assert stored_config == config and before.keys() == after.keys()
+    for name, array in after.items():
+        assert array.dtype == ml_dtypes.bfloat16
+        np.testing.assert_array_equal(array, before[name].astype(ml_dtypes.bfloat16))
+    assert Leon.load(tmp_path / "half", prepared).generate(tiny.PROMPT, num_docs=0)
 
 
 def test_a_tar_of_the_folder_is_a_model_and_is_unpacked_once(run, tmp_path):
