@@ -67,7 +67,7 @@ install() { # may be repeated
 
 start() { # FLAGS of `leon train`
   local flags options=()
-  flags=$(printf ' %q' --distributed --config.loop.slices="$SLICES" "$@")
+  flags=$(printf ' %q' --distributed "$@" --config.loop.slices="$SLICES")
   # A restart takes the lock of a workdir in a bucket from its predecessor at once.
   options+=(--env=LEON_RUN="$ZONE/$NAME" --env=LEON_ATTEMPT="$(date +%s)")
   if [[ -n $SHARE ]]; then options+=(--volume=/runs:/runs); fi

@@ -234,6 +234,8 @@ def local(value: str | os.PathLike, without: str = "") -> pathlib.Path:
         folder.mkdir(parents=True, exist_ok=True)
         with file_lock.hold(folder / "lock", wait):
             download(source, target, without)
+    except FileNotFoundError as error:
+        raise UserError(f"there is nothing at {address}") from error
     except OSError as error:
         sentence = f"{address} cannot be copied to {target.parent}: {reason(error)}"
         raise UserError(sentence) from error

@@ -167,7 +167,7 @@ def _write(parts: "Parts", out: pathlib.Path, decoder: "Provenance | None" = Non
     )  # fmt: skip
     folder = write.write(parts, out, settings, decoder)
     assert folder.description is not None
-    print(f"wrote the model folder {folder.path}")
+    print(f"wrote the model folder {storage.absolute(out)}")
     if parts.selection is None:
         print(
             "leon export: no selection rules are known for this encoder; measure its thresholds "

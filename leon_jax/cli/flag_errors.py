@@ -90,6 +90,13 @@ def _is_same(filename: str, path: str) -> bool:
 def _override_sentence(path: str, argv: Sequence[str], message: str) -> str:
     matches = (re.match(r"--(?:no)?config\.([^=]*)", argument) for argument in argv)
     keys = [match[1] for match in matches if match]
+    if missing := re.search(r"'(\w+)'", message):  # a KeyError of the library
+        for key in keys:
+            if missing[1] in key.split(".")[:-1]:
+                return (
+                    f"--config.{key} sets a key of the group {missing[1]}, which {path} does not "
+                    "have; add the group to a copy of the file"
+                )
     wrong_keys = [key for key in keys if key and message.endswith(f" {key}")] or keys
     return f"--config.{wrong_keys[0]} is not a key of {path}"
 

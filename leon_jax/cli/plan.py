@@ -11,7 +11,7 @@ without a TPU, an account or a network. Install it with pip install 'leon_jax[tp
     leon plan --config=configs/clip_b32.py --config.model.text.vocab_size=49408 --topology=v5e:4x4
 
 config.loop.compiler names options of the compiler, for example auto. The plan says what they
-change.
+change. With config.loop.eval_every it also has the memory of the evaluation.
 
 No data is read. A retrieval encoder needs its text tokenizer, or the size of its vocabulary.
 
@@ -156,7 +156,7 @@ def _train(kind, loop, pod):
             "--search compares defaults of the compiler; leave config.loop.compiler empty"
         )
     if not _SEARCH.value:
-        return train.plan(kind, pod, setting, options)
+        return train.plan(kind, pod, setting, options, is_evaluated=loop.eval_every > 0)
     plan = search.search(
         kind, pod, setting, lambda line: print(f"leon plan: {line}", file=sys.stderr, flush=True)
     )

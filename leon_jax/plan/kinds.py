@@ -16,8 +16,10 @@ from leon_jax.config import UserError
 from leon_jax.plan import products, roofline
 from leon_jax.plan.products import Products
 from leon_jax.plan.roofline import Work
+from leon_jax.train import decoder_evaluation
 from leon_jax.train.decoder import DecoderProgram
 from leon_jax.train.decoder_config import DecoderTraining
+from leon_jax.train.evaluation import rows_of_batch, with_gathered_outputs
 from leon_jax.train.image_tokenizer import TokenizerConfig, TokenizerProgram
 from leon_jax.train.retrieval_encoder import EncoderConfig, EncoderProgram
 from leon_jax.train.state import Program, TrainState
@@ -95,6 +97,23 @@ class TracedStep:
         step = jax.jit(skip_nonfinite(program.step), donate_argnums=0)
         return cls(state, batch, step.trace(state, batch))
 
+    def evaluation(self, program: Program, largest: int, count: int) -> jax.stages.Traced:
+        """Traces the evaluation of a program on held-out documents; call it under the mesh.
+
+        Args:
+          program: the program.
+          largest: largest number of rows in a batch.
+          count: number of rows of all documents.
+        """
+        rows = rows_of_batch(largest, count)
+        batch = {
+            name: jax.ShapeDtypeStruct(
+                (rows, *array.shape[1:]), array.dtype, sharding=array.sharding
+            )
+            for name, array in self.batch.items()
+        }
+        return jax.jit(with_gathered_outputs(program.evaluate)).trace(self.state.model, batch)
+
 
 class Kind(abc.ABC):
     """A training configuration as planning sees it.
@@ -106,12 +125,14 @@ class Kind(abc.ABC):
         least.
       microbatches: numbers of microbatches that a search tries.
       split_axes: mesh axes that split the model.
+      evaluated_rows: largest number of rows of a document in an evaluation.
     """
 
     unit: ClassVar[str]
     remat: ClassVar[tuple[str | bool, ...]] = (False, True)
     microbatches: ClassVar[tuple[int, ...]] = (1,)
     split_axes: ClassVar[tuple[str, ...]] = ()
+    evaluated_rows: ClassVar[int] = 1
 
     def __init__(self, config: Any) -> None:
         self.config = config
@@ -161,6 +182,8 @@ class DecoderKind(Kind):
     remat = ("none", "dots_and_attention", "dots", "attention", "full")
     microbatches = (1, 2, 4, 8)
     split_axes = ("fsdp", "context", "tensor")
+    # A row for each number of retrieved documents.
+    evaluated_rows = decoder_evaluation.MAX_RETRIEVED + 1
     config: DecoderTraining
 
     @functools.cached_property

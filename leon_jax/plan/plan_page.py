@@ -70,6 +70,9 @@ def lines(plan: Plan, source: str) -> list[tuple[str, str]]:
                 f"{total}",
             )
         )
+    if "evaluation_peak" in figures:
+        peak = f"{figures['evaluation_peak'] / _GIB:,.2f} GiB"
+        pairs.append(("peak of an evaluation on held-out documents, a device", peak))
     for part, bound in plan.rooflines.items():
         seconds = ", ".join(
             f"{name} {getattr(bound, name):.3g} s" for name in ("compute", "memory", "links")

@@ -17,6 +17,7 @@ def plan(
     topology: Topology,
     setting: Setting,
     options: Mapping[str, str] | None = None,
+    is_evaluated: bool = False,
 ) -> Plan:
     """Compiles a training step.
 
@@ -27,10 +28,13 @@ def plan(
       options: options of the compiler. With any, the step is compiled a second time without them,
         and the figures `plain_peak` and `plain_asynchronous` are the memory and the number of
         asynchronous collectives of that program.
+      is_evaluated: whether the run evaluates the model on held-out documents. If so, this program
+        is compiled too, and the figure `evaluation_peak` is the peak memory of a device while it
+        runs, with the optimizer state.
 
     Raises:
       UserError: the mesh cannot split the batch or the model evenly.
-      DoesNotFit: the program needs more memory than a device has.
+      DoesNotFit: a program needs more memory than a device has.
     """
     kind = kind.apply(setting)
     with jax.set_mesh(sharding.make_mesh(setting.mesh, topology.devices)):
@@ -44,6 +48,14 @@ def plan(
             plain_memory, others, _ = plans.compile_for(step.traced.lower, state, topology)
             count = sum(collective.asynchronous for collective in others.values())
             plain = {"plain_peak": plain_memory.peak, "plain_asynchronous": float(count)}
+        evaluation = {}
+        if is_evaluated:
+            largest = kind.config.batch_size // setting.microbatches
+            count = kind.config.data.eval_documents * kind.evaluated_rows
+            traced = step.evaluation(kind.program, largest, count)
+            model = {"parameters": step.state.model}
+            peak = plans.compile_for(traced.lower, model, topology)[0].peak
+            evaluation = {"evaluation_peak": peak + memory.optimizer}
         work = kind.step_work(step, setting, memory.parameters + memory.optimizer)
     bound = Roofline.of(work.device, plans.sent_bytes(collectives), topology)
     return Plan(
@@ -56,7 +68,7 @@ def plan(
         memory=memory,
         collectives=collectives,
         rooflines={"step": bound},
-        figures=_figures(kind, topology, work, bound) | plain,
+        figures=_figures(kind, topology, work, bound) | plain | evaluation,
         compile_seconds=seconds,
     )
 

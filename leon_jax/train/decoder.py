@@ -36,7 +36,7 @@ from leon_jax.tokenizers.image import ImageTokenizer, to_pixels
 from leon_jax.tokenizers.text import TextTokenizer
 from leon_jax.train import decoder_data, decoder_evaluation, optimizer
 from leon_jax.train.decoder_config import KIND, DecoderTraining
-from leon_jax.train.decoder_loss import BATCH_DTYPES, gradients
+from leon_jax.train.decoder_loss import BATCH_DTYPES, gradients, query_losses
 from leon_jax.train.evaluation import Evaluation
 from leon_jax.train.state import TrainState, check_multiples, rows_of_shard
 
@@ -131,7 +131,12 @@ class DecoderProgram:
 
     def evaluation(self) -> Evaluation | None:
         """Prepares the evaluation; see `leon_jax.train.decoder_evaluation.make_evaluation`."""
-        return decoder_evaluation.make_evaluation(self.config, self.documents)
+        return decoder_evaluation.make_evaluation(self.config, self.documents, self.evaluate)
+
+    def evaluate(self, model: Decoder, batch: dict[str, Array]) -> dict[str, Array]:
+        """Returns the sums of each row's losses; see `query_losses`."""
+        config = self.config
+        return query_losses(model, batch, vocabulary=config.vocabulary, chunk=config.loss_chunk)
 
     def samples(self, state: TrainState) -> dict[str, np.ndarray]:
         """Generates a row of images, one for each of `config.samples.captions`.

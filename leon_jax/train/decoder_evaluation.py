@@ -5,12 +5,12 @@ that its text retrieves or, if these are too few, that its image retrieves. The 
 the last. As in training, retrieved documents that do not fit a row are left out.
 """
 
-import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import grain
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Array, Int32
 
 from leon_jax.config import UserError
 from leon_jax.data import packing
@@ -20,7 +20,6 @@ from leon_jax.retrieval.exact_search import NONE
 from leon_jax.retrieval.prepared_folder import PreparedFolder
 from leon_jax.tokenizers.documents import DocumentTokenizer
 from leon_jax.train.decoder_config import DecoderTraining
-from leon_jax.train.decoder_loss import query_losses
 from leon_jax.train.evaluation import Evaluation, HeldOut, choose_held_out, names
 from leon_jax.vocabulary import Vocabulary
 
@@ -33,7 +32,11 @@ Ids = Int32[np.ndarray, "length"]
 Example = dict[str, np.ndarray]
 
 
-def make_evaluation(config: DecoderTraining, tokenizer: DocumentTokenizer) -> Evaluation | None:
+def make_evaluation(
+    config: DecoderTraining,
+    tokenizer: DocumentTokenizer,
+    outputs: Callable[[Any, dict[str, Array]], dict[str, Array]],
+) -> Evaluation | None:
     """Prepares the evaluation of a decoder.
 
     Its metrics are means over the query documents' tokens, in nats: `image_loss_k` and
@@ -44,6 +47,7 @@ def make_evaluation(config: DecoderTraining, tokenizer: DocumentTokenizer) -> Ev
     Args:
       config: the configuration of the run.
       tokenizer: encodes documents as ids.
+      outputs: maps (decoder, batch) to `image_loss` and `text_loss`, the sums of each row.
 
     Returns:
       The evaluation; None: no folder has held-out documents.
@@ -86,13 +90,13 @@ def make_evaluation(config: DecoderTraining, tokenizer: DocumentTokenizer) -> Ev
         "text_loss": (is_target & tokenizer.vocabulary.is_text(rows["targets"])).sum(1),
     }
 
-    def metrics(outputs: Mapping[str, np.ndarray]) -> dict[str, float]:
+    def metrics(sums: Mapping[str, np.ndarray]) -> dict[str, float]:
         values = {}
         for name, counts in tokens.items():
             for number in range(len(packed)):
                 rows_of_number = retrieved_of_row == number
                 if total := int(counts[rows_of_number].sum()):
-                    losses = outputs[name][rows_of_number].astype(np.float64)
+                    losses = sums[name][rows_of_number].astype(np.float64)
                     values[f"{name}_{number}"] = losses.sum() / total
         return values
 
@@ -104,9 +108,7 @@ def make_evaluation(config: DecoderTraining, tokenizer: DocumentTokenizer) -> Ev
         ),
         rows=rows,
         batch_size=config.batch_size // config.microbatches,
-        outputs=functools.partial(
-            query_losses, vocabulary=config.vocabulary, chunk=config.loss_chunk
-        ),
+        outputs=outputs,
         metrics=metrics,
         loss=f"{'image' if tokens['image_loss'].any() else 'text'}_loss_{largest}",
     )

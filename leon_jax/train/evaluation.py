@@ -115,6 +115,29 @@ class Evaluation:
     loss: str
 
 
+def rows_of_batch(largest: int, count: int) -> int:
+    """Returns the rows of a batch of an evaluation on the current mesh.
+
+    Args:
+      largest: `Evaluation.batch_size`.
+      count: number of rows. A batch holds no more than these, rounded up to what the mesh splits.
+    """
+    axes = sharding.batch_sharding().mesh.shape
+    parts = axes["data"] * axes["fsdp"]
+    return min(largest, -(-count // parts) * parts)
+
+
+def with_gathered_outputs(
+    outputs: Callable[[Any, dict[str, Array]], dict[str, Array]],
+) -> Callable[[Any, dict[str, Array]], dict[str, Array]]:
+    """Returns the function that an evaluation compiles: every device gets all outputs."""
+
+    def gathered(model: Any, batch: dict[str, Array]) -> dict[str, Array]:
+        return jax.tree.map(lambda array: jax.reshard(array, jax.P()), outputs(model, batch))
+
+    return gathered
+
+
 class Evaluator:
     """Runs an evaluation on the current mesh; all processes must call it.
 
@@ -125,19 +148,12 @@ class Evaluator:
     def __init__(self, evaluation: Evaluation) -> None:
         self._evaluation, self._layout = evaluation, sharding.batch_sharding()
         self._count = len(next(iter(evaluation.rows.values())))
-        # A batch holds no more rows than there are, rounded up to the rows that the mesh splits.
-        axes = self._layout.mesh.shape
-        parts = axes["data"] * axes["fsdp"]
-        self._batch_size = min(evaluation.batch_size, -(-self._count // parts) * parts)
+        self._batch_size = rows_of_batch(evaluation.batch_size, self._count)
 
     def compile(self, model: Any) -> None:
         """Compiles the evaluation for a model with the shapes and shardings of `model`."""
-
-        def outputs(model: Any, batch: dict[str, Array]) -> dict[str, Array]:
-            values = self._evaluation.outputs(model, batch)
-            return jax.tree.map(lambda array: jax.reshard(array, jax.P()), values)
-
-        self._outputs = jax.jit(outputs).lower(model, self._batch(0)).compile()
+        outputs = jax.jit(with_gathered_outputs(self._evaluation.outputs))
+        self._outputs = outputs.lower(model, self._batch(0)).compile()
 
     def run(self, model: Any) -> dict[str, float]:
         """Returns the metrics of a model, numbers by name; the names begin with "heldout/"."""

@@ -334,15 +334,16 @@ class TokenizerProgram:
             description,
             {"images": np.stack(images)},
             self.config.batch_size,
-            self._evaluate,
+            self.evaluate,
             metrics,
             "reconstruction_loss",
         )
 
-    def _evaluate(self, pair: AdversarialPair, batch: dict[str, Array]) -> dict[str, Array]:
+    def evaluate(self, model: AdversarialPair, batch: dict[str, Array]) -> dict[str, Array]:
+        """Returns the codes of each image, and the distances of its reconstruction."""
         images = batch["images"].astype(jnp.float32) / 127.5 - 1
-        codes = pair.generator.encode(images)
-        outputs = pair.generator.decode(codes)
+        codes = model.generator.encode(images)
+        outputs = model.generator.decode(codes)
         perceptual, psnr = self._image_quality(outputs, images)
         l1 = jnp.abs(outputs - images).mean((1, 2, 3))
         return {"l1": l1, "lpips": perceptual, "psnr_db": psnr, "codes": codes}

@@ -219,7 +219,12 @@ class EncoderProgram:
         rows = encoder_data.plain_pairs(documents, self.config.model, self.text)
         metrics = functools.partial(_retrieval_metrics, concepts=rows["concept"])
         rows = {name: rows[name] for name in ("image", "text")}
-        return Evaluation(description, rows, self.config.batch_size, _embed, metrics, "loss")
+        return Evaluation(description, rows, self.config.batch_size, self.evaluate, metrics, "loss")
+
+    def evaluate(self, model: CLIP, batch: dict[str, Array]) -> dict[str, Array]:
+        """Returns the embeddings of images, times the scale of the logits, and of texts."""
+        images = model.embed_image(batch["image"].astype(jnp.float32) / 255)
+        return {"image": model.scale() * images, "text": model.embed_text(batch["text"])}
 
     def samples(self, state: TrainState) -> dict[str, np.ndarray]:
         """Returns no images, since an encoder generates none."""
@@ -270,12 +275,6 @@ def contrastive_loss(
     to_text, accuracy = one_way(image, text)
     to_image, _ = one_way(text, image)
     return (to_text + to_image) / 2, accuracy
-
-
-def _embed(model: CLIP, batch: dict[str, Array]) -> dict[str, Array]:
-    """Returns the embeddings of images, times the scale of the logits, and of texts."""
-    images = model.embed_image(batch["image"].astype(jnp.float32) / 255)
-    return {"image": model.scale() * images, "text": model.embed_text(batch["text"])}
 
 
 def _retrieval_metrics(

@@ -131,6 +131,14 @@ class Program(Protocol):
         """
         ...
 
+    def evaluate(self, model: Any, batch: dict[str, Array]) -> dict[str, Array]:
+        """Returns the outputs of each row of an evaluation's batch; pure, and reads no file.
+
+        See `leon_jax.train.evaluation.Evaluation.outputs`. A batch has the arrays of a training
+        batch, or some of them.
+        """
+        ...
+
     def samples(self, state: TrainState) -> dict[str, np.ndarray]:
         """Returns sample images of the current model, uint8[h, w, 3] by name; may be empty."""
         ...

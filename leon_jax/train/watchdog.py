@@ -57,8 +57,13 @@ class Watchdog:
         self._folder = workdir / "stacks" / name
 
     def start(self) -> None:
-        """Starts the clock."""
+        """Starts the clock when all hosts call this; a collective operation.
+
+        So it does not matter how long each host compiles before.
+        """
         if self._seconds:
+            if jax.process_count() > 1:
+                multihost_utils.sync_global_devices("first step")
             # Only the second thread reads files, since a file system may hang.
             for target in (self._watch, self._look_for_others):
                 threading.Thread(target=target, daemon=True).start()

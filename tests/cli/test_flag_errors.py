@@ -82,6 +82,9 @@ def test_an_invalid_config_file_is_refused(path, message):
          "--config.batch_size=VALUE"),
         ([f"--config={CONFIG}", "--config.model.codes.x=3"], "--config.model.codes.x is not a key "
          f"of {CONFIG}"),
+        ([f"--config={CONFIG}", "--config.batch_size=3", "--config.export.encoder=x"],
+         f"--config.export.encoder sets a key of the group export, which {CONFIG} does not have; "
+         "add the group to a copy of the file"),
         ([f"--config={CONFIG}", "--config.model=3"], "--config.model=3 must be of the type that "
          "the key has in the config file"),
         (["--config.batch_size=3", f"--config={CONFIG}"], "--config.batch_size=3 comes before "

@@ -82,7 +82,7 @@ def test_a_run_is_started_and_restarted_after_a_preemption(tmp_path):
     start = ["create", "pull", "run"]
     assert cloud.changes() == [*start, "delete", *start]
     first, second = cloud.started()
-    assert first == second == ["train", "--distributed", "--config.loop.slices=1", *FLAGS]
+    assert first == second == ["train", "--distributed", *FLAGS, "--config.loop.slices=1"]
 
 
 def test_the_flags_are_those_of_leon_train(tmp_path):
@@ -91,6 +91,11 @@ def test_the_flags_are_those_of_leon_train(tmp_path):
     ((verb, *flags),) = cloud.started()
     names = {flag.removeprefix("--").split("=")[0].split(".")[0] for flag in flags}
     assert names <= defined_flags(verb)
+    # leon train understands them in this order: it gets as far as the devices.
+    flags.remove("--distributed")
+    command = [sys.executable, "-m", "leon_jax.cli.main", verb, *flags]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 2 and "config.loop.mesh: " in result.stderr, result.stderr
 
 
 @pytest.mark.parametrize("share", ["", "10.0.0.2:/runs"])

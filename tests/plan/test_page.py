@@ -1,5 +1,7 @@
 """Tests the output of a plan, and the message for a program that does not fit."""
 
+import dataclasses
+
 import pytest
 
 from leon_jax.plan import plan_page
@@ -37,6 +39,12 @@ def test_every_number_has_its_unit(plan):
     assert lines["images a second at most"] == "12.80"
     html = plan_page.page(plan, "a.py")
     assert "parameters 2.00 GiB<" in html and "capacity 16 GiB<" in html
+
+
+def test_the_peak_of_an_evaluation_is_a_line(plan):
+    figures = {**FIGURES, "evaluation_peak": 3.0 * GIB}
+    lines = dict(plan_page.lines(dataclasses.replace(plan, figures=figures), "a.py"))
+    assert lines["peak of an evaluation on held-out documents, a device"] == "3.00 GiB"
 
 
 def test_a_compilers_memory_error_becomes_one_sentence():

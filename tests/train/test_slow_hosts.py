@@ -28,9 +28,11 @@ def start(tmp_path):
         address = f"127.0.0.1:{listener.getsockname()[1]}"
     processes: list[subprocess.Popen] = []
 
-    def start(count: int, steps: int, slow: int, seconds: float, first: int, **loop):
+    def start(count: int, steps: int, slow: int, seconds: float, first: int, compile=0.0, **loop):
         for number in range(count):
-            arguments = (tmp_path / "run", address, count, number, steps, slow, seconds, first)
+            arguments = (
+                tmp_path / "run", address, count, number, steps, slow, seconds, first, compile,
+            )  # fmt: skip
             command = [sys.executable, "-m", "tests.train.slow_host", *map(str, arguments)]
             environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
             processes.append(
@@ -86,6 +88,14 @@ def test_a_host_that_hangs_ends_the_run_and_the_stacks_of_all_hosts_are_on_disk(
     assert "in delayed" in stacks[1] and "slow_host.py" in stacks[1], "where it sleeps"
     assert all("training_loop.py" in text for text in stacks)
     assert "in delayed" not in stacks[0]
+
+
+@pytest.mark.slow
+def test_a_host_that_compiles_longer_than_a_step_may_take_does_not_end_the_run(start, tmp_path):
+    processes = start(2, 4, 1, 0.0, 1, compile=10.0, step_timeout=5)
+    errors = [process.communicate(timeout=300)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+    assert not (tmp_path / "run" / "stacks").exists()
 
 
 def test_the_longest_own_time_is_slow_only_if_it_is_far_from_the_others():
