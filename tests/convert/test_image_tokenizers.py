@@ -70,7 +70,16 @@ def convert(capsys, *arguments):
 
 
 @pytest.mark.peers
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vq",
+        "gumbel",
+        "llamagen",
+        pytest.param("ema", marks=pytest.mark.slow),
+        pytest.param("ldm", marks=pytest.mark.slow),
+    ],
+)
 def test_codes_and_images_equal_those_of_pytorch(name, folder, tmp_path, capsys):
     path, images, expected = peer(name, folder)
     family = KINDS[name]["family"]
