@@ -25,7 +25,7 @@ _DESIGNS = flags.DEFINE_string("designs", None, "The prepared five designs; by d
 _BEFORE = flags.DEFINE_string("before", None, "An earlier model folder; by default left out.")
 _BEFORE_INDEX = flags.DEFINE_string("before_index", None, "The prepared folder of --before.")
 _WORKDIR = flags.DEFINE_string("workdir", "runs/results", "The folder of all results.")
-_PAGE = flags.DEFINE_string("page", "docs/results_table.md", "The page to write.")
+_PAGE = flags.DEFINE_string("page", "docs/results.md", "The page to write.")
 
 CANDIDATES = 50
 SPLITS = {"train": "seen", "unseen_design": "unseen designs", "unseen_concept": "unseen concepts"}
@@ -68,6 +68,16 @@ OTHERS = (
 )
 
 
+HEAD = """# Results of the shipped model
+
+```bash
+python -m benchmarks.results --index=runs/emoji_64/index --designs=runs/emoji_64/documents
+```
+
+Each row is one call of `leon evaluate` with the split and the source that it names.
+[Evaluate](evaluate.md) says what each number means."""
+
+
 def main(argv: list[str]) -> None:
     """Runs the missing evaluations and writes the page."""
     del argv
@@ -108,10 +118,11 @@ def name(row: Row) -> str:
 
 
 def page(before: dict, now: dict, others: dict, work: pathlib.Path) -> str:
-    """Returns the tables."""
+    """Returns the page."""
     models = {"before": before, "now": now} if before else {"now": now}
     unseen = TWEMOJI[1]
     parts = [
+        HEAD,
         "## The judge: nearest of 50 real images by LPIPS (VGG16)",
         table(
             ["Twemoji prompts", "model", "images", "0 documents", "2 documents", "a copier",

@@ -104,6 +104,7 @@ def main(argv: list[str]) -> None:
     del argv
     import numpy as np
 
+    from leon_jax import storage
     from leon_jax.data import image_files
     from leon_jax.engine.samplers import Categorical
     from leon_jax.evaluate import measurements, perceptual_match, report_page
@@ -229,12 +230,14 @@ def main(argv: list[str]) -> None:
             {
                 "caption": document.text,
                 "generated": text,
-                "exact": bool(same),
-                "concept": bool(names),
+                "exact": is_exact,
+                "concept": is_right,
             }
-            for document, text, same, names in zip(described, texts, exact, right, strict=True)
+            for document, text, is_exact, is_right in zip(
+                described, texts, exact.tolist(), right.tolist(), strict=True
+            )
         ]
-        report_page.write_text(
+        storage.write(
             folder / "captions.jsonl",
             "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines),
         )

@@ -62,11 +62,11 @@ def _files(source: pathlib.Path) -> tuple[pathlib.Path, ...]:
             raise UserError(f"{source} lacks {missing[0]}, which {_INDEX} names")
         return tuple(source / name for name in shards)
     for suffixes in ((".safetensors",), _TORCH):
-        found = sorted(path for path in source.iterdir() if path.suffix in suffixes)
-        if len(found) == 1:
-            return tuple(found)
-        if found:
-            names = ", ".join(path.name for path in found)
+        files = sorted(path for path in source.iterdir() if path.suffix in suffixes)
+        if len(files) == 1:
+            return tuple(files)
+        if files:
+            names = ", ".join(path.name for path in files)
             raise UserError(f"{source} has {names}; name one of them as --source")
     raise UserError(
         f"{source} has no weights: no model.safetensors and no file ending in {', '.join(_TORCH)}"

@@ -76,9 +76,9 @@ def to_ours(
     for entry in entries:
         array, shape = entry.to_ours(tensors), shapes[entry.ours]
         if array.shape != shape:
-            found = " and ".join(f"{name} {tensors[name].shape}" for name in entry.theirs)
+            shapes_text = " and ".join(f"{name} {tensors[name].shape}" for name in entry.theirs)
             raise UserError(
-                f"a tensor has another shape than the configuration says: {found} would give "
+                f"a tensor has another shape than the configuration says: {shapes_text} would give "
                 f"{array.shape} instead of {shape}"
             )
         if not np.isfinite(array.astype(np.float32)).all():

@@ -190,11 +190,11 @@ class _Unpickler(pickle.Unpickler):
         dtype = getattr(storage_type, "dtype", None)
         if kind != "storage" or dtype is None:
             raise ValueError(f"the storage {key!r} has an unknown type")
-        found = self._find(str(key), dtype, int(size))
+        numbers = self._find(str(key), dtype, int(size))
         if rest and rest[0] is not None:  # a part of another storage, in the older format
             _, start, length = rest[0]
-            return _part(found, int(start), int(length))
-        return found
+            return _part(numbers, int(start), int(length))
+        return numbers
 
 
 def _part(whole: _Storage, start: int, length: int) -> _Storage:

@@ -201,10 +201,10 @@ def _module(ours: str, theirs: str, config: VQGANConfig, rename: Rename) -> Iter
 
 def _changes_width(block: str, config: VQGANConfig) -> bool:
     """Returns whether a residual block of taming has another width than its input."""
-    half, *place = block.split(".")
-    if place[0] == "mid" or int(place[-1]):
+    half, *parts = block.split(".")
+    if parts[0] == "mid" or int(parts[-1]):
         return False
-    level, multipliers = int(place[1]), config.multipliers
+    level, multipliers = int(parts[1]), config.multipliers
     if half == "encoder":
         return multipliers[level] != (multipliers[level - 1] if level else 1)
     before = multipliers[min(level + 1, len(multipliers) - 1)]

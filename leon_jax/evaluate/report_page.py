@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from jaxtyping import Bool, UInt8
 
-from leon_jax import html_page
+from leon_jax import html_page, storage
 from leon_jax.documents import Document
 from leon_jax.evaluate.meanings import LABELS, MEANINGS, Number, format_metric
 from leon_jax.html_page import image_tag, table
@@ -219,11 +219,4 @@ def write(
         ("index.html", page(title, sections)),
         ("metrics.json", json.dumps(metrics, indent=1) + "\n"),
     ):
-        write_text(pathlib.Path(folder) / name, text)
-
-
-def write_text(path: pathlib.Path, text: str) -> None:
-    """Writes a text file atomically."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+        storage.write(pathlib.Path(folder) / name, text)

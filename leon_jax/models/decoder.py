@@ -36,7 +36,7 @@ from leon_jax.sharding import RULES, spec
 # The sharding of the tokens of whole sequences.
 _TOKENS = spec("batch", "length")
 # Deeper decoders are always scanned, so that they compile quickly.
-_UNROLLED = 16
+_MOST_UNROLLED = 16
 
 
 class Decoder(nnx.Module):
@@ -113,7 +113,9 @@ class Decoder(nnx.Module):
         x, turned = self._embed(ids, positions), self._rotation(positions, cells)
         # On CPUs, a scan spends a tenth of a training step on filling arrays with zeros, in which
         # it saves what the backward pass needs.
-        is_unrolled = on_cpu() and self.config.remat == "none" and self.config.layers <= _UNROLLED
+        is_unrolled = (
+            on_cpu() and self.config.remat == "none" and self.config.layers <= _MOST_UNROLLED
+        )
         for stack in self.stacks:
             layers = _remat(layer, self.config.remat)
             x, _ = jax.lax.scan(layers, x, stack, unroll=is_unrolled or 1)

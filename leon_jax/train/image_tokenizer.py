@@ -96,6 +96,11 @@ class TokenizerProgram:
 
     def __init__(self, config: TokenizerConfig) -> None:
         self.config = config
+        if config.model.code_logits:
+            raise UserError(
+                "config.model.code_logits is True; it must be False, because a tokenizer of the "
+                "Gumbel softmax can be used but not trained"
+            )
         if config.optimizer.average:
             raise UserError(
                 f"config.optimizer.average is {config.optimizer.average}; it must be 0 for an "

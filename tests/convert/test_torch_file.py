@@ -117,7 +117,7 @@ def tensor_file(path, **claims):
     The pickle is assembled by hand, since its names do not exist here.
     """
     size, kind = claims.get("size", 4), claims.get("kind", "FloatStorage")
-    start, shape, strides = claims["place"]
+    start, shape, strides = claims["view"]
     numbers = b"".join(
         b"(" + b"".join(b"J" + int(n).to_bytes(4, "little", signed=True) for n in row) + b"t"
         for row in (shape, strides)
@@ -139,7 +139,7 @@ def tensor_file(path, **claims):
 
 def test_a_compressed_archive_is_read(tmp_path):
     path = tensor_file(
-        tmp_path / "file.pt", place=(0, (2, 2), (1, 2)), compression=zipfile.ZIP_DEFLATED
+        tmp_path / "file.pt", view=(0, (2, 2), (1, 2)), compression=zipfile.ZIP_DEFLATED
     )
     np.testing.assert_array_equal(torch_file.read_weights(path)["w"], [[0, 2], [1, 3]])
 
@@ -147,14 +147,14 @@ def test_a_compressed_archive_is_read(tmp_path):
 @pytest.mark.parametrize(
     "claims",
     [
-        {"place": (1, (4,), (1,))},
-        {"place": (0, (2, 2), (2, 2))},
-        {"place": (0, (4,), (2,))},
-        {"place": (-1, (2,), (1,))},
-        {"place": (3, (2,), (-1,))},
-        {"place": (0, (4,), (1,)), "size": 5},
-        {"place": (0, (2,), (1,)), "size": 2},
-        {"place": (0, (4,), (1,)), "kind": "UnknownStorage"},
+        {"view": (1, (4,), (1,))},
+        {"view": (0, (2, 2), (2, 2))},
+        {"view": (0, (4,), (2,))},
+        {"view": (-1, (2,), (1,))},
+        {"view": (3, (2,), (-1,))},
+        {"view": (0, (4,), (1,)), "size": 5},
+        {"view": (0, (2,), (1,)), "size": 2},
+        {"view": (0, (4,), (1,)), "kind": "UnknownStorage"},
     ],
 )
 def test_a_tensor_outside_of_its_storage_is_refused(tmp_path, claims):

@@ -243,6 +243,12 @@ def test_a_document_without_an_image_is_named(tmp_path):
         next(iter(program_of(folder).batches()))
 
 
+def test_a_tokenizer_of_the_gumbel_softmax_is_not_trained():
+    model = dataclasses.replace(CONFIG.model, code_logits=True)
+    with pytest.raises(UserError, match=r"config\.model\.code_logits is True; it must be False"):
+        TokenizerProgram(dataclasses.replace(CONFIG, model=model))
+
+
 def test_an_average_of_the_weights_is_refused():
     optimizer = dataclasses.replace(CONFIG.optimizer, average=0.9)
     with pytest.raises(UserError, match=r"config\.optimizer\.average is 0.9; it must be 0"):
