@@ -79,6 +79,13 @@ def test_thresholds_and_encode_take_flags_of_their_commands(tmp_path):
     assert "--variants=3" in plan["encode"].make().arguments
 
 
+def test_selection_rules_of_the_configuration_replace_the_measured_ones(tmp_path):
+    rules = {"near_copy_query": 0.9}
+    stage = by_name(own() | {"selection": rules}, tmp_path)["thresholds"]
+    command = stage.make()
+    assert not command.arguments and json.loads(command.files[str(stage.output)]) == rules
+
+
 def test_a_batch_is_no_larger_than_the_data(tmp_path):
     document_folders.write(tmp_path / "documents", document_folders.drawings())
     plan = by_name(own(), tmp_path)
