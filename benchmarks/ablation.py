@@ -106,8 +106,6 @@ def measure(folder: pathlib.Path, prepared: pathlib.Path, model: pathlib.Path) -
         f"--config.steps={_STEPS.value}", f"--config.seed={_SEED.value}",
         f"--config.data.folder={prepared}", f"--config.data.variants={_VARIANTS.value}",
         f"--config.data.text={model / 'text.json'}", "--config.samples.image=",
-        # Most examples have retrieved documents, as in the second stage of the shipped decoder.
-        "--config.data.retrieved=(0.1, 0.3, 0.4, 0.2)",
     )  # fmt: skip
     model_folder = folder / "model"
     shutil.copytree(model, model_folder, dirs_exist_ok=True)

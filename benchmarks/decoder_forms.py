@@ -1,9 +1,9 @@
 """Compares forms, sizes, optimizers and augmentations of a small decoder at equal cost.
 
-    python -m benchmarks.decoder_forms --run=runs/emoji_64
+    python -m benchmarks.decoder_forms --run=runs/emoji
 
 The run is a workdir of `leon pipeline` with an encoding of at least 8 variants. Trains the decoder
-of configs/emoji/pipeline_64.py with the changes of each row. The steps are chosen so that each row
+of configs/emoji/decoder.py with the changes of each row. The steps are chosen so that each row
 takes about the same time on one core. Run it again to resume an interrupted run. --rows names some
 of the rows, so that two processes can share the work. Writes docs/decoder_forms.md when every row
 is measured.
@@ -25,12 +25,12 @@ from leon_jax.models.vqgan import VQGANConfig
 from leon_jax.pipeline import stages
 from leon_jax.tokenizers.text import TextTokenizer
 
-_RUN = flags.DEFINE_string("run", "runs/emoji_64", "A workdir of leon pipeline.")
+_RUN = flags.DEFINE_string("run", "runs/emoji", "A workdir of leon pipeline.")
 _WORKDIR = flags.DEFINE_string("workdir", "runs/decoder_forms", "The folder of all results.")
 _ROWS = flags.DEFINE_list("rows", [], "Rows to measure; by default all.")
 _PAGE = flags.DEFINE_string("page", "docs/decoder_forms.md", "The page to write.")
 
-CONFIG = "configs/emoji/pipeline_64.py"
+CONFIG = "configs/emoji/decoder.py"
 # The form of CM3Leon (arXiv 2309.02591), with what helped the small decoder of 32 px.
 CM3LEON = {
     "form": {}, "position_init": "sinusoids", "position_std": 0.02, "part_step": 32,
@@ -95,7 +95,7 @@ def measure(row: Row, folder: pathlib.Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     files = stages.Layout(pathlib.Path(_RUN.value).absolute())
     tokenizer = build(VQGANConfig, weight_files.read_config(files.tokenizer, "tokenizer"), "config")
-    values = runpy.run_path(CONFIG)["decoder"](tokenizer.grid)
+    values = runpy.run_path(CONFIG)["stage"](tokenizer.grid)
     text_tokens = TextTokenizer.load(files.text).size
     text_start = 4 + tokenizer.codes + 2 + values["vocabulary"]["sentinels"]
     values["vocabulary"] |= {
@@ -132,12 +132,12 @@ def page(results: dict[str, dict]) -> str:
 PAGE = """# Forms of a small decoder
 
 ```bash
-leon pipeline --config=configs/emoji/pipeline_64.py --workdir=runs/emoji_64
-python -m benchmarks.decoder_forms --run=runs/emoji_64
+leon pipeline --config=configs/emoji/pipeline.py --workdir=runs/emoji
+python -m benchmarks.decoder_forms --run=runs/emoji
 ```
 
 The benchmark needs the pipeline up to its encodings. Each row trains the decoder of
-configs/emoji/pipeline_64.py with one change, for about the same time on one core. The core seconds
+configs/emoji/decoder.py with one change, for about the same time on one core. The core seconds
 are measured. *llama* is the configuration without a change.
 
 | row | change | parameters, M | steps | core seconds | image loss, 0 read | 1 | 2 | text loss |

@@ -64,8 +64,9 @@ def train(run: pathlib.Path, data: str, steps: int, exchange: str, seed: int) ->
         "loop.eval_every": steps,
     }
     command = [
-        sys.executable, "-m", "leon_jax.cli.main", "train", "--config=configs/emoji/decoder.py",
-        f"--workdir={run}", *(f"--config.{key}={value}" for key, value in flags.items()),
+        sys.executable, "-m", "leon_jax.cli.main", "train",
+        "--config=configs/emoji/decoder_paper.py", f"--workdir={run}",
+        *(f"--config.{key}={value}" for key, value in flags.items()),
     ]  # fmt: skip
     environment = {
         **os.environ,

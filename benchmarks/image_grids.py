@@ -3,17 +3,18 @@
     leon prepare --config=configs/emoji/designs.py --out=data/emoji_designs
     taskset -c 0 python -m benchmarks.image_grids --documents=data/emoji_designs
 
-Trains a tokenizer and a decoder of configs/emoji/pipeline_64.py for each row of the table. The
-steps are chosen so that each takes about the same time on one core. Texts and neighbours come from
-the shipped model. Run it again to resume an interrupted run. --cells names some of the rows, so
-that two processes can share the work. Writes docs/image_grids.md and its image when every row is
-measured.
+Trains the tokenizer of configs/emoji/tokenizer.py and the decoder of configs/emoji/decoder.py for
+each row of the table. The steps are chosen so that each takes about the same time on one core.
+Texts and neighbours come from the shipped model. Run it again to resume an interrupted run. --cells
+names some of the rows, so that two processes can share the work. Writes docs/image_grids.md and its
+image when every row is measured.
 """
 
 import dataclasses
 import json
 import pathlib
 import runpy
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -38,7 +39,7 @@ _CELLS = flags.DEFINE_list("cells", [], "Cells to measure; by default all.")
 _PAGE = flags.DEFINE_string("page", "docs/image_grids.md", "The page to write.")
 _IMAGE = flags.DEFINE_string("image", "docs/images/image_grids.png", "The image to write.")
 
-CONFIG = "configs/emoji/pipeline_64.py"
+CONFIGS = pathlib.Path("configs/emoji")
 SPLIT = "unseen_design"
 SHOWN = 24  # images in the picture
 
@@ -49,7 +50,7 @@ class Cell:
 
     Attributes:
       grid: side of the grid of codes.
-      codebook: a codebook of configs/emoji/pipeline_64.py.
+      codebook: a codebook of configs/emoji/tokenizer.py.
       codes: entries of the codebook.
       pixel_patch: side of the squares of pixels that the tokenizer's last layer makes.
       tokenizer_steps: training steps of the tokenizer.
@@ -93,8 +94,7 @@ def measure(cell: Cell, folder: pathlib.Path) -> None:
     if (folder / "result.json").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    config = runpy.run_path(CONFIG)
-    tokenizer = config["tokenizer"](cell.grid, cell.codebook)
+    tokenizer = stage("tokenizer")(cell.grid, cell.codebook)
     tokenizer["model"] |= {
         "channels": 16, "codes": cell.codes, "pixel_patch": cell.pixel_patch,
     }  # fmt: skip
@@ -104,9 +104,14 @@ def measure(cell: Cell, folder: pathlib.Path) -> None:
     train(folder, "tokenizer", tokenizer, cell.tokenizer_steps)
     result = measure_tokenizer(folder / "tokenizer" / "export" / "tokenizer.safetensors")
     if cell.decoder_steps:
-        result |= measure_decoder(cell, folder, config)
+        result |= measure_decoder(cell, folder)
     result["core_seconds"] = json.loads((folder / "core_seconds.json").read_text())
     (folder / "result.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+def stage(name: str) -> Callable[..., dict]:
+    """Returns the function that makes the configuration of a stage of the shipped model."""
+    return runpy.run_path(str(CONFIGS / f"{name}.py"))["stage"]
 
 
 def measure_tokenizer(path: pathlib.Path) -> dict[str, float]:
@@ -148,7 +153,7 @@ def psnr(images: UInt8[np.ndarray, "n h w 3"], others: UInt8[np.ndarray, "n h w 
     return float((10 * np.log10(255**2 / np.maximum(errors, 1e-10))).mean())
 
 
-def measure_decoder(cell: Cell, folder: pathlib.Path, config: dict) -> dict:
+def measure_decoder(cell: Cell, folder: pathlib.Path) -> dict:
     """Trains the decoder of a cell and returns what `leon evaluate` measures."""
     shipped, files = shipped_folder(), folder / "tokenizer" / "export" / "tokenizer.safetensors"
     models = {
@@ -165,7 +170,7 @@ def measure_decoder(cell: Cell, folder: pathlib.Path, config: dict) -> dict:
                 (documents / path.name).symlink_to(path)
     leon("encode", f"--folder={documents}", *(f"--{name}={path}" for name, path in models.items()))
     text_tokens = TextTokenizer.load(models["text"]).size
-    decoder = config["decoder"](cell.grid)
+    decoder = stage("decoder")(cell.grid)
     text_start = 4 + cell.codes + 2 + decoder["vocabulary"]["sentinels"]
     decoder["vocabulary"] |= {
         "image_codes": cell.codes, "text_start": text_start, "text_tokens": text_tokens,

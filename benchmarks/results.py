@@ -1,7 +1,7 @@
 """Measures the model that ships beside an earlier one, with a judge that no training used.
 
     leon prepare --config=configs/emoji/designs.py --out=data/emoji_designs
-    python -m benchmarks.results --index=runs/emoji_64/index --designs=runs/emoji_64/documents \
+    python -m benchmarks.results --index=runs/emoji/index --designs=runs/emoji/documents \
         --before=MODEL --before_index=data/emoji_prepared
 
 Runs `leon evaluate` for each split and style, and writes docs/results.md. Run it again to resume.
@@ -71,7 +71,7 @@ OTHERS = (
 HEAD = """# Results of the shipped model
 
 ```bash
-python -m benchmarks.results --index=runs/emoji_64/index --designs=runs/emoji_64/documents
+python -m benchmarks.results --index=runs/emoji/index --designs=runs/emoji/documents
 ```
 
 Each row is one call of `leon evaluate` with the split and the source that it names.

@@ -38,8 +38,8 @@ def test_a_text_tokenizer_is_trained_from_the_command_line(tmp_path):
     result = train(TEXT, f"--workdir={workdir}", f"--config.data.folder={folder}")
     assert result.returncode == 0, result.stderr
     size = TextTokenizer.load(workdir / "export" / "text.json").size
-    assert 256 < size < 2048
-    assert f"{size} entries instead of 2048 (config.size), since the texts have" in result.stderr
+    assert 256 < size < 4096
+    assert f"{size} entries instead of 4096 (config.size), since the texts have" in result.stderr
 
 
 def test_missing_flags_are_named(tmp_path):

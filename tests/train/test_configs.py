@@ -41,15 +41,38 @@ def test_a_config_file_can_be_built(name):
     assert configs.build(KINDS[values["kind"]], values).kind == values["kind"]
 
 
-PIPELINES = [("own.py", size) for size in ("tiny", "small", "base")]
-PIPELINES += [
-    ("emoji/pipeline_64.py", variant) for variant in ("16-unit", "16-plain", "8-unit", "8-plain")
-]
+PIPELINES = [("own.py", (size,)) for size in ("tiny", "small", "base")]
+PIPELINES += [("emoji/pipeline.py", ())]
 
 
-@pytest.mark.parametrize(("name", "argument"), PIPELINES)
-def test_the_stages_of_every_pipeline_can_be_built(name, argument):
-    values = runpy.run_path(str(CONFIGS / name))["get_config"](argument).to_dict()
+@pytest.mark.parametrize(("name", "arguments"), PIPELINES)
+def test_the_stages_of_every_pipeline_can_be_built(name, arguments):
+    values = runpy.run_path(str(CONFIGS / name))["get_config"](*arguments).to_dict()
+    check_stages(values)
+
+
+@pytest.mark.parametrize("codebook", ["unit", "plain"])
+@pytest.mark.parametrize("grid", [8, 16])
+def test_the_emoji_stages_can_have_other_grids_and_codebooks(grid, codebook):
+    tokenizer, decoder = (
+        runpy.run_path(str(CONFIGS / "emoji" / f"{name}.py"))["stage"]
+        for name in ("tokenizer", "decoder")
+    )
+    check_stages({"stages": {"tokenizer": tokenizer(grid, codebook), "decoder": decoder(grid)}})
+
+
+def test_the_emoji_configs_only_add_to_the_stages_of_the_pipeline():
+    values = runpy.run_path(str(CONFIGS / "emoji" / "pipeline.py"))["get_config"]()
+    for name, stage in values.stages.items():
+        alone = runpy.run_path(str(CONFIGS / "emoji" / f"{name}.py"))["get_config"]()
+        updated = alone.copy_and_resolve_references()
+        updated.update(stage)
+        assert updated.to_dict() == alone.to_dict()
+        assert alone.data.folder and "folder" not in stage.get("data", {})
+
+
+def check_stages(values):
+    """Builds the configuration of every stage, and checks that sizes fit each other."""
     for name, stage in values["stages"].items():
         configs.build(LoopConfig, stage.pop("loop", {}), f"config.stages.{name}.loop")
         if stage["kind"] == "encoder":
@@ -82,11 +105,12 @@ def test_rows_that_are_too_short_for_retrieval_are_told_at_the_start():
         return retrieval_notice(configs.build(DecoderTraining, changed))
 
     assert notice() is None
-    assert notice(image_shape=(16, 16)) == (
-        "a row of 384 tokens holds no retrieved image of 256 tokens, but config.data.retrieved "
-        "asks for up to 3; set config.data.length >= 1036, or shorten config.data.retrieved to 1 "
+    assert notice(length=130) == (
+        "a row of 130 tokens holds no retrieved image of 64 tokens, but config.data.retrieved "
+        "asks for up to 2; set config.data.length >= 201, or shorten config.data.retrieved to 1 "
         "probabilities"
     )
-    assert "holds 1 retrieved image of 144 tokens" in notice(image_shape=(12, 12))
-    assert notice(image_shape=(16, 16), retrieved=(1.0,)) is None
-    assert notice(image_shape=(16, 16), packing="stream") is None
+    assert "holds 1 retrieved image of 64 tokens" in notice(length=200)
+    assert notice(length=201) is None and notice(length=130, retrieved=(1.0,)) is None
+    values["model"]["form"]["positions"] = "rotary"  # "stream" cuts images
+    assert notice(length=130, packing="stream") is None

