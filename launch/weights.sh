@@ -4,18 +4,30 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-leon=${LEON:-.venv/bin/leon}
+bin=${BIN:-.venv/bin}
 runs=${RUNS:-runs/emoji}
 weights=${WEIGHTS:-leon_jax/weights/emoji}
 
-echo "Training the shipped model takes about two and a half hours on 2 CPU cores and minutes on a GPU;"
-echo "it writes into data/emoji and $runs, and at the end replaces $weights."
+"$bin/python" - <<'CHECK'
+import sys
 
-"$leon" pipeline --config=configs/emoji/pipeline.py --workdir="$runs"
-"$leon" export --workdir="$runs/decoder_second" --index=prepare:demo --licence=CC-BY-SA-4.0 \
+from leon_jax.config import UserError
+from leon_jax.datasets.emoji.npm_designs import check_packages
+
+try:
+    check_packages("data/npm")
+except UserError as error:
+    sys.exit(f"make weights: {error}")
+CHECK
+
+echo "Training the shipped model takes about twelve hours on 2 CPU cores; an estimate for this machine follows."
+echo "It reads data/npm, writes into data/emoji and $runs, and at the end replaces $weights."
+
+"$bin/leon" pipeline --config=configs/emoji/pipeline.py --workdir="$runs"
+"$bin/leon" export --workdir="$runs/decoder" --index=prepare:demo --licence=CC-BY-SA-4.0 \
   --tokenizer="$runs/tokenizer/export/tokenizer.safetensors" \
   --encoder="$runs/encoder/export/encoder.safetensors" \
-  --selection=configs/emoji/selection.json \
-  --title="The shipped model: emoji, 32 px" --prompt="cat face, Twemoji style" \
+  --selection="$runs/encoder/export/selection.json" --dtype=bfloat16 \
+  --title="The shipped model: emoji, 64 px" --prompt="cat face, Twemoji style" \
   --notes=configs/emoji/model_notes.md --out="$weights"
 ls -l "$weights"

@@ -5,7 +5,6 @@ import io
 import json
 import pathlib
 import re
-import runpy
 import shutil
 import tarfile
 
@@ -20,7 +19,8 @@ from leon_jax.generate import context_limits, retriever
 from leon_jax.generate.image_settings import ImageSettings
 from leon_jax.leon import Leon
 from leon_jax.model_description import IndexAddress, ModelDescription
-from leon_jax.model_folder import ModelFolder, shipped_folder
+from leon_jax.model_folder import ModelFolder, encoder_path, shipped_folder
+from leon_jax.prepare.encoding_models import digest
 from tests import tiny
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -201,20 +201,29 @@ class TestShippedModel:
         folder = ModelFolder.open()
         assert folder.defaults.sampling == SamplingParams.of(guidance=3.0)
         assert folder.defaults.num_docs == 2 and folder.index == IndexAddress(prepare="demo")
-        assert folder.description.licences == ("CC-BY-SA-4.0",)
+        assert "CC-BY-SA-4.0" in folder.description.licences
+        assert not folder.description.unknown_licences
         assert folder.description.generation["max_docs"] == folder.max_docs
 
-    def test_its_description_and_card_are_those_of_the_program(self, tmp_path):
-        program = runpy.run_path(str(ROOT / "launch" / "describe_shipped.py"))
+    def test_its_card_and_digests_are_those_of_its_files(self):
         folder = ModelFolder.open()
-        description = program["describe"](folder)
-        assert description.to_json() == (folder.path / "model.json").read_text()
-        assert card(folder, description) == (folder.path / "README.md").read_text()
+        assert card(folder, folder.description) == (folder.path / "README.md").read_text()
+        paths = {
+            "decoder": folder.path / "decoder.safetensors",
+            "tokenizer": folder.path / "tokenizer.safetensors",
+            "text": folder.path / "text.json",
+            "encoder": encoder_path(folder.path),
+        }
+        assert folder.description.digests == {name: digest(path) for name, path in paths.items()}
 
     def test_the_numbers_of_its_card_are_those_of_the_docs(self):
         card = (shipped_folder() / "README.md").read_text()
-        docs = (ROOT / "docs" / "evaluate.md").read_text().replace("**", "")
-        for number in ("21.9", "96 %", "12.78, 12.75, 12.62", "51.5 %", "31 % and 45.5 %"):
-            assert number in card and number in docs
-        assert "7,488" in card and "7,488" in (ROOT / "docs" / "data_format.md").read_text()
+        pages = {path.name: path.read_text() for path in (ROOT / "docs").glob("*.md")}
+        measured = re.findall(r"^\|.*\| (.*) \|$", card.partition("## Measured")[2], re.MULTILINE)
+        for number in re.findall(r"\d+\.?\d*", " ".join(measured)):
+            assert number in pages["evaluate.md"] + pages.get("results.md", "")
+        for each in ModelFolder.open().description.data:
+            assert (
+                f"{each.documents:,}" in card and f"{each.documents:,}" in pages["data_format.md"]
+            )
         assert re.search(r"leon generate --model=\. ", card)
