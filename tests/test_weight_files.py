@@ -17,7 +17,7 @@ import safetensors.numpy
 from flax import nnx
 
 from leon_jax import safetensors_format, weight_digests, weight_files
-from leon_jax.config import UserError
+from leon_jax.config import UserError, build
 from leon_jax.models.decoder import Decoder
 from leon_jax.models.decoder_config import DecoderConfig
 
@@ -210,7 +210,7 @@ def test_a_file_of_the_former_format_is_read_under_full_names(former, outer):
 
 def test_the_shipped_decoder_has_the_names_of_its_module():
     arrays, header = weight_files.load(SHIPPED, "decoder")
-    config = DecoderConfig(**{k: v for k, v in header["model"].items() if k != "pad_id"})
+    config = build(DecoderConfig, header["model"])
     abstract = jax.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
     assert {name: leaf.shape for name, leaf in weight_files.flatten(abstract).items()} == {
         name: array.shape for name, array in arrays.items()
