@@ -67,8 +67,16 @@ def get_config(variant: str = "8-unit") -> ConfigDict:
             "kind": "pipeline",
             "prepare": designs,
             "index": {"prepare": {**pypi["prepare"], "picture_side": SIDE}, "share": 0.5},
-            # One of two documents shows each design of PyPI.
-            "thresholds": {"alternate_sources": True},
+            "selection": {
+                # One of two documents shows each design of PyPI.
+                "alternate_sources": True,
+                # No document is skipped as a near copy. The encoder learns that the designs of a
+                # concept match, so their scores are above any threshold that finds copies. But a
+                # prompt retrieves them, so the decoder has to learn from them.
+                "near_copy_query": 1.0,
+                "near_copy_document": 1.0,
+                "near_copy_picture": None,
+            },
             "encode": {"variants": 8},
             "stages": {
                 "text": {
