@@ -44,7 +44,7 @@ class Row:
     Attributes:
       steps: training steps.
       text: what the row is, for the table.
-      model, optimizer, data: changed keys of these parts of the configuration.
+      model, optimizer, data, masking: changed keys of these parts of the configuration.
       form: changed keys of `model.form`.
       seed: seed of the initialisation, the order and the masks.
     """
@@ -55,6 +55,7 @@ class Row:
     form: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     optimizer: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    masking: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     seed: int = 0
 
 
@@ -73,6 +74,7 @@ ROWS = {
     "muon-seed-1": Row(480, "Muon, another seed", optimizer={"kind": "muon"}, seed=1),
     "average": Row(500, "an average of the weights", optimizer={"average": 0.99}),
     "variants": Row(500, "8 variants of each image", data={"variants": 8}),
+    "causal": Row(500, "half as many masked spans", masking={"rate": 0.5}),
 }
 
 
@@ -105,6 +107,7 @@ def measure(row: Row, folder: pathlib.Path) -> None:
     values["model"] |= {"vocab_size": text_start + text_tokens, **row.model, "form": form}
     values["optimizer"] |= row.optimizer
     values["data"] |= {"folder": str(files.documents), "text": str(files.text), **row.data}
+    values["masking"] |= row.masking
     values["samples"] = {}
     values["seed"] = row.seed
     values["loop"] = {"log_every": 50, "save_every": 200, "eval_every": 100}

@@ -31,8 +31,16 @@ def get_config() -> ConfigDict:
             "kind": "pipeline",
             "prepare": documents,
             "index": {"prepare": {**documents, "sources": pypi}, "share": 0.5},
-            # One of two documents shows each design of PyPI.
-            "thresholds": {"alternate_sources": True},
+            "selection": {
+                # One of two documents shows each design of PyPI.
+                "alternate_sources": True,
+                # No document is skipped as a near copy. The encoder learns that the designs of a
+                # concept match, so their scores are above any threshold that finds copies. But a
+                # prompt retrieves them, so the decoder has to learn from them.
+                "near_copy_query": 1.0,
+                "near_copy_document": 1.0,
+                "near_copy_picture": None,
+            },
             "encode": {"variants": 8},
             "stages": {name: read(name)["stage"]() for name in names},
             "seconds": {"tokenizer": 3600, "encoder": 3600, "decoder": 36_000},
