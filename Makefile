@@ -10,9 +10,10 @@ PYTEST_WORKERS ?= auto
 PYTEST_ARGS ?=
 DEMO_OUT ?= out/demo
 
-# A module's tests stay in one process, for its fixtures.
+# A module's tests stay in one process, for its fixtures. A process that dies ends the run: another
+# would repeat the test that it died of, up to four times for each process.
 PYTEST := $(BIN)/python -m pytest --numprocesses=$(PYTEST_WORKERS) --maxprocesses=8 \
-  --dist=loadscope --durations=15
+  --max-worker-restart=0 --dist=loadscope --durations=15
 
 INSTALLED := .venv/.installed
 PEERS_INSTALLED := .venv-peers/.installed
