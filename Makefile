@@ -40,8 +40,8 @@ $(INSTALLED): requirements/dev.txt setup.py
 demo: install ## Run everything once with the shipped model; makes out/demo/index.html
 	$(BIN)/leon demo --out=$(DEMO_OUT)
 
-# The compiler takes most of the time of these tests, and their programs are small.
-test: export XLA_FLAGS += --xla_backend_optimization_level=0
+# The compiler takes most of the time of the tests, and their programs are small.
+test slowtest: export XLA_FLAGS += --xla_backend_optimization_level=0
 test: install ## Run the tests but the slow ones (set PYTEST_ARGS or PYTEST_WORKERS to change how)
 	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
