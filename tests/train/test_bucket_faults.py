@@ -33,7 +33,7 @@ def disturbed(url: str, fault):
         yield
 
 
-@pytest.mark.parametrize("fault", ["503", "reset", 1.0])
+@pytest.mark.parametrize("fault", ["503", "reset", 1.0, pytest.param(5.0, marks=pytest.mark.slow)])
 def test_a_disturbed_request_is_repeated(cloud_storage, gs_folder, tmp_path, monkeypatch, fault):
     monkeypatch.setenv("LEON_CACHE", str(tmp_path))
     folder = storage.path(gs_folder)

@@ -145,10 +145,10 @@ def holds_lock(run: pathlib.Path, process: subprocess.Popen) -> bool:
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_five_times_has_the_parameters_of_a_run_on_a_disk(run, on_disk):
+def test_a_run_that_is_killed_ten_times_has_the_parameters_of_a_run_on_a_disk(run, on_disk):
     """Each time within four seconds after it has taken the lock."""
     rng = random.Random(0)
-    for _ in range(5):
+    for _ in range(10):
         process = start(run)
         while process.poll() is None and not holds_lock(run, process):
             time.sleep(0.1)
