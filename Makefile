@@ -10,9 +10,10 @@ PYTEST_WORKERS ?= auto
 PYTEST_ARGS ?=
 DEMO_OUT ?= out/demo
 
-# A module's tests stay in one process, for its fixtures.
+# A module's tests stay in one process, for its fixtures. A process that dies ends the run: another
+# would repeat the test that it died of, up to four times for each process.
 PYTEST := $(BIN)/python -m pytest --numprocesses=$(PYTEST_WORKERS) --maxprocesses=8 \
-  --dist=loadscope --durations=15
+  --max-worker-restart=0 --dist=loadscope --durations=15
 
 INSTALLED := .venv/.installed
 PEERS_INSTALLED := .venv-peers/.installed
@@ -39,8 +40,8 @@ $(INSTALLED): requirements/dev.txt setup.py
 demo: install ## Run everything once with the shipped model; makes out/demo/index.html
 	$(BIN)/leon demo --out=$(DEMO_OUT)
 
-# The compiler takes most of the time of these tests, and their programs are small.
-test: export XLA_FLAGS += --xla_backend_optimization_level=0
+# The compiler takes most of the time of the tests, and their programs are small.
+test slowtest: export XLA_FLAGS += --xla_backend_optimization_level=0
 test: install ## Run the tests but the slow ones (set PYTEST_ARGS or PYTEST_WORKERS to change how)
 	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
 

@@ -22,13 +22,37 @@ def one_device_mesh():
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def programs_on_disk(tmp_path_factory, worker_id) -> Iterator[pathlib.Path]:
+    """Tests and the processes they start share compiled programs, in a folder of this session."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder if worker_id == "master" else folder.parent) / "compiled"
+    variables = {
+        "JAX_COMPILATION_CACHE_DIR": str(folder),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    with mock.patch.dict(os.environ, variables):
+        _use_programs_in(folder)
+        yield folder
+
+
 @pytest.fixture(autouse=True)
-def no_programs_on_disk():
-    """A command that a test runs keeps compiled programs on disk; the tests after it do not."""
+def use_programs_on_disk(programs_on_disk):
+    """A command that a test runs may use another folder, but the tests after it do not."""
     yield
-    if jax.config.jax_compilation_cache_dir is not None:
-        jax.config.update("jax_compilation_cache_dir", None)
-        compilation_cache.reset_cache()
+    if jax.config.jax_compilation_cache_dir != str(programs_on_disk):
+        _use_programs_in(programs_on_disk)
+
+
+@pytest.fixture
+def no_programs_on_disk(monkeypatch):
+    """A test compiles everything, or uses a folder for compiled programs that it sets."""
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -88,6 +112,12 @@ def bucket(request, tmp_path, monkeypatch) -> pathlib.Path:
     """An empty folder in a bucket of each kind; copies of it are below `tmp_path`."""
     monkeypatch.setenv("LEON_CACHE", str(tmp_path / "cache"))
     return storage.path(request.getfixturevalue(f"{request.param}_folder"))
+
+
+def _use_programs_in(folder: pathlib.Path) -> None:
+    jax.config.update("jax_compilation_cache_max_size", -1)
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    compilation_cache.reset_cache()
 
 
 def _folder_name(request) -> str:

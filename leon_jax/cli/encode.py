@@ -174,7 +174,8 @@ def selection(files: dict[str, pathlib.Path], folder: pathlib.Path) -> "Selectio
         return SelectionConfig()
     with jax.set_mesh(sharding.make_mesh()):
         loaded = RetrievalEncoder.load(encoder, TextTokenizer.load(files["text"]))
-        measured = near_copies.measure(loaded, documents.records(TRAIN))
+        groups = [line.get("group", "") for line in documents.listing(TRAIN)]
+        measured = near_copies.measure(loaded, documents.records(TRAIN), groups=groups)
     print(
         f"{encoder.parent} has no selection.json, so the encoder's thresholds were measured: "
         f"documents {measured.document}, images {measured.image}",

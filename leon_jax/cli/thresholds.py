@@ -52,10 +52,13 @@ def main(argv: list[str]) -> None:
     from leon_jax.retrieval import near_copies
     from leon_jax.retrieval.encoder import RetrievalEncoder
 
-    documents = DocumentFolder(_FOLDER.value).records(_SPLIT.value)
+    folder, split = DocumentFolder(_FOLDER.value), _SPLIT.value
+    groups = [line.get("group", "") for line in folder.listing(split)]
     with jax.set_mesh(sharding.make_mesh()):
         encoder = RetrievalEncoder.load(_ENCODER.value)
-        thresholds = near_copies.measure(encoder, documents, _DOCUMENTS.value)
+        thresholds = near_copies.measure(
+            encoder, folder.records(split), _DOCUMENTS.value, groups=groups
+        )
     values = {
         "near_copy_query": thresholds.document,
         "near_copy_document": thresholds.document,

@@ -325,12 +325,14 @@ def _decoder(
         samples = {"captions": sample_captions(files.documents), **adapted.get("samples", {})}
         samples |= {"image": str(files.tokenizer)}
         loop = dict(adapted.get("loop", {}))
-        if previous is not None:
-            loop["init_from"] = str(files.decoder(previous))
         values = {
             **adapted, "vocabulary": layout, "model": model, "data": data, "samples": samples,
             "loop": loop,
         }  # fmt: skip
+        if previous is not None:
+            loop["init_from"] = str(files.decoder(previous))
+        else:
+            values["codebook"] = str(files.tokenizer)
         return train_command(name, values, files, notes)
 
     return Stage(name, "train the decoder", make, files.decoder(name), seconds.get(name, 60))

@@ -35,6 +35,7 @@ from leon_jax.tokenizers.documents import DocumentTokenizer
 from leon_jax.tokenizers.image import ImageTokenizer, to_pixels
 from leon_jax.tokenizers.text import TextTokenizer
 from leon_jax.train import decoder_data, decoder_evaluation, optimizer
+from leon_jax.train.code_embeddings import read_codebook, start_decoder_at_codes
 from leon_jax.train.decoder_config import KIND, DecoderTraining
 from leon_jax.train.decoder_loss import BATCH_DTYPES, gradients, query_losses
 from leon_jax.train.evaluation import Evaluation
@@ -66,6 +67,17 @@ class DecoderProgram:
         return TextTokenizer.load(self.config.data.text)
 
     @functools.cached_property
+    def codebook(self) -> np.ndarray | None:
+        """The vectors that the embeddings of image ids start at, or None (`config.codebook`).
+
+        Raises:
+          UserError: see `read_codebook`.
+        """
+        if not self.config.codebook:
+            return None
+        return read_codebook(self.config.codebook, self.config.vocabulary.image_codes)
+
+    @functools.cached_property
     def documents(self) -> DocumentTokenizer:
         """The tokenizer of documents.
 
@@ -88,6 +100,10 @@ class DecoderProgram:
         self.check_mesh(tuple(jax.sharding.get_abstract_mesh().shape.values()))
         model_key, run_key = jax.random.split(key)
         model = Decoder(self.config.model, rngs=nnx.Rngs(model_key))
+        if self.codebook is not None:
+            start_decoder_at_codes(
+                model, self.codebook, self.config.vocabulary, jax.random.fold_in(model_key, 1)
+            )
         return TrainState(jnp.zeros((), jnp.int32), model, self.optimizer.init(model), run_key)
 
     def step(

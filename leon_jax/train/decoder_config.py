@@ -72,9 +72,11 @@ class DecoderTraining:
         5: 1e-4); CM3Leon uses 0.
       head_exchange: dtype in which devices exchange the output head and its gradient. "bfloat16"
         halves these bytes and rounds the gradient of each device before the sum.
+      codebook: an image tokenizer's file; the embeddings of image ids start as a random projection
+        of its codes' vectors. "": all embeddings are random.
     """
 
-    OMITTED_DEFAULTS: ClassVar[tuple[str, ...]] = ("head_exchange",)
+    OMITTED_DEFAULTS: ClassVar[tuple[str, ...]] = ("head_exchange", "codebook")
 
     model: DecoderConfig
     vocabulary: Vocabulary
@@ -91,6 +93,7 @@ class DecoderTraining:
     microbatches: int = 1
     z_loss: float = 0.0
     head_exchange: Literal["float32", "bfloat16"] = "float32"
+    codebook: str = ""
 
     def __post_init__(self):
         if self.model.vocab_size != self.vocabulary.size:

@@ -94,7 +94,7 @@ def test_a_file_that_ends_early_is_refused(written, tmp_path, name):
 def test_nothing_in_a_file_runs(tmp_path, function):
     command = f"touch {tmp_path / 'ran'}"
     arguments = {
-        eval: (f"open({str(tmp_path / 'ran')!r}, 'w')",),
+        eval: (f"open({str(tmp_path / 'ran')!r}, 'w').close()",),
         subprocess.run: (command, -1, None, None, None, None, None, False, True),
         pathlib.Path.write_text: (tmp_path / "ran", "x"),
     }.get(function, (command,))

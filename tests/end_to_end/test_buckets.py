@@ -88,6 +88,7 @@ def bucket(disk, gs_folder) -> pathlib.Path:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_programs_on_disk")
 def test_a_decoder_is_trained_exported_and_used_in_a_bucket(disk, bucket, tmp_path):
     flags.FLAGS.mark_as_parsed()
     for base in (bucket, disk):

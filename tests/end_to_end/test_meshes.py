@@ -11,6 +11,7 @@ import time
 import numpy as np
 import pytest
 
+from tests import simulated_devices
 from tests.end_to_end import curves
 from tests.train import test_decoder_evaluation
 
@@ -25,17 +26,10 @@ def folder(tmp_path_factory):
     return folder
 
 
-def environment() -> dict[str, str]:
-    return {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-    }
-
-
 def run(*command: str, **kwargs) -> str:
+    environment = simulated_devices.environment()
     result = subprocess.run(
-        command, env=environment(), cwd=ROOT, text=True, capture_output=True, **kwargs
+        command, env=environment, cwd=ROOT, text=True, capture_output=True, **kwargs
     )
     assert result.returncode == 0, result.stderr
     return result.stdout

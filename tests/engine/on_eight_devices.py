@@ -18,7 +18,8 @@ from tests.engine.test_engine import UNLIKE
 from tests.models.forms import FORMS
 
 FORM = FORMS[sys.argv[1] if sys.argv[1:] else "cm3leon"]
-MESHES = [(2, 2, 1, 2), (8, 1, 1, 1)]
+# The form changes how weights and caches are split, but not how the rows are.
+MESHES = [(2, 2, 1, 2)] if sys.argv[1:] else [(2, 2, 1, 2), (8, 1, 1, 1)]
 
 
 def answers(shape: tuple[int, ...], weights: str = "float32", kept: str = "compute") -> list:

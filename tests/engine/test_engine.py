@@ -1,7 +1,6 @@
 """The engine agrees with the full forward pass, keeps to the grammar, and is reproducible."""
 
 import dataclasses
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ from leon_jax.engine.guidance import ClassifierFree, Contrastive, Plain, TwoCond
 from leon_jax.engine.samplers import Categorical, Greedy
 from leon_jax.engine.sampling_params import SamplingParams
 from leon_jax.engine.scheduler import generate
+from tests import simulated_devices
 from tests.engine.small import (
     EOS,
     GRAMMARS,
@@ -157,11 +157,7 @@ def test_a_longer_bucket_changes_nothing(engine):
 @pytest.mark.slow
 def test_answers_do_not_depend_on_the_mesh():
     program = Path(__file__).with_name("on_eight_devices.py")
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-    }
+    environment = simulated_devices.environment()
     done = subprocess.run(
         [sys.executable, str(program)], env=environment, capture_output=True, text=True
     )

@@ -64,11 +64,13 @@ def engine():
 
 @pytest.fixture(scope="module")
 def alone(engine):
-    """What each request generates by itself."""
-    return [
-        dict(enumerate(all_ids(outputs).tolist() for outputs in generate(engine, [request])[0]))
-        for request in REQUESTS
-    ]
+    """What each request generates by itself, with the programs of all of them."""
+    answers = []
+    for request in REQUESTS:
+        scheduler = Scheduler(engine, sizes=BatchSizes.of(engine, REQUESTS))
+        number = scheduler.submit(request)
+        answers.append(outputs_of(finish(scheduler), number))
+    return answers
 
 
 @pytest.mark.slow

@@ -90,9 +90,9 @@ def assert_filled(document: Document, result: Document) -> None:
 
 
 @pytest.mark.slow
-def test_a_thousand_documents_with_any_holes_are_filled_and_no_row_waits():
+def test_many_documents_with_any_holes_are_filled_and_no_row_waits():
     """Every row that has something to write writes one id in every step."""
-    requests = random_requests(1000)
+    requests = random_requests(250)
     advance, before = decode_loop.decode, {}
 
     def watched(decoder, heads, state, busy, steps, **options):
@@ -109,7 +109,7 @@ def test_a_thousand_documents_with_any_holes_are_filled_and_no_row_waits():
         for done in complete(engine(), TOKENIZER, iter(requests), window=40):
             assert done.index not in found and done.error is None
             (found[done.index],) = done.documents
-    assert len(found) == 1000
+    assert len(found) == 250
     for number, result in found.items():
         assert_filled(requests[number].document, result)
 

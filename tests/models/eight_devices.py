@@ -1,15 +1,10 @@
-"""A decoder on meshes of eight devices; test_decoder.py and test_forms.py start this.
+"""A decoder on meshes of several devices; test_decoder.py and test_forms.py start this.
 
 The argument is the name of a form (`tests/models/forms.py`); without it, the form is CM3Leon's.
 """
 
-import os
-import sys
-
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
-os.environ["JAX_PLATFORMS"] = "cpu"
-
 import dataclasses
+import sys
 
 import jax
 import numpy as np
@@ -22,7 +17,8 @@ from leon_jax.ops.cross_entropy import chunked_cross_entropy
 from tests.models import forms
 
 CONFIG = forms.config(*sys.argv[1:] or ["cm3leon"], remat="full")
-MESHES = [(1, 8, 1, 1), (2, 2, 1, 2), (1, 2, 2, 2)]
+# Of eight devices for the form of CM3Leon; for the others one of sixteen, which splits every axis.
+MESHES = [(2, 2, 2, 2)] if sys.argv[1:] else [(1, 8, 1, 1), (2, 2, 1, 2), (1, 2, 2, 2)]
 
 
 def randomise(model):

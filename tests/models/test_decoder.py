@@ -1,6 +1,5 @@
 """The decoder's sizes, initialisation, masking, decoding and sharding."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ from leon_jax.models.decoder_config import DecoderConfig
 from leon_jax.models.weight_conversion import convert_weights, unstack, weight_dtype
 from leon_jax.ops.attention import CachedArray, LayerCache
 from leon_jax.vocabulary import Vocabulary
+from tests import simulated_devices
 from tests.tiny import random_decoder, randomise
 
 CONFIG = DecoderConfig(vocab_size=48, max_length=16, layers=3, embed=32, heads=4, mlp=64)
@@ -163,13 +163,22 @@ def test_decode_steps_equal_the_whole_sequence(model):
     assert lengths.max() == 12
 
 
+def abstract(config: DecoderConfig) -> Decoder:
+    """Returns a decoder's shapes; nothing is compiled."""
+    return jax.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+
+
+@jax.jit
+def gradients(model):
+    ids = random_ids()
+    return jax.grad(lambda m: jnp.square(m.logits(m(ids))).mean())(model)
+
+
 @pytest.mark.parametrize("remat", ["dots", "dots_and_attention", "full"])
 def test_remat_does_not_change_the_gradients(model, remat):
-    ids = random_ids()
     config = DecoderConfig(48, 16, layers=2, embed=32, heads=4, mlp=64, remat=remat)
-    other = randomise(Decoder(config, rngs=nnx.Rngs(0)))
-    loss = lambda model: jnp.square(model.logits(model(ids))).mean()  # noqa: E731
-    plain, recomputed = jax.jit(jax.grad(loss))(model), jax.jit(jax.grad(loss))(other)
+    other = randomise(abstract(config))
+    plain, recomputed = gradients(model), gradients(other)
     pairs = zip(jax.tree.leaves(plain), jax.tree.leaves(recomputed), strict=True)
     for one, two in pairs:
         np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-6)
@@ -177,7 +186,7 @@ def test_remat_does_not_change_the_gradients(model, remat):
 
 def test_bfloat16_compute_keeps_float32_weights_and_logits():
     config = DecoderConfig(48, 16, layers=2, embed=32, heads=4, mlp=64, dtype="bfloat16")
-    model, reference = randomise(Decoder(config, rngs=nnx.Rngs(0)), 0.1), random_decoder(48, 16)
+    model, reference = randomise(abstract(config), 0.1), random_decoder(48, 16)
     hidden = model(random_ids())
     assert hidden.dtype == jnp.bfloat16 and model.logits(hidden).dtype == jnp.float32
     assert {leaf.dtype for leaf in jax.tree.leaves(model)} == {jnp.dtype("float32")}
@@ -190,7 +199,7 @@ def test_rounded_products_are_float32_with_smaller_errors_than_bfloat16():
 
     def run(**settings):
         config = DecoderConfig(48, 16, layers=2, embed=32, heads=4, mlp=64, **settings)
-        model = randomise(Decoder(config, rngs=nnx.Rngs(0)), 0.1)
+        model = randomise(abstract(config), 0.1)
 
         def loss(model):
             hidden = model(random_ids())
@@ -264,13 +273,12 @@ def test_impossible_sizes_are_rejected():
 def test_every_mesh_of_eight_devices_equals_one_device():
     """Logits, gradients, shardings and decoding, in a process with simulated devices."""
     program = Path(__file__).with_name("eight_devices.py")
-    root = str(Path(__file__).parents[2])
     process = subprocess.run(
         [sys.executable, program],
         capture_output=True,
         text=True,
         timeout=900,
-        env={**os.environ, "PYTHONPATH": root},
+        env=simulated_devices.environment(),
     )
     assert process.returncode == 0, process.stderr
     assert process.stdout.count("equal") == 6, process.stdout

@@ -1,10 +1,6 @@
 """Splash attention, interpreted, on meshes; test_attention.py runs this in a separate process."""
 
 import functools
-import os
-
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
-os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 import numpy as np

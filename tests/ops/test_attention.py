@@ -1,7 +1,6 @@
 """All implementations of attention equal its formula, and cached attention equals the full one."""
 
 import functools
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +25,7 @@ from leon_jax.ops.attention import (
     xla,
 )
 from leon_jax.sharding import spec
+from tests import simulated_devices
 
 
 def normal(*shape, seed=0):
@@ -221,13 +221,12 @@ def test_a_cpu_uses_blocks_if_there_are_several():
 def test_splash_attention_on_a_mesh_equals_the_reference():
     """Splits rows, length and heads over eight simulated devices, in a separate process."""
     program = Path(__file__).with_name("splash_on_eight_devices.py")
-    root = str(Path(__file__).parents[2])
     process = subprocess.run(
         [sys.executable, program],
         capture_output=True,
         text=True,
         timeout=900,
-        env={**os.environ, "PYTHONPATH": root},
+        env=simulated_devices.environment(),
     )
     assert process.returncode == 0, process.stderr
     assert process.stdout.count("equal") == 2, process.stdout

@@ -1,10 +1,5 @@
 """Counts products that eight devices share; test_products.py runs this in a new process."""
 
-import os
-
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
-os.environ["JAX_PLATFORMS"] = "cpu"
-
 import dataclasses
 import json
 

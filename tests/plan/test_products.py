@@ -14,6 +14,7 @@ from leon_jax.models.vqgan import VQGANConfig
 from leon_jax.plan import products
 from leon_jax.plan.kinds import EncoderKind, TokenizerKind, TracedStep
 from leon_jax.plan.products import Products
+from tests import simulated_devices
 from tests.train import test_image_tokenizer, test_retrieval_encoder
 
 ONE_DEVICE = (1, 1, 1, 1)
@@ -118,7 +119,8 @@ def test_a_scan_counts_its_iterations_and_a_conditional_its_longest_branch():
 
 def test_devices_share_the_products_whose_arrays_are_split_over_them():
     program = [sys.executable, "-m", "tests.plan.on_eight_devices"]
-    result = subprocess.run(program, capture_output=True, text=True)
+    environment = simulated_devices.environment()
+    result = subprocess.run(program, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     counts = {name: Products(**values) for name, values in json.loads(result.stdout).items()}
     flops, sizes = 2 * 16 * 8 * 6, (16 * 8 / 4, 8 * 6 / 4, 16 * 6 / 8)

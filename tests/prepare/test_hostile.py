@@ -1,4 +1,4 @@
-"""Prepares 10,200 hostile records: none stops `leon prepare`, and each is used or rejected.
+"""Prepares 2,550 hostile records: none stops `leon prepare`, and each is used or rejected.
 
 tests/data/sources/test_hostile.py tests the sources alone, with their memory and system calls.
 """
@@ -17,7 +17,7 @@ from tests.data import hostile
 from tests.prepare.folders import files_beside
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-COUNT = 3_400
+COUNT = 850
 KINDS = ("jsonl", "webdataset", "parquet")
 
 

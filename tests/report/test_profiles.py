@@ -15,6 +15,7 @@ import pytest
 from leon_jax.cli import main
 from leon_jax.report import operations
 from leon_jax.train import training_loop
+from tests import simulated_devices
 from tests.report import traces
 from tests.train.test_training_loop import SETTINGS, ToyConfig, ToyProgram, exported_kernel
 
@@ -112,11 +113,7 @@ with jax.set_mesh(mesh):
 
 
 def test_collectives_of_simulated_devices_are_counted(tmp_path):
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-        "PYTHONPATH": str(pathlib.Path(__file__).parents[2]),
-    }
+    environment = simulated_devices.environment(2)
     subprocess.run([sys.executable, "-c", SHARDED, str(tmp_path)], env=environment, check=True)
     rows = operations.read(list(tmp_path.rglob("*.pb")))
     (collective,) = [row for row in rows if row.is_collective]

@@ -6,6 +6,7 @@ import pathlib
 import jax
 import numpy as np
 import pytest
+from scipy.special import log_softmax
 
 from leon_jax import config as configuration
 from leon_jax.config import UserError
@@ -50,15 +51,18 @@ def evaluate(program: DecoderProgram, model=None) -> dict[str, float]:
 def expected(program: DecoderProgram, model, retrieved: list[list[int]]) -> dict[str, float]:
     """Returns the mean loss of the held-out documents, each after documents of train, in float64.
 
-    Every example is encoded and scored alone, without rows, padding or segments.
+    Every example is encoded and scored alone, without segments. Padding follows it, which no
+    earlier position reads, so that one program scores all.
     """
+    logits = jax.jit(lambda ids: model.logits(model(ids)))
     folder, tokenizer = PreparedFolder(program.config.data.folder), program.documents
     train, test, vocabulary = folder.records(), folder.records("test"), program.config.vocabulary
     losses: dict[str, list[float]] = {"image_loss": [], "text_loss": []}
     for row, numbers in enumerate(retrieved):
         ids = tokenizer.encode([*(train[number] for number in numbers), test[row]])
         query = len(tokenizer.encode(test[row])) - 1  # the ids of the query after the first </s>
-        scores = np.asarray(jax.nn.log_softmax(model.logits(model(ids[None, :-1]))), np.float64)[0]
+        padded = np.pad(ids[:-1], (0, model.config.max_length - len(ids) + 1))[None]
+        scores = log_softmax(np.asarray(logits(padded), np.float64)[0], axis=-1)
         for position in range(len(ids) - query, len(ids)):
             loss = -scores[position - 1, ids[position]]
             if vocabulary.is_image(ids[position]):

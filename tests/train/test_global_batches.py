@@ -1,6 +1,5 @@
 """Tests data shards: every mesh gets the same batches, and a feed resumes exactly."""
 
-import os
 import subprocess
 import sys
 
@@ -10,6 +9,7 @@ import pytest
 
 from leon_jax.config import UserError
 from leon_jax.train.global_batches import Feed
+from tests import simulated_devices
 
 
 def numbers(shard, shards):
@@ -65,7 +65,7 @@ print("same")
 def test_every_mesh_gets_the_same_batches():
     result = subprocess.run(
         [sys.executable, "-c", EIGHT],
-        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+        env=simulated_devices.environment(),
         capture_output=True,
         text=True,
     )

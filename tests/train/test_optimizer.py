@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 
@@ -20,6 +19,7 @@ from leon_jax.models.decoder_config import DecoderConfig, Form
 from leon_jax.train import optimizer, training_loop
 from leon_jax.train.decoder import _MATRICES, _decays
 from leon_jax.train.optimizer import OptimizerConfig
+from tests import simulated_devices
 from tests.train.test_training_loop import ToyConfig, ToyProgram
 
 SETTINGS = OptimizerConfig(learning_rate=1e-2, total_steps=100, clip_norm=0.0)
@@ -153,10 +153,9 @@ print(json.dumps(results))
 
 
 def test_muon_does_not_depend_on_the_mesh():
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     result = subprocess.run(
         [sys.executable, "-c", ON_MESHES],
-        env={**os.environ, "XLA_FLAGS": flags}, capture_output=True, text=True, check=False,
+        env=simulated_devices.environment(), capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     one, *others = json.loads(result.stdout)

@@ -1,7 +1,6 @@
 """Tests that one replica reads a checkpoint and sends it to the others."""
 
 import contextlib
-import os
 import pathlib
 import subprocess
 import sys
@@ -11,7 +10,7 @@ import pytest
 
 from leon_jax import storage
 from leon_jax.train.checkpoint import Checkpoints, complete_steps
-from tests import buckets
+from tests import buckets, simulated_devices
 from tests.bucket_proxy import proxy
 from tests.train.replica_reader import state, words
 
@@ -40,11 +39,8 @@ def test_one_replica_reads_the_arrays_and_all_have_every_bit(
         for number in range(processes):
             url = stack.enter_context(proxy(cloud_storage, lambda *_: None, answers[number]))
             environment = {
-                **os.environ,
+                **simulated_devices.environment(2),
                 **buckets.cloud_storage_environment(url),
-                "PYTHONPATH": str(ROOT),
-                "JAX_PLATFORMS": "cpu",
-                "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
             }
             arguments = (directory, tmp_path, coordinator, processes, number)
             command = [sys.executable, "-m", "tests.train.replica_reader", *map(str, arguments)]

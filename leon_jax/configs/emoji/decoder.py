@@ -63,11 +63,14 @@ def stage(grid: int = 8) -> dict:
             },
         },
         "optimizer": {
-            "learning_rate": 1e-3,
+            "kind": "muon",
+            "learning_rate": 2e-3,
             "warmup_steps": 200,
             "total_steps": steps,
-            "schedule": "cosine",
+            "schedule": "wsd",
+            "decay_steps": steps // 5,
             "final_fraction": 0.02,
+            "average": 0.999,
         },
         "data": {
             "image_shape": (grid, grid),
@@ -78,7 +81,13 @@ def stage(grid: int = 8) -> dict:
             "balance": 0.7,
             "eval_documents": 128,
         },
-        "masking": {"placement": "segment", "whole_segment": 0.6, "query_text": 0.6},
+        # More than half of the examples have no masked span, as prompts for an image.
+        "masking": {
+            "rate": 0.6,
+            "placement": "segment",
+            "whole_segment": 0.6,
+            "query_text": 0.6,
+        },
         "samples": {
             "captions": (
                 "red heart, Twemoji style",
