@@ -17,6 +17,7 @@ def get_config() -> ConfigDict:
     """Returns the configuration of `leon_jax.train.decoder.DecoderProgram`."""
     config = ConfigDict(stage())
     config.optimizer.total_steps = config.get_ref("steps")
+    config.optimizer.decay_steps = config.get_ref("steps") // 5
     # The layout of Vocabulary.compact: no reserved ids between sentinels and text.
     config.vocabulary.image_codes = IMAGE_CODES
     config.vocabulary.text_start = 4 + IMAGE_CODES + 2 + SENTINELS
@@ -25,6 +26,7 @@ def get_config() -> ConfigDict:
     config.data.folder = "data/emoji_prepared"
     config.data.text = "runs/emoji/text/export/text.json"
     config.samples.image = "runs/emoji/tokenizer/export/tokenizer.safetensors"
+    config.codebook = config.samples.get_ref("image")
     return config
 
 
