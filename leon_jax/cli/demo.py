@@ -213,6 +213,7 @@ def _train(workdir: pathlib.Path, prepared: pathlib.Path, model: pathlib.Path) -
             "--config.loop.log_every=1", "--config.loop.eval_every=0",
             "--config.optimizer.learning_rate=1e-4",
             "--config.optimizer.warmup_steps=0", "--config.optimizer.schedule=constant",
+            "--config.optimizer.decay_steps=0",
             f"--config.steps={steps}",
         ]  # fmt: skip
         if subprocess.run(command, check=False).returncode:

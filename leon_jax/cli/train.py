@@ -12,8 +12,8 @@ and Kubernetes the processes find each other. Elsewhere set --coordinator, --pro
 
 --branch_from=WORKDIR@STEP starts a new run from a checkpoint of another run, with a changed config:
 
-    leon train --config=configs/emoji/decoder.py --workdir=runs/emoji/decoder_wsd \
-      --branch_from=runs/emoji/decoder@600 --config.optimizer.schedule=constant
+    leon train --config=configs/emoji/decoder.py --workdir=runs/emoji/decay \
+      --branch_from=runs/emoji/decoder@6000 --config.steps=8000
 
 kill -USR1 PID writes a profile of the next five steps into WORKDIR/profiles; leon report shows it.
 """
