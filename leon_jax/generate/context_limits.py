@@ -41,6 +41,7 @@ def check_caption(folder: ModelFolder, max_tokens: int, num_docs: int) -> None:
     """
     if max_tokens < 1:
         raise UserError(f"max_tokens is {max_tokens}; a caption has at least 1 token")
+    folder.tokenizer.check_task(Document((Hole("text"), Hole("image"))), num_docs)
     used = _caption_extent(folder) + max_tokens
     if used > folder.context:
         raise UserError(
@@ -67,6 +68,7 @@ def check_num_docs(folder: ModelFolder, num_docs: int) -> None:
 def _check_documents(folder: ModelFolder, num_docs: int, limit: int) -> None:
     if num_docs < 0:
         raise UserError(f"num_docs is {num_docs}; it must be 0 or more")
+    folder.tokenizer.check_task(Document((Hole("image"),)), num_docs)
     if num_docs and limit < 1:
         raise UserError(
             f"num_docs is {num_docs}, but a context of {folder.context} tokens holds no retrieved "
