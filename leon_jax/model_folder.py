@@ -156,7 +156,8 @@ class ModelFolder:
           UserError: the file is damaged or has another configuration.
         """
         path = self.path / "decoder.safetensors"
-        arrays, _ = weight_files.load(path, "decoder")
+        # Mapped, so that the file and the decoder are not both in memory.
+        _, arrays = weight_files.read_mapped(path, "decoder")
         abstract = jax.eval_shape(lambda: Decoder(self.config, rngs=nnx.Rngs(0)))
         decoder = weight_files.restore(abstract, arrays, str(path))
         if weights != "float32":

@@ -159,10 +159,11 @@ def _read_gpt(source: pathlib.Path, opened: "Checkpoint", out: pathlib.Path) -> 
     gpt = llamagen_gpt.read(opened.tensors, tokenizer.config.grid, _HEADS.value)
     print(published_model.describe(gpt, tokenizer))
     _print_dropped(len(gpt.dropped) + len(tokenizer.dropped))
+    sources = {"decoder": source.name, "tokenizer": storage.path(_VQGAN.value).name}
     parts: dict[str, Any] = {"decoder": gpt, "tokenizer": tokenizer}
     record.write(
         out,
-        lambda folder: published_model.write_folder(folder, gpt, tokenizer),
+        lambda folder: published_model.write_folder(folder, gpt, tokenizer, sources),
         {
             "from": "llamagen",
             "licence": published_model.LICENCE,

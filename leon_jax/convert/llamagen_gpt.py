@@ -116,7 +116,10 @@ def write(
     """
     expected = _form(config.form.image_columns, vocabulary) if config.form.image_columns else None
     if config.form != expected:
-        raise UserError("LlamaGen has no network of this form; only converted GPTs can go back")
+        raise UserError(
+            "LlamaGen has no decoder of this form; for the image tokenizer alone, name its "
+            "tokenizer.safetensors as --source"
+        )
     shapes: dict[str, tuple[int, ...]] = {}
     parts: dict[str, list[np.ndarray]] = {}
     for each in _layout(config, vocabulary):

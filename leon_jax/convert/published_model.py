@@ -4,6 +4,7 @@ import dataclasses
 import importlib.resources
 import json
 import pathlib
+from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -18,7 +19,7 @@ from leon_jax.engine.engine import Engine
 from leon_jax.engine.likelihood import log_likelihoods
 from leon_jax.engine.sampling_params import SamplingParams
 from leon_jax.export.write import versions, write_description
-from leon_jax.model_description import ModelDescription
+from leon_jax.model_description import ModelDescription, TrainingData
 from leon_jax.model_folder import ModelFolder
 from leon_jax.models.decoder_config import DecoderConfig
 from leon_jax.models.vqgan import VQGANConfig
@@ -28,14 +29,15 @@ from leon_jax.vocabulary import Vocabulary
 # Those of LlamaGen's script sample_c2i.py.
 SAMPLING = SamplingParams.of(guidance=4.0, temperature=1.0, top_k=2000)
 LICENCE = "MIT"
+_IMAGES = 1_281_167  # of ImageNet's training split
+_MARGIN = 0.1  # in nats for each code
 # The class of the check's drawing.
 _CLASS = "barn"
 _NOTES = """## Limits
 
 The model draws one image for a class: `--prompt` is a number from 0 to {last} or a name of a class.
 It also continues the upper part of an image (`Leon.extend`). It writes no captions, fills no holes
-and reads no documents. The weights were published under the {licence} licence. They were trained on
-ImageNet, whose terms of access allow research that is not commercial."""
+and reads no documents. The terms of access of ImageNet allow research that is not commercial."""
 
 
 def write_tokenizer(folder: pathlib.Path, converted: image_tokenizers.Converted) -> None:
@@ -49,14 +51,18 @@ def write_tokenizer(folder: pathlib.Path, converted: image_tokenizers.Converted)
 
 
 def write_folder(
-    folder: pathlib.Path, gpt: llamagen_gpt.Converted, tokenizer: image_tokenizers.Converted
+    folder: pathlib.Path,
+    gpt: llamagen_gpt.Converted,
+    tokenizer: image_tokenizers.Converted,
+    sources: Mapping[str, str],
 ) -> None:
-    """Writes the files of a model folder, without conversion.json.
+    """Writes the files of a model folder, apart from conversion.json.
 
     Args:
-      folder: an empty folder.
+      folder: a folder with conversion.json.
       gpt: the decoder; its grid is that of `tokenizer`.
       tokenizer: the image tokenizer.
+      sources: the files of "decoder" and "tokenizer", for the model card.
 
     Raises:
       UserError: the image tokenizer and the GPT have different numbers of codes.
@@ -82,13 +88,20 @@ def write_folder(
     names = class_names(gpt.vocabulary.text_tokens - 1)
     names.save(folder / "text.json")
     size, _ = llamagen_gpt.SIZES.get((gpt.config.layers, gpt.config.embed), ("", 0))
+    data: tuple[TrainingData, ...] = ()
+    if any(names.names):
+        licences = {"ImageNet terms of access": _IMAGES}
+        parts = ("decoder", "tokenizer")
+        data = (TrainingData("ImageNet, ILSVRC 2012", parts, "train", _IMAGES, licences),)
     description = ModelDescription(
         title=f"LlamaGen GPT{f'-{size}' if size else ''}, {tokenizer.config.resolution} px",
         prompt=names.decode([min(207, names.size - 1)]).split(",")[0],
         generation={"sampling": SAMPLING.to_dict(), "num_docs": 0, "max_docs": 0},
         licences=(LICENCE,),
+        data=data,
+        training={part: {"base": source} for part, source in sources.items()},
         versions=versions(),
-        notes=_NOTES.format(last=names.size - 1, licence=LICENCE),
+        notes=_NOTES.format(last=names.size - 1),
     )
     write_description(ModelFolder.open(folder), description)
 
@@ -137,8 +150,8 @@ class CodeLosses:
 
     @property
     def is_plausible(self) -> bool:
-        """Whether the decoder knows codes, and their order."""
-        return self.image < min(self.shuffled, self.chance)
+        """Whether the decoder knows codes, and their order, by more than random weights do."""
+        return self.image < min(self.shuffled, self.chance) - _MARGIN
 
 
 def code_losses(path: pathlib.Path, codes: Int[np.ndarray, "rows columns"]) -> CodeLosses:

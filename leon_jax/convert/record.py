@@ -22,7 +22,7 @@ def write(
 
     Args:
       out: the folder.
-      write_files: writes the files into a folder.
+      write_files: writes the other files into a folder, which has conversion.json.
       record: the content of conversion.json.
 
     Raises:
@@ -36,8 +36,8 @@ def write(
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        write_files(temporary)
         (temporary / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_files(temporary)
         if out.exists():
             shutil.rmtree(out)
         temporary.rename(out)

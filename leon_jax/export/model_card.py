@@ -34,7 +34,7 @@ def card(folder: ModelFolder, description: ModelDescription) -> str:
         "## Data",
         *_data(description),
         "## Licences",
-        *_licences(description),
+        *_licences(folder, description),
         "## Training",
         *_training(description),
     ]
@@ -133,12 +133,14 @@ def _sources(data: TrainingData) -> str:
     return f"- {data.name}: {_counts(data.sources)}" if data.sources else ""
 
 
-def _licences(description: ModelDescription) -> list[str]:
-    sections = []
-    if description.licences:
+def _licences(folder: ModelFolder, description: ModelDescription) -> list[str]:
+    sections, licences = [], ", ".join(description.licences)
+    if licences and isinstance(folder.tokenizer, TemplateTokenizer):
+        sections.append(f"The weights were published under: {licences}.")
+    elif licences:
         sections.append(
-            f"From its data the model has these licences: {', '.join(description.licences)}. A "
-            "model that is fine-tuned from this one inherits them."
+            f"From its data the model has these licences: {licences}. A model that is fine-tuned "
+            "from this one inherits them."
         )
     if description.unknown_licences:
         names = ", ".join(_PARTS.get(part, part) for part in description.unknown_licences)

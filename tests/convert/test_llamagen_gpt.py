@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from leon_jax.convert import check, torch_file
+from leon_jax.convert import check, published_model, torch_file
 from leon_jax.documents import Document, Hole, Image, Text
 from leon_jax.engine.engine import Engine, Sample, TokenRequest
 from leon_jax.engine.grammar import ImageSpan
@@ -21,6 +21,7 @@ from leon_jax.engine.scheduler import generate
 from leon_jax.model_folder import ModelFolder
 from tests.convert import small_gpt
 from tests.convert.small_gpt import GRID, OPTIONS, convert, flags, random_gpt, run_peer
+from tests.tiny import write_model_folder
 
 BATCHES, ROWS = 5, 2
 
@@ -30,10 +31,9 @@ def logits(decoder, ids, cells):
     return decoder.logits(decoder(ids, cells=cells))
 
 
-def inputs(seed=0, grid=GRID, codes=OPTIONS["codes"]):
-    rng = np.random.default_rng(seed)
-    classes = rng.integers(0, 1000, BATCHES * ROWS)
-    return classes, rng.integers(0, codes, (BATCHES * ROWS, grid * grid - 1))
+def inputs(rows=BATCHES * ROWS, length=GRID * GRID - 1, codes=OPTIONS["codes"]):
+    rng = np.random.default_rng(rows)
+    return rng.integers(0, 1000, rows), rng.integers(0, codes, (rows, length))
 
 
 def assert_equal_to_pytorch(path, classes, codes, expected, steps):
@@ -97,15 +97,15 @@ def test_the_published_widths_equal_pytorch(size, tmp_path, capsys):
     """Two layers of the sizes B and 3B, whose heads have 64 and 100 numbers, at 16 x 16 codes."""
     dim, heads, hidden = size
     sizes = {"dim": dim, "heads": heads, "kv_heads": heads, "hidden": hidden, "codes": 16384}
-    classes, codes = inputs(1, 16, 16384)
-    expected = run_peer(tmp_path, classes, codes[:, :40], **sizes, grid=16, steps=64)
+    classes, codes = inputs(BATCHES, 20, 16384)
+    expected = run_peer(tmp_path, classes, codes, **sizes, grid=16, steps=20)
     config = dataclasses.replace(
         small_gpt.TOKENIZER, resolution=64, codes=16384, attention_sizes=(16,)
     )
     small_gpt.write_vqgan(tmp_path / "vqgan.pt", config)
     options = [*flags(tmp_path), "--resolution=64", f"--heads={heads}", "--nocheck"]
     assert convert(capsys, *options)[0] == 0
-    assert_equal_to_pytorch(tmp_path / "model", classes, codes[:, :40], expected, 64)
+    assert_equal_to_pytorch(tmp_path / "model", classes, codes, expected, 20)
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +150,13 @@ def test_tensors_leave_as_they_came(dtype, layers, kv_heads, checkpoints, capsys
         for name in ("model", "back")
     ]
     assert records[0]["tensors"] == records[1]["tensors"]
+
+
+def test_a_decoder_of_another_form_cannot_become_one_of_llamagen(tmp_path, capsys):
+    write_model_folder(tmp_path / "model")
+    options = [f"--source={tmp_path}/model", f"--out={tmp_path}/back"]
+    code, _, error = convert(capsys, "--to=llamagen", *options)
+    assert code == 2 and "LlamaGen has no decoder of this form" in error
 
 
 def test_plain_names_as_fsdp_writes_them_are_read(checkpoints, capsys):
@@ -284,3 +291,11 @@ def test_decoding_gives_the_document_again(checkpoints, capsys):
         decoded = tokenizer.decode(ids)
         assert decoded.text == document.text
         np.testing.assert_array_equal(decoded.codes, image.codes)
+
+
+@pytest.mark.parametrize(
+    ("losses", "is_plausible"),
+    [((7.0, 9.0, 9.7), True), ((9.69, 9.7, 9.7), False), ((9.0, 8.9, 9.7), False)],
+)
+def test_a_trained_decoder_knows_codes_and_their_order(losses, is_plausible):
+    assert published_model.CodeLosses(*losses).is_plausible == is_plausible

@@ -21,7 +21,8 @@ from tests.models import forms
 from tests.tiny import randomise
 
 VOCABULARY = Vocabulary.compact(image_codes=12, text_tokens=26, sentinels=4)
-NAMES = [name for name in forms.FORMS if name != "cm3leon"]
+# A decoder that does not predict text is not trained.
+NAMES = [name for name in forms.FORMS if name not in ("cm3leon", "image_head")]
 
 
 def training(name: str, **options) -> DecoderTraining:
@@ -54,6 +55,12 @@ def batch() -> dict[str, np.ndarray]:
         "positions": np.array([[*range(10), *range(6)]] * 4, np.int32),
         "weights": np.ones((4, 16), np.float32),
     }
+
+
+def test_a_decoder_that_predicts_images_only_is_refused():
+    program = DecoderProgram(training("image_head"))
+    with pytest.raises(UserError, match="the decoder predicts image codes only"):
+        program.init(jax.random.key(0))
 
 
 @pytest.mark.parametrize("name", NAMES)
