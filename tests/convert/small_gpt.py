@@ -36,7 +36,7 @@ def write_vqgan(path: pathlib.Path, config: VQGANConfig = TOKENIZER) -> None:
     torch_file.write(path, image_tokenizers.write(family, config, arrays), family.envelope)
 
 
-def run_peer(folder: pathlib.Path, classes, codes, **options) -> dict[str, np.ndarray]:
+def run_peer(folder: pathlib.Path, classes, codes, /, **options) -> dict[str, np.ndarray]:
     """Writes gpt.pt into a folder, and returns what PyTorch computes; see `gpt_in_torch.main`."""
     values = OPTIONS | options | {"file": str(folder / "gpt.pt")}
     script = pathlib.Path(__file__).with_name("gpt_in_torch.py")
