@@ -104,7 +104,8 @@ def finished_images(
             )
         else:
             pixels = [np.asarray(each.image) for each in images]
-            scores = ranking.clip_scores(model.retrieval_encoder, prompt, pixels)
+            words = model.tokenizer.words(prompt)
+            scores = ranking.clip_scores(model.retrieval_encoder, words, pixels)
     return [images[index] for index in ranking.best(scores, settings.num_images)]
 
 

@@ -74,6 +74,10 @@ class DocumentTokenizer:
           num_docs: number of retrieved documents before it.
         """
 
+    def words(self, text: str) -> str:
+        """Returns a prompt in words, for a retrieval encoder: here the text itself."""
+        return text
+
     def encode(self, document: Document | Sequence[Document], is_open: bool | None = None) -> Ids:
         """Encodes a document, or retrieved documents followed by the query, without infills.
 

@@ -98,6 +98,16 @@ class TemplateTokenizer(DocumentTokenizer):
         if num_docs or has_text_hole or not self._is_layout(document):
             raise UserError(self._refusal)
 
+    def words(self, text: str) -> str:
+        """Returns a prompt in words: the names of a class in place of its number.
+
+        Raises:
+          UserError: there is no such class.
+        """
+        if isinstance(self.text, ClassNames):
+            return self.text.decode(self.text.encode(text))
+        return text
+
     def encode(self, document: Document | Sequence[Document], is_open: bool | None = None) -> Ids:
         """Encodes a text and an image, or a prompt that ends before the image.
 

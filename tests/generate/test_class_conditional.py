@@ -1,5 +1,6 @@
 """A model that draws an image for a class: prompts, and the tasks that it does not have."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -124,6 +125,22 @@ def test_an_image_is_drawn_without_a_class_and_continued_with_one(leon, image):
     drafts = list(leon.stream(document, params=params))
     assert [draft.num_codes for draft in drafts[:-1]] == [40, 48, 56]
     np.testing.assert_array_equal(drafts[-1].document.codes, extended.codes)
+
+
+def test_images_are_ranked_by_the_name_of_the_class(leon):
+    texts = []
+
+    class Encoder:
+        def embed_images(self, pixels):
+            return np.array([[1.0], [3.0], [2.0]])
+
+        def embed_texts(self, prompts):
+            texts.extend(prompts)
+            return np.ones((1, 1))
+
+    ranking = Leon(dataclasses.replace(leon.model, encoder=Encoder()))
+    images = ranking.generate("207", num_images=2, best_of=3)
+    assert texts == ["golden retriever"] and [image.seed for image in images] == [1, 2]
 
 
 def test_likelihoods_of_an_image_depend_on_its_class(leon):
