@@ -103,7 +103,7 @@ def stages(
 
     def decoder() -> Command:
         config, notes = adapt_batch("decoder", values["decoder"], DocumentFolder(last), least=1)
-        data = dict(config["data"])
+        data = {"variants": encode_flags.get("variants", 1), **config["data"]}
         if index is None:
             data["folder"] = str(files.documents)
         else:
