@@ -103,7 +103,9 @@ setup(
     license_files=["LICENSE", "NOTICE"],
     python_requires=">=3.12",
     packages=find_packages(include=["leon_jax", "leon_jax.*"]),
-    package_data={"leon_jax": ["weights/**/*", "datasets/**/*.json", "configs/**/*"]},
+    package_data={
+        "leon_jax": ["weights/**/*", "datasets/**/*.json", "convert/*.json", "configs/**/*"]
+    },
     entry_points={"console_scripts": ["leon = leon_jax.cli.main:main"]},
     install_requires=[
         "absl-py>=2.5",

@@ -86,7 +86,9 @@ class Leon:
     def retriever(self) -> Retriever:
         """The documents and their index. They are opened, or created, at the first access."""
         with jax.set_mesh(self.model.mesh):
-            return Retriever(find_index(self.model.folder, self._index), self.model.encoder)
+            return Retriever(
+                find_index(self.model.folder, self._index), self.model.retrieval_encoder
+            )
 
     def generate(
         self,

@@ -29,8 +29,9 @@ from leon_jax.model_description import GenerationDefaults, IndexAddress, ModelDe
 from leon_jax.models.decoder import Decoder
 from leon_jax.models.decoder_config import DecoderConfig
 from leon_jax.models.weight_conversion import WeightType, convert_weights, unstack
+from leon_jax.tokenizers.class_names import load_text
 from leon_jax.tokenizers.documents import DocumentTokenizer
-from leon_jax.tokenizers.text import TextTokenizer
+from leon_jax.tokenizers.template import PromptTemplate, TemplateTokenizer
 from leon_jax.vocabulary import Vocabulary
 
 FILES = ("decoder.safetensors", "tokenizer.safetensors", "text.json")
@@ -38,6 +39,8 @@ FILES = ("decoder.safetensors", "tokenizer.safetensors", "text.json")
 ENCODERS = ("encoder.safetensors", "encoder")
 SELECTION = "selection.json"
 CARD = "README.md"
+# The record of a conversion from published weights.
+CONVERSION = "conversion.json"
 # A prepared folder inside the model folder; `model.json` then names it as the index.
 INDEX = "index"
 
@@ -59,12 +62,25 @@ def encoder_path(folder: pathlib.Path) -> pathlib.Path:
 _ENCODER_NAMES = f"{ENCODERS[0]} (or folder {ENCODERS[1]} with a CLIP)"
 
 
+def has_encoder(folder: pathlib.Path) -> bool:
+    """Returns whether a folder has a retrieval encoder."""
+    return any((folder / name).is_dir() or _has_content(folder / name) for name in ENCODERS)
+
+
 def missing_files(folder: pathlib.Path) -> list[str]:
     """Returns the names of the necessary files that a folder lacks or that are empty."""
     missing = [name for name in FILES if not _has_content(folder / name)]
-    if not any((folder / name).is_dir() or _has_content(folder / name) for name in ENCODERS):
+    if not has_encoder(folder) and _needs_encoder(folder):
         missing.append(_ENCODER_NAMES)
     return missing
+
+
+def _needs_encoder(folder: pathlib.Path) -> bool:
+    """Returns whether the decoder reads retrieved documents: with a prompt template it does not."""
+    try:
+        return "template" not in weight_files.read_config(folder / FILES[0], "decoder")
+    except UserError:  # the caller opens the file again, and reports it
+        return True
 
 
 def _has_content(path: pathlib.Path) -> bool:
@@ -119,10 +135,15 @@ class ModelFolder:
             config = build(DecoderConfig, header["model"], "model")
             vocabulary = build(Vocabulary, header["vocabulary"], "vocabulary")
             rows, columns = header["image_shape"]
+            layout = header.get("template")
+            template = None if layout is None else build(PromptTemplate, layout, "template")
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"the header of {path} is not a decoder's: {error}") from error
-        text = TextTokenizer.load(folder / "text.json")
-        tokenizer = DocumentTokenizer(vocabulary, text, (rows, columns))
+        text = load_text(folder / "text.json")
+        if template is None:
+            tokenizer = DocumentTokenizer(vocabulary, text, (rows, columns))
+        else:
+            tokenizer = TemplateTokenizer(vocabulary, text, (rows, columns), template)
         return cls(folder, config, tokenizer, model_description.read(folder))
 
     def load_decoder(self, weights: WeightType = "float32") -> Decoder:
@@ -135,7 +156,8 @@ class ModelFolder:
           UserError: the file is damaged or has another configuration.
         """
         path = self.path / "decoder.safetensors"
-        arrays, _ = weight_files.load(path, "decoder")
+        # Mapped, so that the file and the decoder are not both in memory.
+        _, arrays = weight_files.read_mapped(path, "decoder")
         abstract = jax.eval_shape(lambda: Decoder(self.config, rngs=nnx.Rngs(0)))
         decoder = weight_files.restore(abstract, arrays, str(path))
         if weights != "float32":
@@ -154,8 +176,8 @@ class ModelFolder:
         folder.mkdir(parents=True, exist_ok=True)
         if folder.samefile(self.path):
             return
-        optional = (SELECTION, CARD, INDEX, model_description.FILE)
-        for name in (*FILES, encoder_path(self.path).name, *optional):
+        optional = (SELECTION, CARD, INDEX, CONVERSION, model_description.FILE)
+        for name in (*FILES, *ENCODERS, *optional):
             source, temporary = self.path / name, folder / f"{name}.tmp"
             if source.is_file():
                 shutil.copyfile(source, temporary)

@@ -9,11 +9,12 @@ The safetensors library writes the metadata in random order. Here metadata and t
 name. Tensors of wider types come first, so that each tensor is aligned to its type.
 """
 
+import dataclasses
 import json
 import math
 import mmap
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import jax.numpy as jnp
 import numpy as np
@@ -30,8 +31,29 @@ _CODES = {name: code for code, name in _DTYPES.items()}
 _METADATA = "__metadata__"
 
 
+@dataclasses.dataclass(frozen=True)
+class PartedArray:
+    """A tensor that is made part by part while it is written, so that it is never in memory.
+
+    Attributes:
+      shape, dtype: those of the whole tensor.
+      parts: makes its parts in order. The bytes of the tensor are those of its parts.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    parts: Callable[[], Iterator[np.ndarray]]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole tensor."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
 def write(
-    path: pathlib.Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]
+    path: pathlib.Path,
+    arrays: Mapping[str, np.ndarray | PartedArray],
+    metadata: Mapping[str, str],
 ) -> None:
     """Writes a file atomically, and creates its parent folders.
 
@@ -39,6 +61,9 @@ def write(
       path: the file to write or replace.
       arrays: tensors by name, of any memory layout.
       metadata: strings by key, for the header.
+
+    Raises:
+      ValueError: the parts of a tensor have other sizes than the tensor.
     """
     names = sorted(arrays, key=lambda name: (-arrays[name].dtype.itemsize, name))
     header: dict[str, object] = {_METADATA: dict(sorted(metadata.items()))}
@@ -57,7 +82,11 @@ def write(
     with storage.writing(path) as temporary, temporary.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
-            file.write(content(arrays[name]).data)
+            written = sum(file.write(part.data) for part in contents(arrays[name]))
+            if written != arrays[name].nbytes:
+                raise ValueError(
+                    f"{name} has parts of {written} bytes; it needs {arrays[name].nbytes}"
+                )
 
 
 def read_metadata(path: pathlib.Path) -> dict[str, str]:
@@ -103,6 +132,11 @@ def read(path: pathlib.Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
             f"{path} is not a whole safetensors file; its header does not match its length"
         ) from error
     return metadata, arrays
+
+
+def contents(array: np.ndarray | PartedArray) -> Iterator[np.ndarray]:
+    """Yields the bytes of a tensor as uint8[bytes], in one part or in several."""
+    yield from map(content, array.parts() if isinstance(array, PartedArray) else (array,))
 
 
 def content(array: np.ndarray) -> np.ndarray:

@@ -51,8 +51,8 @@ MAY_IMPORT = {
     "model_folder": BELOW_DATA | {"engine", "model_archive", "model_description"},
     # What a model was trained on stands in the prepared folders of its run.
     "export": BELOW_TRAINING | {"model_folder", "model_description", "prepare"},
-    # Reads foreign files and writes ours.
-    "convert": BELOW_DATA,
+    # Reads foreign files and writes ours, up to whole model folders, which it then tries.
+    "convert": BELOW_DATA | {"engine", "export", "model_folder", "model_description"},
     # The engine knows ids: no documents, no files.
     "engine": {"config", "vocabulary", "sharding", "ops", "models"},
     # A model whose index has the emoji documents prepares them first.

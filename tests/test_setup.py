@@ -140,7 +140,13 @@ def test_the_wheel_holds_every_module_and_every_data_file(tmp_path):
         packed = {name for name in archive.namelist() if name.startswith("leon_jax/")}
     files = {
         path.relative_to(ROOT).as_posix()
-        for pattern in ("**/*.py", "weights/**/*", "datasets/**/*.json", "configs/**/*")
+        for pattern in (
+            "**/*.py",
+            "weights/**/*",
+            "datasets/**/*.json",
+            "convert/*.json",
+            "configs/**/*",
+        )
         for path in (ROOT / "leon_jax").glob(pattern)
         if path.is_file() and path.suffix != ".pyc"
     }

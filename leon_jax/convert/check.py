@@ -1,12 +1,13 @@
 """Checks that converted weights work, since nobody but their owner has them."""
 
 import os
+from typing import NamedTuple
 
 import jax
 import numpy as np
 import PIL.Image
 import PIL.ImageDraw
-from jaxtyping import UInt8
+from jaxtyping import Int, UInt8
 
 from leon_jax import sharding
 from leon_jax.tokenizers.image import ImageTokenizer, normalize, to_pixels
@@ -15,14 +16,27 @@ from leon_jax.tokenizers.image import ImageTokenizer, normalize, to_pixels
 PLAUSIBLE = 15.0
 
 
-def reconstruction(path: str | os.PathLike) -> float:
-    """Returns the PSNR of a drawn test image after an image tokenizer, in dB."""
+class Reconstruction(NamedTuple):
+    """A test image after an image tokenizer.
+
+    Attributes:
+      psnr: its PSNR in dB.
+      codes: its codes.
+    """
+
+    psnr: float
+    codes: Int[np.ndarray, "rows columns"]
+
+
+def reconstruction(path: str | os.PathLike) -> Reconstruction:
+    """Encodes and decodes a drawn test image with an image tokenizer."""
     with jax.set_mesh(sharding.make_mesh()):
         tokenizer = ImageTokenizer.load(path, batch_size=1)
         image = drawing(tokenizer.resolution)
-        decoded = to_pixels(tokenizer.decode(tokenizer.encode(normalize(image[None]))))[0]
+        codes = tokenizer.encode(normalize(image[None]))
+        decoded = to_pixels(tokenizer.decode(codes))[0]
     error = np.square(image.astype(np.float64) - decoded).mean()
-    return float(10 * np.log10(255**2 / max(error, 1e-10)))
+    return Reconstruction(float(10 * np.log10(255**2 / max(error, 1e-10))), codes[0])
 
 
 def drawing(side: int) -> UInt8[np.ndarray, "side side 3"]:

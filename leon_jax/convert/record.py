@@ -12,8 +12,7 @@ import numpy as np
 
 from leon_jax import safetensors_format, storage
 from leon_jax.config import UserError
-
-RECORD = "conversion.json"
+from leon_jax.model_folder import CONVERSION as RECORD
 
 
 def write(
@@ -23,7 +22,7 @@ def write(
 
     Args:
       out: the folder.
-      write_files: writes the files into a folder.
+      write_files: writes the other files into a folder, which has conversion.json.
       record: the content of conversion.json.
 
     Raises:
@@ -37,8 +36,8 @@ def write(
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        write_files(temporary)
         (temporary / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_files(temporary)
         if out.exists():
             shutil.rmtree(out)
         temporary.rename(out)
@@ -70,13 +69,18 @@ def of_files(files: tuple[pathlib.Path, ...]) -> list[dict[str, Any]]:
     return records
 
 
-def of_tensors(tensors: Mapping[str, np.ndarray]) -> dict[str, dict[str, Any]]:
+def of_tensors(
+    tensors: Mapping[str, np.ndarray | safetensors_format.PartedArray],
+) -> dict[str, dict[str, Any]]:
     """Returns dtype, shape and SHA-256 of each tensor by name."""
-    return {
-        name: {
+    records = {}
+    for name, tensor in tensors.items():
+        digest = hashlib.sha256()
+        for part in safetensors_format.contents(tensor):
+            digest.update(part)
+        records[name] = {
             "dtype": tensor.dtype.name,
             "shape": list(tensor.shape),
-            "sha256": hashlib.sha256(safetensors_format.content(tensor)).hexdigest(),
+            "sha256": digest.hexdigest(),
         }
-        for name, tensor in tensors.items()
-    }
+    return records

@@ -69,9 +69,9 @@ def to_ours(
     entries = list(entries)
     expected = {name for entry in entries for name in entry.theirs}
     if missing := sorted(expected - set(tensors)):
-        raise UserError(f"the checkpoint lacks {_listed(missing)}")
+        raise UserError(f"the checkpoint lacks {listed(missing)}")
     if unknown := sorted(set(tensors) - expected):
-        raise UserError(f"the checkpoint has unknown tensors: {_listed(unknown)}")
+        raise UserError(f"the checkpoint has unknown tensors: {listed(unknown)}")
     arrays = {}
     for entry in entries:
         array, shape = entry.to_ours(tensors), shapes[entry.ours]
@@ -95,7 +95,7 @@ def to_theirs(entries: Iterable[Entry], arrays: Mapping[str, np.ndarray]) -> dic
     return tensors
 
 
-def _listed(names: list[str], most: int = 8) -> str:
+def listed(names: list[str], most: int = 8) -> str:
     """Returns the first names, and how many follow."""
     rest = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + rest

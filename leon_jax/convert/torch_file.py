@@ -23,7 +23,7 @@ from typing import IO, Any
 import jax.numpy as jnp
 import numpy as np
 
-from leon_jax import storage
+from leon_jax import safetensors_format, storage
 from leon_jax.config import UserError
 
 _DTYPES = {
@@ -299,7 +299,11 @@ def _read_sequence(path: pathlib.Path, file: IO[bytes]) -> Any:
     return _Unpickler(file, lambda key, dtype, size: storages[key]).load()
 
 
-def write(path: pathlib.Path, tensors: Mapping[str, np.ndarray], envelope: str = "") -> None:
+def write(
+    path: pathlib.Path,
+    tensors: Mapping[str, np.ndarray | safetensors_format.PartedArray],
+    envelope: str = "",
+) -> None:
     """Writes tensors by name as `torch.save` does, atomically. Equal tensors give equal bytes.
 
     Args:
@@ -328,16 +332,18 @@ def write(path: pathlib.Path, tensors: Mapping[str, np.ndarray], envelope: str =
         add("data.pkl", b"".join(program))
         add("byteorder", b"little")
         for key, array in enumerate(tensors.values()):
-            add(f"data/{key}", np.ascontiguousarray(array).tobytes())
+            add(f"data/{key}", b"".join(safetensors_format.contents(array)))
         add("version", b"3\n")
 
 
-def _tensor_program(key: str, array: np.ndarray, storage_type: str) -> bytes:
+def _tensor_program(
+    key: str, array: np.ndarray | safetensors_format.PartedArray, storage_type: str
+) -> bytes:
     """Returns the part of a pickle that builds a tensor."""
-    strides = [math.prod(array.shape[axis + 1 :]) for axis in range(array.ndim)]
+    strides = [math.prod(array.shape[axis + 1 :]) for axis in range(len(array.shape))]
     stored = [
         pickle.MARK, _text("storage"), _global("torch", storage_type), _text(key), _text("cpu"),
-        _integer(array.size), pickle.TUPLE, pickle.BINPERSID,
+        _integer(math.prod(array.shape)), pickle.TUPLE, pickle.BINPERSID,
     ]  # fmt: skip
     hooks = [_global("collections", "OrderedDict"), pickle.EMPTY_TUPLE, pickle.REDUCE]
     return b"".join(

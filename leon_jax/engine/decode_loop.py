@@ -225,7 +225,7 @@ class Heads(NamedTuple):
 
     Attributes:
       image: the head for the image ids.
-      whole: the head for all ids.
+      whole: the head for all ids that it has a row for (`DecoderConfig.head_ids`).
     """
 
     image: Float[Array, "embed image_ids"]
@@ -328,7 +328,8 @@ def sample_tokens(
         return ids + vocabulary.image_start, score(logits[0], ids), ~usable
 
     def sample_text() -> tuple[Array, Array, Array]:
-        ids = jnp.arange(vocabulary.size)
+        first, stop = decoder.config.head_ids
+        ids = jnp.arange(first, stop)
         text_stop = vocabulary.text_start + (text_size or vocabulary.text_tokens)
         may_stop = (used >= current.min_tokens)[..., None]
         is_stop = (ids == current.stops[..., None]).any(axis=-2) & may_stop
@@ -336,7 +337,7 @@ def sample_tokens(
         logits = replicate(decoder.logits(state.hidden[0], heads.whole))
         logits = jnp.where(allowed, logits, -jnp.inf)
         sampled, usable = params.sample_text(logits, keys)
-        return sampled, score(logits, sampled), ~usable
+        return sampled + first, score(logits, sampled), ~usable
 
     def skip() -> tuple[Array, Array, Array]:
         zeros = jnp.zeros_like(state.counts)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
@@ -92,5 +93,9 @@ def _score(
 ) -> Float[Array, "batch"]:
     """Returns the sum over t of weights[:, t] log p(targets[:, t] | ids[:, :t + 1])."""
     hidden = decoder(sequences.ids, sequences.positions, cells=sequences.cells)
-    _, losses = chunked_cross_entropy(hidden, decoder.head_rows, targets, weights)
+    first, stop = decoder.config.head_ids
+    # An id that the head has no row for is never predicted, so it is not scored.
+    weights = jnp.where((targets >= first) & (targets < stop), weights, 0)
+    rows = jnp.clip(targets - first, 0, stop - first - 1)
+    _, losses = chunked_cross_entropy(hidden, decoder.head_rows, rows, weights)
     return -losses.sum(axis=1)

@@ -232,7 +232,7 @@ def prompt_match(leon: Leon, generations: Sequence[GeneratedImage]) -> float:
 
     The score is the retrieval encoder's inner product of unit image and text embeddings.
     """
-    encoder = leon.model.encoder
+    encoder = leon.model.retrieval_encoder
     with jax.set_mesh(leon.model.mesh):
         images = encoder.embed_images([np.asarray(generation.image) for generation in generations])
         prompts = encoder.embed_texts([generation.prompt for generation in generations])

@@ -3,7 +3,8 @@
 from collections.abc import Iterable, Mapping
 
 from leon_jax.model_description import ModelDescription, TrainingData
-from leon_jax.model_folder import FILES, INDEX, SELECTION, ModelFolder, encoder_path
+from leon_jax.model_folder import CONVERSION, ENCODERS, FILES, INDEX, SELECTION, ModelFolder
+from leon_jax.tokenizers.template import TemplateTokenizer
 
 _PARTS = {
     "decoder": "decoder",
@@ -33,7 +34,7 @@ def card(folder: ModelFolder, description: ModelDescription) -> str:
         "## Data",
         *_data(description),
         "## Licences",
-        *_licences(description),
+        *_licences(folder, description),
         "## Training",
         *_training(description),
     ]
@@ -44,10 +45,18 @@ def card(folder: ModelFolder, description: ModelDescription) -> str:
 
 def _summary(folder: ModelFolder) -> str:
     rows, columns = folder.tokenizer.image_shape
+    parts = (
+        "one decoder that turns text into images and images into text, with the tokenizers and the "
+        "retrieval encoder that belong to it"
+    )
+    if isinstance(folder.tokenizer, TemplateTokenizer):
+        parts = (
+            f"a decoder of {folder.tokenizer.template.family}, which draws an image for a prompt, "
+            "and its image tokenizer, converted from their published weights"
+        )
     return (
-        "A model of leon_jax, an open reimplementation of CM3Leon (arXiv:2309.02591): one decoder "
-        "that turns text into images and images into text, with the tokenizers and the retrieval "
-        f"encoder that belong to it. The decoder has {folder.config.parameter_count():,} "
+        "A model of leon_jax, an open reimplementation of CM3Leon (arXiv:2309.02591): "
+        f"{parts}. The decoder has {folder.config.parameter_count():,} "
         f"parameters and a context of {folder.context:,} tokens. An image has {rows} x {columns} "
         f"codes out of {folder.tokenizer.vocabulary.image_codes:,}. The text tokenizer has "
         f"{folder.tokenizer.text.size:,} entries."
@@ -63,8 +72,9 @@ def _files(folder: ModelFolder) -> str:
         "encoder": "the retrieval encoder, a CLIP with its own text tokenizer",
         SELECTION: "the selection rules of the encoder",
         INDEX: "the documents that the model retrieves",
+        CONVERSION: "where the weights come from, with the digest of each tensor",
     }
-    names = (*FILES, encoder_path(folder.path).name, SELECTION, INDEX)
+    names = (*FILES, *ENCODERS, SELECTION, INDEX, CONVERSION)
     present = [(name, contents[name]) for name in names if (folder.path / name).exists()]
     present.append(("model.json", "generation defaults, data, licences and training"))
     return _table(("file", "content"), ((f"`{name}`", content) for name, content in present))
@@ -81,7 +91,9 @@ def _use(folder: ModelFolder, description: ModelDescription) -> list[str]:
         f"Without flags it reads at most {documents} before each image (the context holds "
         f"{max_docs}), with {'no guidance' if guidance is None else f'guidance {guidance:g}'}. "
     )
-    if description.index.prepare:
+    if isinstance(folder.tokenizer, TemplateTokenizer):
+        sentence = "" if guidance is None else f"Without flags it draws with guidance {guidance:g}."
+    elif description.index.prepare:
         sentence += "Its index has the emoji documents, which are prepared at the first use."
     elif description.index.folder:
         sentence += f"The documents are in `{description.index.folder}`."
@@ -121,12 +133,14 @@ def _sources(data: TrainingData) -> str:
     return f"- {data.name}: {_counts(data.sources)}" if data.sources else ""
 
 
-def _licences(description: ModelDescription) -> list[str]:
-    sections = []
-    if description.licences:
+def _licences(folder: ModelFolder, description: ModelDescription) -> list[str]:
+    sections, licences = [], ", ".join(description.licences)
+    if licences and isinstance(folder.tokenizer, TemplateTokenizer):
+        sections.append(f"The weights were published under: {licences}.")
+    elif licences:
         sections.append(
-            f"From its data the model has these licences: {', '.join(description.licences)}. A "
-            "model that is fine-tuned from this one inherits them."
+            f"From its data the model has these licences: {licences}. A model that is fine-tuned "
+            "from this one inherits them."
         )
     if description.unknown_licences:
         names = ", ".join(_PARTS.get(part, part) for part in description.unknown_licences)

@@ -36,8 +36,9 @@ def check_caption(folder: ModelFolder, max_tokens: int, num_docs: int) -> None:
     """Checks the length limit of a caption, and the number of retrieved documents.
 
     Raises:
-      UserError: `max_tokens` is below 1, `num_docs` is negative, or the context is too short for an
-        image with a caption of `max_tokens` tokens and `num_docs` documents.
+      UserError: `max_tokens` is below 1, `num_docs` is negative, the model writes no captions, or
+        the context is too short for an image with a caption of `max_tokens` tokens and `num_docs`
+        documents.
     """
     if max_tokens < 1:
         raise UserError(f"max_tokens is {max_tokens}; a caption has at least 1 token")
@@ -51,7 +52,11 @@ def check_caption(folder: ModelFolder, max_tokens: int, num_docs: int) -> None:
 
 
 def fitting_docs(folder: ModelFolder, max_tokens: int) -> int:
-    """Returns the number of documents that fit beside an image and a caption of `max_tokens`."""
+    """Returns the number of documents that fit beside an image and a caption of `max_tokens`.
+
+    Raises:
+      UserError: the model writes no captions.
+    """
     return max(0, folder.docs_beside(_caption_extent(folder) + max_tokens))
 
 
@@ -67,6 +72,7 @@ def check_num_docs(folder: ModelFolder, num_docs: int) -> None:
 def _check_documents(folder: ModelFolder, num_docs: int, limit: int) -> None:
     if num_docs < 0:
         raise UserError(f"num_docs is {num_docs}; it must be 0 or more")
+    folder.tokenizer.check_task(Document((Hole("image"),)), num_docs)
     if num_docs and limit < 1:
         raise UserError(
             f"num_docs is {num_docs}, but a context of {folder.context} tokens holds no retrieved "
@@ -105,7 +111,12 @@ def select_fitting(
 
 
 def _caption_extent(folder: ModelFolder) -> int:
-    """Returns the positions of an image with a hole for its caption, without the caption."""
+    """Returns the positions of an image with a hole for its caption, without the caption.
+
+    Raises:
+      UserError: the model writes no captions.
+    """
+    folder.tokenizer.check_task(Document((Hole("text"), Hole("image"))))
     vocabulary = folder.tokenizer.vocabulary
     image = [vocabulary.image_start] * folder.tokenizer.image_tokens
     prefix = [vocabulary.eos, vocabulary.sentinel(0), vocabulary.break_id, *image]

@@ -44,6 +44,8 @@ def image_request(
             blank = Image(codes=np.zeros(tokenizer.image_shape, int))
             ids, _ = ranking.scored_ids(tokenizer, document.replace(1, blank), 0)
             likelihood.check_sequence(model.engine, ids)
+        elif settings.best_of is not None:
+            _ = model.retrieval_encoder
         retrieved = retrieve(document, settings.max_docs, tokenizer.image_tokens)
     except UserError as error:
         return error
@@ -102,7 +104,8 @@ def finished_images(
             )
         else:
             pixels = [np.asarray(each.image) for each in images]
-            scores = ranking.clip_scores(model.encoder, prompt, pixels)
+            words = model.tokenizer.words(prompt)
+            scores = ranking.clip_scores(model.retrieval_encoder, words, pixels)
     return [images[index] for index in ranking.best(scores, settings.num_images)]
 
 
@@ -122,7 +125,8 @@ def warm_up(model: Model, settings: ImageSettings, prompts: int) -> int:
     """
     if prompts < 1:
         raise UserError(f"prompts is {prompts}; it must be at least 1")
-    request = Request(Document((Text("a"), Hole("image"))), samples=settings.samples)
+    text = Text(model.tokenizer.text.decode([0]))
+    request = Request(Document((text, Hole("image"))), samples=settings.samples)
     with jax.set_mesh(model.mesh):
         codes = np.zeros((len(settings.samples), *model.tokenizer.image_shape), np.int32)
         model.image_tokenizer.decode(codes)

@@ -13,11 +13,12 @@ from leon_jax.documents import Document, Image
 from leon_jax.engine.engine import Engine
 from leon_jax.engine.kv_cache import CacheDtype
 from leon_jax.generate.image_metadata import ModelState
-from leon_jax.model_folder import ModelFolder, encoder_path
+from leon_jax.model_folder import ModelFolder, encoder_path, has_encoder
 from leon_jax.models.weight_conversion import WeightType, weight_dtype
 from leon_jax.retrieval.encoder import RetrievalEncoder
 from leon_jax.tokenizers.documents import DocumentTokenizer
 from leon_jax.tokenizers.image import ImageTokenizer, to_pixels
+from leon_jax.tokenizers.text import TextTokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +29,8 @@ class Model:
       folder: the model folder.
       engine: the engine that runs the decoder.
       image_tokenizer: converts pixels to codes and back.
-      encoder: the retrieval encoder; it embeds prompts for retrieval and ranks images.
+      encoder: the retrieval encoder; it embeds prompts for retrieval and ranks images. None: the
+        folder has none, because its decoder reads no documents.
       mesh: the device mesh.
 
     Raises:
@@ -39,7 +41,7 @@ class Model:
     folder: ModelFolder
     engine: Engine
     image_tokenizer: ImageTokenizer
-    encoder: RetrievalEncoder
+    encoder: RetrievalEncoder | None
     mesh: jax.sharding.Mesh
 
     def __post_init__(self):
@@ -83,13 +85,30 @@ class Model:
                 text_size=tokenizer.text.size, cache_dtype=cache,
             )  # fmt: skip
             image_tokenizer = ImageTokenizer.load(folder.path / "tokenizer.safetensors")
-            encoder = RetrievalEncoder.load(encoder_path(folder.path), tokenizer.text, batch_size=8)
+            encoder = None
+            if has_encoder(folder.path):
+                text = tokenizer.text if isinstance(tokenizer.text, TextTokenizer) else None
+                encoder = RetrievalEncoder.load(encoder_path(folder.path), text, batch_size=8)
         return cls(folder, engine, image_tokenizer, encoder, mesh)
 
     @property
     def tokenizer(self) -> DocumentTokenizer:
         """The document tokenizer, which converts documents to ids and back."""
         return self.folder.tokenizer
+
+    @property
+    def retrieval_encoder(self) -> RetrievalEncoder:
+        """The retrieval encoder.
+
+        Raises:
+          UserError: the folder has none.
+        """
+        if self.encoder is None:
+            raise UserError(
+                f"the model folder {self.folder.path} has no retrieval encoder; copy a CLIP as "
+                "transformers writes it into its folder encoder to rank images with it"
+            )
+        return self.encoder
 
     @property
     def state(self) -> ModelState:

@@ -57,8 +57,8 @@ class PromptBuilder:
     """Builds the engine's request for one `Request`, and converts its outputs to documents.
 
     Raises:
-      UserError: there are no samples, they differ in `max_tokens`, a parameter is out of range, or
-        the `first_rows` of a hole do not fit the model's images.
+      UserError: there are no samples, they differ in `max_tokens`, a parameter is out of range, the
+        model has no such task, or the `first_rows` of a hole do not fit the model's images.
     """
 
     def __init__(self, tokenizer: DocumentTokenizer, request: Request):
@@ -72,6 +72,7 @@ class PromptBuilder:
         (self.max_tokens,) = limits
         self.tokenizer, self.request = tokenizer, request
         self.document = request.document
+        tokenizer.check_task(self.document, len(request.retrieved))
         self.prefixes = {part: self._prefix(part) for part in self.document.holes}
         holes = self.document.holes
         # A hole at the end is filled first, by causal generation.

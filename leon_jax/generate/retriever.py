@@ -19,7 +19,7 @@ from leon_jax.compilation_cache import cache_folder
 from leon_jax.config import UserError, build
 from leon_jax.data.document_folder import MANIFEST
 from leon_jax.datasets import demo
-from leon_jax.documents import Document, Image, Text
+from leon_jax.documents import Document, Hole, Image, Text
 from leon_jax.generate.image_settings import ImageSettings
 from leon_jax.model_description import GenerationDefaults
 from leon_jax.model_folder import ModelFolder, encoder_path
@@ -158,9 +158,10 @@ def find_index(folder: ModelFolder, index: str | os.PathLike | None = None) -> p
         documents, they are prepared if necessary.
 
     Raises:
-      UserError: the model has no index; or the index is not a prepared folder, was made with other
-        model files, or cannot be made.
+      UserError: the model reads no documents or has no index; or the index is not a prepared
+        folder, was made with other model files, or cannot be made.
     """
+    folder.tokenizer.check_task(Document((Hole("image"),)), num_docs=1)
     if index is not None:
         path = storage.path(index)
     elif folder.index.prepare:

@@ -65,6 +65,7 @@ class Decoder(nnx.Module):
         if form.norm_bias:
             self.final_norm_bias = nnx.Param(jnp.zeros(config.embed, out_sharding=spec("embed")))
         if not form.tied_head:
+            shape = (config.head_rows, config.embed)
             self.head_table = nnx.Param(normal(rngs.params(), shape, jnp.float32, layout))
 
     @property
@@ -122,30 +123,39 @@ class Decoder(nnx.Module):
         return self._final_norm(x)
 
     @property
-    def head_rows(self) -> Float[Array, "vocab embed"]:
-        """The output head by id: the embedding table, or the weights of an own head."""
+    def head_rows(self) -> Float[Array, "ids embed"]:
+        """The output head of `DecoderConfig.head_ids`: the embedding table, or separate weights."""
         return (self.table if self.config.form.tied_head else self.head_table)[...]
 
-    def head(self, start: int = 0, stop: int | None = None) -> Float[Array, "embed ids"]:
+    def head(self, start: int | None = None, stop: int | None = None) -> Float[Array, "embed ids"]:
         """Returns the output head of the ids start..stop - 1: `head_rows` of them, transposed.
 
         A head of a part of the ids is replicated on every device. Pass the head to a decode loop as
         an argument, because a head that the loop's program computes is computed in every call.
 
         Args:
-          start: the first id.
-          stop: one past the last id; None: all ids from `start`.
+          start: the first id; None: the first that the head has a row for.
+          stop: one past the last id; None: one past the last that the head has a row for.
+
+        Raises:
+          ValueError: the head has no row for some of the ids.
         """
+        first, end = self.config.head_ids
+        start, stop = first if start is None else start, end if stop is None else stop
+        if not first <= start < stop <= end:
+            raise ValueError(
+                f"no head for the ids {start} to {stop - 1}; it has {first} to {end - 1}"
+            )
         table = self.head_rows.astype(self.config.dtype)
-        if (start, stop) not in ((0, None), (0, self.config.vocab_size)):
+        if (start, stop) != (first, end):
             # A part of a split axis may not divide evenly, so it is not split.
-            table = jax.reshard(table, jax.P(None, None))[start:stop]
+            table = jax.reshard(table, jax.P(None, None))[start - first : stop - first]
         return table.T
 
     def logits(
         self, hidden: Float[Array, "*lead embed"], head: Float[Array, "embed ids"] | None = None
     ) -> Float[Array, "*lead ids"]:
-        """Returns the float32 logits of the ids of `head` (see `head`); None: of all ids."""
+        """Returns the float32 logits of the ids of `head`; None: of `DecoderConfig.head_ids`."""
         head = self.head() if head is None else head
         return jnp.einsum(
             "...d,dv->...v",

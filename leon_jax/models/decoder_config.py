@@ -7,7 +7,8 @@ decoders:
     Chameleon  the same with qk_norm="layer", qk_norm_by_head=True; the one of 34B parameters also
                has norm_place="post"
     Qwen2      Llama's with qkv_bias=True
-    LlamaGen   Llama's with positions="rotary_2d", rotary_pairs="interleaved", outside_images="zero"
+    LlamaGen   Llama's with positions="rotary_2d", rotary_pairs="interleaved",
+               outside_images="zero", and the image codes as head_ids
 
 Letters: E embed, F mlp, V vocab, T length.
 """
@@ -54,10 +55,13 @@ class Form:
       image_columns: tokens in a row of an image, for "rotary_2d".
       outside_images: rotation of the other tokens, for "rotary_2d".
       tied_head: the output head is the embedding table. Otherwise it has weights of its own.
+      head_ids: the first id that an untied head has a row for, and one past the last such id.
+        The decoder never predicts another id. None: the head has a row for every id.
       embed_scale: factor of the token embeddings.
 
     Raises:
-      UserError: a number is out of range, or "rotary_2d" has no `image_columns`.
+      UserError: a number is out of range, "rotary_2d" has no `image_columns`, or a tied head has
+        `head_ids`.
     """
 
     norm: NormKind = "layer"
@@ -77,7 +81,11 @@ class Form:
     image_columns: int = 0
     outside_images: OutsideImages = "sequence"
     tied_head: bool = True
+    head_ids: tuple[int, int] | None = None
     embed_scale: float = 1.0
+
+    # So the files of models without this key do not change.
+    OMITTED_DEFAULTS: ClassVar[tuple[str, ...]] = ("head_ids",)
 
     def __post_init__(self):
         for name in ("norm_epsilon", "rotary_base"):
@@ -87,6 +95,10 @@ class Form:
             raise UserError(
                 f"image_columns is {self.image_columns}; rotary_2d needs the number of tokens in a "
                 "row of an image"
+            )
+        if self.head_ids is not None and (self.tied_head or len(self.head_ids) != 2):
+            raise UserError(
+                f"head_ids is {self.head_ids}; it must be (first, stop), with tied_head=False"
             )
 
 
@@ -124,7 +136,8 @@ class DecoderConfig:
 
     Raises:
       UserError: a size is below 1, `embed` is not a multiple of `heads`, `heads` is not a multiple
-        of `kv_heads`, `embed` is odd with sinusoids, or a head is too small for its rotation.
+        of `kv_heads`, `embed` is odd with sinusoids, a head is too small for its rotation, or
+        `form.head_ids` are no range of ids.
     """
 
     vocab_size: int
@@ -165,6 +178,12 @@ class DecoderConfig:
                 f"embed / heads is {self.head_dim}; form.positions={self.form.positions} needs a "
                 f"multiple of {multiple}"
             )
+        first, stop = self.head_ids
+        if not 0 <= first < stop <= self.vocab_size:
+            raise UserError(
+                f"form.head_ids is {self.head_ids}; it must be a range of the ids 0 to "
+                f"{self.vocab_size - 1}"
+            )
 
     @property
     def head_dim(self) -> int:
@@ -175,10 +194,21 @@ class DecoderConfig:
         """The number of heads of keys and values."""
         return self.heads if self.kv_heads is None else self.kv_heads
 
+    @property
+    def head_ids(self) -> tuple[int, int]:
+        """The first id that the output head has a row for, and one past the last such id."""
+        return self.form.head_ids or (0, self.vocab_size)
+
+    @property
+    def head_rows(self) -> int:
+        """The number of ids that the output head has a row for."""
+        first, stop = self.head_ids
+        return stop - first
+
     def parameter_count(self) -> int:
         """Returns the number of weights: blocks, tables, and the final norm."""
         block = sum(math.prod(weight.shape) for weight in layer_weights(self).values())
-        rows = self.vocab_size * (1 if self.form.tied_head else 2)
+        rows = self.vocab_size + (0 if self.form.tied_head else self.head_rows)
         rows += self.max_length * (self.form.positions == "learned")
         rows += self.form.norm_scale + self.form.norm_bias
         return self.layers * block + rows * self.embed
@@ -198,7 +228,7 @@ class DecoderConfig:
         Args:
           length: number of tokens of a row.
         """
-        weights = self.product_weights() + self.vocab_size * self.embed
+        weights = self.product_weights() + self.head_rows * self.embed
         return 6 * weights + 6 * self.layers * length * self.embed
 
 

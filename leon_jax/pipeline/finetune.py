@@ -39,7 +39,7 @@ def stages(
       index: the documents that the model retrieves today, which the new model keeps; None: none.
 
     Raises:
-      UserError: a key is unknown.
+      UserError: a key is unknown, or the decoder cannot be trained.
     """
     if unknown := set(values) - _KEYS:
         raise UserError(
@@ -47,6 +47,11 @@ def stages(
         )
     if not 0 < values["share"] <= 1:
         raise UserError(f"config.share is {values['share']}; it must be above 0 and at most 1")
+    if model.config.form.head_ids is not None:
+        raise UserError(
+            f"the decoder of {model.path} predicts image codes only; fine-tuning needs one that "
+            "predicts text, too"
+        )
     files = Layout(inputs.workdir)
     models = {
         "tokenizer": model.path / "tokenizer.safetensors",
@@ -98,7 +103,7 @@ def stages(
 
     def decoder() -> Command:
         config, notes = adapt_batch("decoder", values["decoder"], DocumentFolder(last), least=1)
-        data = dict(config["data"])
+        data = {"variants": encode_flags.get("variants", 1), **config["data"]}
         if index is None:
             data["folder"] = str(files.documents)
         else:

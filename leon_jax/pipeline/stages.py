@@ -145,8 +145,10 @@ def stages(values: Mapping[str, Any], inputs: Inputs) -> list[Stage]:
                     title = "encode the documents of the index"
                     result.append(_encode("encode_index", title, files.index, values, files))
                 before_decoder = False
+            data = {"variants": values.get("encode", {}).get("variants", 1), **config["data"]}
             if index is not None:
-                config = {**config, "data": {**config["data"], **_mixture(index, files)}}
+                data |= _mixture(index, files)
+            config = {**config, "data": data}
             result.append(
                 _decoder(name, config, files, decoders[-1] if decoders else None, seconds)
             )

@@ -43,7 +43,7 @@ def training_flops(config: DecoderConfig, length: int) -> float:
     attention = forward * (1 + 2.5 + (config.remat in ("dots", "full")))
     # The last product of a layer is never recomputed, since only the next layer reads its result.
     recomputed = weights - config.layers * config.mlp * config.embed if _recomputes(config) else 0
-    return 2 * (3 * weights + recomputed) + attention + 6 * config.vocab_size * config.embed
+    return 2 * (3 * weights + recomputed) + attention + 6 * config.head_rows * config.embed
 
 
 def training_work(
@@ -82,8 +82,8 @@ def training_work(
     forward_operands += mlp_products * (config.embed + config.mlp)
     operands = 3 * forward_operands + recomputes * (forward_operands - config.embed - config.mlp)
     # Logits are written and read in float32, their gradients in bfloat16 by two products.
-    logits = (2 * 4 + 3 * 2) * config.vocab_size / tensor
-    logits += 2 * 4 * config.vocab_size * config.embed / tensor / loss_chunk
+    logits = (2 * 4 + 3 * 2) * config.head_rows / tensor
+    logits += 2 * 4 * config.head_rows * config.embed / tensor / loss_chunk
     return Work(flops, traffic + tokens * (2 * config.layers * operands / tensor + logits))
 
 

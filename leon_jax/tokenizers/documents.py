@@ -19,6 +19,7 @@ from jaxtyping import Int, Int32
 
 from leon_jax.config import UserError
 from leon_jax.documents import Document, Hole, Image, Modality, Part, Text
+from leon_jax.tokenizers.class_names import ClassNames
 from leon_jax.tokenizers.text import TextTokenizer
 from leon_jax.vocabulary import Vocabulary
 
@@ -42,7 +43,12 @@ class DocumentTokenizer:
       UserError: the text tokenizer is larger than the text range, or the shape is not positive.
     """
 
-    def __init__(self, vocabulary: Vocabulary, text: TextTokenizer, image_shape: tuple[int, int]):
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        text: TextTokenizer | ClassNames,
+        image_shape: tuple[int, int],
+    ):
         if text.size > vocabulary.text_tokens:
             raise UserError(
                 f"the text tokenizer has {text.size} tokens, but the vocabulary has room for "
@@ -60,6 +66,18 @@ class DocumentTokenizer:
         """Number of ids of an image."""
         return self.image_shape[0] * self.image_shape[1]
 
+    def check_task(self, document: Document, num_docs: int = 0) -> None:
+        """Checks that models with this layout can fill the document's holes; here always.
+
+        Args:
+          document: a document, with or without holes.
+          num_docs: number of retrieved documents before it.
+        """
+
+    def words(self, text: str) -> str:
+        """Returns a prompt in words, for a retrieval encoder: here the text itself."""
+        return text
+
     def encode(self, document: Document | Sequence[Document], is_open: bool | None = None) -> Ids:
         """Encodes a document, or retrieved documents followed by the query, without infills.
 
@@ -76,7 +94,7 @@ class DocumentTokenizer:
           UserError: a retrieved document has a hole, there are more holes than sentinels, or an
             image has no codes or codes that do not fit.
         """
-        retrieved, query = _split(document)
+        retrieved, query = split_query(document)
         for index, neighbour in enumerate(retrieved):
             if neighbour.holes:
                 raise UserError(f"retrieved document {index} has a hole; only the query may")
@@ -106,7 +124,7 @@ class DocumentTokenizer:
         Raises:
           UserError: the document has no hole, or `encode` cannot encode it.
         """
-        _, query = _split(document)
+        _, query = split_query(document)
         if not query.holes:
             raise UserError("the document has no hole to fill; put a Hole where the content goes")
         ids = self.encode(document)
@@ -125,7 +143,7 @@ class DocumentTokenizer:
         Raises:
           UserError: `parts` do not fit the holes in number or modality.
         """
-        _, query = _split(document)
+        _, query = split_query(document)
         positions = query.holes[-1:] if _is_open(query) else query.holes
         if len(parts) != len(positions):
             raise UserError(f"there are {len(parts)} parts for {len(positions)} holes")
@@ -159,7 +177,7 @@ class DocumentTokenizer:
         Raises:
           UserError: the completion is malformed.
         """
-        _, query = _split(document)
+        _, query = split_query(document)
         vocabulary = self.vocabulary
         ids = self._unpadded(completion)
         if not query.holes:
@@ -291,7 +309,7 @@ class DocumentTokenizer:
         return ids[: content[-1] + 1] if len(content) else ids[:0]
 
 
-def _split(document: Document | Sequence[Document]) -> tuple[list[Document], Document]:
+def split_query(document: Document | Sequence[Document]) -> tuple[list[Document], Document]:
     """Returns the retrieved documents, and the query, which is the last document."""
     documents = [document] if isinstance(document, Document) else list(document)
     if not documents:

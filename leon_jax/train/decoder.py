@@ -95,8 +95,14 @@ class DecoderProgram:
         """Returns a randomly initialised model with its optimizer state.
 
         Raises:
-          UserError: the current mesh cannot split the batch or the model evenly.
+          UserError: the current mesh cannot split the batch or the model evenly, or the decoder
+            predicts a part of the ids only.
         """
+        if self.config.model.form.head_ids is not None:
+            raise UserError(
+                "config.model.form.head_ids is set, so the decoder predicts image codes only; the "
+                "documents of training have texts, too"
+            )
         self.check_mesh(tuple(jax.sharding.get_abstract_mesh().shape.values()))
         model_key, run_key = jax.random.split(key)
         model = Decoder(self.config.model, rngs=nnx.Rngs(model_key))
@@ -294,5 +300,6 @@ def check_divisible(
             ("config.model.kv_heads", model.key_heads, tensor, "tensor"),
             ("config.model.mlp", model.mlp, tensor, "tensor"),
             ("config.model.vocab_size", model.vocab_size, tensor, "tensor"),
+            ("config.model.form.head_ids", model.head_rows, tensor, "tensor"),
         )
     )

@@ -11,8 +11,8 @@ from leon_jax.config import UserError
 
 # Keys that may change between starts: a run's length, and settings without effect on results.
 MAY_CHANGE = (
-    "steps", "optimizer.total_steps", "data.threads", "data.eval_split", "data.eval_documents",
-    "model.remat",
+    "steps", "optimizer.total_steps", "optimizer.decay_steps", "data.threads", "data.eval_split",
+    "data.eval_documents", "model.remat",
 )  # fmt: skip
 # Keys of earlier versions, and the value that this version always uses.
 REMOVED = {

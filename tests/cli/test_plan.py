@@ -7,8 +7,11 @@ import sys
 
 import pytest
 
+from leon_jax.cli import main
+from leon_jax.convert import torch_file
 from leon_jax.model_folder import ModelFolder
 from tests import tiny, tpu
+from tests.convert import small_gpt
 
 TINY = """
 import pathlib, runpy
@@ -221,3 +224,15 @@ def test_a_model_folder_takes_the_place_of_a_config(tmp_path):
     assert plan["setting"]["guidance"] == 3.0
     result = leon_plan(*flags)
     assert result.returncode == 2 and "--model is for --program=decode" in result.stderr
+
+
+@pytest.mark.slow
+def test_a_converted_gpt_is_planned_with_a_prompt_of_one_token(tmp_path):
+    torch_file.write(tmp_path / "gpt.pt", small_gpt.random_gpt(dim=512, hidden=1024), "model")
+    small_gpt.write_vqgan(tmp_path / "vqgan.pt")
+    assert main.run(["convert", *small_gpt.flags(tmp_path), "--nocheck"]) == 0
+    flags = f"--model={tmp_path}/model", "--topology=v5e:2x2", "--mesh=1,1,1,4", "--rows=4"
+    result = leon_plan("--program=decode", *flags, f"--out={tmp_path}")
+    assert result.returncode == 0, result.stderr
+    setting = json.loads((tmp_path / "plan.json").read_text())["setting"]
+    assert (setting["prompt"], setting["guidance"], setting["rows"]) == (1, 4.0, 4)

@@ -68,8 +68,10 @@ def oracle(engine: Engine, ids: np.ndarray) -> np.ndarray:
     positions = VOCABULARY.positions(padded, engine.decoder.config.part_step)
     positions = jnp.asarray(positions.clip(max=engine.context - 1))[None]
     cells = jnp.asarray(VOCABULARY.cells(padded))[None]
-    logits = forward(engine.decoder, jnp.asarray(padded)[None], positions, cells)
-    return np.asarray(logits)[0, : len(ids)]
+    logits = np.asarray(forward(engine.decoder, jnp.asarray(padded)[None], positions, cells))
+    first, stop = engine.decoder.config.head_ids
+    missing = (first, VOCABULARY.size - stop)
+    return np.pad(logits[0, : len(ids)], ((0, 0), missing), constant_values=-np.inf)
 
 
 @jax.jit

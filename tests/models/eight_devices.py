@@ -37,6 +37,7 @@ def compute(shape, config):
     ids, targets = rng.integers(0, 48, (2, 8, 16)).astype(np.int32)
     segments = np.repeat([[1] * 6 + [2] * 10], 8, axis=0).astype(np.int32)
     cells = forms.cells(ids)
+    targets %= config.head_rows  # the rows of the head
     weights = (segments > 1).astype(np.float32)
     mesh = sharding.make_mesh(shape, jax.devices()[: np.prod(shape)])
     with jax.set_mesh(mesh):

@@ -42,6 +42,16 @@ FORMS = {
             outside_images="zero",
         )
     },
+    # The head has rows for the image ids of `tests.engine.small` alone.
+    "image_head": {
+        "form": Form(
+            **{**LLAMA, "positions": "rotary_2d"},
+            rotary_pairs="interleaved",
+            image_columns=3,
+            outside_images="zero",
+            head_ids=(4, 28),
+        )
+    },
     "grid": {
         "kv_heads": 2,
         "form": Form(mlp="gelu", positions="rotary_2d", image_columns=3, embed_scale=3.0),

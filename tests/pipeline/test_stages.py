@@ -3,6 +3,7 @@
 import json
 import pathlib
 import runpy
+from types import SimpleNamespace
 
 import pytest
 
@@ -84,6 +85,26 @@ def test_selection_rules_of_the_configuration_replace_the_measured_ones(tmp_path
     stage = by_name(own() | {"selection": rules}, tmp_path)["thresholds"]
     command = stage.make()
     assert not command.arguments and json.loads(command.files[str(stage.output)]) == rules
+
+
+def test_a_decoder_reads_all_variants_and_starts_at_the_codes(tmp_path, monkeypatch):
+    document_folders.write(tmp_path / "documents", document_folders.drawings())
+    monkeypatch.setattr(stages, "_codes", lambda path: 16)
+    monkeypatch.setattr(stages.TextTokenizer, "load", lambda path: SimpleNamespace(size=300))
+    values = own() | {"encode": {"variants": 3}}
+    values["stages"]["decoder_second"] = dict(values["stages"]["decoder"])
+    values["stages"]["decoder_third"] = {**values["stages"]["decoder"]}
+    values["stages"]["decoder_third"]["data"] = {
+        **values["stages"]["decoder"]["data"], "variants": 1,
+    }  # fmt: skip
+    plan = by_name(values, tmp_path)
+    first, second, third = (
+        plan[name].make().config for name in ("decoder", "decoder_second", "decoder_third")
+    )
+    assert first["data"]["variants"] == 3 and third["data"]["variants"] == 1
+    assert first["codebook"] == str(tmp_path / "tokenizer/export/tokenizer.safetensors")
+    # The second starts from the weights of the first.
+    assert "codebook" not in second and second["loop"]["init_from"]
 
 
 def test_a_batch_is_no_larger_than_the_data(tmp_path):

@@ -23,7 +23,8 @@ from tests.models import forms
 from tests.tiny import randomise
 
 VOCABULARY = Vocabulary.compact(image_codes=12, text_tokens=26, sentinels=4)
-NAMES = [name for name in forms.FORMS if name != "cm3leon"]
+# A decoder that does not predict text is not trained.
+NAMES = [name for name in forms.FORMS if name not in ("cm3leon", "image_head")]
 
 
 def training(name: str, **options) -> DecoderTraining:
@@ -61,6 +62,12 @@ def batch() -> dict[str, np.ndarray]:
 def random_model(program: DecoderProgram) -> Decoder:
     """Returns a program's model with random weights; nothing is compiled."""
     return randomise(jax.eval_shape(program.init, jax.random.key(0)).model)
+
+
+def test_a_decoder_that_predicts_images_only_is_refused():
+    program = DecoderProgram(training("image_head"))
+    with pytest.raises(UserError, match="the decoder predicts image codes only"):
+        program.init(jax.random.key(0))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -78,7 +78,8 @@ def stage(grid: int = 8) -> dict:
             "image_shape": (grid, grid),
             "length": 32 * -(-document * (RETRIEVED + 1) // 32),
             "retrieved": (0.2, 0.3, 0.5),
-            "unchanged": 0.5,
+            # The pipeline sets the number of variants.
+            "unchanged": 0.3,
             # Skin tones do not dominate.
             "balance": 0.7,
             "eval_documents": 128,
