@@ -24,7 +24,7 @@ echo "Training the shipped model takes about twelve hours on 2 CPU cores; an est
 echo "It reads data/npm, writes into data/emoji and $runs, and at the end replaces $weights."
 
 "$bin/leon" pipeline --config=configs/emoji/pipeline.py --workdir="$runs"
-"$bin/leon" export --workdir="$runs/decoder" --index=prepare:demo --licence=CC-BY-SA-4.0 \
+"$bin/leon" export --workdir="$runs/decoder_second" --index=prepare:demo --licence=CC-BY-SA-4.0 \
   --tokenizer="$runs/tokenizer/export/tokenizer.safetensors" \
   --encoder="$runs/encoder/export/encoder.safetensors" \
   --selection="$runs/encoder/export/selection.json" --dtype=bfloat16 \

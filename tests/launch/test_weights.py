@@ -56,7 +56,7 @@ def test_it_runs_the_pipeline_and_exports_its_model(clone):
     assert "hours" in result.stdout
     pipeline, export = (clone / "commands.txt").read_text().splitlines()
     assert pipeline == "pipeline --config=configs/emoji/pipeline.py --workdir=runs/emoji"
-    assert export.startswith("export --workdir=runs/emoji/decoder --index=prepare:demo ")
+    assert export.startswith("export --workdir=runs/emoji/decoder_second --index=prepare:demo ")
     assert "--dtype=bfloat16" in export and export.endswith("--out=leon_jax/weights/emoji")
     named = [word.partition("=")[2] for word in export.split() if "=configs/" in word]
     assert named and all((ROOT / name).is_file() for name in named)

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 def get_config() -> ConfigDict:
     """Returns the configuration of `leon_jax.pipeline`."""
-    names = "text", "tokenizer", "encoder", "decoder"
+    names = "text", "tokenizer", "encoder"
     designs = read("designs")
     documents = designs["get_config"]().to_dict()
     pypi = [
@@ -42,10 +42,31 @@ def get_config() -> ConfigDict:
                 "near_copy_picture": None,
             },
             "encode": {"variants": 8},
-            "stages": {name: read(name)["stage"]() for name in names},
-            "seconds": {"tokenizer": 3600, "encoder": 3600, "decoder": 36_000},
+            "stages": {**{name: read(name)["stage"]() for name in names}, **decoders()},
+            "seconds": {
+                "tokenizer": 3600,
+                "encoder": 3600,
+                "decoder": 29_000,
+                "decoder_second": 7_000,
+            },
         }
     )
+
+
+def decoders() -> dict[str, dict[str, Any]]:
+    """Returns the two stages of the decoder.
+
+    The first learns from variants of the images, so that it does not memorise them. It would draw
+    turned and recoloured images. The second learns from the images as they are, while the learning
+    rate decays.
+    """
+    first, second = read("decoder")["stage"](), read("decoder")["stage"]()
+    first["steps"] = 24_000
+    first["optimizer"] |= {"total_steps": 24_000, "schedule": "constant", "decay_steps": 0}
+    second["steps"] = 6_000
+    second["optimizer"] |= {"total_steps": 6_000, "schedule": "linear", "decay_steps": 0}
+    second["data"]["variants"] = 1
+    return {"decoder": first, "decoder_second": second}
 
 
 def read(name: str) -> dict[str, Any]:
