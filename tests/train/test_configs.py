@@ -64,7 +64,11 @@ def test_the_emoji_stages_can_have_other_grids_and_codebooks(grid, codebook):
 def test_the_emoji_configs_only_add_to_the_stages_of_the_pipeline():
     values = runpy.run_path(str(CONFIGS / "emoji" / "pipeline.py"))["get_config"]()
     for name, stage in values.stages.items():
-        alone = runpy.run_path(str(CONFIGS / "emoji" / f"{name}.py"))["get_config"]()
+        file = CONFIGS / "emoji" / f"{name.removesuffix('_second')}.py"
+        alone = runpy.run_path(str(file))["get_config"]()
+        if stage.kind == "decoder":
+            # The stages differ in their schedule and in the variants of images.
+            alone.steps, alone.optimizer, alone.data.variants = stage.steps, stage.optimizer, 1
         updated = alone.copy_and_resolve_references()
         updated.update(stage)
         assert updated.to_dict() == alone.to_dict()
