@@ -77,7 +77,7 @@ def get_config(variant: str = "8-unit") -> ConfigDict:
                 "near_copy_document": 1.0,
                 "near_copy_picture": None,
             },
-            "encode": {"variants": 8},
+            "encode": {"variants": 24},
             "stages": {
                 "text": {
                     "kind": "text",
@@ -88,9 +88,14 @@ def get_config(variant: str = "8-unit") -> ConfigDict:
                 },
                 "tokenizer": tokenizer(grid, codebook),
                 "encoder": encoder(),
-                "decoder": decoder(grid),
+                **decoders(grid),
             },
-            "seconds": {"tokenizer": 3600, "encoder": 3600, "decoder": 36_000},
+            "seconds": {
+                "tokenizer": 3600,
+                "encoder": 3600,
+                "decoder": 29_000,
+                "decoder_second": 7_000,
+            },
         }
     )
 
@@ -152,6 +157,22 @@ def encoder() -> dict:
     return values | {"loop": {"save_every": 200, "eval_every": 200}}
 
 
+def decoders(grid: int) -> dict[str, dict]:
+    """Returns the configurations of the two stages of the decoder.
+
+    The first learns from variants of the images, so that it does not memorise them. It would draw
+    turned and recoloured images. The second learns from the images as they are, while the learning
+    rate decays.
+    """
+    first, second = decoder(grid), decoder(grid)
+    first["steps"] = 24_000
+    first["optimizer"] |= {"total_steps": 24_000, "schedule": "constant", "decay_steps": 0}
+    second["steps"] = 6_000
+    second["optimizer"] |= {"total_steps": 6_000, "schedule": "linear", "decay_steps": 0}
+    second["data"]["variants"] = 1
+    return {"decoder": first, "decoder_second": second}
+
+
 def decoder(grid: int) -> dict:
     """Returns the configuration of the decoder. The pipeline sets the vocabulary and the files."""
     steps = 30_000
@@ -195,7 +216,7 @@ def decoder(grid: int) -> dict:
             "image_shape": (grid, grid),
             "length": 32 * -(-document * (RETRIEVED + 1) // 32),
             "retrieved": (0.2, 0.3, 0.5),
-            "unchanged": 0.5,
+            "unchanged": 0.3,
             # Skin tones do not dominate.
             "balance": 0.7,
             "eval_documents": 128,
