@@ -41,7 +41,7 @@ def get_config() -> ConfigDict:
                 "near_copy_document": 1.0,
                 "near_copy_picture": None,
             },
-            "encode": {"variants": 8},
+            "encode": {"variants": 24},
             "stages": {**{name: read(name)["stage"]() for name in names}, **decoders()},
             "seconds": {
                 "tokenizer": 3600,
